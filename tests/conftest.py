@@ -12,6 +12,7 @@ import torch
 
 pytest.register_assert_rewrite("driving")
 
+from browsing import open_browser  # noqa: E402
 from driving import POLICIES  # noqa: E402
 from models import build, prompts  # noqa: E402
 from refreekv import ReFreeKVCache  # noqa: E402
@@ -49,6 +50,14 @@ def model():
 def ids():
     """A prompt of 50 tokens."""
     return prompts((50,), seed=1)[0]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One headless Chromium for the tests of a file."""
+    opened = open_browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

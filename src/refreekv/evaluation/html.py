@@ -1,23 +1,16 @@
 """A results file as one HTML page: what each policy keeps, and what that costs.
 
-The page is self-contained: it opens offline, loads nothing, and its content security policy
-forbids everything but its own script. All numbers are computed here; the script only draws.
-Prompts and answers are untrusted text and reach the page escaped (Jinja2's autoescaping, and
-JSON whose ``<``, ``>`` and ``&`` are escaped; the script writes text nodes, never markup).
+The page is self-contained (`page`). All numbers are computed here; the script only draws.
 
 Means are macro means: over the samples of a family first, then over the families.
 """
 
-import base64
-import hashlib
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import resources
-from itertools import groupby
 from pathlib import Path
 from statistics import mean, median_low
 from typing import Any
@@ -25,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .page import encode_positions, write_page
 from .records import FidelityRecord
 
 NOISE_FLOOR = "full"
@@ -39,7 +33,7 @@ METRICS = {
     "bytes_full": False,
 }
 DRAWS = 1000  # of the bootstrap
-SCRIPTS = ("core.js", "frontier.js", "heads.js", "text.js", "worst.js")
+SCRIPTS = ("dom.js", "core.js", "frontier.js", "heads.js", "tokens.js", "text.js", "answers.js", "worst.js")
 DISPLAY_LIMIT = 3_000_000  # characters of token texts and positions, the one part that could grow without end
 ANSWER_LIMIT, PROMPT_LIMIT = 4_000, 1_200  # characters of one answer and one prompt among the worst samples
 WORST_SHOWN, WORST_WITH_TEXT = 6, 3
@@ -95,49 +89,28 @@ def write_report(records: Iterable[FidelityRecord], path: Path, *, title: str, s
     ImportError
         If Jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise ImportError("the HTML report needs Jinja2: pip install 'refreekv[report]'") from error
     models: dict[str, dict[tuple[str, str, str], FidelityRecord]] = defaultdict(dict)
     for record in records:
         models[record.model][record.policy, record.family, record.sample] = record
     if not models:
         raise ValueError("no records to report: the results file is empty")
     views = [_model_view(name, list(found.values())) for name, found in models.items()]
-    # As plain types and finite numbers first: JSON knows no NaN.
-    data = json.dumps(_plain({"models": [view["data"] for view in views]}), separators=(",", ":"))
-    script = _script()
     setup = dict(setup)
     date = str(setup.pop("date", "") or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
-    loader = PackageLoader("refreekv.evaluation")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(kl=_format_kl, share=_format_share, raw=_raw)
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "report.html.j2",
+        scripts=SCRIPTS,
+        styles=("report.css",),
+        data={"models": [view["data"] for view in views]},
+        filters={"kl": _format_kl, "share": _format_share, "raw": _raw},
         title=title,
         date=date,
         setup={key: _readable(value) for key, value in setup.items()},
         views=views,
-        data=data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
-        style=_template("report.css"),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         noise_floor=NOISE_FLOOR,
         draws=DRAWS,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Lone surrogates, which broken tokens may hold, have no UTF-8 form.
-    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
-
-
-def _script() -> str:
-    """The page's script: its parts in one scope."""
-    parts = "\n".join(_template(name) for name in SCRIPTS)
-    return f'(() => {{\n"use strict";\n{parts}\n}})();'
-
-
-def _template(name: str) -> str:
-    return (resources.files("refreekv.evaluation") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _model_view(model: str, records: list[FidelityRecord]) -> dict[str, Any]:
@@ -310,7 +283,7 @@ def _display_samples(records: Sequence[FidelityRecord], policies: list[str]) -> 
         if record.positions is None:
             continue
         length = max(record.prompt_tokens, len(record.tokens or ()))
-        kept = [_encode(ranges, length) for ranges in record.positions]
+        kept = [encode_positions(ranges, length) for ranges in record.positions]
         text = texts.get((record.family, record.sample))
         size = len(json.dumps(kept)) + (0 if text else len(json.dumps(record.tokens)))
         if texts and used + size > DISPLAY_LIMIT:
@@ -322,21 +295,6 @@ def _display_samples(records: Sequence[FidelityRecord], policies: list[str]) -> 
             texts[record.family, record.sample] = text
         text["kept"][policies.index(record.policy)] = kept
     return list(texts.values()), left_out
-
-
-def _encode(ranges: list[list[int]], length: int) -> list[int] | str:
-    """Half-open ranges as runs (skip, keep, skip, keep, …) or as a bit set in base64, whichever is shorter."""
-    kept = bytearray(b"0" * length)
-    for start, stop in ranges:
-        first, last = max(0, start), min(stop, length)
-        kept[first:last] = b"1" * max(0, last - first)
-    bits = int(kept[::-1] or b"0", 2)
-    packed = base64.b64encode(bits.to_bytes((length + 7) // 8, "little")).decode()
-    if 4 * len(ranges) > len(packed):
-        return packed  # a range takes four characters at least
-    runs = [len(list(run)) for _, run in groupby(b"0" + kept)]
-    runs[0] -= 1  # the position put in front, so that the first run is one that is not kept
-    return runs if len(json.dumps(runs)) <= len(packed) else packed
 
 
 def _worst_samples(records: Sequence[FidelityRecord]) -> list[dict[str, Any]]:
@@ -367,17 +325,6 @@ def _shortened(text: str | None, limit: int, *, from_end: bool = False) -> str |
 
 def _or_inf(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: floats to six digits, what is no finite number as null."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
 
 
 def _readable(value: Any) -> str:

@@ -1,52 +1,9 @@
-// The page's state, small helpers, the tables. The other parts add to `redraw`.
+// The report's state, its choosers, the tables. The other parts add to `redraw`.
 const data = JSON.parse(document.getElementById("data").textContent);
 const state = { model: 0, policy: 0, metric: "kl_mean" };
 const redraw = []; // called after every change of `state`, with what changed
-const $ = (selector) => document.querySelector(selector);
-const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const model = () => data.models[state.model];
 const policy = () => model().policies[state.policy];
-
-// Texts become text nodes, attributes are set one by one: nothing is ever parsed as markup.
-function build(namespace, name, attributes, children) {
-  const node = document.createElementNS(namespace, name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined) continue;
-    if (key === "style") for (const [property, set] of Object.entries(value)) node.style.setProperty(property, set);
-    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else node.setAttribute(key, value);
-  }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
-  return node;
-}
-const html = (name, attributes = {}, ...children) => build("http://www.w3.org/1999/xhtml", name, attributes, children);
-const svg = (name, attributes = {}, ...children) => build("http://www.w3.org/2000/svg", name, attributes, children);
-
-const share = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits)}%`);
-function nats(value) {
-  if (value === null) return "not a finite number";
-  if (value === 0) return "0";
-  return Math.abs(value) >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
-}
-
-const tip = $("#tip");
-function showTip(event, text) {
-  tip.textContent = text;
-  tip.hidden = false;
-  const box = event.target.getBoundingClientRect();
-  const x = event.clientX || box.right, y = event.clientY || box.bottom;
-  tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 6))}px`;
-  tip.style.top = `${y + 16 + tip.offsetHeight > innerHeight ? Math.max(4, y - tip.offsetHeight - 12) : y + 16}px`;
-}
-const hideTip = () => { tip.hidden = true; };
-const tipped = (text) => ({
-  onpointerenter: (event) => showTip(event, text),
-  onpointermove: (event) => showTip(event, text),
-  onpointerleave: hideTip,
-  onfocus: (event) => showTip(event, text),
-  onblur: hideTip,
-});
-addEventListener("scroll", hideTip, { passive: true });
 
 function set(changes) {
   Object.assign(state, changes);
@@ -113,4 +70,18 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => set(
 addEventListener("DOMContentLoaded", () => {
   width = $("#frontier-chart").clientWidth;
   set({ model: 0, policy: choices()[0].index });
+});
+
+// What each head keeps, of the policy chosen.
+redraw.push(() => {
+  const figure = $("#heads-chart"), note = $("#heads-note"), found = policy().heads;
+  if (!found) {
+    figure.replaceChildren();
+    note.textContent = "What each head keeps was not recorded for this policy.";
+    return;
+  }
+  const kept = found.kept;
+  note.textContent = `Mean over ${found.n} sample${found.n === 1 ? "" : "s"}: ${kept.length} layers, `
+    + (kept[0].length === 1 ? "all KV heads of a layer alike." : `${kept[0].length} KV heads.`);
+  figure.replaceChildren(headsChart(kept, width));
 });

@@ -1,14 +1,6 @@
 // Kept share by layer (across) and KV head (down), above it the mean of each layer.
-function drawHeads() {
-  const figure = $("#heads-chart"), note = $("#heads-note"), found = policy().heads;
-  if (!found) {
-    figure.replaceChildren();
-    note.textContent = "What each head keeps was not recorded for this policy.";
-    return;
-  }
-  const kept = found.kept, layers = kept.length, heads = kept[0].length;
-  note.textContent = `Mean over ${found.n} sample${found.n === 1 ? "" : "s"}: ${layers} layers, `
-    + (heads === 1 ? "all KV heads of a layer alike." : `${heads} KV heads.`);
+function headsChart(kept, width) {
+  const layers = kept.length, heads = kept[0].length;
   const left = 44, w = Math.max(280, width), cell = (w - left - 8) / layers, gap = cell > 8 ? 1.5 : 0.5;
   const side = Math.min(30, Math.max(13, cell)), bars = 64, top = bars + 8, bottom = top + heads * side;
   const chart = svg("svg", { viewBox: `0 0 ${w} ${bottom + 20}`, role: "img", "aria-label": "Kept share by layer and head" });
@@ -37,6 +29,5 @@ function drawHeads() {
     }
   }
   chart.append(svg("text", { class: "soft", x: left - 6, y: bottom + 14, "text-anchor": "end" }, "layer"));
-  figure.replaceChildren(chart);
+  return chart;
 }
-redraw.push(drawHeads);
