@@ -1,0 +1,125 @@
+"""Attention of many probe queries, reduced to three numbers a position and never kept as rows.
+
+Probes over a whole prompt are hundreds of queries: their rows would be ``B * H * k * n``
+float32. What a policy asks of them is how high a position ever rose, how much it received
+and how the squares add up, for each KV head. This is the plain version that computes the
+rows a few queries at a time; `refreekv.kernels` has the same function for CUDA.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refreekv.core.probes import attention_rows
+
+QUERY_CHUNK = 16
+"""Probe queries whose rows exist at once."""
+
+
+class ProbeReductions(NamedTuple):
+    """What probe queries gave each position: ``[B, H_kv, n]`` float32 each.
+
+    Attributes
+    ----------
+    peak : Tensor
+        The largest attention probability over the queries and the query heads of the KV head.
+    mean : Tensor
+        The average over those of them that see the position; 0 where none does.
+    squares : Tensor
+        The sum of the squared probabilities.
+    """
+
+    peak: Tensor
+    mean: Tensor
+    squares: Tensor
+
+
+def probe_reductions(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_columns: Tensor,
+    columns: Tensor | None = None,
+    valid: Tensor | None = None,
+    query_real: Tensor | None = None,
+    scaling: float | None = None,
+    distance: int = 0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> ProbeReductions:
+    """Per-position peak, mean and sum of squares of the probes' attention.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[B, H, k, D]``, position-encoded; oldest query first is fastest, any order is right.
+    key : Tensor
+        ``[B, H_kv, n, D]``, position-encoded; ``H % H_kv == 0``.
+    query_columns : Tensor
+        Integer ``[B | 1, k]``: the logical column of each query.
+    columns : Tensor, optional
+        Integer ``[n]``: the logical column of each key, ascending; ``0 .. n-1`` if None. A query
+        sees the keys whose column is not above its own.
+    valid : Tensor, optional
+        Boolean ``[B, n]`` or ``[B, H_kv, n]``, False at padding, which no query sees.
+    query_real : Tensor, optional
+        Boolean ``[B | 1, k]``, False at padding: such a query sees nothing.
+    scaling : float, optional
+        Factor on the logits; ``D ** -0.5`` if None.
+    distance : int
+        Only keys at least this many columns before the query enter the reductions. The softmax
+        runs over all that the query sees in any case.
+    softcap, sink_logits
+        As in `core.probes.attention_rows`.
+
+    Returns
+    -------
+    ProbeReductions
+
+    Raises
+    ------
+    ValueError
+        If the query heads are no multiple of the KV heads.
+    """
+    batch, heads, probes, _ = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    check_heads(heads, kv_heads)
+    if columns is None:
+        columns = torch.arange(length, device=key.device)
+    shape = (batch, kv_heads, length)
+    peak, total, squares, seen = (torch.zeros(shape, device=key.device) for _ in range(4))
+    group = heads // kv_heads
+    for start in range(0, probes, QUERY_CHUNK):
+        part = slice(start, start + QUERY_CHUNK)
+        at = query_columns[:, part, None]
+        real = None if query_real is None else query_real[:, part]
+        visible = _visible(columns <= at, valid, real, group)
+        rows = attention_rows(
+            query[:, :, part], key, scaling=scaling, visible=visible, softcap=softcap, sink_logits=sink_logits
+        )
+        counted = _visible(columns <= at - distance, valid, real, group)
+        counted = counted.expand(batch, heads, -1, -1)
+        rows = rows.masked_fill_(~counted, 0.0).view(batch, kv_heads, -1, length)
+        peak = torch.maximum(peak, rows.amax(2))
+        total += rows.sum(2)
+        squares += rows.square().sum(2)
+        seen += counted.reshape(batch, kv_heads, -1, length).sum(2)
+    return ProbeReductions(peak, total / seen.clamp_min(1), squares)
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless ``heads`` query heads can share ``kv_heads`` KV heads evenly."""
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
+
+
+def _visible(causal: Tensor, valid: Tensor | None, real: Tensor | None, group: int) -> Tensor:
+    """Boolean ``[B | 1, H | 1, k, n]`` from causality ``[B | 1, k, n]`` and what is padding."""
+    visible = causal[:, None]
+    if valid is not None:
+        per_head = valid[:, None] if valid.dim() == 2 else valid.repeat_interleave(group, 1)
+        visible = visible & per_head[:, :, None]
+    if real is not None:
+        visible = visible & real[:, None, :, None]
+    return visible

@@ -1,0 +1,121 @@
+"""Probe reductions: the kernel, the chunked torch version, and whole rows in float64."""
+
+import pytest
+import torch
+
+from refreekv.core import reductions
+from refreekv.kernels import ops, probe_reductions
+from refreekv.kernels.probe import launch_probe_reductions
+
+
+def whole_rows(query, key, at, *, columns, valid=None, real=None, scaling, distance=0, softcap=None, sinks=None):
+    """All rows at once, in float64 and with no code of refreekv."""
+    batch, heads, probes, _ = query.shape
+    kv_heads, length = key.shape[1:3]
+    group = heads // kv_heads
+    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    at = at.expand(batch, probes)
+    hide = torch.ones(batch, kv_heads, length, dtype=torch.bool, device=key.device)
+    if valid is not None:
+        hide = hide & (valid[:, None] if valid.dim() == 2 else valid)
+    shown = hide.repeat_interleave(group, 1)[:, :, None].expand(-1, -1, probes, -1)
+    if real is not None:
+        shown = shown & real.expand(batch, -1)[:, None, :, None]
+    seen = shown & (columns <= at[:, None, :, None])
+    weights = logits.exp() * seen
+    whole = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        whole = whole + sinks.double().exp().view(1, heads, 1, 1)
+    counted = shown & (columns + distance <= at[:, None, :, None])
+    rows = torch.where(counted & (whole > 0), weights / whole, 0.0)
+    rows, counted = (x.reshape(batch, kv_heads, -1, length) for x in (rows, counted))
+    return rows.amax(2), rows.sum(2) / counted.sum(2).clamp_min(1), rows.square().sum(2)
+
+
+def spread(probes, length, generator):
+    return torch.sort(torch.randperm(length, generator=generator)[:probes]).values[None]
+
+
+CASES = {
+    "plain": {},
+    "one head a group": {"heads": 2},
+    "odd sizes": {"heads": 6, "probes": 7, "length": 33, "head_size": 80},
+    "one key": {"length": 1, "probes": 1},
+    "head 96": {"head_size": 96, "distance": 5},
+    "padding": {"padding": 2, "distance": 3},
+    "padding by head": {"padding": 3},
+    "padded queries": {"padding": 2, "padded_queries": True},
+    "columns": {"gaps": True, "distance": 10},
+    "cap and sinks": {"softcap": 3.0, "sinks": True},
+    "many rows": {"heads": 10, "probes": 40, "length": 300},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, device):
+    batch, kv_heads = 2, 2
+    setting = {"heads": 4, "probes": 9, "length": 150, "head_size": 64, **case}
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    length, probes = setting["length"], min(setting["probes"], setting["length"])
+    # Views of what a projection writes: heads and positions the other way round.
+    query = random(batch, probes, setting["heads"], setting["head_size"]).transpose(1, 2) * 2
+    key = random(batch, length, kv_heads, setting["head_size"]).transpose(1, 2)
+    columns = torch.arange(length)
+    if setting.get("gaps"):
+        columns = torch.sort(torch.randperm(4 * length, generator=generator)[:length]).values
+    at = spread(probes, int(columns[-1]) + 1, generator)
+    valid = real = None
+    if "padding" in setting:
+        shape = (batch, length) if setting["padding"] == 2 else (batch, kv_heads, length)
+        valid = (torch.rand(shape, generator=generator) > 0.3).to(device)
+    if setting.get("padded_queries"):
+        at = at.repeat(batch, 1)
+        real = (torch.rand(at.shape, generator=generator) > 0.3).to(device)
+    sinks = torch.randn(setting["heads"], generator=generator).to(device) * 2 if setting.get("sinks") else None
+    columns, at = columns.to(device), at.to(device)
+    scaling, distance, softcap = 0.17, setting.get("distance", 0), setting.get("softcap")
+    if which == "kernel":
+        given = columns if setting.get("gaps") else None
+        got = launch_probe_reductions(query, key, at, given, valid, real, scaling, distance, softcap, sinks)
+    else:
+        got = reductions.probe_reductions(
+            query, key, query_columns=at, columns=columns, valid=valid, query_real=real,
+            scaling=scaling, distance=distance, softcap=softcap, sink_logits=sinks,
+        )  # fmt: skip
+    want = whole_rows(
+        query, key, at, columns=columns, valid=valid, real=real,
+        scaling=scaling, distance=distance, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    for mine, exact in zip(got, want, strict=True):
+        assert mine.dtype == torch.float32
+        close(mine, exact)
+
+
+def test_a_hidden_logit_of_any_size_does_no_harm(device):
+    """What a query may not see can lie far above all it sees."""
+    query = torch.randn(1, 2, 4, 64, device=device, dtype=torch.float16)
+    key = torch.randn(1, 1, 64, 64, device=device, dtype=torch.float16)
+    key[:, :, 40:] = 60 * query[:, :1, -1:].sign()
+    at = torch.tensor([[10, 20, 30, 39]], device=device)
+    got = launch_probe_reductions(query, key, at, None, None, None, 1.0, 0, None, None)
+    assert all(torch.isfinite(part).all() for part in got)
+    assert all((part[..., 40:] == 0).all() for part in got)
+
+
+def test_the_operator_is_what_torch_expects_of_one():
+    query, key, at = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 20, 16), torch.tensor([[5, 10, 19]])
+    torch.library.opcheck(
+        ops.probe_reductions_op, (query, key, at, None, None, None, 0.25, 2, None, None), test_utils="test_schema"
+    )
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="5 query heads cannot share 2 KV heads"):
+        probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), query_columns=torch.tensor([[8]]))
