@@ -10,7 +10,7 @@ import torch
 from models import VOCAB, build, full_layers
 from refreekv import ReFreeKVCache, policies
 from refreekv.core.selection import Selection
-from refreekv.evaluation import metrics
+from refreekv.evaluation import choosing, masked, metrics, sweeps
 from refreekv.evaluation.decoding import until_stop
 from refreekv.evaluation.encoding import Encoded, encode
 from refreekv.evaluation.fidelity import Bench, Job
@@ -220,6 +220,40 @@ def test_shared_prefill_equals_separate_runs(name, attention, question):
         assert record.kept_heads == [pytest.approx(layer, abs=1e-6) for layer in expected_heads]
         assert record.budget < 1.0
         assert record.kl_mean > 1e-3  # something was lost, so that equality means something
+
+
+def check_against_separate_run(model, one, record, policy):
+    """One record against the physical run of its policy alone."""
+    full, pruned, _, (change, report, rows, _) = separately(model, one.encoded, policy, 12)
+    expected = torch.nn.functional.kl_div(
+        pruned.double().log_softmax(-1), full.double().softmax(-1), reduction="none"
+    ).sum(-1)
+    assert record.kl_mean == pytest.approx(expected.mean().item(), abs=1e-4)
+    assert record.answer_nll_change == pytest.approx(change, abs=1e-4)
+    assert record.budget == pytest.approx(report.budget)
+    assert record.kept_heads == [pytest.approx([kept / 57 for kept in row.kept], abs=1e-6) for row in rows]
+
+
+@pytest.mark.parametrize("together", [1, 2, None], ids="layers-{}".format)
+def test_every_policy_equals_a_separate_run(llama, monkeypatch, together):
+    """Also where memory allows few layers at once."""
+    if together:
+        # 128 probe rows of 8 heads (expected attention, H2O) over 57 tokens, clipped to the prompt.
+        monkeypatch.setitem(choosing.ROWS, "cpu", together * 8 * 57 * 57)
+    chosen = sweeps.choose(suites=["peers"])
+    one = job(asked={"full": None, **chosen})
+    (records,) = bench(llama).measure([one])
+    assert len(records) == len(chosen) + 1
+    for record in records[1:]:
+        check_against_separate_run(llama, one, record, chosen[record.policy])
+
+
+def test_little_memory_for_attention_changes_nothing(monkeypatch):
+    model = build("gemma3", attention="sdpa")
+    (expected,) = bench(model).measure([job(question=(4, 5))])
+    monkeypatch.setitem(masked.LOGITS, "cpu", 1)
+    (got,) = bench(model).measure([job(question=(4, 5))])
+    assert [record.kl_mean for record in got] == pytest.approx([record.kl_mean for record in expected], abs=1e-6)
 
 
 def test_uneven_heads_differ_in_the_record(llama):

@@ -9,7 +9,7 @@ pass through untouched.
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from refreekv.cache.layer import TAG, ReFreeKVLayer
 from refreekv.cache.pruning import AttentionCall
 
 PREFIX = "refreekv_"
+
+
+@runtime_checkable
+class OwnAttention(Protocol):
+    """A cache layer that computes attention itself: a tagged key leads to it as to a `ReFreeKVLayer`."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Attention output ``[B, q, H, Dv]``; ``key`` and ``value`` are what its ``update`` returned."""
 
 
 def twin(base: str) -> str:
@@ -60,7 +68,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         function = _base_function(base, module)
         called = _AsBase(module, base) if flash else module
-        layer: ReFreeKVLayer | None = getattr(key, TAG, None)
+        layer: ReFreeKVLayer | OwnAttention | None = getattr(key, TAG, None)
         if layer is None:
             return function(called, query, key, value, attention_mask, **kwargs)
         # The tag is a reference from the layer's own tensor to the layer: drop it at once.
@@ -68,6 +76,8 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if kwargs.get("position_bias") is not None:
             raise ValueError("attention with a position bias is not supported: a probe would have to repeat it")
         weights = None
+        if isinstance(layer, OwnAttention):
+            return layer.attend(query, key, value, **kwargs), None
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
         else:

@@ -245,17 +245,28 @@ def decide(policy: Policy, call: AttentionCall, entries: Entries, layer: int, la
     """
     if policy.freezes(layer):
         return Decision(entries, None)
-    rows, visible, queries = _probe(policy, call, entries)
-    view = LayerView(entries.keys, entries.values, entries.valid, rows, layer, layers, visible, queries)
+    view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers)
+    return Decision(entries, select(policy, view))
+
+
+def layer_view(plan: ProbePlan, call: AttentionCall, entries: Entries, layer: int | Tensor, layers: int) -> LayerView:
+    """What a policy with this plan is shown of a layer."""
+    rows, visible, queries = _probe(plan, call, entries)
+    return LayerView(entries.keys, entries.values, entries.valid, rows, layer, layers, visible, queries)
+
+
+def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:
+    """The policy's answer; ValueError if it has the wrong shape."""
     selection = policy.select(view)
     if isinstance(selection, Selection):
-        _check_shape(policy, selection.keep, entries)
-    return Decision(entries, selection)
+        _check_shape(policy, selection.keep, view.keys)
+    return selection
 
 
-def _probe(policy: Policy, call: AttentionCall, entries: Entries) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _probe(
+    plan: ProbePlan, call: AttentionCall, entries: Entries
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Attention rows of the planned queries, what each of them sees (None: everything), the queries if asked for."""
-    plan = policy.probe_plan(entries.keys.shape[2])
     if not plan.count:
         return None, None, None
     queries = entries.queries.planned(plan)
@@ -284,8 +295,8 @@ def _probe(policy: Policy, call: AttentionCall, entries: Entries) -> tuple[Tenso
     return rows, visible, queries.states.float() * scaling
 
 
-def _check_shape(policy: Policy, keep: Tensor, entries: Entries) -> None:
-    batch, kv_heads, length, _ = entries.keys.shape
+def _check_shape(policy: Policy, keep: Tensor, keys: Tensor) -> None:
+    batch, kv_heads, length, _ = keys.shape
     if keep.dtype != torch.bool or keep.shape not in [(batch, 1, length), (batch, kv_heads, length)]:
         raise ValueError(
             f"policy {policy.name!r} returned a selection of shape {tuple(keep.shape)} and type {keep.dtype}; "

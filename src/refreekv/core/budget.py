@@ -129,7 +129,7 @@ def smallest_mass(weights: Tensor, mass: float, real: Tensor) -> Tensor:
     return torch.zeros_like(real).scatter(-1, length - 1 - ranked.indices, within) & real
 
 
-def pyramid(budget: Tensor, held: Tensor, layer: int, layers: int, window: int, beta: float) -> Tensor:
+def pyramid(budget: Tensor, held: Tensor, layer: int | Tensor, layers: int, window: int, beta: float) -> Tensor:
     """Budgets that fall from the first layer to the last, in equal steps.
 
     PyramidKV (arXiv 2406.02069, section 3.2): the last layer gets ``budget / beta``, the first as
@@ -142,8 +142,10 @@ def pyramid(budget: Tensor, held: Tensor, layer: int, layers: int, window: int, 
         ``[B, G]``, floating point: mean number of entries to keep a layer.
     held : Tensor
         Integer ``[B, G]``: entries that there are.
-    layer, layers : int
-        Index of the layer, and their number.
+    layer : int or Tensor
+        Index of the layer, or ``[B, 1]``.
+    layers : int
+        Number of layers.
     window : int
         Newest entries, which every layer keeps.
     beta : float

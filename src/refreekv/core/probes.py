@@ -38,7 +38,7 @@ def attention_rows(
     softcap : float, optional
         Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
     sink_logits : Tensor, optional
-        One learned logit per query head, ``[H]``, that takes part in the softmax's
+        One learned logit per query head, ``[H]`` or ``[B, H]``, that takes part in the softmax's
         denominator and holds no value (GPT-OSS).
 
     Returns
@@ -58,7 +58,7 @@ def attention_rows(
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
     scaling = dim**-0.5 if scaling is None else scaling
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * probes, dim)
-    logits = _logits(grouped, key).view(batch, heads, probes, length).mul_(scaling)
+    logits = wide_product(grouped, key).view(batch, heads, probes, length).mul_(scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -66,7 +66,7 @@ def attention_rows(
             visible = visible[:, None]
         logits = logits.masked_fill_(~visible, float("-inf"))
     if sink_logits is not None:
-        sink = sink_logits.to(logits).view(1, heads, 1, 1).expand(batch, -1, probes, -1)
+        sink = sink_logits.to(logits).view(-1, heads, 1, 1).expand(batch, -1, probes, -1)
         logits = torch.cat([logits, sink], dim=-1)
     rows = logits.softmax(-1)[..., :length]
     if visible is None:
@@ -75,7 +75,7 @@ def attention_rows(
     return rows.masked_fill_(~visible.any(-1, keepdim=True), 0.0)
 
 
-def _logits(query: Tensor, key: Tensor) -> Tensor:
+def wide_product(query: Tensor, key: Tensor) -> Tensor:
     """``query @ key^T``, accumulated and returned in float32; ``[B, H_kv, r, n]``."""
     batch, kv_heads, rows, dim = query.shape
     length = key.shape[2]

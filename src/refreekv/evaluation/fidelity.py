@@ -1,9 +1,10 @@
 """Fidelity: how far compressed caches take a model from its own full-cache answer.
 
 For each sample there is one prefill, shared by all policies. The full cache goes on
-greedily, step by step; then every policy's physically pruned cache, many of them as rows of
-one batch, reads the same tokens in one call, and the predictions are compared. The full
-cache runs a second time as a row of that batch: what it differs by is the noise floor.
+greedily, step by step; then every policy reads the same tokens over what it keeps of the
+prompt, many policies as the rows of one call (`refreekv.evaluation.masked`), and the
+predictions are compared. The full cache runs a second time as a row of that batch: what it
+differs by is the noise floor.
 
 Without a question the answer's first token comes from the prefill, before anything is
 evicted; comparison begins at the second. With one, the question is read by the pruned
@@ -12,7 +13,7 @@ cache (and not pruned again), and comparison begins at the first.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from refreekv.engines.transformers import check_model
 from refreekv.evaluation.decoding import Continuation, Start, continue_branch, continue_full, stop_tokens, until_stop
 from refreekv.evaluation.encoding import Encoded
 from refreekv.evaluation.metrics import TokenMetrics, divergence, negative_log_likelihood, token_metrics
-from refreekv.evaluation.prefill import SharedPrefill, fork, forward, kept_ranges, row_bytes
+from refreekv.evaluation.prefill import SharedPrefill, fork, forward, kept_ranges
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.samples import Sample
 from refreekv.policies import Policy
@@ -67,7 +68,7 @@ class Bench:
     rows : int or None
         Policies in one batch; None: as many as the free memory holds.
     together : int or None
-        Samples whose full caches are decoded in one batch; None: 8 on a GPU, where a step
+        Samples whose full caches are decoded in one batch; None: 16 on a GPU, where a step
         costs the same for one and for many, and 1 elsewhere.
     """
 
@@ -106,7 +107,7 @@ class Bench:
         for job in jobs:
             prepared = _Prepared(self, job)
             group.append(prepared)
-            together = self.together or (8 if prepared.shared.device.type == "cuda" else 1)
+            together = self.together or (16 if prepared.shared.device.type == "cuda" else 1)
             held = sum(one.shared.nbytes for one in group)
             # Decoding copies all of it, and holds the old and the new copy at each step.
             crowded = len(group) < together and 4 * held > free_bytes(prepared.shared.device)
@@ -160,24 +161,22 @@ class _Prepared:
         size = self._group_size(len(fed))
         for at in range(0, len(names), size):
             group = names[at : at + size]
-            branch = self.shared.branch(group)
-            logits = self._feed(branch, fed, keep=len(reference), rows=len(group))
+            logits = self._feed(group, fed, keep=len(reference))
             measured = token_metrics(*divergence(reference, logits))
             del logits
-            changes = self._answer_changes(branch, gold, len(group))
-            texts = self._texts(branch, answer, stop, len(group)) if self.job.show else [None] * len(group)
+            changes = self._answer_changes(group, gold)
+            kept = self.shared.kept(group)
             for row, name in enumerate(group):
-                record = self._record(name, branch, row, len(group), measured[row], len(reference), changes[row])
-                if self.job.show:
-                    record |= self._display(branch, row, texts[row], self._decode(tokens))
+                record = self._record(name, kept[row], measured[row], len(reference), changes[row])
                 records.append(FidelityRecord(**record))
+        if self.job.show:
+            return self._displayed(records, answer, tokens, stop, size)
         return records
 
-    def _feed(self, branch: PrunedCache, fed: list[int], *, keep: int, rows: int) -> Tensor:
-        """Logits of the last tokens of one call over a branch, which stays as it is."""
-        cache = fork(branch)
-        with cache.decoding():
-            return forward(self.bench.model, [fed], cache, start=self.shared.length, keep=keep, rows=rows)
+    def _feed(self, names: list[str], fed: list[int], *, keep: int) -> Tensor:
+        """Logits of the last tokens of one call over what policies keep, a row each."""
+        cache = self.shared.masked(names)
+        return forward(self.bench.model, [fed], cache, start=self.shared.length, keep=keep, rows=len(names))
 
     def _gold(self) -> Tensor | None:
         """Negative log-likelihood of the gold answer with the full cache, less its first token; None without one.
@@ -196,20 +195,60 @@ class _Prepared:
         first = 0 if self.job.encoded.question else 1
         return negative_log_likelihood(lines[first:], target[first:]) if len(answer) > first else lines.new_zeros(())
 
-    def _answer_changes(self, branch: PrunedCache, gold: Tensor | None, rows: int) -> list[float | None]:
-        """By how much the gold answer's negative log-likelihood a token changes in each row."""
+    def _answer_changes(self, names: list[str], gold: Tensor | None) -> list[float | None]:
+        """By how much the gold answer's negative log-likelihood a token changes with each policy."""
         if gold is None:
-            return [None] * rows
+            return [None] * len(names)
         answer, question = self.job.encoded.answer, self.job.encoded.question
         if len(answer) == 1 and not question:
-            return [0.0] * rows
+            return [0.0] * len(names)
         predicted = answer if question else answer[1:]
-        logits = self._feed(branch, question + answer[:-1], keep=len(predicted), rows=rows)
+        logits = self._feed(names, question + answer[:-1], keep=len(predicted))
         target = torch.tensor(predicted, device=logits.device)
         changes: list[float | None] = ((negative_log_likelihood(logits, target) - gold) / len(answer)).tolist()
         return changes
 
-    def _texts(self, branch: PrunedCache, answer: Continuation, stop: set[int], rows: int) -> list[str | None]:
+    def _record(
+        self, name: str, kept: list[list[int]], metrics: TokenMetrics, compared: int, change: float | None
+    ) -> dict[str, Any]:
+        shares = [[count / self.shared.length for count in layer] for layer in kept]
+        full, held = self.shared.bytes(kept)
+        sample = self.job.sample
+        return {
+            "sample": sample.id,
+            "family": sample.family,
+            "policy": name,
+            "model": self.bench.name,
+            "prompt_tokens": self.shared.length,
+            "continuation_tokens": compared,
+            "budget": sum(sum(layer) / len(layer) for layer in shares) / len(shares),
+            "bytes_full": full,
+            "bytes_kept": held,
+            "kept_heads": [[round(share, 6) for share in layer] for layer in shares],
+            "answer_nll_change": change,
+            **vars(metrics),
+        }
+
+    def _displayed(
+        self, records: list[FidelityRecord], answer: Continuation, tokens: list[int], stop: set[int], size: int
+    ) -> list[FidelityRecord]:
+        """The records with positions, tokens, and greedy answers of the physically pruned caches."""
+        common: dict[str, Any] = {
+            "text_full": self._decode(tokens),
+            "prompt": self.job.encoded.text,
+            "tokens": [self.bench.tokenizer.decode([token]) for token in self.job.encoded.context],
+        }
+        displayed = []
+        for at in range(0, len(records), size):
+            group = records[at : at + size]
+            branch = self.shared.branch([record.policy for record in group])
+            for row, (record, text) in enumerate(
+                zip(group, self._texts(branch, answer, stop, len(group)), strict=True)
+            ):
+                displayed.append(replace(record, positions=list(kept_ranges(branch, row)), text=text, **common))
+        return displayed
+
+    def _texts(self, branch: PrunedCache, answer: Continuation, stop: set[int], rows: int) -> list[str]:
         """Greedy answers of the rows, decoded token by token."""
         cache, question = fork(branch), self.job.encoded.question
         if question:
@@ -221,43 +260,6 @@ class _Prepared:
         found = continue_branch(self.bench.model, cache, first, self.start.length, self.bench.continuation, stop)
         return [self._decode(until_stop(row, stop)) for row in found]
 
-    def _record(
-        self,
-        name: str,
-        branch: PrunedCache,
-        row: int,
-        rows: int,
-        metrics: TokenMetrics,
-        compared: int,
-        change: float | None,
-    ) -> dict[str, Any]:
-        kept = [[count / self.shared.length for count in layer.records[row].kept] for layer in branch.pruned_layers]
-        full, held = row_bytes(branch, row, rows)
-        sample = self.job.sample
-        return {
-            "sample": sample.id,
-            "family": sample.family,
-            "policy": name,
-            "model": self.bench.name,
-            "prompt_tokens": self.shared.length,
-            "continuation_tokens": compared,
-            "budget": sum(sum(layer) / len(layer) for layer in kept) / len(kept),
-            "bytes_full": full,
-            "bytes_kept": held,
-            "kept_heads": [[round(share, 6) for share in layer] for layer in kept],
-            "answer_nll_change": change,
-            **vars(metrics),
-        }
-
-    def _display(self, branch: PrunedCache, row: int, text: str | None, text_full: str) -> dict[str, Any]:
-        return {
-            "positions": list(kept_ranges(branch, row)),
-            "text": text,
-            "text_full": text_full,
-            "prompt": self.job.encoded.text,
-            "tokens": [self.bench.tokenizer.decode([token]) for token in self.job.encoded.context],
-        }
-
     def _decode(self, tokens: list[int]) -> str:
         return str(self.bench.tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -268,8 +270,11 @@ class _Prepared:
         if size is None:
             device = self.shared.device
             vocabulary = self.start.logits.shape[-1] * self.start.logits.element_size()
-            # The branch, at worst all of it, and each layer's copy of it with the new entries.
-            row = 2 * self.shared.nbytes + 2 * fed * vocabulary
+            # Logits, what comparing them takes, and the layers' activations.
+            row = 4 * fed * vocabulary
+            if self.job.show:
+                # The branch, at worst all of it, and each layer's copy of it with the new entries.
+                row += 2 * self.shared.nbytes
             size = max(1, min(64 if device.type == "cuda" else 16, int(0.6 * free_bytes(device)) // row))
         groups = -(-names // size)
         return -(-names // groups)

@@ -56,14 +56,17 @@ def divergence(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, tokens, vocabulary = logits.shape
     kl = torch.empty(rows, tokens, dtype=torch.float32, device=logits.device)
     step = max(1, CHUNK // vocabulary)
+    together = max(1, step // tokens)
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         expected = reference[part].float().log_softmax(-1)
         weight = expected.exp()
-        for row in range(rows):
-            difference = expected - logits[row, part].float().log_softmax(-1)
+        impossible = weight == 0
+        for row in range(0, rows, together):
+            some = slice(row, row + together)
+            difference = expected - logits[some, part].float().log_softmax(-1)
             # A token ruled out on both sides (-inf) would be 0 * nan.
-            kl[row, part] = difference.masked_fill_(weight == 0, 0.0).mul_(weight).sum(-1)
+            kl[some, part] = difference.masked_fill_(impossible, 0.0).mul_(weight).sum(-1)
     return kl.clamp_min_(0.0), logits.argmax(-1) == reference.argmax(-1)
 
 

@@ -1,15 +1,15 @@
 """One prefill for all policies: the full cache, what each policy would keep, and caches that keep it.
 
-The policies decide where they always do, after each layer's attention, on what the library
-itself shows them (`refreekv.cache.pruning.decide`); only the compaction waits. A *branch*
-is then a batch with one policy a row, compacted by the library from the shared tensors.
-Policies that probe alike share the probe.
+The policies decide on what the library shows them at the end of a layer's prompt, after the
+last layer and for many layers at once (`refreekv.evaluation.choosing`). What they keep then
+serves two ways, with one policy a row in each: `SharedPrefill.masked` reads the shared
+tensors through masks, which is fast and good for one call; `SharedPrefill.branch` is a batch
+compacted by the library as for any user, which can go on generating.
 """
 
 import copy
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,33 +19,22 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from refreekv import policies
 from refreekv.cache import PrunedCache, ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
-from refreekv.cache.pruning import AttentionCall, Decision, Entries, KeptRow, decide
-from refreekv.core.selection import CutSelection, Selection
-from refreekv.policies import LayerView, Policy, ProbePlan
+from refreekv.cache.pruning import AttentionCall, Decision, KeptRow
+from refreekv.evaluation.choosing import capture, choose, plans_of
+from refreekv.evaluation.masked import MaskedLayer
+from refreekv.policies import Policy, ProbePlan
 
 
-class _Several(Policy):
-    """Policies with one probe plan, so that the probe is made once; it notes their answers and keeps everything."""
+class _CapturingLayer(ReFreeKVLayer):
+    """Keeps everything, and what many policies need to see of it."""
 
-    def __init__(self, plan: ProbePlan, members: Mapping[str, Policy]):
-        self._plan = plan
-        self._members = members
-        self.selections: dict[str, Selection | CutSelection | None] = {}
+    def __init__(self, index: int, ordinal: int, state: PromptState, plans: Sequence[ProbePlan]):
+        super().__init__(index, ordinal, state)
+        self._plans = plans
 
-    def probe_plan(self, n: int) -> ProbePlan:
-        del n
-        return self._plan
-
-    def select(self, view: LayerView) -> None:
-        batch, kv_heads, length, _ = view.keys.shape
-        for name, policy in self._members.items():
-            chosen = policy.select(view)
-            if isinstance(chosen, Selection) and chosen.keep.shape not in [(batch, g, length) for g in (1, kv_heads)]:
-                raise ValueError(
-                    f"policy {policy.name!r} returned a selection of shape {tuple(chosen.keep.shape)}; "
-                    f"expected ({batch}, 1 or {kv_heads}, {length})"
-                )
-            self.selections[name] = chosen
+    def _prune(self, call: AttentionCall, behind: int) -> None:
+        (entries,) = self._entries(call, behind)
+        self.captured = capture(self._plans, call, entries)
 
 
 class _Known(Decision):
@@ -58,87 +47,18 @@ class _Known(Decision):
         return self._known
 
 
-class _DecidingLayer(ReFreeKVLayer):
-    """Asks many policies what they would keep, and keeps everything."""
-
-    def __init__(self, index: int, ordinal: int, state: PromptState, asked: Mapping[str, Policy | None]):
-        super().__init__(index, ordinal, state)
-        self._asked = asked
-        self._decided: list[tuple[list[str], Decision]] = []
-        self._kept: dict[str, KeptRow] = {}
-
-    def _prune(self, call: AttentionCall, behind: int) -> None:
-        (entries,) = self._entries(call, behind)
-        plans: dict[ProbePlan, dict[str, Policy]] = {}
-        selections: dict[str, Selection | CutSelection | None] = {}
-        for name, policy in self._asked.items():
-            if policy is None or policy.freezes(self.ordinal):
-                selections[name] = None
-            else:
-                plans.setdefault(policy.probe_plan(entries.keys.shape[2]), {})[name] = policy
-        for plan, members in plans.items():
-            several = _Several(plan, members)
-            decide(several, call, entries, self.ordinal, self.state.layers)
-            selections |= several.selections
-        self._decided = [_decision(entries, group) for group in _alike(selections)]
-
-    def kept(self, name: str) -> KeptRow:
-        """What a policy keeps; the first question waits for the device."""
-        for names, decision in self._decided:
-            self._kept |= zip(names, decision.rows(), strict=True)
-        self._decided = []
-        return self._kept[name]
-
-
-def _alike(
-    selections: Mapping[str, Selection | CutSelection | None],
-) -> list[dict[str, Selection | CutSelection | None]]:
-    """Selections in groups that have the same form, so that one batch can hold them."""
-    groups: dict[Hashable, dict[str, Selection | CutSelection | None]] = {}
-    for name, chosen in selections.items():
-        form: Hashable = None
-        if isinstance(chosen, CutSelection):
-            form = ("cut", chosen.sinks, chosen.metric is None)
-        elif chosen is not None:
-            form = ("keep", chosen.keep.shape[1], chosen.metric is None)
-        groups.setdefault(form, {})[name] = chosen
-    return list(groups.values())
-
-
-def _decision(entries: Entries, group: Mapping[str, Selection | CutSelection | None]) -> tuple[list[str], Decision]:
-    """One decision for a group, a row for each: far fewer kernels than one each."""
-    rows = len(group)
-    valid = entries.valid
-    expanded = replace(
-        entries,
-        keys=entries.keys.expand(rows, -1, -1, -1),
-        values=entries.values.expand(rows, -1, -1, -1),
-        valid=None if valid is None else valid.expand(rows, *valid.shape[1:]),
-    )
-    metrics = [chosen.metric for chosen in group.values() if chosen is not None and chosen.metric is not None]
-    metric = torch.cat(metrics) if metrics else None
-    cuts = [chosen for chosen in group.values() if isinstance(chosen, CutSelection)]
-    keeps = [chosen.keep for chosen in group.values() if isinstance(chosen, Selection)]
-    selection: Selection | CutSelection | None = None
-    if cuts:
-        selection = CutSelection(torch.cat([chosen.cut for chosen in cuts]), cuts[0].sinks, metric)
-    elif keeps:
-        selection = Selection(torch.cat(keeps), metric)
-    return list(group), Decision(expanded, selection)
-
-
 class _BranchLayer(ReFreeKVLayer):
     """Rows of one prompt, each compacted as its policy decided."""
 
     @classmethod
-    def of(cls, shared: _DecidingLayer, names: Sequence[str], state: PromptState) -> "_BranchLayer":
+    def of(cls, shared: _CapturingLayer, kept: list[KeptRow], state: PromptState) -> "_BranchLayer":
         layer = cls(shared.index, shared.ordinal, state)
         keys, values = shared.dense
         layer.lazy_initialization(keys, values)
         # Views: what no row drops anything of is copied by the first `update` only.
-        layer.keys, layer.values = (entries.expand(len(names), -1, -1, -1) for entries in (keys, values))
+        layer.keys, layer.values = (entries.expand(len(kept), -1, -1, -1) for entries in (keys, values))
         layer._length = shared.get_seq_length()
-        layer._settle([_Known([shared.kept(name) for name in names])], behind=0)
+        layer._settle([_Known(kept)], behind=0)
         return layer
 
 
@@ -195,15 +115,21 @@ class SharedPrefill:
     def __init__(self, model: Any, context: Sequence[int], asked: Mapping[str, Policy | None]):
         self.length = len(context)
         self._config = model.config
+        plans = plans_of(asked.values(), self.length)
         self._cache = self._new_cache()
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, ReFreeKVLayer):
-                self._cache.layers[index] = _DecidingLayer(index, layer.ordinal, self._cache.state, asked)
+                self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
         self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
         for layer in self._cache.layers:
             if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
                 # A view of the last tokens would hold on to the whole prompt.
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        self._choice = choose(asked, [layer.captured for layer in self._layers])
+
+    @property
+    def _layers(self) -> list[_CapturingLayer]:
+        return [layer for layer in self._cache.layers if isinstance(layer, _CapturingLayer)]
 
     def _new_cache(self) -> PrunedCache:
         # Nothing is ever pruned through this policy: decisions are made and applied here.
@@ -222,24 +148,52 @@ class SharedPrefill:
     @property
     def joinable(self) -> bool:
         """Whether `join` can put this prompt beside others: only attention layers have a length to fill up."""
-        return all(type(layer) in (_DecidingLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
+        return all(type(layer) in (_CapturingLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
 
     def full(self) -> DynamicCache:
         """Transformers' own cache with all entries; it shares their storage until it grows."""
         cache = DynamicCache(config=self._config.get_text_config(decoder=True))
         for index, layer in enumerate(self._cache.layers):
-            if isinstance(layer, _DecidingLayer):
+            if isinstance(layer, _CapturingLayer):
                 cache.layers[index] = _dense_layer(*layer.dense)
             else:
                 cache.layers[index] = _copied(layer)
         return cache
 
+    def masked(self, names: Sequence[str]) -> DynamicCache:
+        """One policy a row over the shared entries, for a single call: what that brings is not stored."""
+        cache = DynamicCache(config=self._config.get_text_config(decoder=True))
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, _CapturingLayer):
+                cache.layers[index] = MaskedLayer(*layer.dense, self._choice.keep(layer.ordinal, names))
+            else:
+                cache.layers[index] = _copied(layer, rows=len(names))
+        return cache
+
+    def kept(self, names: Sequence[str]) -> list[list[list[int]]]:
+        """Entries that policies keep, by policy, layer and KV head (one number where heads are alike)."""
+        return self._choice.counts(names)
+
+    def bytes(self, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """K/V bytes of the prompt in a full cache, and in one that keeps so many entries by layer and KV head."""
+        full = held = 0
+        counts = iter(kept)
+        for layer in self._cache.layers:
+            if isinstance(layer, _CapturingLayer):
+                heads = next(counts)
+                full += self.length * layer.entry_bytes
+                held += sum(heads) * layer.entry_bytes // len(heads)
+            else:
+                full += (other := _held(layer))
+                held += other
+        return full, held
+
     def branch(self, names: Sequence[str]) -> PrunedCache:
         """A batch of physically pruned caches, one policy a row."""
         cache = self._new_cache()
         for index, layer in enumerate(self._cache.layers):
-            if isinstance(layer, _DecidingLayer):
-                cache.layers[index] = _BranchLayer.of(layer, names, cache.state)
+            if isinstance(layer, _CapturingLayer):
+                cache.layers[index] = _BranchLayer.of(layer, self._choice.rows(layer.ordinal, names), cache.state)
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
         return cache
@@ -338,19 +292,6 @@ def kept_ranges(cache: PrunedCache, row: int) -> Iterator[list[list[int]]]:
         columns = torch.cat(layer.columns(row).tensors(torch.device("cpu"))).unique(sorted=True)
         breaks = (columns.diff() > 1).nonzero().flatten() + 1
         yield [[int(part[0]), int(part[-1]) + 1] for part in columns.tensor_split(breaks.tolist()) if len(part)]
-
-
-def row_bytes(cache: PrunedCache, row: int, rows: int) -> tuple[int, int]:
-    """K/V bytes that one row of a branch would have with a full cache, and has."""
-    full = kept = 0
-    for layer in cache.layers:
-        if isinstance(layer, ReFreeKVLayer):
-            full += layer.get_seq_length() * layer.entry_bytes
-            kept += layer.row_bytes()[row]
-        else:
-            full += (held := _held(layer) // rows)
-            kept += held
-    return full, kept
 
 
 def _dense_layer(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -59,7 +59,7 @@ class AdaKV(FixedBudget):
         return self.around().probe_plan(n)
 
     def scores(self, view: LayerView) -> Tensor:
-        return self.around().scores(view)
+        return self.around().scored(view)
 
     def at_least(self) -> int:
         return self.around().at_least()

@@ -1,7 +1,9 @@
 """What a policy is: what to probe, and what to keep of one layer."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -56,8 +58,9 @@ class LayerView:
         ``[B, H, k, n]`` float32 attention of the probed queries, oldest query first; None if
         the plan asked for none. ``k`` is smaller than planned on short prompts. Where a row of
         the batch has fewer probes than ``k``, rows of zeros are in their place.
-    layer : int
-        Index among the layers that may be pruned (the full-attention layers).
+    layer : int or Tensor
+        Index among the layers that may be pruned (the full-attention layers). Integer ``[B, 1]``
+        where each row is another layer of one prompt: measuring asks for many layers at once.
     layers : int
         Number of such layers.
     visible : Tensor or None
@@ -72,10 +75,11 @@ class LayerView:
     values: Tensor
     valid: Tensor | None
     rows: Tensor | None
-    layer: int
+    layer: int | Tensor
     layers: int
     visible: Tensor | None = None
     queries: Tensor | None = None
+    _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def real(self) -> Tensor:
@@ -99,7 +103,7 @@ class LayerView:
             raise ValueError("this policy's probe_plan asks for no attention rows, yet select reads them")
         return self.rows
 
-    @property
+    @cached_property
     def mean_row(self) -> Tensor:
         """``[B, H, n]``: the probe rows averaged, each position over the rows that see it."""
         rows = self.probe
@@ -110,6 +114,28 @@ class LayerView:
             return mean_over_visible_rows(rows, self.visible)
         columns = torch.arange(length - probes, length, device=rows.device)
         return mean_over_visible_rows(rows, causal_visibility(self.real, columns))
+
+    def last(self, rows: int) -> "LayerView":
+        """The same layer with the last ``rows`` probed queries only: what a plan that asks for fewer is shown."""
+        if rows == 0:
+            return replace(self, rows=None, visible=None, queries=None)
+        if self.rows is None or self.rows.shape[2] <= rows:
+            return self
+        return replace(
+            self,
+            rows=self.rows[:, :, -rows:],
+            visible=None if self.visible is None else self.visible[..., -rows:, :],
+            queries=None if self.queries is None else self.queries[:, :, -rows:],
+        )
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gives, computed for the first one that asks under ``key``.
+
+        For numbers that several policies can share that look at the same layer.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
 
 
 class Policy(ABC):

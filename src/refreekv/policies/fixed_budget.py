@@ -1,7 +1,7 @@
 """What the policies share that keep a given number of entries: a score, a budget, the best."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,8 +51,12 @@ class FixedBudget(Policy):
         del budget
         return newest(real, 1)
 
+    def scored(self, view: LayerView) -> Tensor:
+        """`scores`, which policies that differ in nothing but their budget share."""
+        return view.once(replace(self, size=1, ratio=None), lambda: self.scores(view))
+
     def select(self, view: LayerView) -> Selection:
-        scores = self.scores(view)
+        scores = self.scored(view)
         real = real_groups(view, scores)
         budget = self.budget(view, real)
         return Selection(keep_best(scores.expand_as(real), budget, real, self.first(real, budget)))

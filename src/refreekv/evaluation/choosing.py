@@ -1,0 +1,227 @@
+"""What many policies keep of one prompt, decided for many layers at once.
+
+Policies look at a batch row by row, so that the layers of one prompt can be the rows of a
+batch: thirty layers cost as many kernel launches as one. Policies with one probe plan share
+what they are shown, and the last queries are probed once for all plans.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from refreekv.cache.columns import Columns
+from refreekv.cache.pruning import AttentionCall, Entries, KeptRow, Queries, layer_view, select
+from refreekv.core.selection import CutSelection, Selection
+from refreekv.policies import LayerView, Policy, ProbePlan
+
+ROWS = {"cuda": 2**28, "cpu": 2**24}
+"""Probed attention (float32) that exists at once, by kind of device."""
+
+Asked = Mapping[str, Policy | None]
+"""Names to policies; None stands for the full cache."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What policies need to see of one layer of a single prompt.
+
+    Attributes
+    ----------
+    call : AttentionCall
+        Its ``query`` and ``mask`` are of no use any more.
+    keys, values : Tensor
+        ``[1, H_kv, n, D]``.
+    queries : dict
+        Probe plans to the queries that they ask for.
+    """
+
+    call: AttentionCall
+    keys: Tensor
+    values: Tensor
+    queries: dict[ProbePlan, Queries]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What policies keep of each layer of one prompt, on the device.
+
+    Attributes
+    ----------
+    names : dict
+        The policies' names to their rows.
+    length : int
+        Tokens of the prompt.
+    masks : list of Tensor or None
+        By layer, boolean ``[P, H_kv, n]``; None if all policies keep everything.
+    alike : list of set of str
+        By layer, the policies whose KV heads all keep the same positions.
+    """
+
+    names: dict[str, int]
+    length: int
+    masks: list[Tensor | None]
+    alike: list[set[str]]
+
+    def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
+        """The mask of one layer for some policies, in their order."""
+        mask = self.masks[layer]
+        if mask is None or list(self.names) == list(names):
+            return mask
+        return mask[[self.names[name] for name in names]]
+
+    def counts(self, names: Sequence[str]) -> list[list[list[int]]]:
+        """Entries kept, by policy, layer and KV head (one number where heads are alike)."""
+        masks = [self.keep(layer, names) for layer in range(len(self.masks))]
+        # One wait for the device, not one a layer.
+        device = next((mask.device for mask in masks if mask is not None), torch.device("cpu"))
+        everything = torch.full((len(names), 1), self.length, device=device)
+        numbers = [everything if mask is None else mask.sum(-1).to(device) for mask in masks]
+        table = torch.cat(numbers, dim=1).tolist()
+        found = []
+        for name, row in zip(names, table, strict=True):
+            values = iter(row)
+            heads = [[next(values) for _ in range(number.shape[1])] for number in numbers]
+            found.append([one[:1] if name in same else one for one, same in zip(heads, self.alike, strict=True)])
+        return found
+
+    def rows(self, layer: int, names: Sequence[str]) -> list[KeptRow]:
+        """What policies keep of one layer as a cache layer takes it; waits for the device."""
+        mask = self.keep(layer, names)
+        if mask is None:
+            return [KeptRow(Columns.of_ranges((0, self.length)), (self.length,))] * len(names)
+        found = []
+        for name, heads in zip(names, mask, strict=True):
+            distinct = heads[:1] if name in self.alike[layer] else heads
+            columns = tuple(head.nonzero()[:, 0].int() for head in distinct)
+            found.append(KeptRow(Columns(heads=columns), (self.length,) * len(columns)))
+        return found
+
+
+def plans_of(asked: Iterable[Policy | None], length: int) -> list[ProbePlan]:
+    """The plans that serve all policies on a layer of ``length`` entries: one for all that look at the end only."""
+    plans = {policy.probe_plan(length) for policy in asked if policy is not None and policy.frozen_layers != "all"}
+    last = [plan for plan in plans if not plan.spread]
+    rows = max((plan.rows for plan in last), default=0)
+    others = sorted(plans.difference(last), key=lambda plan: (plan.rows, plan.spread, plan.queries))
+    return [ProbePlan(rows=rows, queries=any(plan.queries for plan in last)), *others]
+
+
+def capture(plans: Sequence[ProbePlan], call: AttentionCall, entries: Entries) -> Captured:
+    """What plans need of one layer; nothing in it holds on to the queries of the whole prompt."""
+    queries = {}
+    for plan in plans:
+        if plan.count:
+            planned = entries.queries.planned(plan)
+            queries[plan] = replace(planned, states=planned.states.clone())
+    call = replace(call, query=call.query[:, :, :0], mask=None)
+    return Captured(call, entries.keys, entries.values, queries)
+
+
+def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
+    """Ask policies what they keep of a prompt's layers. Does not wait for the device.
+
+    Raises
+    ------
+    ValueError
+        A selection of the wrong shape.
+    """
+    masks: list[Tensor | None] = []
+    alike: list[set[str]] = []
+    while len(masks) < len(layers):
+        group = _group(layers[len(masks) :])
+        kept, same = _choose(asked, group, len(masks), len(layers))
+        masks += kept
+        alike += same
+    names = {name: row for row, name in enumerate(asked)}
+    return Choice(names, layers[0].keys.shape[2], masks, alike)
+
+
+def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
+    """The leading layers that are alike, as many as the memory for probes allows."""
+
+    def form(layer: Captured) -> object:
+        call = layer.call
+        return layer.keys.shape, layer.values.shape, layer.keys.device, call.scaling, call.softcap
+
+    first = layers[0]
+    probed = max((one.states.shape[1] * one.states.shape[2] for one in first.queries.values()), default=1)
+    device, length = first.keys.device.type, first.keys.shape[2]
+    most = max(1, ROWS.get(device, ROWS["cpu"]) // (probed * length))
+    different = next((at for at, layer in enumerate(layers) if form(layer) != form(first)), len(layers))
+    return layers[: min(different, most)]
+
+
+def _choose(
+    asked: Asked, group: Sequence[Captured], start: int, layers: int
+) -> tuple[list[Tensor | None], list[set[str]]]:
+    """Masks ``[P, H_kv, n]`` of some layers, the first of which is number ``start``, and whose heads are alike."""
+    count, kv_heads, length = len(group), group[0].keys.shape[1], group[0].keys.shape[2]
+    chosen: dict[str, Selection | CutSelection | None] = dict.fromkeys(asked)
+    plans: dict[ProbePlan, dict[str, Policy]] = {}
+    frozen = dict.fromkeys(asked, count)
+    for name, policy in asked.items():
+        if policy is not None:
+            frozen[name] = sum(policy.freezes(start + at) for at in range(count))
+            if frozen[name] < count:
+                plans.setdefault(policy.probe_plan(length), {})[name] = policy
+    for plan, view in _views(list(plans), group, start, layers):
+        for name, policy in plans[plan].items():
+            chosen[name] = select(policy, view)
+    shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
+    alike = [shared | {name for name in asked if at < frozen[name]} for at in range(count)]
+    if all(one is None for one in chosen.values()):
+        return [None] * count, alike
+    real = torch.ones(count, length, dtype=torch.bool, device=group[0].keys.device)
+    masks = torch.stack([mask.expand(count, kv_heads, length) for mask in _masks(list(chosen.values()), real)])
+    for row, name in enumerate(asked):
+        if chosen[name] is not None and frozen[name]:
+            masks[row, : frozen[name]] = True
+    return list(masks.unbind(1)), alike
+
+
+def _views(
+    plans: Sequence[ProbePlan], group: Sequence[Captured], start: int, layers: int
+) -> Iterator[tuple[ProbePlan, LayerView]]:
+    """Plans and what policies are shown for them, layers as rows."""
+    last = [plan for plan in plans if not plan.spread]
+    if last:
+        most = next(iter(group[0].queries), ProbePlan())
+        whole = _view(ProbePlan() if most.spread else most, group, start, layers)
+        for plan in last:
+            yield plan, whole.last(plan.rows)
+    for plan in plans:
+        if plan not in last:
+            yield plan, _view(plan, group, start, layers)
+
+
+def _view(plan: ProbePlan, group: Sequence[Captured], start: int, layers: int) -> LayerView:
+    first = group[0]
+    keys, values = (torch.cat([getattr(one, name) for one in group]) for name in ("keys", "values"))
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    queries = Queries(first.call.query, columns[None, :0], None, columns[None, :0])
+    if plan.count:
+        queries = replace(first.queries[plan], states=torch.cat([one.queries[plan].states for one in group]))
+    sinks = [one.call.sink_logits for one in group]
+    stacked = torch.stack([one for one in sinks if one is not None]) if None not in sinks else None
+    index: int | Tensor = start
+    if len(group) > 1:
+        index = torch.arange(start, start + len(group), device=keys.device)[:, None]
+    call = replace(first.call, sink_logits=stacked)
+    return layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers)
+
+
+def _masks(chosen: Sequence[Selection | CutSelection | None], real: Tensor) -> list[Tensor]:
+    """Boolean ``[L, G, n]`` each; cuts with equally many sinks are made together."""
+    cuts: dict[int, list[int]] = {}
+    masks = [real[:, None] if one is None else one.keep if isinstance(one, Selection) else None for one in chosen]
+    for index, one in enumerate(chosen):
+        if isinstance(one, CutSelection):
+            cuts.setdefault(one.sinks, []).append(index)
+    for sinks, indices in cuts.items():
+        cut = torch.cat([one.cut for index in indices if isinstance(one := chosen[index], CutSelection)])
+        together = CutSelection(cut, sinks).mask(real.repeat(len(indices), 1))
+        for index, mask in zip(indices, together.split(len(real)), strict=True):
+            masks[index] = mask
+    return [mask for mask in masks if mask is not None]

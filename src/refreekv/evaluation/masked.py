@@ -1,0 +1,127 @@
+"""Many policies over one prompt's keys and values, told apart by masks: exact, and nothing is copied.
+
+Attention over what a policy keeps of the prompt and over the tokens after it is one softmax
+in two parts: products with the prompt's keys, which all policies share and which are one
+matrix product for all of them, and products with each policy's own new keys. The parts
+share their maximum and their sum, so that the result is the softmax over both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from refreekv.cache.layer import TAG
+from refreekv.core.probes import wide_product
+
+LOGITS = {"cuda": 2**28, "cpu": 2**24}
+"""Attention logits (float32) over the prompt that exist at once, by kind of device."""
+
+
+class MaskedLayer(DynamicLayer):
+    """One layer's prompt, shared by the rows of a batch, each of which sees what its policy keeps.
+
+    Good for one call: what it brings is attended to and not stored.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``[1, H_kv, n, D]``.
+    keep : Tensor or None
+        Boolean ``[P, H_kv, n]``, a row each; None: all see everything.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._hidden = None if keep is None else ~keep
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new entries back, tagged so that attention comes here."""
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attention of a call's queries over the shared prompt and, causally, over the call's own tokens.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[P, H, q, D]``, position-encoded.
+        key, value : Tensor
+            ``[P, H_kv, q, D]``: the call's own.
+        scaling, softcap, s_aux
+            As in `refreekv.core.probes.attention_rows` (``s_aux``: its ``sink_logits``).
+
+        Returns
+        -------
+        Tensor
+            ``[P, q, H, Dv]``.
+        """
+        rows, heads, queries, dim = query.shape
+        kv_heads = key.shape[1]
+        assert self.keys is not None
+        size = heads * queries * (self.keys.shape[2] + queries)
+        step = max(1, LOGITS.get(query.device.type, LOGITS["cpu"]) // size)
+        scaling = dim**-0.5 if scaling is None else scaling
+        sink = None if s_aux is None else s_aux.float().view(1, kv_heads, heads // kv_heads, 1)
+        parts = [
+            self._part(slice(at, at + step), query, key, value, scaling, softcap, sink) for at in range(0, rows, step)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _part(
+        self,
+        rows: slice,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sink: Tensor | None,
+    ) -> Tensor:
+        assert self.keys is not None
+        assert self.values is not None
+        query, key, value = query[rows], key[rows], value[rows]
+        count, heads, queries, dim = query.shape
+        kv_heads, length = key.shape[1], self.keys.shape[2]
+        group = heads // kv_heads
+        grouped = query.reshape(count, kv_heads, group * queries, dim)
+
+        # [1, H_kv, P * group * q, n]: the policies are as many more queries of one batch row.
+        shared = grouped.transpose(0, 1).reshape(1, kv_heads, count * group * queries, dim)
+        before = wide_product(shared, self.keys).view(kv_heads, count, group * queries, length).mul_(scaling)
+        own = wide_product(grouped, key).transpose(0, 1).mul_(scaling)
+        if softcap is not None:
+            before = before.div_(softcap).tanh_().mul_(softcap)
+            own = own.div_(softcap).tanh_().mul_(softcap)
+        if self._hidden is not None:
+            before.masked_fill_(self._hidden[rows].transpose(0, 1)[:, :, None], float("-inf"))
+        future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
+        own = own.masked_fill_(future.repeat(group, 1), float("-inf"))
+
+        largest = torch.maximum(before.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
+        if sink is not None:
+            logits = sink.permute(1, 0, 2, 3).expand(-1, -1, -1, queries).reshape(kv_heads, 1, group * queries, 1)
+            largest = torch.maximum(largest, logits)
+        before, own = before.sub_(largest).exp_(), own.sub_(largest).exp_()
+        total = before.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
+        if sink is not None:
+            total = total + (logits - largest).exp()
+        weights = before.view(1, kv_heads, count * group * queries, length).to(value.dtype)
+        output = wide_product(weights, self.values.transpose(2, 3)).view(kv_heads, count, group * queries, -1)
+        output = output + wide_product(own.to(value.dtype).transpose(0, 1), value.transpose(2, 3)).transpose(0, 1)
+        output = (output / total).view(kv_heads, count, group, queries, -1)
+        return output.permute(1, 3, 0, 2, 4).reshape(count, queries, heads, -1).to(query.dtype)
