@@ -69,7 +69,9 @@ class Browser:
         messages = [entry["message"] for entry in console if entry["level"] in ("SEVERE", "WARNING")]
         events = [json.loads(entry["message"])["message"] for entry in events]
         sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return messages + [url for url in sent if not url.startswith(("file:", "data:", "chrome:"))]
+        return messages + [
+            url for url in sent if not url.startswith(("file:", "data:", "chrome:", "chrome-untrusted:"))
+        ]
 
     def close(self):
         try:

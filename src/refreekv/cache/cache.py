@@ -105,6 +105,22 @@ class PrunedCache(DynamicCache):
         self.state.clear()
         super().reset()
 
+    def kept_ranges(self, row: int = 0) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
+        """Which tokens each full-attention layer still holds for one row of the batch.
+
+        Returns
+        -------
+        list of tuple of tuple of (int, int)
+            By layer, then by KV head (one entry where all heads hold the same): ascending
+            half-open ranges of logical columns, generated tokens and padding before pruning
+            included.
+        """
+        self.state.settle()
+        return [
+            (((0, layer.get_seq_length()),),) if layer.ragged is None else layer.columns(row).as_ranges()
+            for layer in self.pruned_layers
+        ]
+
     @property
     def report(self) -> CompressionReport:
         """What is kept and what it saves, now."""

@@ -56,6 +56,12 @@ class Columns:
         longest = max(self.counts)
         return torch.stack([torch.nn.functional.pad(head, (longest - len(head), 0)) for head in heads])
 
+    def as_ranges(self) -> tuple[tuple[Range, ...], ...]:
+        """As half-open ranges, one tuple for all KV heads together or one for each."""
+        if self.ranges is not None:
+            return (self.ranges,)
+        return tuple(_runs(head) for head in self.heads)
+
     def for_heads(self, kv_heads: int) -> tuple[int, ...]:
         """Entries of each of ``kv_heads`` KV heads."""
         return self.counts * kv_heads if len(self.counts) == 1 else self.counts
@@ -96,6 +102,17 @@ def pieces(entries: Tensor, kept: Columns) -> list[Piece]:
     if len(kept.heads) == 1:
         return [entries.index_select(1, kept.heads[0])]
     return [[head.index_select(0, index) for head, index in zip(entries, kept.heads, strict=True)]]
+
+
+def _runs(index: Tensor) -> tuple[Range, ...]:
+    """The runs of an ascending index."""
+    columns = index.cpu().long()
+    if not len(columns):
+        return ()
+    breaks = (columns.diff() > 1).nonzero().flatten()
+    starts = columns[torch.cat([breaks.new_zeros(1), breaks + 1])]
+    stops = columns[torch.cat([breaks, breaks.new_tensor([len(columns) - 1])])] + 1
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def _compose(outer: Sequence[Range], inner: Sequence[Range]) -> list[Range]:

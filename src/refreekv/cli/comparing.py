@@ -1,8 +1,7 @@
 """The full cache and a policy on the same prompt."""
 
-import contextlib
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import refreekv
@@ -25,12 +24,15 @@ class Comparison:
         With the full cache, and with the policy.
     report : CompressionReport
         What the policy kept, at the end of its run.
+    kept : list
+        Which positions are then held, as `PrunedCache.kept_ranges` gives them.
     """
 
     prompt_tokens: int
     full: Run
     compressed: Run
     report: refreekv.CompressionReport
+    kept: list[tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=list)
 
     @property
     def first_difference(self) -> int | None:
@@ -64,16 +66,14 @@ def compare(
     """
     prompt_tokens = inputs["input_ids"].shape[1]
     reading = f"reading {prompt_tokens:,} tokens"
-    with contextlib.ExitStack() as stack, refusals():
-        stack.enter_context(refreekv.compress(loaded.model, policy))  # refuse before the long work
+    with refusals():
+        refreekv.ReFreeKVCache(loaded.model, policy)  # refuse before the long work
     console = stderr_console()
     with waiting(console, "Warming up"):
         running.generate(loaded, {name: value[:, :32] for name, value in inputs.items()}, max_new_tokens=2)
     with counting(console, "Full cache", reading, max_new_tokens) as advance:
         full = running.generate(loaded, inputs, max_new_tokens=max_new_tokens, on_token=advance)
-    with (
-        counting(console, policy.name, reading, max_new_tokens) as advance,
-        refreekv.compress(loaded.model, policy) as session,
-    ):
-        compressed = running.generate(loaded, inputs, max_new_tokens=max_new_tokens, on_token=advance)
-    return Comparison(prompt_tokens, full, compressed, session.report)
+    cache = refreekv.ReFreeKVCache(loaded.model, policy)
+    with counting(console, policy.name, reading, max_new_tokens) as advance:
+        compressed = running.generate(loaded, inputs, max_new_tokens=max_new_tokens, on_token=advance, cache=cache)
+    return Comparison(prompt_tokens, full, compressed, cache.report, cache.kept_ranges())

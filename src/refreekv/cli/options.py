@@ -4,6 +4,21 @@ from typing import Annotated
 
 import typer
 
+from refreekv.engines.transformers import DEFAULT_POLICY
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "ChatOption",
+    "DeviceOption",
+    "DtypeOption",
+    "JsonOption",
+    "MaxNewTokensOption",
+    "ModelOption",
+    "PolicyOption",
+    "PromptFileOption",
+    "TrustOption",
+]
+
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="MODEL", help="A local folder, a .gguf file, or a model id of the hub.")
 ]
@@ -34,6 +49,10 @@ DtypeOption = Annotated[
 
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps … auto: a GPU where there is one.")
+]
+
+ChatOption = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Use the chat template or not. Default: if there is one.")
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]

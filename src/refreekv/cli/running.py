@@ -56,6 +56,7 @@ def generate(
     max_new_tokens: int,
     on_token: Callable[[], None] | None = None,
     stream: Any = None,
+    cache: "Cache | None" = None,
 ) -> Run:
     """Generate greedily from one prompt.
 
@@ -71,6 +72,8 @@ def generate(
         Called at each new token.
     stream : TextStreamer, optional
         Is handed the tokens as they come.
+    cache : Cache, optional
+        What to generate with; by default what `generate` makes itself.
     """
     import torch
 
@@ -79,13 +82,14 @@ def generate(
     settings = copy.deepcopy(model.generation_config)
     # What only sampling and beams read goes, or transformers warns that it is not used.
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+    settings.update(repetition_penalty=1.0, no_repeat_ngram_size=0)  # greedy, also for models that say otherwise
     settings.update(max_length=None, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     if settings.pad_token_id is None:
         settings.pad_token_id = loaded.tokenizer.pad_token_id or 0  # one prompt: nothing is padded
     clock = _Clock(on_token, stream)
     with torch.inference_mode(), quiet_transformers():
         begin = time.perf_counter()
-        output: Any = model.generate(**inputs, generation_config=settings, streamer=clock)
+        output: Any = model.generate(**inputs, generation_config=settings, streamer=clock, past_key_values=cache)
     tokens = output.sequences[0, prompt_tokens:].tolist()
     first, steps = clock.times[0], [after - before for before, after in itertools.pairwise(clock.times)]
     return Run(

@@ -9,6 +9,7 @@ import refreekv
 from refreekv.cli import prompts
 from refreekv.cli.app import UserError, app, refusals
 from refreekv.cli.options import (
+    DEFAULT_POLICY,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -38,7 +39,7 @@ def demo(
         ),
     ] = None,
     prompt_file: PromptFileOption = None,
-    policy: PolicyOption = "refreekv",
+    policy: PolicyOption = DEFAULT_POLICY,
     max_new_tokens: MaxNewTokensOption = 48,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",

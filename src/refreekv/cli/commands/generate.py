@@ -11,6 +11,8 @@ import refreekv
 from refreekv.cli import prompts
 from refreekv.cli.app import app, refusals
 from refreekv.cli.options import (
+    DEFAULT_POLICY,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -27,14 +29,11 @@ def generate(
     model: ModelOption,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: PromptFileOption = None,
-    policy: PolicyOption = "refreekv",
+    policy: PolicyOption = DEFAULT_POLICY,
     max_new_tokens: MaxNewTokensOption = 128,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template or not. Default: if there is one."),
-    ] = None,
+    chat: ChatOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
