@@ -13,7 +13,7 @@ def device():
 
 
 # The interpreter keeps bfloat16 as integers and multiplies those in tl.dot: it cannot be the judge.
-DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+DTYPES = [torch.float16] + ([torch.bfloat16, torch.float32] if torch.cuda.is_available() else [])
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 

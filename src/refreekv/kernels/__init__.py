@@ -14,7 +14,7 @@ from refreekv.core import reductions
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels import ops
 
-__all__ = ["ProbeReductions", "available", "probe_reductions"]
+__all__ = ["ProbeReductions", "append", "available", "gather", "move", "probe_reductions", "ragged_decode"]
 
 
 @functools.cache
@@ -59,3 +59,90 @@ def probe_reductions(
         softcap=softcap,
         sink_logits=sink_logits,
     )
+
+
+def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+    """Put new entries behind each segment's last one, in place.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``; of a ring, ``q`` must not exceed the capacity.
+    table : Tensor
+        See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
+    """
+    ops.append(keys, values, table)
+
+
+def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: int, longest: int) -> None:
+    """Fill segments with chosen entries of dense keys and values; the table says how many.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``[B, H_kv, n, D]`` and ``[B, H_kv, n, Dv]``.
+    table : Tensor
+        See `kernels.table`.
+    spans : Tensor
+        ``[segments, 3]`` int64: ``(0, first, skip)`` takes the entries ``0 .. first - 1`` and then
+        those from ``first + skip`` on; ``(address, first, 0)`` those that the ``first`` int32
+        numbers at ``address`` name, and then those from ``end`` on.
+    end : int
+        See ``spans``.
+    longest : int
+        Entries of the longest segment.
+    """
+    ops.gather(keys, values, table, spans, end, longest)
+
+
+def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, longest: int) -> None:
+    """Copy entries segment by segment, as many as both tables' lengths allow.
+
+    Parameters
+    ----------
+    source, target : Tensor
+        See `kernels.table`.
+    key_bytes, value_bytes : int
+        Of one entry; multiples of 8.
+    longest : int
+        Entries of the longest segment.
+    """
+    ops.move(source, target, key_bytes, value_bytes, longest)
+
+
+def ragged_decode(
+    query: Tensor,
+    table: Tensor,
+    *,
+    value_size: int,
+    scaling: float | None = None,
+    window: int = 0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a row over segments of any lengths.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[B, H, 1, D]``; the heads of a group, ``H / H_kv`` of them, share a segment.
+    table : Tensor
+        See `kernels.table`; ``B * H_kv`` segments of the type of ``query``. A segment without
+        entries gives zeros.
+    value_size : int
+        Head size ``Dv`` of the values.
+    scaling : float, optional
+        Factor on the logits; ``D ** -0.5`` if None.
+    window : int
+        Only this many last entries are seen; 0 means all.
+    softcap, sinks
+        As ``softcap`` and ``sink_logits`` in `core.probes.attention_rows`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, 1, H, Dv]``, as attention functions return it.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: Tensor = ops.ragged_decode(query, table, value_size, scaling, window, softcap, sinks)
+    return out

@@ -5,10 +5,13 @@ and mutations they stay whole inside torch.compile and CUDA graphs. Triton is im
 first CUDA tensor arrives.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from refreekv.core import reductions
+from refreekv.kernels import reference
 
 
 @torch.library.custom_op("refreekv::probe_reductions", mutates_args=())
@@ -41,13 +44,78 @@ def probe_reductions_op(
 
 
 @probe_reductions_op.register_kernel("cuda")
-def _(query, key, *rest):
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from refreekv.kernels.probe import launch_probe_reductions
 
     return launch_probe_reductions(query, key, *rest)
 
 
 @probe_reductions_op.register_fake
-def _(query, key, *rest):
-    shape = key.shape[:3]
-    return tuple(key.new_empty(shape, dtype=torch.float32) for _ in range(3))
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    peak, mean, squares = key.new_empty(3, *key.shape[:3], dtype=torch.float32)
+    return peak, mean, squares
+
+
+@torch.library.custom_op("refreekv::append", mutates_args=("table",))
+def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+    """`kernels.append`. The memory behind the table changes as well: who reads it, reads the table."""
+    reference.append(keys, values, table)
+
+
+@append.register_kernel("cuda")
+def _(keys: Tensor, values: Tensor, table: Tensor) -> None:
+    from refreekv.kernels.storage import launch_append
+
+    launch_append(keys, values, table)
+
+
+@torch.library.custom_op("refreekv::gather", mutates_args=("table",))
+def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+    """`kernels.gather`."""
+    reference.gather(keys, values, table, spans, end)
+
+
+@gather.register_kernel("cuda")
+def _(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+    from refreekv.kernels.storage import launch_gather
+
+    launch_gather(keys, values, table, spans, end, longest)
+
+
+@torch.library.custom_op("refreekv::move", mutates_args=("target",))
+def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
+    """`kernels.move`."""
+    reference.move(source, target, key_bytes, value_bytes)
+
+
+@move.register_kernel("cuda")
+def _(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
+    from refreekv.kernels.storage import launch_move
+
+    launch_move(source, target, key_bytes, value_bytes, longest)
+
+
+@torch.library.custom_op("refreekv::ragged_decode", mutates_args=())
+def ragged_decode(
+    query: Tensor,
+    table: Tensor,
+    value_size: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`kernels.ragged_decode`."""
+    return reference.ragged_decode(query, table, value_size, scaling, window, softcap, sinks)
+
+
+@ragged_decode.register_kernel("cuda")
+def _(query: Tensor, table: Tensor, value_size: int, *rest: Any) -> Tensor:
+    from refreekv.kernels.decode import launch_ragged_decode
+
+    return launch_ragged_decode(query, table, value_size, *rest)
+
+
+@ragged_decode.register_fake
+def _(query: Tensor, table: Tensor, value_size: int, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value_size)

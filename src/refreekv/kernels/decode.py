@@ -1,0 +1,196 @@
+"""Decode attention over ragged segments in Triton: every kept byte is read once.
+
+The keys of all segments, in blocks, are one list; each program takes an equal share of it,
+wherever segments begin and end in there. So long and short heads cost what they hold, and the grid
+is the same at any length: one CUDA graph serves all. A program leaves one partial softmax for each
+segment it touches, at slot ``program + segment`` (which no other pair shares, as both only grow
+along the list); a second kernel joins them.
+
+A segment is a line of the table that `core.arena` describes: key address, value address, length,
+capacity.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.kernels.probe import LOG2E, _capped
+
+BLOCK_N = 64
+"""Keys of one block, the unit that work is shared out in."""
+
+PROGRAMS_PER_MULTIPROCESSOR = 3
+
+
+@triton.jit
+def _held(table, segment, segments, window):
+    """Entries that a query sees of each segment; ``window`` 0 means all."""
+    length = tl.load(table + segment * 4 + 2, segment < segments, 0)
+    held = tl.minimum(length, tl.load(table + segment * 4 + 3, segment < segments, 0))
+    return tl.where(window > 0, tl.minimum(held, window), held).to(tl.int32)
+
+
+@triton.jit
+def _decode_kernel(
+    query, table, out, denominators,
+    segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    all_segments = tl.arange(0, BLOCK_S)
+    held = _held(table, all_segments, segments, window)
+    blocks = (held + BLOCK - 1) // BLOCK
+    ends = tl.cumsum(blocks, 0)
+    work = tl.sum(blocks, 0)
+    # No share is empty, so that every slot between a segment's first and last one is written. In 64
+    # bits: blocks times programs may pass 2 ** 31 on long batches.
+    shares = tl.maximum(tl.minimum(tl.num_programs(0), work), 1).to(tl.int64)
+    block = (tl.minimum(program, shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(program + 1, shares) * work // shares).to(tl.int32)
+    head = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    pointer = tl.pointer_type(query.dtype.element_ty)
+    while block < stop:
+        segment = tl.sum((ends <= block).to(tl.int32), 0)
+        mine = all_segments == segment
+        end = tl.sum(tl.where(mine, ends, 0), 0)
+        first = end - tl.sum(tl.where(mine, blocks, 0), 0)
+        visible = tl.sum(tl.where(mine, held, 0), 0)
+        upto = tl.minimum(stop, end)
+        # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
+        keys = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
+        values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+        stored = tl.minimum(tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)).to(tl.int32)
+        skipped = stored - visible
+        row = (segment // kv_heads).to(tl.int64)
+        heads = (segment % kv_heads) * group + head
+        q = tl.load(
+            query + row * sq_b + heads[:, None] * sq_h + d[None, :], (head < group)[:, None] & (d < HEAD)[None, :], 0.0
+        )
+        highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        result = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
+        for start in range((block - first) * BLOCK, (upto - first) * BLOCK, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            inside = n < visible
+            line = skipped + n
+            k = tl.load(keys + line[None, :] * HEAD + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
+            v = tl.load(values + line[:, None] * VALUE + dv[None, :], inside[:, None] & (dv < VALUE)[None, :], 0.0)
+            logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+            # A block holds at least one entry, so this is finite from the first one on.
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            p = tl.exp2(logits - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(p, 1)
+            result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            highest = higher
+        slot = (program + segment) * group + head
+        tl.store(denominators + slot, highest + tl.log2(total), head < group)
+        tl.store(
+            out + slot[:, None] * VALUE + dv[None, :],
+            result / total[:, None],
+            (head < group)[:, None] & (dv < VALUE)[None, :],
+        )
+        block = upto
+
+
+@triton.jit
+def _join_kernel(
+    partial, denominators, table, sinks, out,
+    segments, kv_heads, group, window, programs,
+    VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One query head: its partial results, weighted by their shares of the softmax."""
+    segment, head = tl.program_id(0), tl.program_id(1)
+    all_segments = tl.arange(0, BLOCK_S)
+    blocks = (_held(table, all_segments, segments, window) + BLOCK - 1) // BLOCK
+    work = tl.sum(blocks, 0)
+    end = tl.sum(tl.where(all_segments <= segment, blocks, 0), 0)
+    first = end - tl.sum(tl.where(all_segments == segment, blocks, 0), 0)
+    # The programs whose shares hold the segment's first and last block.
+    some = tl.maximum(work, 1)
+    shares = tl.minimum(programs, some).to(tl.int64)
+    low = ((first + 1) * shares + some - 1) // some - 1
+    high = (end * shares + some - 1) // some
+    low, high = low.to(tl.int32), tl.where(end > first, high, low).to(tl.int32)
+    dv = tl.arange(0, BLOCK_V)
+    if HAS_SINKS:
+        highest = tl.load(sinks + (segment % kv_heads) * group + head).to(tl.float32) * LOG2E
+        total = highest * 0.0 + 1.0
+    else:
+        highest = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+    result = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(low, high, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)
+        real = program < high
+        slot = (program + segment).to(tl.int64) * group + head
+        share = tl.load(denominators + slot, real, float("-inf"))
+        part = tl.load(partial + slot[:, None] * VALUE + dv[None, :], real[:, None] & (dv < VALUE)[None, :], 0.0)
+        higher = tl.maximum(highest, tl.max(share, 0))
+        weight = tl.exp2(share - higher)
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(weight, 0)
+        result = result * shrink + tl.sum(part * weight[:, None], 0)
+        highest = higher
+    # A segment without entries has no result but zero.
+    result = tl.where(total > 0, result / tl.where(total > 0, total, 1.0), 0.0)
+    line = (segment.to(tl.int64) * group + head) * VALUE
+    tl.store(out + line + dv, result.to(out.dtype.element_ty), dv < VALUE)
+
+
+def launch_ragged_decode(
+    query: Tensor,
+    table: Tensor,
+    value_size: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    programs: int | None = None,
+) -> Tensor:
+    """Run both kernels; parameters as in `kernels.ragged_decode`, without defaults.
+
+    ``programs`` is how many programs share the keys; None: as many as the device runs at once.
+    """
+    batch, heads, _, head_size = query.shape
+    segments = table.shape[0]
+    kv_heads = segments // batch
+    group = heads // kv_heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if programs is None:
+        programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device)
+    slots = programs + segments
+    partial = torch.empty(slots, group, value_size, dtype=torch.float32, device=query.device)
+    denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, 1, heads, value_size, dtype=query.dtype, device=query.device)
+    block_s = triton.next_power_of_2(max(segments, 2))
+    block_v = max(16, triton.next_power_of_2(value_size))
+    window = max(window, 0)
+    _decode_kernel[(programs,)](
+        query, table, partial, denominators, segments, kv_heads, group, window, scaling,
+        1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
+        HEAD=head_size, VALUE=value_size, BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_V=block_v,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=BLOCK_N, BLOCK_S=block_s, HAS_CAP=softcap is not None,
+        num_warps=4, num_stages=3 if query.element_size() * (head_size + value_size) <= 512 else 2,
+    )  # fmt: skip
+    _join_kernel[(segments, group)](
+        partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
+        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=BLOCK_N, BLOCK_S=block_s, BLOCK_P=16,
+        HAS_SINKS=sinks is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small number for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

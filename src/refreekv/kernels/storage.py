@@ -1,0 +1,121 @@
+"""Moving entries into, within and between segments of an arena, in Triton.
+
+A segment is a line of the table that `core.arena` describes: key address, value address, length,
+capacity.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _append_kernel(
+    keys, values, table, tokens, kv_heads,
+    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+    length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    pointer = tl.pointer_type(keys.dtype.element_ty)
+    key_out = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
+    value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+    # A segment without room, of a row that is finished, takes nothing.
+    taken = tl.where(capacity > 0, tokens, 0)
+    for start in range(0, tokens, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        real = t < taken
+        line = (length + t) % tl.maximum(capacity, 1)
+        source = t.to(tl.int64)
+        k = keys + row * sk_b + head * sk_h + source[:, None] * sk_n + d[None, :]
+        v = values + row * sv_b + head * sv_h + source[:, None] * sv_n + dv[None, :]
+        in_key, in_value = real[:, None] & (d < HEAD)[None, :], real[:, None] & (dv < VALUE)[None, :]
+        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key), in_key)
+        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value), in_value)
+    # All threads have read the length before any of them gets here.
+    tl.debug_barrier()
+    tl.store(table + segment * 4 + 2, length + taken)
+
+
+@triton.jit
+def _gather_kernel(
+    keys, values, table, spans, end, kv_heads,
+    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1)
+    row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+    length = tl.load(table + segment * 4 + 2)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.program_id(0) * BLOCK_T < length:
+        real = t < length
+        index = tl.load(spans + segment * 3)
+        first, skip = tl.load(spans + segment * 3 + 1), tl.load(spans + segment * 3 + 2)
+        # With an index ``first`` is its length and the entries from ``end`` on follow; else a gap follows.
+        indexed = tl.where(index != 0, tl.minimum(first, length), 0)
+        behind = tl.where(index != 0, end - first, skip)
+        listed = tl.load(index.to(tl.pointer_type(tl.int32)) + t, t < indexed, 0)
+        source = tl.where(t < indexed, listed.to(tl.int64), tl.where(t < first, t, t + behind))
+        d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+        pointer = tl.pointer_type(keys.dtype.element_ty)
+        key_out = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
+        value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+        k = keys + row * sk_b + head * sk_h + source[:, None] * sk_n + d[None, :]
+        v = values + row * sv_b + head * sv_h + source[:, None] * sv_n + dv[None, :]
+        in_key, in_value = real[:, None] & (d < HEAD)[None, :], real[:, None] & (dv < VALUE)[None, :]
+        line = t.to(tl.int64)
+        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key), in_key)
+        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value), in_value)
+
+
+@triton.jit
+def _move_kernel(source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr):
+    """Copy what both tables' segments hold, as 8-byte words."""
+    segment = tl.program_id(1)
+    length = tl.minimum(tl.load(source + segment * 4 + 2), tl.load(target + segment * 4 + 2))
+    word = tl.program_id(0).to(tl.int64) * LANE + tl.arange(0, LANE)
+    pointer = tl.pointer_type(tl.int64)
+    for part in tl.static_range(2):
+        words = length * (KEY_BYTES if part == 0 else VALUE_BYTES) // 8
+        if tl.program_id(0).to(tl.int64) * LANE < words:
+            old = tl.multiple_of(tl.load(source + segment * 4 + part).to(pointer), 16)
+            new = tl.multiple_of(tl.load(target + segment * 4 + part).to(pointer), 16)
+            tl.store(new + word, tl.load(old + word, word < words), word < words)
+
+
+def _lines_first(entries: Tensor) -> Tensor:
+    return entries if entries.stride(-1) == 1 else entries.contiguous()
+
+
+def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+    """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
+    keys, values = _lines_first(keys), _lines_first(values)
+    head, value = keys.shape[-1], values.shape[-1]
+    _append_kernel[(table.shape[0],)](
+        keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
+        HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
+        BLOCK_T=1 if keys.shape[2] == 1 else 16, num_warps=1 if keys.shape[2] == 1 else 4,
+    )  # fmt: skip
+
+
+def launch_gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+    """Fill segments from dense ``[B, H_kv, n, D]``; parameters as in `kernels.gather`."""
+    keys, values = _lines_first(keys), _lines_first(values)
+    head, value = keys.shape[-1], values.shape[-1]
+    block = 64
+    _gather_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
+        keys, values, table, spans, end, keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
+        HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
+        BLOCK_T=block, num_warps=8,
+    )  # fmt: skip
+
+
+def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
+    """Copy the entries of each segment of one table to that of another; bytes are those of one entry."""
+    lane = 2048
+    blocks = triton.cdiv(max(longest, 1) * max(key_bytes, value_bytes) // 8, lane)
+    _move_kernel[(blocks, source.shape[0])](
+        source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
+    )

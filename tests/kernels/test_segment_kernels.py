@@ -1,0 +1,212 @@
+"""Append, gather, move and decode attention over segments: kernels and references against float64."""
+
+import pytest
+import torch
+
+from refreekv.kernels import ops, reference
+from refreekv.kernels.decode import launch_ragged_decode
+from refreekv.kernels.reference import decode_segment
+from refreekv.kernels.storage import launch_append, launch_gather, launch_move
+
+POISON = float("nan")
+
+
+class Segments:
+    """Segments in storage of their own, poisoned wherever nothing was written."""
+
+    def __init__(self, lengths, sizes, dtype, device, room=0, capacities=None):
+        self.lengths = list(lengths)
+        self.capacities = capacities or [length + room for length in lengths]
+        self.keys, self.values = (
+            [torch.full((c, size), POISON, dtype=dtype, device=device) for c in self.capacities] for size in sizes
+        )
+        lines = zip(self.keys, self.values, self.lengths, self.capacities, strict=True)
+        self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, c] for k, v, n, c in lines], device=device)
+
+    def fill(self):
+        for tensors in (self.keys, self.values):
+            for part, length in zip(tensors, self.lengths, strict=True):
+                part[:length].normal_()
+        return self
+
+
+def run(which, device, kernel, plain, *arguments):
+    """Either the kernel or what the CPU uses."""
+    if which == "reference" and device == "cuda":
+        pytest.skip("the reference works in host memory")
+    return kernel(*arguments) if which == "kernel" else plain(*arguments)
+
+
+LENGTHS = {
+    "empty": [0, 0, 0, 0],
+    "one": [1, 1],
+    "31": [31] * 2,
+    "32": [32] * 2,
+    "33": [33] * 2,
+    "mixed": [0, 1, 31, 200, 64, 65, 0, 129],
+    "last empty": [70, 3, 0, 0],
+    "long": [4096, 17],
+}
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_decode_equals_float64(lengths, group, which, dtype, close, device):
+    check_decode(lengths, which, dtype, close, device, group=group)
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"head_size": 80, "value_size": 80},
+        {"head_size": 96, "value_size": 96},
+        {"head_size": 128, "value_size": 128},
+        {"head_size": 256, "value_size": 256},
+        {"head_size": 96, "value_size": 64},
+        {"window": 40},
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"sinks": True, "softcap": 5.0, "window": 64, "group": 5},
+        {"programs": 1},
+        {"programs": 37},
+        {"programs": 100},
+    ],
+    ids=str,
+)
+def test_decode_settings_equal_float64(setting, which, dtype, close, device):
+    check_decode(LENGTHS["mixed"], which, dtype, close, device, **setting)
+
+
+def check_decode(
+    lengths, which, dtype, close, device, *, group=4, head_size=64, value_size=64,
+    window=0, softcap=None, sinks=False, programs=None,
+):  # fmt: skip
+    kv_heads = 2
+    batch = len(lengths) // kv_heads
+    segments = Segments(lengths, (head_size, value_size), dtype, device, room=5).fill()
+    heads = kv_heads * group
+    # A view of what a projection writes, with other heads in between.
+    query = torch.randn(batch, 1, 2 * heads, head_size, device=device).to(dtype).transpose(1, 2)[:, ::2]
+    logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
+    arguments = (query, segments.table, value_size, 0.2, window, softcap, logits)
+    extra = (programs,) if which == "kernel" else ()
+    got = run(which, device, launch_ragged_decode, reference.ragged_decode, *arguments, *extra)
+    want = torch.zeros(batch, 1, heads, value_size, dtype=torch.float64, device=device)
+    for segment, length in enumerate(lengths):
+        row, head = divmod(segment, kv_heads)
+        start = max(0, length - window) if window else 0
+        mine = slice(head * group, (head + 1) * group)
+        want[row, 0, mine] = decode_segment(
+            query[row, mine, 0].double(),
+            segments.keys[segment][start:length].double(),
+            segments.values[segment][start:length].double(),
+            0.2,
+            softcap,
+            None if logits is None else logits[mine].double(),
+        )
+    assert got.dtype == dtype
+    close(got, want)
+
+
+def test_decode_reads_a_ring(dtype, close, device):
+    """More entries written than there is room for: the last ones are there, in any order."""
+    segments = Segments([50, 9], (64, 64), dtype, device, capacities=[32, 32])
+    segments.lengths = [32, 9]
+    segments.fill()
+    query = torch.randn(1, 2, 1, 64, device=device).to(dtype)
+    got = launch_ragged_decode(query, segments.table, 64, 0.125, 0, None, None)
+    want = torch.stack(
+        [
+            decode_segment(query[0, h].double(), k[:n].double(), v[:n].double(), 0.125, None, None)
+            for h, (k, v, n) in enumerate(zip(segments.keys, segments.values, [32, 9], strict=True))
+        ]
+    )
+    close(got[0, 0], want[:, 0])
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_append_writes_behind_what_is_there(tokens, which, device):
+    lengths = [0, 1, 31, 7, 0, 12]
+    segments = Segments(lengths, (80, 64), torch.float16, device, capacities=[45, 41, 80, 47, 0, 60]).fill()
+    before = [(k.clone(), v.clone()) for k, v in zip(segments.keys, segments.values, strict=True)]
+    new_keys = torch.randn(3, tokens, 2, 80, device=device).half().transpose(1, 2)
+    new_values = torch.randn(3, 2, tokens, 64, device=device).half()
+    run(which, device, launch_append, reference.append, new_keys, new_values, segments.table)
+    for segment, length in enumerate(lengths):
+        row, head = divmod(segment, 2)
+        grown = 0 if segment == 4 else tokens
+        assert int(segments.table[segment, 2]) == length + grown
+        for stored, old, new in zip(
+            (segments.keys[segment], segments.values[segment]), before[segment], (new_keys, new_values), strict=True
+        ):
+            want = old.clone()
+            want[length : length + grown] = new[row, head][:grown]
+            torch.testing.assert_close(stored, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_append_goes_round_a_ring(which, device):
+    segments = Segments([0, 0], (64, 64), torch.float16, device, capacities=[8, 8])
+    entries = torch.randn(1, 2, 21, 64, device=device).half()
+    for t in range(21):
+        new = entries[:, :, t : t + 1]
+        run(which, device, launch_append, reference.append, new, -new, segments.table)
+    assert segments.table[:, 2].tolist() == [21, 21]
+    for head in range(2):
+        for t in range(13, 21):
+            assert torch.equal(segments.keys[head][t % 8], entries[0, head, t])
+            assert torch.equal(segments.values[head][t % 8], -entries[0, head, t])
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_gather_takes_ranges_and_indices(which, device):
+    n, end = 150, 140
+    keys = torch.randn(2, n, 2, 80, device=device).half().transpose(1, 2)
+    values = torch.randn(2, 2, n, 64, device=device).half()
+    some = torch.sort(torch.randperm(end)[:70]).values.to(torch.int32).to(device)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    tail = torch.arange(end, n)
+    wanted = [
+        torch.cat([torch.arange(4), torch.arange(60, n)]),
+        torch.cat([some.cpu().long(), tail]),
+        torch.arange(33, n),
+        tail,
+    ]
+    spans = [(0, 4, 56), (some.data_ptr(), 70, 0), (0, 0, 33), (none.data_ptr(), 0, 0)]
+    if none.data_ptr() == 0:
+        # Nothing listed and nothing before the tail: a gap from the start says the same.
+        spans[3] = (0, 0, end)
+    segments = Segments([len(w) for w in wanted], (80, 64), torch.float16, device, room=3)
+    arguments = (keys, values, segments.table, torch.tensor(spans, device=device), end)
+    extra = (max(segments.lengths),) if which == "kernel" else ()
+    run(which, device, launch_gather, reference.gather, *arguments, *extra)
+    for segment, index in enumerate(wanted):
+        row, head = divmod(segment, 2)
+        index = index.to(device)
+        assert torch.equal(segments.keys[segment][: len(index)], keys[row, head][index])
+        assert torch.equal(segments.values[segment][: len(index)], values[row, head][index])
+        assert segments.keys[segment][len(index) :].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_move_copies_what_both_hold(which, device):
+    old = Segments([0, 1, 300, 33], (80, 64), torch.float16, device, room=2).fill()
+    new = Segments([0, 1, 300, 20], (80, 64), torch.float16, device, room=9)
+    arguments = (old.table, new.table, 160, 128)
+    extra = (300,) if which == "kernel" else ()
+    run(which, device, launch_move, reference.move, *arguments, *extra)
+    for segment, length in enumerate(new.lengths):
+        assert torch.equal(new.keys[segment][:length], old.keys[segment][:length])
+        assert torch.equal(new.values[segment][:length], old.values[segment][:length])
+        assert new.keys[segment][length:].isnan().all()
+
+
+def test_the_operators_are_what_torch_expects_of_them():
+    segments = Segments([5, 9], (16, 16), torch.float32, "cpu", room=3).fill()
+    entry = torch.randn(1, 2, 1, 16)
+    decode = (entry, segments.table, 16, 0.25, 0, None, None)
+    torch.library.opcheck(ops.ragged_decode, decode, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.append, (entry, entry, segments.table), test_utils=("test_schema", "test_faketensor"))
