@@ -128,6 +128,19 @@ def test_generate_follows_the_policy_and_its_parameters(run, folder):
     assert [row["kept"] for layer in layers for row in layer["rows"]] == [9] * 4
 
 
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_kept_entries_can_be_stored_quantised(run, folder, tmp_path, command):
+    (tmp_path / "prompt").write_text(PROMPT)
+    common = (command, "--model", str(folder), "--prompt-file", str(tmp_path / "prompt"), "--max-new-tokens", "4")
+    plain, stored = (json.loads(run(*common, "--json", *more).out) for more in ((), ("--kv-dtype", "int8:recent=8")))
+    assert (plain["kv_dtype"], stored["kv_dtype"]) == (None, "int8:recent=8")
+    assert stored["report"]["bytes_before"] == plain["report"]["bytes_before"]
+    assert stored["report"]["bytes_after"] < plain["report"]["bytes_after"]
+    assert stored["report"]["budget"] == plain["report"]["budget"]
+    shown = run(*common, "--kv-dtype", "int8:recent=8")
+    assert "int8:recent=8" in shown.out + shown.err
+
+
 def test_prompt_from_file_and_from_stdin(run, folder, tmp_path, monkeypatch):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT, encoding="utf-8")

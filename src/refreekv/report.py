@@ -86,12 +86,15 @@ class CompressionReport:
         All layers that hold keys and values, in the model's order.
     index_bytes : int
         Bytes of the position indices that the cache holds beside K/V.
+    kv_dtype : str or None
+        The number format of what is kept; None: the model's own.
     """
 
     policy: str
     tokens: int
     layers: tuple[LayerReport, ...]
     index_bytes: int = 0
+    kv_dtype: str | None = None
 
     @property
     def prunable(self) -> tuple[LayerReport, ...]:
@@ -117,6 +120,7 @@ class CompressionReport:
         """All fields and totals as plain types, ready for JSON."""
         return {
             "policy": self.policy,
+            "kv_dtype": self.kv_dtype,
             "tokens": self.tokens,
             "budget": self.budget,
             "bytes_before": self.bytes_before,
@@ -135,8 +139,9 @@ class CompressionReport:
     def __str__(self) -> str:
         if not self.prunable:
             return f"{self.policy}: nothing in the cache yet"
+        stored = f" in {self.kv_dtype}" if self.kv_dtype is not None else ""
         lines = [
-            f"{self.policy}: kept {self.budget:.1%} of the prompt, K/V {format_bytes(self.bytes_before)} -> "
+            f"{self.policy}: kept {self.budget:.1%} of the prompt{stored}, K/V {format_bytes(self.bytes_before)} -> "
             f"{format_bytes(self.bytes_after)} at {self.tokens} tokens"
         ]
         lines += [

@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.cache.layer import ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
+from refreekv.core.quantisation import KVDtype
 from refreekv.policies import Policy
 from refreekv.report import CompressionReport, LayerReport, RowReport
 
@@ -27,14 +28,16 @@ class PrunedCache(DynamicCache):
         The model's configuration.
     policy : Policy
         Decides what each layer keeps.
+    kv_dtype : str, KVDtype or None
+        How what is kept is stored, such as ``"int4"``; None: in the model's precision.
 
     Raises
     ------
     ValueError
-        If the model is an encoder-decoder or has no full-attention layer.
+        Unknown ``kv_dtype``, or the model is an encoder-decoder or has no full-attention layer.
     """
 
-    def __init__(self, config: PreTrainedConfig, policy: Policy):
+    def __init__(self, config: PreTrainedConfig, policy: Policy, kv_dtype: str | KVDtype | None = None):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{config.model_type} is an encoder-decoder model; refreekv supports decoder-only models")
@@ -42,13 +45,14 @@ class PrunedCache(DynamicCache):
             raise ValueError(
                 f"{text.model_type} shares keys and values between layers; pruning one layer would change the others"
             )
+        self.kv_dtype = KVDtype.parse(kv_dtype)
         super().__init__(config=text)
         self.kinds: list[str] = getattr(text, "layer_types", None) or [_kind(layer) for layer in self.layers]
         self.state = PromptState(policy)
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
             if type(layer) is DynamicLayer:
-                self.layers[index] = ReFreeKVLayer(index, self.state.layers, self.state)
+                self.layers[index] = ReFreeKVLayer(index, self.state.layers, self.state, self.kv_dtype)
                 self.state.layers += 1
         if not self.state.layers:
             kinds = ", ".join(sorted(set(self.kinds))) if self.layers else "none"
@@ -134,6 +138,7 @@ class PrunedCache(DynamicCache):
                 if isinstance(layer, CacheLayerMixin)
             ),
             index_bytes=sum(layer.index_bytes for layer in self.pruned_layers),
+            kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
         )
 
 
@@ -157,7 +162,7 @@ def _layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
         )
         for record, held in zip(layer.records, layer.row_bytes(), strict=False)
     )
-    held = sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
+    held = layer.held_bytes
     full = layer.batch * layer.get_seq_length() * layer.entry_bytes
     return LayerReport(index, kind, rows, bytes_before=full, bytes_after=held)
 

@@ -20,7 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from refreekv.cache.columns import Columns, pieces
 from refreekv.cache.masks import mask_for_columns, valid_columns
 from refreekv.cache.prompt import PromptState
-from refreekv.cache.pruning import AttentionCall, Decision, Entries, Queries, decide
+from refreekv.cache.pruning import AttentionCall, Decision, Entries, KeptRow, Queries, decide
+from refreekv.cache.quantised import QuantisedKV
+from refreekv.core.quantisation import KVDtype
 from refreekv.core.ragged import RaggedKV
 
 TAG = "_refreekv_layer"
@@ -61,12 +63,15 @@ class ReFreeKVLayer(DynamicLayer):
     ragged : RaggedKV or None
         The storage once something was evicted; ``keys`` and ``values`` are then its flat
         tensors ``[entries, D]``.
+    kv_dtype : KVDtype or None
+        How what is kept is stored; None: in the precision it came in.
     records : list of RowRecord
         Outcome of the last pruning, one a row; empty before the first.
     """
 
-    def __init__(self, index: int, ordinal: int, state: PromptState):
+    def __init__(self, index: int, ordinal: int, state: PromptState, kv_dtype: KVDtype | None = None):
         super().__init__()
+        self.kv_dtype = kv_dtype
         self.index = index
         self.ordinal = ordinal
         self.state = state
@@ -238,20 +243,30 @@ class ReFreeKVLayer(DynamicLayer):
             )
             for row, gone in zip(chosen, evicted, strict=True)
         ]
-        if all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen):
+        everything = all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
+        if everything and self.kv_dtype is None:
             return
-        columns, keys, values = [], [], []
-        for row, (kept, (key, value)) in enumerate(zip(chosen, self._stored_rows(), strict=True)):
-            device = key.device
-            if self.ragged is not None:
-                columns.append(self.columns(row).take(kept.columns, device))
-            else:
-                columns.append(kept.columns.owned())
+        device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
+        columns = [
+            kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
+            for row, kept in enumerate(chosen)
+        ]
+        if isinstance(self.ragged, QuantisedKV):
+            storage: RaggedKV = self.ragged.keep([kept.columns for kept in chosen], behind)
+        else:
+            storage = self._compacted(chosen, behind)
+        self._columns, self._pruned_length = columns, self._length - behind
+        self._store(storage)
+
+    def _compacted(self, chosen: Sequence[KeptRow], behind: int) -> RaggedKV:
+        """What is kept, and the last ``behind`` entries, in storage of their own."""
+        keys, values = [], []
+        for kept, (key, value) in zip(chosen, self._stored_rows(), strict=True):
             stored = key.shape[1] - behind
             keys.append([*pieces(key, kept.columns), key[:, stored:]])
             values.append([*pieces(value, kept.columns), value[:, stored:]])
-        self._columns, self._pruned_length = columns, self._length - behind
-        self._store(RaggedKV.from_pieces(keys, values))
+        storage = RaggedKV.from_pieces(keys, values)
+        return storage if self.kv_dtype is None else QuantisedKV.of(self.kv_dtype, storage)
 
     def _stored_rows(self) -> list[tuple[Tensor, Tensor]]:
         """Each row's keys and values as stored, ``[H_kv, L, D]`` views."""
@@ -365,7 +380,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     @property
     def entry_bytes(self) -> int:
-        """K/V bytes of one token of one row, over all KV heads."""
+        """K/V bytes of one token of one row, over all KV heads, in the precision of the model."""
         if self._length == 0:
             return 0
         keys, values = self.dense if self.ragged is None else (self.ragged.keys, self.ragged.values)
@@ -381,8 +396,15 @@ class ReFreeKVLayer(DynamicLayer):
     def row_bytes(self) -> list[int]:
         """K/V bytes held for each row."""
         if self.ragged is not None:
-            return [sum(lengths) * self.entry_bytes // self.kv_heads for lengths in self.ragged.lengths]
+            return [self.ragged.row_nbytes(row) for row in range(self.batch)]
         return [self._length * self.entry_bytes] * self.batch
+
+    @property
+    def held_bytes(self) -> int:
+        """K/V bytes that the layer's storages really hold on to."""
+        if self.ragged is not None:
+            return self.ragged.nbytes
+        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
 
     @property
     def index_bytes(self) -> int:

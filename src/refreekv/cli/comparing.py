@@ -53,9 +53,14 @@ class Comparison:
 
 
 def compare(
-    loaded: Loaded, inputs: dict[str, Any], policy: refreekv.policies.Policy, *, max_new_tokens: int
+    loaded: Loaded,
+    inputs: dict[str, Any],
+    policy: refreekv.policies.Policy,
+    *,
+    max_new_tokens: int,
+    kv_dtype: refreekv.KVDtype | None = None,
 ) -> Comparison:
-    """Generate with the full cache, then with ``policy``; what is compared is only the cache.
+    """Generate with the full cache, then with ``policy`` and ``kv_dtype``; what is compared is only the cache.
 
     A few tokens are run beforehand, so that neither pays for the first use of the model.
 
@@ -67,13 +72,13 @@ def compare(
     prompt_tokens = inputs["input_ids"].shape[1]
     reading = f"reading {prompt_tokens:,} tokens"
     with refusals():
-        refreekv.ReFreeKVCache(loaded.model, policy)  # refuse before the long work
+        refreekv.ReFreeKVCache(loaded.model, policy, kv_dtype=kv_dtype)  # refuse before the long work
     console = stderr_console()
     with waiting(console, "Warming up"):
         running.generate(loaded, {name: value[:, :32] for name, value in inputs.items()}, max_new_tokens=2)
     with counting(console, "Full cache", reading, max_new_tokens) as advance:
         full = running.generate(loaded, inputs, max_new_tokens=max_new_tokens, on_token=advance)
-    cache = refreekv.ReFreeKVCache(loaded.model, policy)
+    cache = refreekv.ReFreeKVCache(loaded.model, policy, kv_dtype=kv_dtype)
     with counting(console, policy.name, reading, max_new_tokens) as advance:
         compressed = running.generate(loaded, inputs, max_new_tokens=max_new_tokens, on_token=advance, cache=cache)
     return Comparison(prompt_tokens, full, compressed, cache.report, cache.kept_ranges())

@@ -36,6 +36,15 @@ PolicyOption = Annotated[
     ),
 ]
 
+KVDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        metavar="fp8|int8|int4[:recent=N]",
+        help="Store what is kept quantised, but for the newest entries. Default: as the model computes it.",
+    ),
+]
+
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Tokens to generate at most.")]
 
 DtypeOption = Annotated[

@@ -54,6 +54,16 @@ class RaggedKV:
         """Whether all KV heads of a row hold equally many entries."""
         return len(set(self.lengths[row])) == 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storages really hold on to."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's entries."""
+        width = self.keys.shape[-1] + self.values.shape[-1]
+        return sum(self.lengths[row]) * width * self.keys.element_size()
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
         shape = (len(self.lengths), self.kv_heads, self.lengths[0][0])

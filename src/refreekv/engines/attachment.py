@@ -180,7 +180,8 @@ class Attachment:
                 if implementation not in (None, "dynamic"):
                     raise ValueError(
                         f"cache_implementation={implementation!r} cannot be combined with refreekv: static, quantised "
-                        "and offloaded caches have no room for pruning; leave it out"
+                        "and offloaded caches have no room for pruning; leave it out (quantised storage: "
+                        "compress(model, kv_dtype='int4'))"
                     )
                 kwargs.pop("cache_implementation", None)
                 cache = kwargs["past_key_values"] = self.sessions[-1].new_cache()

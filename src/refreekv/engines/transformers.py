@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from refreekv.cache import PrunedCache
+from refreekv.core.quantisation import KVDtype
 from refreekv.engines.attachment import Attachment
 from refreekv.policies import Policy, resolve
 from refreekv.report import CompressionReport
@@ -30,13 +31,16 @@ class ReFreeKVCache(PrunedCache):
         The model that the cache is for.
     policy : str or Policy
         A policy or the name of one (see ``refreekv.policies.available()``).
+    kv_dtype : str, KVDtype or None
+        ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
+        entries. None: in the model's precision.
     **parameters
         Parameters of a policy given by name.
 
     Raises
     ------
     ValueError
-        Unknown policy, parameter out of range, or a model that cannot be pruned.
+        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
     TypeError
         Unknown parameter, or not a model.
 
@@ -46,10 +50,17 @@ class ReFreeKVCache(PrunedCache):
     >>> out = model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel, policy: str | Policy = DEFAULT_POLICY, **parameters: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = DEFAULT_POLICY,
+        *,
+        kv_dtype: str | KVDtype | None = None,
+        **parameters: Any,
+    ):
         resolved = resolve(policy, **parameters)
         check_model(model)
-        super().__init__(model.config, resolved)
+        super().__init__(model.config, resolved, kv_dtype)
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -72,14 +83,17 @@ class CompressionSession:
     ----------
     policy : Policy
         What decides on what to keep.
+    kv_dtype : KVDtype or None
+        How what is kept is stored.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy):
+    def __init__(self, model: PreTrainedModel, policy: Policy, kv_dtype: KVDtype | None = None):
         self.policy = policy
+        self.kv_dtype = kv_dtype
         self._model = model
         # Weak: the session must not keep a finished answer's keys and values alive.
         self._latest: weakref.ref[PrunedCache] | None = None
-        self._snapshot = CompressionReport(str(policy), 0, ())
+        self._snapshot = CompressionReport(str(policy), 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
 
     @property
     def cache(self) -> PrunedCache | None:
@@ -96,7 +110,7 @@ class CompressionSession:
 
     def new_cache(self) -> PrunedCache:
         """A cache for a call that brings none."""
-        cache = PrunedCache(self._model.config, self.policy)
+        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype)
         cache.bind(self._model)
         self._latest = weakref.ref(cache)
         return cache
@@ -109,7 +123,11 @@ class CompressionSession:
 
 @contextmanager
 def compress(
-    model: PreTrainedModel, policy: str | Policy = DEFAULT_POLICY, **parameters: Any
+    model: PreTrainedModel,
+    policy: str | Policy = DEFAULT_POLICY,
+    *,
+    kv_dtype: str | KVDtype | None = None,
+    **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
 
@@ -123,6 +141,9 @@ def compress(
         A decoder-only model that goes through transformers' attention interface.
     policy : str or Policy
         A policy or the name of one (see ``refreekv.policies.available()``).
+    kv_dtype : str, KVDtype or None
+        ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
+        entries. None: in the model's precision.
     **parameters
         Parameters of a policy given by name.
 
@@ -134,7 +155,7 @@ def compress(
     Raises
     ------
     ValueError
-        Unknown policy, parameter out of range, or a model that cannot be pruned.
+        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
     TypeError
         Unknown parameter, or not a model.
 
@@ -144,7 +165,7 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=200)
     >>> print(kv.report)  # doctest: +SKIP
     """
-    session = CompressionSession(model, resolve(policy, **parameters))
+    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype))
     check_model(model)
     PrunedCache(model.config, session.policy)  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)

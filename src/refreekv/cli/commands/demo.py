@@ -13,6 +13,7 @@ from refreekv.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KVDtypeOption,
     MaxNewTokensOption,
     PolicyOption,
     PromptFileOption,
@@ -40,6 +41,7 @@ def demo(
     ] = None,
     prompt_file: PromptFileOption = None,
     policy: PolicyOption = DEFAULT_POLICY,
+    kv_dtype: KVDtypeOption = None,
     max_new_tokens: MaxNewTokensOption = 48,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -55,6 +57,7 @@ def demo(
     running.check_max_new_tokens(max_new_tokens)
     with refusals():
         parsed = refreekv.policies.parse(policy)
+        stored = refreekv.KVDtype.parse(kv_dtype)
     given = prompts.read(None, prompt_file) if prompt_file is not None else None
     source = loading.find_demo_model() if model is None else loading.find(model)
     loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -63,7 +66,7 @@ def demo(
         inputs = prompts.encode(loaded, given, chat=None, max_new_tokens=max_new_tokens)
     else:
         name, inputs = _documentation(loaded, max_new_tokens)
-    result = comparing.compare(loaded, inputs, parsed, max_new_tokens=max_new_tokens)
+    result = comparing.compare(loaded, inputs, parsed, max_new_tokens=max_new_tokens, kv_dtype=stored)
 
     about = {
         "model": loaded.name,
@@ -73,7 +76,9 @@ def demo(
         "prompt": name,
     }
     if as_json:
-        typer.echo(json.dumps({"refreekv": refreekv.__version__, **about, **result.to_dict()}, indent=2))
+        typer.echo(
+            json.dumps({"refreekv": refreekv.__version__, **about, "kv_dtype": kv_dtype, **result.to_dict()}, indent=2)
+        )
         return
     from rich.console import Console
 
@@ -83,6 +88,7 @@ def demo(
         "Model": f"{about['model']}, {about['dtype']} on {about['device']}",
         "Prompt": f"{name} ({result.prompt_tokens:,} tokens)",
         "Policy": about["policy"],
+        **({} if stored is None else {"Stored in": str(stored)}),
     }
     console = Console(highlight=False)
     console.print(views.header(facts), "", views.comparison(console.width, loaded, result, parsed.name), sep="\n")

@@ -16,6 +16,7 @@ from refreekv.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KVDtypeOption,
     MaxNewTokensOption,
     ModelOption,
     PolicyOption,
@@ -30,6 +31,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: PromptFileOption = None,
     policy: PolicyOption = DEFAULT_POLICY,
+    kv_dtype: KVDtypeOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -47,6 +49,7 @@ def generate(
     running.check_max_new_tokens(max_new_tokens)
     with refusals():
         parsed = refreekv.policies.parse(policy)
+        stored = refreekv.KVDtype.parse(kv_dtype)
     text = prompts.read(prompt, prompt_file)
     source = loading.find(model)
     loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -56,7 +59,7 @@ def generate(
     streaming = sys.stdout.isatty() and not as_json
     with contextlib.ExitStack() as stack:
         with refusals():
-            session = stack.enter_context(refreekv.compress(loaded.model, parsed))
+            session = stack.enter_context(refreekv.compress(loaded.model, parsed, kv_dtype=stored))
         stream = None
         if streaming:
             from transformers import TextStreamer
@@ -75,6 +78,7 @@ def generate(
         result = {
             "model": loaded.name,
             "policy": report.policy,
+            "kv_dtype": report.kv_dtype,
             "prompt_tokens": prompt_tokens,
             "text": run.text,
             "tokens": run.tokens,
