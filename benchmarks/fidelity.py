@@ -1,24 +1,31 @@
 """Fidelity of many policies on one model, without the command line's extras.
 
     python benchmarks/fidelity.py MODEL --data-dir DIR --suite peers --limit 10 --out results.jsonl
+    python benchmarks/fidelity.py MODEL --data-dir DIR --plan benchmarks/plans/results.toml --out results.jsonl
     python benchmarks/fidelity.py --random llama-1.5b --text-tokens 6500 --limit 300 --suite peers --out speed.jsonl
 
-The first form measures a model (a folder with a .gguf file or a checkpoint, or a hub id) on
-task families. The second one measures speed alone: random weights of a named shape and random
-tokens, whose fidelity means nothing. Both can be stopped and started again.
+The first two forms measure a model (a .gguf file, a folder with one or with a checkpoint, or a
+hub id) on task families; a plan file says how many samples of which, and which policies. The
+last one measures speed alone: random weights of a named shape and random tokens, whose fidelity
+means nothing. All can be stopped and started again, also by ``--time-limit``; families take
+turns, so that a run cut short has seen all of them.
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
+import tomllib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from refreekv.evaluation import runner, summary, sweeps
+from refreekv.evaluation import runner, store, summary, sweeps
+from refreekv.evaluation.encoding import encode
 from refreekv.evaluation.fidelity import Bench
 from refreekv.evaluation.samples import Sample
 
@@ -79,17 +86,19 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
         model.generation_config.eos_token_id = None
         return model, NumberTokenizer(), f"{arguments.random}, random weights"
     place, common, of_model = Path(arguments.model), {}, {}
-    files = sorted(place.glob("*.gguf")) if place.is_dir() else []
+    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     if files:
+        place = files[0].parent
         common["gguf_file"] = files[0].name
         of_model["quantization_config"] = GgufConfig(dequantize=True)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **common)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **common, **of_model)
+    source = str(place) if files else arguments.model
+    tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **of_model)
     return model.to(arguments.device).eval(), tokenizer, files[0].name if files else place.name
 
 
-def samples_of(arguments: argparse.Namespace) -> list[Sample]:
-    """Random ones of lengths up to the limit, or those of the families."""
+def samples_of(arguments: argparse.Namespace, plan: "Plan", tokenizer: Any) -> list[Sample]:
+    """Random ones of lengths up to the limit, or those of the families, which take turns."""
     if arguments.random:
         rng = random.Random(arguments.seed)
         lengths = [rng.randint(arguments.text_tokens // 4, arguments.text_tokens) for _ in range(arguments.limit)]
@@ -98,13 +107,72 @@ def samples_of(arguments: argparse.Namespace) -> list[Sample]:
         return [Sample(str(index), "random", text) for index, text in enumerate(texts)]
     from refreekv.evaluation import families
 
-    found: list[Sample] = []
-    for name in families.split([arguments.families]) if arguments.families else families.names():
+    found: list[list[Sample]] = []
+    for name, count in plan.families.items():
         try:
-            found += families.load(name, data_dir=arguments.data_dir, limit=arguments.limit, seed=arguments.seed)
+            every = families.load(name, data_dir=arguments.data_dir, seed=plan.seed, **_limit(name, count))
         except families.DataMissing as error:
             print(f"not run: {name}: {error}")
-    return found
+            continue
+        # The same samples for any count: more are added behind. Too long ones are passed over.
+        random.Random(f"{name}/{plan.seed}").shuffle(every)
+        fitting = (sample for sample in every if _fits(tokenizer, sample, plan.max_tokens))
+        found.append(list(itertools.islice(fitting, count)))
+        if len(found[-1]) < count:
+            print(f"{name}: {len(found[-1])} samples of at most {plan.max_tokens:,} tokens, not {count}")
+    return [sample for turn in itertools.zip_longest(*found) for sample in turn if sample is not None]
+
+
+def _limit(name: str, count: int) -> dict[str, int]:
+    """Generated families are made to length, and say how many; of data all is looked through."""
+    from refreekv.evaluation import families, stress
+
+    return {"limit": count} if families.parse(name)[0] in stress.FAMILIES else {}
+
+
+def _fits(tokenizer: Any, sample: Sample, max_tokens: int) -> bool:
+    # A token has more than one character: far longer texts need not be tokenized.
+    return len(sample.prompt) < 20 * max_tokens and len(encode(tokenizer, sample).context) <= max_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: the contents of a plan file, or what the arguments say.
+
+    Attributes
+    ----------
+    families : dict
+        Samples of each family.
+    policies, suites : list of str
+        As for ``refreekv eval``.
+    max_tokens, continuation, seed : int
+        As for ``refreekv eval``.
+    """
+
+    families: dict[str, int] = field(default_factory=dict)
+    policies: list[str] = field(default_factory=list)
+    suites: list[str] = field(default_factory=list)
+    max_tokens: int = runner.MAX_TOKENS
+    continuation: int = 48
+    seed: int = 0
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Plan":
+        """The plan file with what the arguments add, or the arguments alone."""
+        if arguments.plan is not None:
+            plan = cls(**tomllib.loads(arguments.plan.read_text(encoding="utf-8")))
+            return replace(plan, policies=[*plan.policies, *arguments.policy], suites=[*plan.suites, *arguments.suite])
+        from refreekv.evaluation import families
+
+        names = families.split([arguments.families]) if arguments.families else families.names()
+        return cls(
+            dict.fromkeys(names, arguments.limit),
+            arguments.policy or ([] if arguments.suite else ["refreekv"]),
+            arguments.suite,
+            arguments.max_tokens,
+            arguments.continuation,
+            arguments.seed,
+        )
 
 
 def main() -> None:
@@ -121,6 +189,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=runner.MAX_TOKENS)
     parser.add_argument("--continuation", type=int, default=48)
     parser.add_argument("--show", type=int, default=0)
+    parser.add_argument("--plan", type=Path, help="a TOML file with the fields of Plan, in place of the six above")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--together", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -133,37 +203,39 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.model) == bool(arguments.random):
         parser.error("give a model, or --random")
-    policies = sweeps.choose(arguments.policy or ([] if arguments.suite else ["refreekv"]), arguments.suite)
+    plan = Plan.of(arguments)
+    policies = sweeps.choose(plan.policies, plan.suites)
     model, tokenizer, name = load(arguments)
-    bench = Bench(model, tokenizer, name, arguments.continuation, arguments.rows, arguments.together)
-    samples = samples_of(arguments)
+    bench = Bench(model, tokenizer, name, plan.continuation, arguments.rows, arguments.together)
+    samples = samples_of(arguments, plan, tokenizer)
+    common = {"max_tokens": plan.max_tokens, "seed": plan.seed, "plan": arguments.plan.name if arguments.plan else None}
     begin, count = time.perf_counter(), 0
 
     def on_sample() -> None:
         nonlocal count
         count += 1
         seconds = time.perf_counter() - begin
-        print(f"{count}/{len(samples)} samples, {seconds / count:.2f} s each", end="\r", flush=True)
+        print(f"{count}/{len(samples)} samples, {seconds / count:.2f} s each", flush=True)
+        if arguments.time_limit and seconds > arguments.time_limit:
+            raise TimeoutError
 
-    place = str(arguments.data_dir.resolve()) if arguments.data_dir else None
-    records = runner.run(
-        bench,
-        samples,
-        policies,
-        arguments.out,
-        max_tokens=arguments.max_tokens,
-        show=arguments.show,
-        on_sample=on_sample,
-        seed=arguments.seed,
-        data_dir=place,
-    )
+    try:
+        records = runner.run(
+            bench, samples, policies, arguments.out, show=arguments.show, on_sample=on_sample, **common
+        )
+    except TimeoutError:
+        print("out of time: run the same command again to go on")
+        records = store.read(arguments.out).records
     seconds = time.perf_counter() - begin
-    tables = summary.summarize(records, seed=arguments.seed)
-    setup = runner.setup_of(bench, max_tokens=arguments.max_tokens, seed=arguments.seed, data_dir=place)
-    text = summary.markdown(tables, setup=setup)
-    print(f"\n{count} samples, {len(policies)} policies and the full cache: {seconds:.1f} s\n\n{text}")
+    print(f"\n{count} samples, {len(policies)} policies and the full cache: {seconds:.1f} s")
     if cuda:
         print(f"most memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if not records:
+        return
+    tables = summary.summarize(records, seed=plan.seed)
+    setup = runner.setup_of(bench, **common)
+    text = summary.markdown(tables, setup=setup)
+    print(text.partition("\n## ")[0] if arguments.markdown else text)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
     if arguments.json:

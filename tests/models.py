@@ -5,9 +5,13 @@ policies evict a good part of a prompt, and every evicted entry shows in the log
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -22,6 +26,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -29,6 +34,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 VOCAB = 128
 PAD = 0
@@ -123,6 +130,18 @@ def build(name: str, *, attention: str = "eager", seed: int = 0, **changes: Any)
             # Learned sinks of the size of real logits, so that leaving one out would show.
             module.sinks.data.mul_(8)
     return model.eval()
+
+
+def save_with_characters(folder: Path) -> None:
+    """A Llama and a tokenizer whose tokens are characters, to load from a folder."""
+    build("llama", attention="sdpa").save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code for code in range(2, 128)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
 
 
 def full_layers(model: PreTrainedModel) -> list[int]:

@@ -7,19 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from models import build
+from models import save_with_characters
 from refreekv.cli.commands import app
 from refreekv.evaluation import families
 from refreekv.evaluation.samples import Sample
 from refreekv.evaluation.store import read
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 POLICIES = ("--policy", "refreekv:threshold=0.1,0.3,frozen_layers=1", "--policy", "streaming-llm:ratio=0.5")
 
 
@@ -27,14 +22,7 @@ POLICIES = ("--policy", "refreekv:threshold=0.1,0.3,frozen_layers=1", "--policy"
 def folder(tmp_path_factory):
     """A model of random weights whose tokens are characters."""
     folder = tmp_path_factory.mktemp("model")
-    build("llama", attention="sdpa").save_pretrained(folder)
-    vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code for code in range(2, 128)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    save_with_characters(folder)
     return folder
 
 

@@ -224,4 +224,5 @@ def test_ablations_vary_everything_the_paper_does():
 def test_peers_are_all_policies():
     chosen = sweeps.choose(suites=["peers"])
     assert {policy.name for policy in chosen.values()} == set(policies.available()) - {"full"}
-    assert {"streaming-llm:ratio=0.25", "streaming-llm:ratio=0.5", "streaming-llm:ratio=0.75"} <= chosen.keys()
+    assert {f"streaming-llm:ratio={ratio}" for ratio in sweeps.RATIOS} <= chosen.keys()
+    assert {"top-p:p=0.9", "top-p", "refreekv:threshold=0.1"} <= chosen.keys()

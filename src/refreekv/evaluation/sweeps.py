@@ -10,7 +10,15 @@ from refreekv.policies import Policy
 FULL = "full"
 """The full cache, run a second time: the noise floor of every table."""
 
-RATIOS = (0.25, 0.5, 0.75)
+RATIOS = (0.2, 0.5, 0.75, 0.9)
+"""Budgets that policies with one are compared at."""
+
+GRIDS = {
+    "refreekv": "threshold=0.001,0.01,0.05,0.1",
+    "refreekv-heavy-hitter": "threshold=0.01,0.05,0.1",
+    "top-p": "p=0.9,0.95,0.99",
+}
+"""What moves the budget of policies without one; others of that kind are compared as they are."""
 
 
 def expand(spec: str) -> list[str]:
@@ -94,19 +102,25 @@ def _paper_ablations() -> list[str]:
         "refreekv",
         "refreekv:threshold=0.001,0.005,0.01,0.02,0.05,0.1",
         "refreekv:threshold=0.001,0.01,0.05,norm_includes_sinks=true",
-        "refreekv:probe_rows=1,2,4,8,16",
+        # k = 1 is the default.
+        "refreekv:probe_rows=2,4,8,16,32",
+        "refreekv:probe_rows=8,threshold=0.001,0.05",
         "refreekv:frozen_layers=0,1,2,3,4",
+        # Ranking by attention with the same stop, last positions always kept or not.
         "refreekv-heavy-hitter:threshold=0.01,0.05",
+        "refreekv-heavy-hitter:threshold=0.01,0.05,recent=0,probe_rows=1",
     ]
     return [one for spec in varied for one in expand(spec)]
 
 
 def _peers() -> list[str]:
-    """Every registered policy: those with a budget at a quarter, a half and three quarters, the others as they are."""
+    """Every registered policy over a grid of budgets: `RATIOS`, or what `GRIDS` says."""
     found: list[str] = []
     for name in policies.available():
-        if name != FULL:
-            found += [f"{name}:ratio={ratio}" for ratio in RATIOS] if _takes_ratio(name) else [name]
+        if _takes_ratio(name):
+            found += [f"{name}:ratio={ratio}" for ratio in RATIOS]
+        elif name != FULL:
+            found += expand(f"{name}:{GRIDS.get(name, '')}")
     return found
 
 
