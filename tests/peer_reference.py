@@ -8,6 +8,7 @@ of entries.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from reference import MaskedReference, softmax_row
 from refreekv import policies
@@ -203,6 +204,30 @@ def top_p(held, p=0.95, window=32, frozen_layers=0):
     return kept
 
 
+def gvote(held, p=0.95, samples=8, window=128, seed=0):
+    """The draws' normal weights are the library's, so that both draw the same queries."""
+    weights = torch.randn(samples, window, generator=torch.Generator().manual_seed(seed)).double().numpy()
+    kept = []
+    for g, keys in enumerate(held.keys):
+        n = len(keys)
+        mask = np.zeros(n, bool)
+        mask[n - 1] = True
+        for head in held.members(g):
+            row = held.rows(head, held.last(1))[0]
+            ranking = sorted(range(n), key=lambda j, row=row: (-row[j], -j))
+            count = 1
+            while count < n and sum(row[ranking[:count]]) < p * sum(row):
+                count += 1
+            queries = held.queries[head][held.last(window)]
+            mean = queries.mean(0)
+            for weight in weights:
+                own = weight[window - len(queries) :]
+                drawn = mean + sum(w * (q - mean) for w, q in zip(own, queries, strict=True)) / np.sqrt(len(queries))
+                mask |= best(keys @ drawn, count)
+        kept.append(mask)
+    return kept
+
+
 SLOW = {
     "h2o": h2o,
     "snapkv": snapkv,
@@ -213,7 +238,11 @@ SLOW = {
     "expected-attention": expected_attention,
     "ada-kv": ada_kv,
     "top-p": top_p,
+    "gvote": gvote,
 }
+
+FREE = ("top-p", "gvote")
+"""Those that find their budget themselves."""
 
 
 def make(name, parameters):

@@ -5,15 +5,16 @@ import torch
 
 from driving import RAGGED, check_bytes, feed, prefill
 from models import build, prompts
-from peer_reference import SLOW, PeerReference, make
+from peer_reference import FREE, SLOW, PeerReference, make
 from reference import NAME as REFERENCE
 from refreekv import ReFreeKVCache
 from test_equivalence import assert_same, check_nothing_evicted, loop, turns_of
 
-FIXED = [name for name in SLOW if name != "top-p"]
+FIXED = [name for name in SLOW if name not in FREE]
 END_TO_END = {
     "ada-kv": {"size": 14, "window": 3, "safeguard": 0.1},
     "top-p": {"p": 0.8, "window": 2, "frozen_layers": 1},
+    "gvote": {"p": 0.6, "samples": 3, "window": 9},
     "h2o": {"ratio": 0.4, "queries": 8},
     "snapkv": {"size": 16, "window": 4, "kernel": 5},
     "pyramidkv": {"ratio": 0.4, "window": 3},
@@ -21,7 +22,7 @@ END_TO_END = {
     "tova": {"size": 12},
     "keydiff": {"ratio": 0.3},
 }
-UNEVEN = ("ada-kv", "top-p")
+UNEVEN = ("ada-kv", "top-p", "gvote")
 SECOND = (17, 3, 1, 9)
 
 
@@ -124,7 +125,7 @@ def test_crop_with_uneven_heads(name, into):
     check_bytes(cache, cache.report)
 
 
-NOTHING = [("full", {}), ("top-p", {"p": 1.0}), ("top-p", {"frozen_layers": "all"})]
+NOTHING = [("full", {}), ("top-p", {"p": 1.0}), ("gvote", {"p": 1.0}), ("top-p", {"frozen_layers": "all"})]
 NOTHING += [(name, {"ratio": 1.0}) for name in FIXED] + [("ada-kv", {"size": 10**6})]
 
 

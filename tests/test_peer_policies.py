@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from peer_reference import SLOW, Held, make, spread
+from peer_reference import FREE, SLOW, Held, make, spread
 from refreekv import policies
 from refreekv.cache.pruning import AttentionCall, Entries, Queries, decide
 from refreekv.core import scores as core_scores
 from refreekv.core.probes import attention_rows, causal_visibility
 from refreekv.policies import LayerView, ProbePlan
 
-FIXED = [name for name in SLOW if name != "top-p"]
+FIXED = [name for name in SLOW if name not in FREE]
 ROOT = Path(__file__).parent
 
 
@@ -33,6 +33,7 @@ PARAMETERS = {
     "keydiff": [{}, {"recent": 0}, {"recent": 5}],
     "expected-attention": [{}, {"window": 6, "sinks": 2}, {"window": 1, "sinks": 0, "epsilon": 0.1}],
     "ada-kv": [{"window": 4}, {"window": 2, "safeguard": 0.5, "kernel": 3}, {"window": 3, "safeguard": 0.0}],
+    "gvote": [{}, {"p": 0.7, "window": 6}, {"p": 0.3, "samples": 2, "window": 1}, {"samples": 3, "seed": 7}],
     "top-p": [{}, {"p": 0.5, "window": 3}, {"p": 0.9, "window": 1}, {"p": 0.05, "window": 6}],
 }
 CASES = [(name, given) for name, settings in PARAMETERS.items() for given in settings]
@@ -111,7 +112,7 @@ def test_kept_sets_are_those_of_the_slow_twin(name, given, uneven):
     lost = False
     for seed, n in enumerate([1, 2, 3, 7, 16, 33, 50, 90]):
         layer = random_layer(seed, n, uneven=uneven)
-        for budget in [{}] if name == "top-p" else BUDGETS:
+        for budget in [{}] if name in FREE else BUDGETS:
             parameters = {**given, **budget}
             wanted = slow_kept(name, parameters, layer)
             got = fast_kept(make(name, parameters), layer)
@@ -263,6 +264,11 @@ def test_budgets_are_checked(name):
         ("ada-kv:size=4,scorer=streaming-llm", "scorer must be another"),
         ("ada-kv:size=4,scorer=snapk", "did you mean 'snapkv'"),
         ("ada-kv:size=4,scorer=3", "scorer must be another"),
+        ("gvote:p=0", "p is the share"),
+        ("gvote:p=true", "p is the share"),
+        ("gvote:samples=0", "samples"),
+        ("gvote:window=0", "window"),
+        ("gvote:seed=-1", "seed"),
         ("top-p:p=0", "p is the share"),
         ("top-p:p=1.1", "p is the share"),
         ("top-p:window=0", "window"),
@@ -284,7 +290,7 @@ def test_selecting_never_waits_for_the_device(name):
         keys = torch.randn(2, 2, 40, 16)
         assert attention_rows(queries, keys, visible=visible).shape == rows.shape
         for real in (None, valid, valid[:, None].repeat(1, 2, 1)):
-            policy = policies.create(name, **({} if name == "top-p" else {"ratio": 0.5}))
+            policy = policies.create(name, **({} if name in FREE else {"ratio": 0.5}))
             keep = policy.select(LayerView(keys, keys, real, rows, 3, 9, visible, queries)).keep
             assert keep.is_meta
             assert keep.shape[::2] == (2, 40)

@@ -51,6 +51,33 @@ def attention_received(rows: Tensor, kv_heads: int) -> Tensor:
     return rows.sum(2).view(batch, kv_heads, heads // kv_heads, length).sum(2)
 
 
+def query_distribution(queries: Tensor, asked: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of some queries, and what each is beside it.
+
+    Parameters
+    ----------
+    queries : Tensor
+        ``[B, H, k, D]``.
+    asked : Tensor, optional
+        Boolean ``[B | 1, k]`` or ``[B, H, k]``: the queries that count; None means all.
+
+    Returns
+    -------
+    mean : Tensor
+        ``[B, H, 1, D]``.
+    centred : Tensor
+        ``[B, H, k, D]``: the queries less the mean, zeros where they do not count.
+    number : Tensor
+        Queries that count, at least 1; broadcasts to ``[B, H, 1, 1]``.
+    """
+    if asked is None:
+        asked = torch.ones(1, queries.shape[2], dtype=torch.bool, device=queries.device)
+    counts = (asked[:, None] if asked.dim() == 2 else asked)[..., None]
+    number = counts.sum(2, keepdim=True).clamp_min(1)
+    mean = queries.masked_fill(~counts, 0.0).sum(2, keepdim=True) / number
+    return mean, (queries - mean).masked_fill(~counts, 0.0), number
+
+
 def expected_attention(queries: Tensor, keys: Tensor, *, real: Tensor, asked: Tensor | None = None) -> Tensor:
     """Attention that each key can expect from queries of the same mean and covariance.
 
@@ -76,12 +103,7 @@ def expected_attention(queries: Tensor, keys: Tensor, *, real: Tensor, asked: Te
     """
     batch, heads, _, dim = queries.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
-    if asked is None:
-        asked = torch.ones(1, queries.shape[2], dtype=torch.bool, device=queries.device)
-    counts = (asked[:, None] if asked.dim() == 2 else asked)[..., None]
-    number = counts.sum(2, keepdim=True).clamp_min(1)
-    mean = queries.masked_fill(~counts, 0.0).sum(2, keepdim=True) / number
-    centred = (queries - mean).masked_fill(~counts, 0.0)
+    mean, centred, number = query_distribution(queries, asked)
     covariance = centred.transpose(-1, -2) @ centred / number
     shape = (batch, kv_heads, heads // kv_heads)
     mean, covariance = mean.view(*shape, 1, dim), covariance.view(*shape, dim, dim)

@@ -14,6 +14,7 @@ RATIOS = (0.2, 0.5, 0.75, 0.9)
 """Budgets that policies with one are compared at."""
 
 GRIDS = {
+    "gvote": "p=0.9,0.95,0.99",
     "refreekv": "threshold=0.001,0.01,0.05,0.1",
     "refreekv-heavy-hitter": "threshold=0.01,0.05,0.1",
     "top-p": "p=0.9,0.95,0.99",
