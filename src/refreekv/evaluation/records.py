@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+Key = tuple[str, str, str]
+"""Family, sample, policy."""
+
 
 @dataclass(frozen=True)
 class FidelityRecord:
@@ -65,6 +68,11 @@ class FidelityRecord:
     text_full: str | None = None
     prompt: str | None = None
     tokens: list[str] | None = None
+
+    @property
+    def key(self) -> Key:
+        """What makes it one and the same measurement."""
+        return self.family, self.sample, self.policy
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, fields without a value left out."""

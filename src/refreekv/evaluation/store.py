@@ -13,19 +13,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
-from refreekv.evaluation.records import FidelityRecord
+from refreekv.evaluation.records import FidelityRecord, Key
 
 SETUP, POLICIES = "refreekv_setup", "refreekv_policies"
 """Keys of the lines that are no records."""
 
-Key = tuple[str, str, str]
-"""Family, sample, policy."""
+
+class Record(Protocol):
+    """One line of a results file."""
+
+    @property
+    def key(self) -> Key:
+        """What makes it one and the same measurement."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Any:
+        """From what `to_dict` gave."""
+
+
+R = TypeVar("R", bound=Record)
+F = TypeVar("F", bound="RecordFile[Any]")
 
 
 @dataclass
-class Results:
+class Results(Generic[R]):
     """What a results file holds.
 
     Attributes
@@ -34,34 +50,40 @@ class Results:
         The run's settings; ``"environment"`` in it is for the reader only.
     policies : dict
         Specifications to policies with all their parameters.
-    records : list of FidelityRecord
+    records : list
         Each (family, sample, policy) once.
     """
 
     setup: dict[str, Any] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
-    records: list[FidelityRecord] = field(default_factory=list)
+    records: list[R] = field(default_factory=list)
 
     @property
     def keys(self) -> set[Key]:
         """What was measured."""
-        return {(record.family, record.sample, record.policy) for record in self.records}
+        return {record.key for record in self.records}
 
 
-def read(path: Path) -> Results:
-    """Read a results file; a last line that was not finished is left out.
+def read(path: Path) -> Results[FidelityRecord]:
+    """`read_records` of a fidelity run."""
+    return read_records(path, FidelityRecord)
+
+
+def read_records(path: Path, record: type[R]) -> Results[R]:
+    """Read a results file of one kind of record; a last line that was not finished is left out.
 
     Raises
     ------
     ValueError
-        The file is not one of refreekv's.
+        The file is not one of refreekv's, or one of another kind.
     """
-    return _parse(path, path.read_bytes())[0]
+    return _parse(path, path.read_bytes(), record)[0]
 
 
-def _parse(path: Path, content: bytes) -> tuple[Results, int]:
+def _parse(path: Path, content: bytes, kind: type[R]) -> tuple[Results[R], int]:
     """What a file holds, and the length of its finished lines."""
-    results, seen = Results(), set()
+    results: Results[R] = Results()
+    seen: set[Key] = set()
     whole = content.rfind(b"\n") + 1
     for number, line in enumerate(content[:whole].splitlines(), start=1):
         try:
@@ -73,17 +95,16 @@ def _parse(path: Path, content: bytes) -> tuple[Results, int]:
             elif POLICIES in data:
                 results.policies |= data[POLICIES]
             else:
-                record = FidelityRecord.from_dict(data)
-                key = (record.family, record.sample, record.policy)
-                if key not in seen:
-                    seen.add(key)
+                record = kind.from_dict(data)
+                if record.key not in seen:
+                    seen.add(record.key)
                     results.records.append(record)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a results file of refreekv eval ({error})") from error
+            raise ValueError(f"{path}, line {number}: not a results file of this kind ({error})") from error
     return results, whole
 
 
-class ResultsFile:
+class RecordFile(Generic[R]):
     """A results file that is open for more; a context manager.
 
     Parameters
@@ -94,6 +115,8 @@ class ResultsFile:
         Settings of this run. All but ``"environment"`` must be those of the file.
     policies : dict
         Specifications to policies with all their parameters.
+    record : type
+        What a line is: `FidelityRecord` or `TaskRecord`.
 
     Attributes
     ----------
@@ -108,14 +131,21 @@ class ResultsFile:
         Another process is writing it.
     """
 
-    def __init__(self, path: Path, setup: Mapping[str, Any], policies: Mapping[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        setup: Mapping[str, Any],
+        policies: Mapping[str, str],
+        record: type[R],
+    ):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("a+b")
         try:
             _lock(self._file, path)
             self._file.seek(0)
-            self.results, whole = _parse(path, self._file.read())
+            self.results, whole = _parse(path, self._file.read(), record)
+            self._held = self.results.keys
             if self.results.setup:
                 self._check(setup, policies)
             self._file.truncate(whole)
@@ -147,11 +177,11 @@ class ResultsFile:
                 "results of different settings are not mixed in one file; choose another file, or the same settings"
             )
 
-    def append(self, records: Iterable[FidelityRecord]) -> None:
+    def append(self, records: Iterable[R]) -> None:
         """Add the records of a sample, in one write that has reached the disk on return."""
-        held = self.results.keys
-        new = [record for record in records if (record.family, record.sample, record.policy) not in held]
+        new = [record for record in records if record.key not in self._held]
         self._write([record.to_dict() for record in new])
+        self._held |= {record.key for record in new}
         self.results.records += new
 
     def _write(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -161,13 +191,20 @@ class ResultsFile:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def __enter__(self) -> "ResultsFile":
+    def __enter__(self: F) -> F:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+class ResultsFile(RecordFile[FidelityRecord]):
+    """The results file of a fidelity run."""
+
+    def __init__(self, path: Path, setup: Mapping[str, Any], policies: Mapping[str, str]):
+        super().__init__(path, setup, policies, FidelityRecord)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
