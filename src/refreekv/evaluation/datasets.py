@@ -31,7 +31,7 @@ class Dataset:
     read : Reader
         Called with the rows of each file and the family's parameters.
     metric : str
-        Name of the task metric.
+        Name of the task metric; empty where there is none, or where the scores are lm-eval's (`benchmarks`).
     max_new_tokens : int
         Room that an answer needs.
     parameters : dict
@@ -59,7 +59,7 @@ class Dataset:
         ValueError
             A file that holds something else.
         """
-        rows = [_local(data_dir, name) for name in self.files] if data_dir is not None else [self._from_hub()]
+        rows = [local_rows(data_dir, name) for name in self.files] if data_dir is not None else [self._from_hub()]
         try:
             return list(self.read(*rows, **{**self.parameters, **parameters}))
         except KeyError as error:
@@ -89,7 +89,8 @@ class Dataset:
             ) from error
 
 
-def _local(data_dir: Path, name: str) -> list[Row]:
+def local_rows(data_dir: Path, name: str) -> list[Row]:
+    """Rows of a JSONL file; `DataMissing` if it is not there, ValueError if it is no JSONL."""
     path = data_dir / name
     if not path.is_file():
         raise DataMissing(f"{data_dir} has no {name}")
@@ -109,16 +110,14 @@ def _local(data_dir: Path, name: str) -> list[Row]:
 _LONGBENCH = "Xnhyacinth/LongBench"
 
 
-def _longbench(
-    summary: str, name: str, read: Reader, metric: str, new: int, *, file: str = "", split: bool = True
-) -> Dataset:
+def _longbench(summary: str, name: str, read: Reader, new: int, *, file: str = "", split: bool = True) -> Dataset:
     return Dataset(
-        summary, (file or f"longbench_{name}.jsonl",), (_LONGBENCH, name, "test"), read, metric, new, splits=split
+        summary, (file or f"longbench_{name}.jsonl",), (_LONGBENCH, name, "test"), read, "", new, splits=split
     )
 
 
 def _ruler_set(task: str, summary: str, new: int) -> Dataset:
-    return Dataset(summary, (f"ruler4k_{task}.jsonl",), None, readers.ruler, "share_found", new, splits=True)
+    return Dataset(summary, (f"ruler4k_{task}.jsonl",), None, readers.ruler, "", new, splits=True)
 
 
 _QASPER, _QMSUM = readers.long(readers.ARTICLE, "Article"), readers.long(readers.MEETING, "Transcript", "Query")
@@ -130,7 +129,7 @@ DATASETS: dict[str, Dataset] = {
         ("gsm8k.jsonl",),
         ("openai/gsm8k", "main", "test"),
         readers.gsm8k,
-        "gsm8k",
+        "",
         320,
     ),
     "theoremqa": Dataset(
@@ -142,71 +141,65 @@ DATASETS: dict[str, Dataset] = {
         384,
     ),
     "truthfulqa": Dataset(
-        "TruthfulQA, generation, BLEU against the true answers",
+        "TruthfulQA, generation",
         ("truthfulqa.jsonl",),
         ("truthfulqa/truthful_qa", "generation", "validation"),
         readers.truthfulqa,
-        "bleu",
+        "",
         64,
     ),
     "humaneval": Dataset(
-        "HumanEval: a function from its docstring; running it is off unless asked for",
+        "HumanEval: a function from its docstring",
         ("humaneval.jsonl",),
         ("openai/openai_humaneval", None, "test"),
         readers.humaneval,
-        "humaneval",
+        "",
         384,
     ),
     "mt-bench": Dataset(
-        "MT-Bench, the second turn after the first was compressed; no score without a judge",
+        "MT-Bench, the second turn after the first was compressed; no score",
         ("mt_bench.jsonl",),
         ("HuggingFaceH4/mt_bench_prompts", None, "train"),
         readers.mt_bench,
         max_new_tokens=256,
     ),
-    "qasper": _longbench("LongBench Qasper: questions about papers", "qasper", _QASPER, "qa_f1", 128),
+    "qasper": _longbench("LongBench Qasper: questions about papers", "qasper", _QASPER, 128),
     "qasper-e": _longbench(
         "LongBench-E Qasper (local files: up to 4k words)",
         "qasper_e",
         _QASPER,
-        "qa_f1",
         128,
         file="longbench_e_qasper.jsonl",
     ),
-    "2wikimqa": _longbench("LongBench 2WikiMQA: questions over several passages", "2wikimqa", _TWO_WIKI, "qa_f1", 32),
+    "2wikimqa": _longbench("LongBench 2WikiMQA: questions over several passages", "2wikimqa", _TWO_WIKI, 32),
     "2wikimqa-e": _longbench(
         "LongBench-E 2WikiMQA (local files: up to 4k words)",
         "2wikimqa_e",
         _TWO_WIKI,
-        "qa_f1",
         32,
         file="longbench_e_2wikimqa.jsonl",
     ),
-    "qmsum": _longbench("LongBench QMSum: queries about meetings", "qmsum", _QMSUM, "rouge_l", 256),
+    "qmsum": _longbench("LongBench QMSum: queries about meetings", "qmsum", _QMSUM, 256),
     "narrativeqa": _longbench(
         "LongBench NarrativeQA: questions about stories",
         "narrativeqa",
         readers.long(readers.STORY, "Story"),
-        "qa_f1",
         64,
     ),
     "multi-news": _longbench(
         "LongBench MultiNews: a summary of several articles",
         "multi_news",
         readers.long(readers.NEWS, "News", "Summary"),
-        "rouge_l",
         384,
     ),
-    "triviaqa": _longbench("LongBench TriviaQA, few-shot", "triviaqa", readers.few_shot, "triviaqa", 32),
-    "lcc": _longbench(
-        "LongBench LCC: the next line of code", "lcc", readers.code_context, "edit_similarity", 64, split=False
-    ),
+    "triviaqa": _longbench("LongBench TriviaQA, few-shot", "triviaqa", readers.few_shot, 32),
+    "lcc": _longbench("LongBench LCC: the next line of code", "lcc", readers.code_context, 64, split=False),
     "qmsum-meetings": Dataset(
         "QMSum test as published: whole meetings, general and specific queries",
         ("qmsum_meetings.jsonl", "qmsum_queries.jsonl"),
         None,
         readers.qmsum_meetings,
-        "rouge_l",
+        "",
         256,
         splits=True,
     ),
@@ -215,7 +208,7 @@ DATASETS: dict[str, Dataset] = {
         ("musique_original.jsonl",),
         ("dgslibisey/MuSiQue", None, "validation"),
         readers.musique,
-        "qa_f1",
+        "",
         32,
         splits=True,
     ),
@@ -224,7 +217,7 @@ DATASETS: dict[str, Dataset] = {
         ("hotpotqa_original.jsonl",),
         ("hotpotqa/hotpot_qa", "distractor", "validation"),
         readers.musique,
-        "qa_f1",
+        "",
         32,
         splits=True,
     ),

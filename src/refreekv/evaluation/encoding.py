@@ -8,7 +8,8 @@ from refreekv.evaluation.samples import Sample
 ANSWER_TOKENS = 64
 """Tokens of a gold answer that are scored."""
 
-_MARK = "\x02refreekv-question\x03"
+MARK = "\x02refreekv-question\x03"
+"""Stands in a text where the part ends that is compressed before the rest is known."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ def encode(tokenizer: Any, sample: Sample) -> Encoded:
 
 def _in_template(tokenizer: Any, sample: Sample) -> tuple[str, str]:
     """The chat text up to the prompt's end, and from the question on."""
-    content = f"{sample.prompt}{_MARK}{sample.question}" if sample.question else sample.prompt
+    content = f"{sample.prompt}{MARK}{sample.question}" if sample.question else sample.prompt
     text = _render(tokenizer, sample.system, content)
     if not sample.question:
         return text, ""
-    context, _, question = text.partition(_MARK)
+    context, _, question = text.partition(MARK)
     return context, f"\n\n{question}"
 
 

@@ -29,6 +29,11 @@ def names() -> dict[str, str]:
     return {name: described[name] for name in sorted(described)}
 
 
+def scored(name: str) -> bool:
+    """Whether a family has a score of its own; public benchmarks have lm-eval's (`benchmarks`)."""
+    return name in stress.FAMILIES or bool(DATASETS[name].metric)
+
+
 def load(family: str, *, data_dir: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Sample]:
     """Samples of a family.
 

@@ -107,7 +107,7 @@ def answer(
             output = generate(model, ids, attention_mask=mask, **options)
     stops = stop_tokens(model)
     rows = [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
-    return [Answer(row, *_held(cache, index)) for index, row in enumerate(rows)]
+    return [Answer(row, *held(cache, index)) for index, row in enumerate(rows)]
 
 
 class _Stop(StoppingCriteria):
@@ -146,7 +146,7 @@ def _padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[
     return ids, mask
 
 
-def _held(cache: Any, row: int) -> tuple[float, int, int]:
+def held(cache: Any, row: int) -> tuple[float, int, int]:
     """Budget, and bytes of a full cache and of this one, for one row."""
     if not isinstance(cache, ReFreeKVCache):
         held = sum(tensor[row].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

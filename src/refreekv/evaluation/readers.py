@@ -170,10 +170,10 @@ def few_shot(rows: Sequence[Row]) -> Iterable[Item]:
 
 def musique(rows: Sequence[Row]) -> Iterable[Item]:
     """Questions over passages, of the corpora as published; unanswerable ones left out."""
-    return long(PASSAGES, "Passages")([_original(row) for row in rows if row.get("answerable", True)])
+    return long(PASSAGES, "Passages")([in_longbench_fields(row) for row in rows if row.get("answerable", True)])
 
 
-def _original(row: Row) -> Row:
+def in_longbench_fields(row: Row) -> Row:
     """A row of MuSiQue or HotpotQA as published, in LongBench's fields; rows in those already stay."""
     if "answers" in row:
         return row
@@ -189,10 +189,15 @@ def _original(row: Row) -> Row:
 
 def qmsum_meetings(meetings: Sequence[Row], queries: Sequence[Row]) -> Iterable[Item]:
     """Each query with the transcript of its meeting."""
-    transcripts = {row["meeting_id"]: row["transcript"] for row in meetings}
-    known = [{**row, "context": transcripts[row["meeting_id"]]} for row in queries if row["meeting_id"] in transcripts]
+    known = joined_meetings(meetings, queries)
     for row, item in zip(known, long(MEETING, "Transcript", "Query")(known), strict=True):
         yield Item(item.text, item.question, answers=item.answers, extra={"kind": row.get("kind", "")})
+
+
+def joined_meetings(meetings: Sequence[Row], queries: Sequence[Row]) -> list[Row]:
+    """Queries with their meetings, in LongBench's fields."""
+    transcripts = {row["meeting_id"]: row["transcript"] for row in meetings}
+    return [{**row, "context": transcripts[row["meeting_id"]]} for row in queries if row["meeting_id"] in transcripts]
 
 
 # -- synthetic ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""One line of a results file: one policy on one sample."""
+"""Lines of results files: one policy on one sample."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Key = tuple[str, str, str]
@@ -81,5 +81,57 @@ class FidelityRecord:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "FidelityRecord":
         """From what `to_dict` gave; unknown keys are ignored, so that newer files still load."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One policy's answer to one sample, scored.
+
+    Attributes
+    ----------
+    sample, family, policy, model : str
+        What was measured. ``sample`` holds a digest of the prompt, so that results of another
+        version of it are not taken for this one's; ``policy`` is a specification, or ``"full"``.
+    prompt_tokens, new_tokens : int
+        Length of the compressed part, and of what came after it.
+    budget : float
+        Kept share of the prompt, over all full-attention layers, frozen ones included.
+    bytes_full, bytes_kept : int
+        K/V bytes of the full-attention layers at the end of the answer.
+    text : str
+        The answer; where likelihoods are compared, the likeliest choice.
+    scores : dict
+        ``"score"``, the number that tables show, and the task's further metrics.
+    same_as_full : bool or None
+        Whether the full cache gave the same text; None for itself.
+    """
+
+    sample: str
+    family: str
+    policy: str
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    budget: float
+    bytes_full: int
+    bytes_kept: int
+    text: str
+    scores: dict[str, float] = field(default_factory=dict)
+    same_as_full: bool | None = None
+
+    @property
+    def key(self) -> Key:
+        """What makes it one and the same measurement."""
+        return self.family, self.sample, self.policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TaskRecord":
+        """From what `to_dict` gave; unknown keys are ignored, so that newer files still load."""
+        known = {one.name for one in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})

@@ -1,14 +1,12 @@
-"""Task metrics: an answer against what is known about its sample.
+"""Metrics of the families that lm-eval does not have: an answer against what is known about its sample.
 
 Every metric gives ``"score"`` (the number that tables show, in 0 … 1, higher is better)
-and whatever else is worth knowing. BLEU and ROUGE-L come from sacrebleu and rouge-score.
+and whatever else is worth knowing.
 """
 
 import difflib
 import re
-import string
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -18,19 +16,16 @@ from refreekv.evaluation.samples import Sample
 Scores = dict[str, float]
 Metric = Callable[[Sample, str], Scores]
 
-EXECUTES_CODE = "humaneval"
-"""The metric that runs what the model wrote."""
-
 _METRICS: dict[str, Metric] = {}
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?|[-+]?\.\d+")
+# Exponents are short: models write numbers that would not fit into memory.
 
 
 class MetricUnavailable(ImportError):  # noqa: N818 - named for what is the case
     """A metric's library is not installed."""
 
 
-def score(sample: Sample, text: str, *, execute: bool = False) -> Scores:
+def score(sample: Sample, text: str) -> Scores:
     """Score one answer.
 
     Parameters
@@ -39,14 +34,11 @@ def score(sample: Sample, text: str, *, execute: bool = False) -> Scores:
         Names its metric and has what that needs.
     text : str
         The answer, without special tokens.
-    execute : bool
-        Whether code that the model wrote may run, in a sandbox.
 
     Returns
     -------
     dict
-        ``"score"`` and further numbers; empty where the sample has no metric, or has one
-        that would run code and may not.
+        ``"score"`` and further numbers; empty where the sample has no metric.
 
     Raises
     ------
@@ -55,7 +47,7 @@ def score(sample: Sample, text: str, *, execute: bool = False) -> Scores:
     MetricUnavailable
         The metric's library is missing.
     """
-    if not sample.metric or (sample.metric == EXECUTES_CODE and not execute):
+    if not sample.metric:
         return {}
     if sample.metric not in _METRICS:
         near = difflib.get_close_matches(sample.metric, _METRICS, n=1)
@@ -86,25 +78,10 @@ def _number(sample: Sample, text: str) -> Scores:
     return {"score": float(last_number(text) in [last_number(answer) for answer in sample.answers])}
 
 
-@_metric("gsm8k")
-def _gsm8k(sample: Sample, text: str) -> Scores:
-    """The number after ``####``, or else the last one. ``strict`` accepts the former only."""
-    gold = [_after_hashes(answer) or last_number(answer) for answer in sample.answers]
-    marked = _after_hashes(text)
-    found = marked if marked is not None else last_number(text)
-    return {"score": float(found is not None and found in gold), "strict": float(marked is not None and marked in gold)}
-
-
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, thousands separators read."""
     found = _NUMBER.findall(text)
     return Fraction(found[-1].replace(",", "")) if found else None
-
-
-def _after_hashes(text: str) -> Fraction | None:
-    _, hashes, rest = text.rpartition("####")
-    match = _NUMBER.search(rest) if hashes else None
-    return Fraction(match.group().replace(",", "")) if match else None
 
 
 @_metric("theoremqa")
@@ -135,54 +112,7 @@ def _numbers(text: str) -> list[Fraction]:
     return [Fraction(number.replace(",", "")) for number in re.findall(_NUMBER, re.sub(r",(?!\d{3}\b)", " ", text))]
 
 
-# -- words --------------------------------------------------------------------------------
-
-
-@_metric("qa_f1")
-def _qa_f1(sample: Sample, text: str) -> Scores:
-    """F1 over normalised words, and exact match, each with the best of the answers (SQuAD, LongBench)."""
-    f1 = max(f1_score(text, answer) for answer in sample.answers)
-    exact = max(float(normalised(text) == normalised(answer)) for answer in sample.answers)
-    return {"score": f1, "f1": f1, "exact_match": exact}
-
-
-def f1_score(text: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over normalised words, each as often as it occurs."""
-    said, gold = normalised(text).split(), normalised(answer).split()
-    common = (Counter(said) & Counter(gold)).total()
-    return 2 * common / (len(said) + len(gold)) if common else 0.0
-
-
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
-@_metric("triviaqa")
-def _triviaqa(sample: Sample, text: str) -> Scores:
-    """F1 of the first line: few-shot prompts make models go on with the next question."""
-    return _qa_f1(sample, text.strip().partition("\n")[0])
-
-
-@_metric("rouge_l")
-def _rouge_l(sample: Sample, text: str) -> Scores:
-    """ROUGE-L F-measure, the best of the answers."""
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
-    return {"score": max(scorer.score(answer, text)["rougeL"].fmeasure for answer in sample.answers)}
-
-
-@_metric("bleu")
-def _bleu(sample: Sample, text: str) -> Scores:
-    """Sentence BLEU, the best of the true answers; ``truer``: whether it exceeds that of the false ones."""
-    sacrebleu = _library("sacrebleu")
-
-    def best(references: Iterable[str]) -> float:
-        return max((sacrebleu.sentence_bleu(text, [reference]).score / 100 for reference in references), default=0.0)
-
-    true = best(sample.answers)
-    wrong = sample.extra.get("incorrect", ())
-    return {"score": true, **({"truer": float(true > best(wrong))} if wrong else {})}
+# -- words ------------------------------------------------------------------------------
 
 
 @_metric("edit_similarity")
@@ -195,20 +125,7 @@ def _edit(sample: Sample, text: str) -> Scores:
 
 def edit_similarity(one: str, other: str) -> float:
     """``2·LCS / (len + len)``: one minus the normalised distance by insertions and deletions."""
-    return 2 * _common_subsequence(one, other) / (len(one) + len(other)) if one or other else 1.0
-
-
-def _common_subsequence(one: str, other: str) -> int:
-    """Length of the longest common subsequence; each row of the table is one integer's bits (Hyyrö 2004)."""
-    where: dict[str, int] = {}
-    for index, character in enumerate(one):
-        where[character] = where.get(character, 0) | 1 << index
-    full = (1 << len(one)) - 1
-    row = full
-    for character in other:
-        matches = row & where.get(character, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(one) - row.bit_count()
+    return float(_library("rapidfuzz.fuzz").ratio(one, other)) / 100
 
 
 @_metric("share_found")
@@ -254,16 +171,26 @@ def _system_prompt(sample: Sample, text: str) -> Scores:
     return {"score": _mean(list(parts.values())), **parts}
 
 
-@_metric(EXECUTES_CODE)
-def _humaneval(sample: Sample, text: str) -> Scores:
-    """Whether the completed function passes the tests that come with it."""
+def passes_tests(prompt: str, text: str, tests: str, name: str) -> float:
+    """Whether a completed function passes its tests, which run in a sandbox (HumanEval's pass@1).
+
+    Parameters
+    ----------
+    prompt : str
+        The head of the function.
+    text : str
+        What the model went on with, or a fenced block with the whole function.
+    tests : str
+        Code that defines ``check(function)``.
+    name : str
+        The function's name.
+    """
     from refreekv.evaluation.sandbox import run_python
 
     body = re.search(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
-    code, name = (body.group(1) if body else text), sample.extra["entry_point"]
-    whole = code if re.search(rf"^def {re.escape(name)}\b", code, re.MULTILINE) else sample.prompt + code
-    outcome = run_python(f"{whole}\n\n{sample.extra['test']}\n\ncheck({name})\n")
-    return {"score": float(outcome.passed), "timed_out": float(outcome.timed_out)}
+    code = body.group(1) if body else text
+    whole = code if re.search(rf"^def {re.escape(name)}\b", code, re.MULTILINE) else prompt + code
+    return float(run_python(f"{whole}\n\n{tests}\n\ncheck({name})\n").passed)
 
 
 def _letters(text: str) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from refreekv.evaluation.records import TaskRecord
 from refreekv.evaluation.sweeps import FULL
-from refreekv.evaluation.tasks import TaskRecord
 
 DRAWS = 2_000
 """Resamples of a bootstrap."""

@@ -1,314 +1,311 @@
-"""Tasks by generation: answers with the full and with pruned caches, scored against the gold ones.
+"""Task scores: answers with the full and with pruned caches, through lm-eval's tasks.
 
-`run` writes one line of JSON for each (sample, policy) and goes on where a file ends.
-`task_tables` makes tables of its records.
+Each answer is scored as soon as it is there and is one line of the results file, so that a
+run may be killed at any point and goes on where it was. `task_tables` makes tables of it.
 """
 
 import hashlib
-import json
-import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field
+from typing import Any
 
-from refreekv.evaluation.encoding import encode
-from refreekv.evaluation.generation import Prompt, answer
-from refreekv.evaluation.samples import Sample
-from refreekv.evaluation.scoring import Scores, score
+from refreekv.evaluation.lm_eval_model import CompressedLM, Measured
+from refreekv.evaluation.records import TaskRecord
+from refreekv.evaluation.store import RecordFile
 from refreekv.evaluation.sweeps import FULL
-from refreekv.policies import Policy
-
-Key = tuple[str, ...]
-
-
-class NotResults(ValueError):  # noqa: N818 - named for what is the case
-    """A file that is no results file of tasks."""
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """One line of a results file: one policy's answer to one sample.
-
-    Attributes
-    ----------
-    model, family, sample, policy : str
-        What was asked of whom. ``policy`` is a specification, or ``"full"``.
-    prompt : str
-        Digest of the sample, so that results of another version of it are not taken for this one's.
-    dtype : str
-        Of the model's weights.
-    max_new_tokens : int
-        Limit of the answer.
-    prompt_tokens, new_tokens : int
-        Length of the compressed part, and of the answer.
-    budget : float
-        Kept share of the prompt, over all full-attention layers, frozen ones included.
-    bytes_full, bytes_kept : int
-        K/V bytes of the full-attention layers at the end of the answer.
-    text : str
-        The answer.
-    scores : dict
-        From `scoring.score`; empty where the sample has no metric.
-    same_as_full : bool or None
-        Whether the full cache gave the same text; None for itself.
-    """
-
-    model: str
-    family: str
-    sample: str
-    policy: str
-    prompt: str
-    dtype: str
-    max_new_tokens: int
-    prompt_tokens: int
-    new_tokens: int
-    budget: float
-    bytes_full: int
-    bytes_kept: int
-    text: str
-    scores: Scores = field(default_factory=dict)
-    same_as_full: bool | None = None
-
-    @property
-    def key(self) -> Key:
-        """What makes it one and the same measurement."""
-        return _key(self.model, self.dtype, self.family, self.sample, self.prompt, self.policy, self.max_new_tokens)
-
-
-def _key(*parts: object) -> Key:
-    return tuple(str(part) for part in parts)
+from refreekv.evaluation.task_loading import FEWSHOT_SEED, BenchTask, quiet_lm_eval
+from refreekv.policies import Policy, create
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs beside samples and policies.
+    """What a run needs beside tasks and policies.
 
     Attributes
     ----------
     model_name : str
         What to call the model in results.
     max_new_tokens : int or None
-        Limit of answers; None: what each family recommends.
+        Limit of answers; None: what each task says.
+    max_tokens : int or None
+        Longest prompt to be asked.
     batch_size : int
         Prompts a batch; those with a later question go one by one.
-    execute : bool
-        Whether code that the model wrote may run, in a sandbox.
+    chat : bool or None
+        Whether to use the tokenizer's chat template; None: where there is one and the task's
+        prompts suit it.
+    seed : int
+        For tasks that shuffle.
     """
 
     model_name: str
     max_new_tokens: int | None = None
+    max_tokens: int | None = None
     batch_size: int = 1
-    execute: bool = False
+    chat: bool | None = None
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What records of one file must share: everything that changes an answer."""
+        return {"kind": "tasks", "model": self.model_name, "max_new_tokens": self.max_new_tokens, "chat": self.chat}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sample of a task, as requests to the model.
+
+    Attributes
+    ----------
+    id : str
+        Which one it is, with a digest of its requests.
+    doc : Any
+        The row.
+    requests : list of lm_eval.api.instance.Instance
+        One, or one a choice where likelihoods are compared.
+    length : int
+        Tokens of the prompt.
+    """
+
+    id: str
+    doc: Any
+    requests: list[Any]
+    length: int
+
+
+@dataclass
+class Plan:
+    """What a run has to do.
+
+    Attributes
+    ----------
+    documents : dict
+        Names of tasks to their samples.
+    left_out : list of str
+        Samples that cannot be asked, and why.
+    """
+
+    documents: dict[str, list[Document]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Samples in all."""
+        return sum(map(len, self.documents.values()))
+
+
+def plan(model: Any, tokenizer: Any, tasks: Iterable[BenchTask], settings: Settings) -> Plan:
+    """Write the tasks' prompts, and leave out those that do not fit the model's context."""
+    planned = Plan()
+    with quiet_lm_eval():
+        lm = CompressedLM(model, FULL, tokenizer=tokenizer)
+        context = int(lm.max_length)
+        for task in tasks:
+            kept = planned.documents.setdefault(task.name, [])
+            for document, room in _documents(lm, task, settings):
+                longest = context - room if settings.max_tokens is None else min(context - room, settings.max_tokens)
+                if document.length > longest:
+                    planned.left_out.append(
+                        f"{task.name}/{document.id}: {document.length:,} tokens, at most {longest:,} can be asked"
+                    )
+                else:
+                    kept.append(document)
+    return planned
+
+
+def _documents(lm: CompressedLM, bench: BenchTask, settings: Settings) -> Iterator[tuple[Document, int]]:
+    """A task's samples, each with the room that its answer needs."""
+    task = bench.task
+    if task.config.num_fewshot is None:
+        task.set_config("num_fewshot", 0)
+    if settings.max_new_tokens is not None and task.config.generation_kwargs:
+        task.set_config("generation_kwargs", {"max_gen_toks": settings.max_new_tokens}, update=True)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    random.seed(settings.seed)
+    has_template = bool(getattr(lm.tokenizer, "chat_template", None))
+    chat = has_template and (bench.chat if settings.chat is None else settings.chat)
+    task.build_all_requests(
+        samples=bench.indices,
+        apply_chat_template=chat,
+        chat_template=lm.apply_chat_template if chat else None,
+        tokenizer_name=lm.tokenizer_name,
+    )
+    groups: dict[int, list[Any]] = {}
+    for request in task.instances:
+        groups.setdefault(request.doc_id, []).append(request)
+    for number, requests in groups.items():
+        index = number if bench.indices is None else bench.indices[number]
+        if requests[0].request_type == "generate_until":
+            for request in requests:
+                if settings.max_new_tokens is not None:
+                    request.args[1]["max_gen_toks"] = settings.max_new_tokens
+            asked = lm.ask(requests[0])
+            length, room = asked.length, asked.limit
+        else:
+            length = len(lm.tok_encode(requests[0].args[0]))
+            room = max(len(lm.tok_encode(request.args[1], add_special_tokens=False)) for request in requests)
+        doc = requests[0].doc
+        yield Document(f"{getattr(doc, 'id', index)}-{_digest(requests)}", doc, requests, length), room
+
+
+def _digest(requests: Iterable[Any]) -> str:
+    whole = "\0".join(str(part) for request in requests for part in request.args)
+    return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()[:10]
 
 
 def run(
     model: Any,
     tokenizer: Any,
-    samples: Sequence[Sample],
+    tasks: Sequence[BenchTask],
+    planned: Plan,
     policies: Mapping[str, Policy],
     settings: Settings,
+    results: RecordFile[TaskRecord],
     *,
-    path: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> tuple[list[TaskRecord], list[str]]:
+) -> list[TaskRecord]:
     """Answer and score every sample with the full cache and with every policy.
 
     Parameters
     ----------
     model, tokenizer
         The model.
-    samples : sequence of Sample
-        From `families.load`.
+    tasks : sequence of BenchTask
+        From `task_loading.load`.
+    planned : Plan
+        Their samples, from `plan`.
     policies : mapping
         Specifications to policies, as `sweeps.choose` gives them. The full cache is measured always.
     settings : Settings
         See there.
-    path : Path, optional
-        Results file. What it holds already is not measured again; a torn last line is cut off.
+    results : RecordFile
+        Where records go; what it holds already is not measured again.
     progress : callable
         Called with the number of (sample, policy) that are done.
 
     Returns
     -------
     list of TaskRecord
-        All of this run's samples, those from the file included.
-    list of str
-        Why samples were left out.
-
-    Raises
-    ------
-    NotResults
-        ``path`` is not a results file of this kind.
+        Of the planned samples and policies, old and new, in the order of the plan.
     """
-    store = _Store(path)
-    wanted: dict[str, Policy | None] = {FULL: None, **{spec: one for spec, one in policies.items() if spec != FULL}}
-    dtype = str(model.dtype).removeprefix("torch.")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    records: list[TaskRecord] = []
-    left_out: list[str] = []
-    try:
-        for batch in _batches(tokenizer, samples, settings):
-            if context and (room := max(map(len, batch.whole)) + batch.limit) > context:
-                left_out += [
-                    f"{one.id}: needs {room:,} tokens, the model's context has {context:,}" for one in batch.samples
-                ]
-                progress(len(batch.samples) * len(wanted))
-                continue
-            full: dict[str, TaskRecord] = {}
-            for spec, policy in wanted.items():
-                known = [
-                    store.known.get(
-                        _key(settings.model_name, dtype, one.family, one.id, _digest(one), spec, batch.limit)
-                    )
-                    for one in batch.samples
-                ]
-                made = known if None not in known else _measure(model, tokenizer, batch, spec, policy, full, settings)
-                done = [old or new for old, new in zip(known, made, strict=True)]
-                store.append([new for old, new in zip(known, done, strict=True) if old is None and new is not None])
-                found = [record for record in done if record is not None]
-                if spec == FULL:
-                    full = {record.sample: record for record in found}
-                records += found
-                progress(len(found))
-    finally:
-        store.close()
-    return records, left_out
+    wanted: dict[str, Policy] = {FULL: create(FULL), **{spec: one for spec, one in policies.items() if spec != FULL}}
+    known = {record.key: record for record in results.results.records}
+    with quiet_lm_eval():
+        models = {
+            spec: CompressedLM(model, policy, tokenizer=tokenizer, batch_size=settings.batch_size)
+            for spec, policy in wanted.items()
+        }
+        for bench in tasks:
+            documents = planned.documents[bench.name]
+            for spec, lm in models.items():
+                missing = [one for one in documents if (bench.name, one.id, spec) not in known]
+                progress(len(documents) - len(missing))
+                for batch in _batches(missing, settings.batch_size):
+                    full = [known.get((bench.name, one.id, FULL)) for one in batch]
+                    made = _measure(lm, bench, batch, spec, settings.model_name, full)
+                    results.append(made)
+                    known |= {record.key: record for record in made}
+                    progress(len(made))
+    keys = [
+        (bench.name, document.id, spec)
+        for bench in tasks
+        for document in planned.documents[bench.name]
+        for spec in wanted
+    ]
+    return [known[key] for key in keys]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    samples: list[Sample]
-    prompts: list[Prompt]
-    limit: int
-    stop: tuple[str, ...]
-
-    @property
-    def whole(self) -> list[list[int]]:
-        return [prompt.context + prompt.question for prompt in self.prompts]
-
-
-def _batches(tokenizer: Any, samples: Iterable[Sample], settings: Settings) -> Iterator[_Batch]:
-    """Neighbouring samples that can share a batch: no later question, the same limit and stops."""
-    batch: _Batch | None = None
-    for sample in samples:
-        encoded = encode(tokenizer, sample)
-        prefix = sample.extra.get("answer_prefix", "")
-        start = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-        # What the answer begins with belongs to the last part.
-        prompt = (
-            Prompt(encoded.context, encoded.question + start)
-            if encoded.question
-            else Prompt(encoded.context + start, [])
-        )
-        limit = settings.max_new_tokens or int(sample.extra.get("max_new_tokens", 128))
-        stop = tuple(sample.extra.get("stop", ()))
-        fits = batch is not None and not prompt.question and not batch.prompts[0].question
-        if batch and fits and (batch.limit, batch.stop) == (limit, stop) and len(batch.samples) < settings.batch_size:
-            batch.samples.append(sample)
-            batch.prompts.append(prompt)
-            continue
-        if batch:
-            yield batch
-        batch = _Batch([sample], [prompt], limit, stop)
-    if batch:
-        yield batch
+def _batches(documents: Sequence[Document], size: int) -> Iterator[list[Document]]:
+    """Samples of like length together: little padding."""
+    ordered = sorted(documents, key=lambda one: -one.length)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def _measure(
-    model: Any,
-    tokenizer: Any,
-    batch: _Batch,
+    lm: CompressedLM,
+    bench: BenchTask,
+    documents: Sequence[Document],
     spec: str,
-    policy: Policy | None,
-    full: Mapping[str, TaskRecord],
-    settings: Settings,
+    model: str,
+    full: Sequence[TaskRecord | None],
 ) -> list[TaskRecord]:
-    answers = answer(model, tokenizer, batch.prompts, policy, max_new_tokens=batch.limit, stop=batch.stop)
+    requests = [request for document in documents for request in document.requests]
+    generates = requests[0].request_type == "generate_until"
+    given = (lm.generate_until if generates else lm.loglikelihood)(requests, disable_tqdm=True)
+    answers = dict(zip(map(id, requests), zip(given, lm.measured, strict=True), strict=True))
     records = []
-    for sample, prompt, given in zip(batch.samples, batch.prompts, answers, strict=True):
-        text = str(tokenizer.decode(given.tokens, skip_special_tokens=True))
-        text = _until(text, batch.stop)
+    for document, reference in zip(documents, full, strict=True):
+        responses = [answers[id(request)][0] for request in document.requests]
+        costs: list[Measured] = [answers[id(request)][1] for request in document.requests]
+        if generates:
+            text = responses[0]
+        else:
+            best = max(range(len(responses)), key=lambda index: responses[index][0])
+            text = document.requests[best].args[1]
         records.append(
             TaskRecord(
-                model=settings.model_name,
-                family=sample.family,
-                sample=sample.id,
+                sample=document.id,
+                family=bench.name,
                 policy=spec,
-                prompt=_digest(sample),
-                dtype=str(model.dtype).removeprefix("torch."),
-                max_new_tokens=batch.limit,
-                prompt_tokens=len(prompt.context),
-                new_tokens=len(given.tokens),
-                budget=given.budget,
-                bytes_full=given.bytes_full,
-                bytes_kept=given.bytes_kept,
+                model=model,
+                prompt_tokens=costs[0].prompt_tokens,
+                new_tokens=sum(cost.new_tokens for cost in costs),
+                budget=costs[0].budget,
+                bytes_full=costs[0].bytes_full,
+                bytes_kept=costs[0].bytes_kept,
                 text=text,
-                scores=score(sample, text, execute=settings.execute),
-                same_as_full=None if policy is None else text == full[sample.id].text,
+                scores=score(bench, document, responses),
+                same_as_full=None if spec == FULL or reference is None else text == reference.text,
             )
         )
     return records
 
 
-def _until(text: str, stop: Iterable[str]) -> str:
-    for end in stop:
-        text = text.partition(end)[0]
-    return text
+def score(bench: BenchTask, document: Document, responses: Sequence[Any]) -> dict[str, float]:
+    """All metrics of one sample, by the task's own filters and rules.
+
+    Parameters
+    ----------
+    bench : BenchTask
+        The task.
+    document : Document
+        The sample.
+    responses : sequence
+        One for each of its requests: a text, or a log-likelihood and whether it is the greedy one.
+
+    Returns
+    -------
+    dict
+        ``"score"`` and whatever else is a number; ``metric,filter`` where the task has filters.
+
+    Raises
+    ------
+    ValueError
+        The task does not give the metric that it should be judged by.
+    """
+    for request, response in zip(document.requests, responses, strict=True):
+        request.resps, request.filtered_resps = [response], {}
+    bench.task._instances = document.requests  # lm-eval filters the requests of a whole run at once
+    bench.task.apply_filters()
+    found: dict[str, float] = {}
+    for name in document.requests[0].filtered_resps:
+        filtered = [request.filtered_resps[name] for request in document.requests]
+        for metric, value in bench.task.process_results(document.doc, filtered).items():
+            number = _number(value)
+            if number is not None:
+                found[metric if name == "none" else f"{metric},{name}"] = number
+    metric = bench.metric or next(iter(found), "")
+    if metric not in found:
+        raise ValueError(f"{bench.name} gives no number named {metric!r}, only {', '.join(found) or 'none'}")
+    return {"score": found[metric] * bench.scale, **{name: value for name, value in found.items() if name != "score"}}
 
 
-def _digest(sample: Sample) -> str:
-    whole = "\0".join((sample.system, sample.prompt, sample.question, *sample.answers))
-    return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()[:12]
-
-
-# -- the file -----------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[TaskRecord]:
-    """Records of a results file; a last line without its line break is left out."""
-    return _parse(path, path.read_bytes())[0]
-
-
-def _parse(path: Path, content: bytes) -> tuple[list[TaskRecord], int]:
-    known = {entry.name for entry in fields(TaskRecord)}
-    whole = content.rfind(b"\n") + 1
-    records: dict[Key, TaskRecord] = {}
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
-        try:
-            data = json.loads(line)
-            record = TaskRecord(**{key: value for key, value in data.items() if key in known})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise NotResults(f"{path}, line {number}: not a results file of refreekv tasks ({error})") from error
-        records.setdefault(record.key, record)
-    return list(records.values()), whole
-
-
-class _Store:
-    """The results file, if there is one."""
-
-    def __init__(self, path: Path | None):
-        self.known: dict[Key, TaskRecord] = {}
-        self._file: BinaryIO | None = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-            try:
-                self._file.seek(0)
-                records, whole = _parse(path, self._file.read())
-                self._file.truncate(whole)
-            except BaseException:
-                self._file.close()
-                raise
-            self.known = {record.key: record for record in records}
-
-    def append(self, records: Iterable[TaskRecord]) -> None:
-        lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-        if self._file is not None and lines:
-            self._file.write(lines.encode("utf-8", "backslashreplace"))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+def _number(value: Any) -> float | None:
+    """A number, or the mean of several; None for what is to be aggregated in another way."""
+    if isinstance(value, list) and value and all(isinstance(one, bool | int | float) for one in value):
+        return sum(value) / len(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -35,6 +35,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--families", metavar="NAME[:PARAM=VALUE,…],…", help="Task families. Default: all with data."),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", metavar="NAME,…", help="Score answers of these tasks instead: the same as `refreekv tasks`."
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +82,15 @@ def evaluate(
     One prefill a sample for all policies; each policy's physically pruned cache then reads the
     full cache's answer. The full cache itself, run a second time, is the noise floor.
     """
+    if tasks:
+        from refreekv.cli.commands.tasks import Request, score_tasks
+
+        shared = {"policy": policy, "suite": suite, "data_dir": data_dir, "limit": limit, "seed": seed, "out": out}
+        device_options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        score_tasks(
+            Request(model, tasks, max_tokens=max_tokens, as_json=as_json, **shared, **device_options)  # type: ignore[arg-type]
+        )
+        return
     for name, value, least in (("--limit", limit, 1), ("--continuation", continuation, 1), ("--show", show, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")

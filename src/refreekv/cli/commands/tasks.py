@@ -1,26 +1,54 @@
 """``refreekv tasks``: benchmark scores with the full and with pruned caches."""
 
 import json
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import refreekv
-from refreekv.cli.app import UserError, app, refusals
+from refreekv.cli.app import UserError, app, one_line, refusals
 from refreekv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
-    from refreekv.evaluation.samples import Sample
+    from refreekv.cli.loading import Loaded
+    from refreekv.evaluation.task_loading import BenchTask
     from refreekv.evaluation.task_tables import Estimate, FamilyResult, PolicyResult
+    from refreekv.policies import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, and how; as the options of the command."""
+
+    model: str
+    tasks: list[str] | None = None
+    policy: list[str] | None = None
+    suite: list[str] | None = None
+    data_dir: Path | None = None
+    limit: int = 20
+    seed: int = 0
+    max_new_tokens: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 1
+    chat: bool | None = None
+    out: Path | None = None
+    execute_code: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    as_json: bool = False
+    trust_remote_code: bool = False
 
 
 def _list(wanted: bool) -> None:
     if wanted:
-        from refreekv.evaluation import families
+        from refreekv.evaluation import task_loading
 
-        listing = families.names()
+        listing = task_loading.names()
         width = max(map(len, listing))
         for name, summary in listing.items():
             typer.echo(f"{name:<{width}}  {summary}")
@@ -30,12 +58,14 @@ def _list(wanted: bool) -> None:
 @app.command()
 def tasks(
     model: ModelOption,
-    families: Annotated[
+    wanted: Annotated[
         list[str] | None,
         typer.Option(
+            "--tasks",
             "--families",
             metavar="NAME[:PARAM=VALUE,…],…",
-            help="Task families, as a list or by several options. Default: all whose data is there.",
+            help="Tasks, as a list or by several options; `paper` is the paper's thirteen; any name that lm-eval "
+            "knows will do. Default: all of `--list` whose data is there.",
         ),
     ] = None,
     policy: Annotated[
@@ -46,20 +76,35 @@ def tasks(
             help="A policy to measure beside the full cache; may be given several times, values may be lists.",
         ),
     ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", help="A list of policies with a name: paper-ablations or peers. May be repeated."),
+    ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option("--data-dir", metavar="FOLDER", help="Datasets as JSONL, in place of the Hugging Face hub."),
+        typer.Option("--data-dir", metavar="DIR", help="Datasets as JSONL, in place of the Hugging Face hub."),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Samples a family.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Samples of each task.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Decides which samples, and what is generated.")] = 0,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, metavar="N", help="Length of answers. Default: each family's own."),
+        typer.Option("--max-new-tokens", min=1, metavar="N", help="Length of answers. Default: each task's own."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Leave out longer prompts.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Prompts a batch.")] = 1,
-    output: Annotated[
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Use the chat template. Default: where there is one and a task's prompts suit it."
+        ),
+    ] = None,
+    out: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help="JSON lines, one a sample and policy; continued if it exists."),
+        typer.Option(
+            "--out", "--output", metavar="FILE", help="JSON lines, one a sample and policy; continued if it exists."
+        ),
     ] = None,
     execute_code: Annotated[
         bool, typer.Option("--execute-code", help="Let HumanEval run what the model wrote, in a sandbox.")
@@ -69,44 +114,81 @@ def tasks(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
     show: Annotated[
-        bool, typer.Option("--list", callback=_list, is_eager=True, help="Show all families and exit.")
+        bool, typer.Option("--list", callback=_list, is_eager=True, help="Show all tasks and exit.")
     ] = False,
 ) -> None:
-    """Score answers of benchmarks and stress tests, generated with the full and with pruned caches."""
+    """Score answers of benchmarks and stress tests, generated with the full and with pruned caches.
+
+    Runs through lm-eval. Where likelihoods are compared, the prompt is prefilled and pruned
+    before the choices are scored.
+    """
     del show  # its callback did it
+    score_tasks(
+        Request(
+            model=model,
+            tasks=wanted,
+            policy=policy,
+            suite=suite,
+            data_dir=data_dir,
+            limit=limit,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            chat=chat,
+            out=out,
+            execute_code=execute_code,
+            dtype=dtype,
+            device=device,
+            as_json=as_json,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+
+
+def score_tasks(request: Request) -> None:
+    """Load, run and show."""
     from refreekv.cli import loading
-    from refreekv.evaluation import sweeps, task_tables
-    from refreekv.evaluation import tasks as bench
+    from refreekv.evaluation import sweeps, task_loading, task_tables
+    from refreekv.evaluation.benchmarks import PAPER
+    from refreekv.evaluation.families import split
+    from refreekv.evaluation.scoring import MetricUnavailable
 
     with refusals():
-        chosen = sweeps.choose(policy or ["refreekv"])
-    if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder")
-    samples, missing = _samples(families, data_dir, limit, seed)
-    if not samples:
-        raise UserError("no family has data: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
-    source = loading.find(model)
-    loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        chosen = sweeps.choose(request.policy or ([] if request.suite else ["refreekv"]), request.suite or [])
+    if request.data_dir is not None and not request.data_dir.is_dir():
+        raise UserError(f"--data-dir {request.data_dir} is not a folder")
+    listed = split(request.tasks) if request.tasks else list(task_loading.names())
+    wanted = [one for name in listed for one in (PAPER if name == "paper" else (name,))]
+    source = loading.find(request.model)
+    loaded = loading.load(
+        source, dtype=request.dtype, device=request.device, trust_remote_code=request.trust_remote_code
+    )
     for one in chosen.values():  # refuse before the long work
         with refusals(), refreekv.compress(loaded.model, one):
             pass
-    settings = bench.Settings(loaded.name, max_new_tokens, batch_size, execute_code)
-    with _progress(len(samples) * (len(chosen) + 1)) as advance:
-        try:
-            records, left_out = bench.run(
-                loaded.model, loaded.tokenizer, samples, chosen, settings, path=output, progress=advance
+    try:
+        with refusals():
+            found, missing = task_loading.load(
+                wanted,
+                loaded.tokenizer,
+                data_dir=request.data_dir,
+                limit=request.limit,
+                seed=request.seed,
+                execute_code=request.execute_code,
             )
-        except bench.NotResults as error:
-            raise UserError(str(error)) from error
+    except MetricUnavailable as error:
+        raise UserError(one_line(error)) from error
+    records, left_out = _run(request, loaded, found, chosen) if found else ([], [])
     results, totals = task_tables.summarise(records)
-    if as_json:
+    if request.as_json:
         result = {
             "refreekv": refreekv.__version__,
             "model": loaded.name,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "limit": limit,
-            "seed": seed,
-            "families": [asdict(one) for one in results],
+            "limit": request.limit,
+            "seed": request.seed,
+            "tasks": [asdict(one) for one in results],
             "policies": [{**asdict(one), "worst": one.worst.family if one.worst else None} for one in totals],
             "not_run": missing,
             "left_out": left_out,
@@ -116,30 +198,46 @@ def tasks(
     _show(results, totals, missing, left_out)
 
 
-def _samples(
-    listed: list[str] | None, data_dir: Path | None, limit: int, seed: int
-) -> tuple[list["Sample"], dict[str, str]]:
-    """Samples of all families, and why some have none."""
-    from refreekv.evaluation import families
-    from refreekv.evaluation.scoring import MetricUnavailable, score
+def _run(
+    request: Request, loaded: "Loaded", found: "list[BenchTask]", chosen: "dict[str, Policy]"
+) -> tuple[list[Any], list[str]]:
+    from refreekv.evaluation import tasks as bench
+    from refreekv.evaluation.records import TaskRecord
+    from refreekv.evaluation.store import RecordFile
 
-    samples: list[Sample] = []
-    missing: dict[str, str] = {}
-    for name in families.split(listed) if listed else families.names():
+    settings = bench.Settings(
+        loaded.name,
+        max_new_tokens=request.max_new_tokens,
+        max_tokens=request.max_tokens,
+        batch_size=request.batch_size,
+        chat=request.chat,
+        seed=request.seed,
+    )
+    with refusals():
+        planned = bench.plan(loaded.model, loaded.tokenizer, found, settings)
+    setup = {
+        **settings.to_dict(),
+        "refreekv": refreekv.__version__,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "attention": loaded.model.config._attn_implementation,
+    }
+    with tempfile.TemporaryDirectory(prefix="refreekv-tasks-") as folder:
+        path = request.out or Path(folder) / "results.jsonl"
         try:
             with refusals():
-                loaded = families.load(name, data_dir=data_dir, limit=limit, seed=seed)
-            score(loaded[0], "")  # is its library there?
-            samples += loaded
-        except (families.DataMissing, MetricUnavailable) as error:
-            missing[name] = str(error)
-    return samples, missing
+                file = RecordFile(path, setup, {name: str(one) for name, one in chosen.items()}, TaskRecord)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+        with file as results, _progress(planned.count * (len(chosen) + 1)) as advance:
+            records = bench.run(
+                loaded.model, loaded.tokenizer, found, planned, chosen, settings, results, progress=advance
+            )
+    return records, planned.left_out
 
 
-def _progress(total: int) -> Any:
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
     """A bar over answers; yields what to call with how many are done."""
-    from contextlib import contextmanager
-
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -151,19 +249,15 @@ def _progress(total: int) -> Any:
 
     from refreekv.cli.progress import stderr_console
 
-    @contextmanager
-    def bar() -> Any:
-        console = stderr_console()
-        if not console.is_terminal:
-            console.print(f"{total} answers …", markup=False, soft_wrap=True)
-            yield lambda count: None
-            return
-        columns = (TextColumn("Answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda count: progress.update(task, advance=count)
-
-    return bar()
+    console = stderr_console()
+    if not console.is_terminal:
+        console.print(f"{total} answers …", markup=False, soft_wrap=True)
+        yield lambda count: None
+        return
+    columns = (TextColumn("Answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.update(task, advance=count)
 
 
 def _show(
@@ -175,7 +269,7 @@ def _show(
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("Family and policy", overflow="fold")
+    table.add_column("Task and policy", overflow="fold")
     for heading in ("Score", "Change", "Same", "Kept"):
         table.add_column(heading, justify="right", no_wrap=True)
     family = ""
@@ -191,7 +285,7 @@ def _show(
             f"{one.budget:.0%}",
         )
     console.print(table)
-    console.print("\nOver families, each counting the same", style="bold")
+    console.print("\nOver tasks, each counting the same", style="bold")
     for total in totals:
         score = "no score" if total.score is None else f"score {100 * total.score:.1f}"
         line = f"  {total.policy}: {score}, {total.budget:.0%} kept"
