@@ -5,38 +5,27 @@ import random
 
 import pytest
 
-from refreekv.evaluation import sandbox, scoring
+from refreekv.evaluation import scoring
 from refreekv.evaluation.instructions import draw, follows, kinds
 from refreekv.evaluation.samples import Sample
 from refreekv.evaluation.scoring import score
 
-HAS = {name: importlib.util.find_spec(name) is not None for name in ("rouge_score", "sacrebleu", "rapidfuzz")}
+needs_rapidfuzz = pytest.mark.skipif(
+    importlib.util.find_spec("rapidfuzz") is None, reason="rapidfuzz is not installed (extra [eval])"
+)
 
 
 def sample(metric, *answers, prompt="?", **extra):
     return Sample("s", "f", prompt, answers=answers, metric=metric, extra=extra)
 
 
-@pytest.mark.parametrize(
-    ("text", "value", "strict"),
-    [
-        ("5 + 7 = 12\n#### 12", 1, 1),
-        ("It is $1,012.00 in all.", 0, 0),
-        ("So 12.", 1, 0),
-        ("#### 13, not 12", 0, 0),
-        ("#### $12.0", 1, 1),
-        ("no number", 0, 0),
-        ("", 0, 0),
-        ("2024 was the year; 12", 1, 0),
-    ],
-)
-def test_gsm8k(text, value, strict):
-    assert score(sample("gsm8k", "She has 5 + 7.\n#### 12"), text) == {"score": value, "strict": strict}
-
-
-def test_thousands_are_read():
-    assert score(sample("gsm8k", "#### 1,012"), "that makes 1012")["score"] == 1
+def test_numbers():
+    assert score(sample("number", "in all 1,012"), "that makes 1012")["score"] == 1
+    assert score(sample("number", "12"), "12, or 13")["score"] == 0
+    assert score(sample("number", "12"), "none")["score"] == 0
     assert scoring.last_number("from -3 to 1,234.5") == 1234.5
+    # What a model may write must not fill the memory.
+    assert scoring.last_number("about 1e999999999") == 999999999
 
 
 @pytest.mark.parametrize(
@@ -59,38 +48,6 @@ def test_theoremqa(kind, gold, text, value):
     assert score(sample("theoremqa", gold, answer_type=kind), text)["score"] == value
 
 
-def test_f1_and_exact_match():
-    # Words: {big, red, ball} against {red, ball, today}: 2 in common of 3 and 3.
-    assert scoring.f1_score("The big, red ball!", "a red ball today") == pytest.approx(2 / 3)
-    # "no" twice against once: counted as often as it occurs in both.
-    assert scoring.f1_score("no no", "no") == pytest.approx(2 / 3)
-    assert score(sample("qa_f1", "Paris", "the city of Paris"), "City of Paris.") == {
-        "score": 1,
-        "f1": 1,
-        "exact_match": 1,
-    }
-    assert score(sample("qa_f1", "Paris"), "")["score"] == 0
-
-
-def test_triviaqa_reads_the_first_line():
-    assert score(sample("triviaqa", "blue"), "\nBlue\nQuestion: and now?")["exact_match"] == 1
-
-
-@pytest.mark.skipif(not HAS["rouge_score"], reason="rouge-score is not installed")
-def test_rouge_l():
-    # LCS of "the cat sat down" and "the cat lay down": 3 of 4 words in both.
-    assert score(sample("rouge_l", "nothing", "the cat sat down"), "the cat lay down")["score"] == pytest.approx(0.75)
-
-
-@pytest.mark.skipif(not HAS["sacrebleu"], reason="sacrebleu is not installed")
-def test_bleu():
-    question = sample("bleu", "You will be fine.", "Nothing happens at all to you.", incorrect=["You die at once."])
-    assert score(question, "Nothing happens at all to you.") == {"score": pytest.approx(1), "truer": 1}
-    worse = score(question, "You die at once.")
-    assert worse["truer"] == 0
-    assert 0 <= worse["score"] < 0.5
-
-
 def slow_common_subsequence(one, other):
     row = [0] * (len(other) + 1)
     for a in one:
@@ -100,6 +57,7 @@ def slow_common_subsequence(one, other):
     return row[-1]
 
 
+@needs_rapidfuzz
 def test_edit_similarity_equals_a_slow_twin():
     rng = random.Random(3)
     for _ in range(200):
@@ -107,12 +65,9 @@ def test_edit_similarity_equals_a_slow_twin():
         total = len(one) + len(other)
         expected = 2 * slow_common_subsequence(one, other) / total if total else 1.0
         assert scoring.edit_similarity(one, other) == pytest.approx(expected)
-        if HAS["rapidfuzz"]:
-            from rapidfuzz import fuzz
-
-            assert fuzz.ratio(one, other) / 100 == pytest.approx(expected)
 
 
+@needs_rapidfuzz
 def test_edit_similarity_takes_the_first_line_of_code():
     text = "```python\n# next\n\n    return a + b\n    more()"
     assert score(sample("edit_similarity", "return a + b"), text)["score"] == 1
@@ -194,8 +149,8 @@ def test_system_prompt_parts():
 
 
 def test_unknown_metric_and_kind_suggest():
-    with pytest.raises(ValueError, match="did you mean 'rouge_l'"):
-        score(sample("rouge-l", "a"), "a")
+    with pytest.raises(ValueError, match="did you mean 'share_found'"):
+        score(sample("share-found", "a"), "a")
     with pytest.raises(ValueError, match="did you mean 'bullets'"):
         follows({"kind": "bullet"}, "- a")
     assert score(sample("", "a"), "a") == {}
@@ -204,22 +159,9 @@ def test_unknown_metric_and_kind_suggest():
 def test_missing_library_is_named(monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(scoring.MetricUnavailable, match=r"needs sacrebleu.*refreekv\[eval\]"):
-        score(sample("bleu", "a"), "a")
-
-
-def humaneval():
-    return sample(
-        "humaneval",
-        prompt='def add(a, b):\n    """Sum."""\n',
-        entry_point="add",
-        test="def check(f):\n    assert f(1, 2) == 3\n",
-    )
-
-
-def test_code_runs_only_when_asked():
-    assert score(humaneval(), "    return a + b\n") == {}
+    monkeypatch.setitem(sys.modules, "rapidfuzz.fuzz", None)
+    with pytest.raises(scoring.MetricUnavailable, match=r"needs rapidfuzz.*refreekv\[eval\]"):
+        score(sample("edit_similarity", "a"), "a")
 
 
 @pytest.mark.parametrize(
@@ -232,26 +174,6 @@ def test_code_runs_only_when_asked():
         ("    return (\n", 0),
     ],
 )
-def test_humaneval(text, value):
-    assert score(humaneval(), text, execute=True)["score"] == value
-
-
-def test_sandbox_limits(tmp_path):
-    outcome = sandbox.run_python("while True: pass", seconds=1)
-    assert (outcome.passed, outcome.timed_out) == (False, True)
-    assert not sandbox.run_python("x = bytearray(1 << 34)").passed
-    assert not sandbox.run_python("open('f', 'wb').write(bytes(1 << 22))").passed
-    leaves = sandbox.run_python(
-        "import os; assert not os.environ.get('SECRET'); assert os.listdir('.') == ['program.py']"
-    )
-    assert leaves.passed, leaves.error
-
-
-@pytest.mark.skipif(not sandbox._no_network(), reason="this system does not let users open a network namespace")
-def test_sandbox_has_no_network():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        program = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2)"
-        assert not sandbox.run_python(program).passed
+def test_completed_functions(text, value):
+    head, tests = 'def add(a, b):\n    """Sum."""\n', "def check(f):\n    assert f(1, 2) == 3\n"
+    assert scoring.passes_tests(head, text, tests, "add") == value

@@ -1,6 +1,11 @@
-"""Tasks by generation: the right cache, the right prompt, records that survive a kill, and the table."""
+"""Task scores: records that survive a kill, the same in any batch, and their table."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +16,18 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import refreekv
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
+
 from models import VOCAB, build
 from refreekv.cli.commands import app
-from refreekv.evaluation import tasks
 from refreekv.evaluation.generation import Prompt, answer
+from refreekv.evaluation.records import TaskRecord
+from refreekv.evaluation.sample_task import SampleTask
 from refreekv.evaluation.samples import Sample
+from refreekv.evaluation.store import RecordFile, read_records
+from refreekv.evaluation.task_loading import BenchTask
 from refreekv.evaluation.task_tables import bootstrap, summarise
-from refreekv.evaluation.tasks import NotResults, Settings, TaskRecord, read, run
+from refreekv.evaluation.tasks import Settings, plan, run
 from refreekv.policies import create
 
 WORDS = [f"w{index}" for index in range(VOCAB - 2)]
@@ -40,12 +49,9 @@ def tiny():
     return build("llama", attention="sdpa")
 
 
-def ids(length, seed):
-    return torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def words(length, seed):
-    return " ".join(WORDS[token - 2] for token in ids(length, seed))
+    ids = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[token - 2] for token in ids)
 
 
 def samples(count=4, **changes):
@@ -55,147 +61,109 @@ def samples(count=4, **changes):
     ]
 
 
-def step_by_step(model, cache, prompt, steps):
-    """Greedy tokens through plain forward calls."""
-    with torch.no_grad():
-        context = torch.tensor([prompt.context])
-        with cache.prompt_until(len(prompt.context)):
-            logits = model(context, past_key_values=cache).logits
-        with cache.decoding():
-            if prompt.question:
-                logits = model(torch.tensor([prompt.question]), past_key_values=cache).logits
-            tokens = [logits[0, -1].argmax().item()]
-            while len(tokens) < steps:
-                logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
-                tokens.append(logits[0, -1].argmax().item())
-    return tokens
+def measured(model, tokenizer, some, policies, settings=SETTINGS, path=None, tmp_path=None, progress=None):
+    """Run made-up samples as a task."""
+    task = BenchTask("made-up", SampleTask(some), "score")
+    planned = plan(model, tokenizer, [task], settings)
+    path = path or tmp_path / f"{time.monotonic_ns()}.jsonl"
+    with RecordFile(path, settings.to_dict(), {name: str(one) for name, one in policies.items()}, TaskRecord) as file:
+        records = run(
+            model, tokenizer, [task], planned, policies, settings, file, progress=progress or (lambda count: None)
+        )
+    return records, planned.left_out
 
 
-@pytest.mark.parametrize("question", [0, 9])
-@pytest.mark.parametrize("policy", [HALF, create("refreekv", threshold=0.1, frozen_layers=0)], ids=lambda one: one.name)
-def test_answers_are_those_of_the_pruned_cache(tiny, tokenizer, policy, question):
-    differs = 0
-    for seed in range(4):
-        prompt = Prompt(ids(40, seed), ids(question, 90 + seed))
-        (given,) = answer(tiny, tokenizer, [prompt], policy, max_new_tokens=8)
-        cache = refreekv.ReFreeKVCache(tiny, policy)
-        assert given.tokens == step_by_step(tiny, cache, prompt, 8)
-        # Only the context was pruned: the question and the answer are all there.
-        report = cache.report
-        assert all(row.prompt_length == 40 for layer in report.prunable for row in layer.rows)
-        assert given.budget == pytest.approx(report.budget)
-        assert given.bytes_kept == report.bytes_after < given.bytes_full == report.bytes_before
-        (full,) = answer(tiny, tokenizer, [prompt], None, max_new_tokens=8)
-        assert full.bytes_kept == full.bytes_full == report.bytes_before
-        differs += full.tokens != given.tokens
-    assert differs
+def test_records_are_of_the_answers(tiny, tokenizer, tmp_path):
+    records, left_out = measured(tiny, tokenizer, samples(), {"half": HALF}, tmp_path=tmp_path)
+    assert not left_out
+    assert [(one.sample.partition("-")[0], one.policy) for one in records] == [
+        (f"s{i}", policy) for i in range(4) for policy in ("full", "half")
+    ]
+    for index, (full, half) in enumerate(zip(records[::2], records[1::2], strict=True)):
+        prompt = Prompt(tokenizer(samples()[index].prompt)["input_ids"], [])
+        for record, policy in ((full, None), (half, HALF)):
+            (given,) = answer(tiny, tokenizer, [prompt], policy, max_new_tokens=8)
+            assert record.text == tokenizer.decode(given.tokens, skip_special_tokens=True)
+            assert (record.budget, record.bytes_kept) == (given.budget, given.bytes_kept)
+            assert record.scores["score"] == (WORDS[index] in record.text)
+        assert full.same_as_full is None
+        assert half.same_as_full == (full.text == half.text)
+        assert half.budget < 0.5
+        assert half.prompt_tokens == 40 + index
 
 
-@pytest.mark.parametrize("policy", [None, HALF], ids=["full", "half"])
-def test_a_batch_gives_what_each_row_gives(tiny, tokenizer, policy):
-    prompts = [Prompt(ids(length, length), []) for length in (30, 44, 37)]
-    together = answer(tiny, tokenizer, prompts, policy, max_new_tokens=6)
-    alone = [answer(tiny, tokenizer, [prompt], policy, max_new_tokens=6)[0] for prompt in prompts]
-    assert [one.tokens for one in together] == [one.tokens for one in alone]
-    assert [one.budget for one in together] == pytest.approx([one.budget for one in alone])
-    with pytest.raises(ValueError, match="one by one"):
-        answer(tiny, tokenizer, [replace(prompts[0], question=[5]), prompts[1]], policy, max_new_tokens=2)
-
-
-def test_greedy_whatever_the_model_says(tiny, tokenizer):
-    prompt = Prompt(ids(30, 1), [])
-    (plain,) = answer(tiny, tokenizer, [prompt], HALF, max_new_tokens=8)
-    before = tiny.generation_config.to_dict()
-    tiny.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=33)
-    try:
-        (given,) = answer(tiny, tokenizer, [prompt], HALF, max_new_tokens=8)
-    finally:
-        tiny.generation_config.update(**before)
-    assert given.tokens == plain.tokens
-
-
-def test_stop_texts_and_answer_prefix(tiny, tokenizer):
+def test_stop_texts_and_answer_prefix(tiny, tokenizer, tmp_path):
     (sample,) = samples(1, chat=False)
-    (record, *_), _ = run(tiny, tokenizer, [sample], {}, SETTINGS)
+    (record, *_), _ = measured(tiny, tokenizer, [sample], {}, tmp_path=tmp_path)
     third = record.text.split()[2]
     short = replace(sample, extra={"stop": [third]})
-    (stopped, *_), _ = run(tiny, tokenizer, [short], {}, SETTINGS)
+    (stopped, *_), _ = measured(tiny, tokenizer, [short], {}, tmp_path=tmp_path)
     assert stopped.text == record.text.partition(third)[0]
     assert stopped.new_tokens < record.new_tokens
     # What the answer begins with is part of the prompt.
-    prefixed = replace(sample, extra={"answer_prefix": record.text.split()[0]})
-    (rest, *_), _ = run(tiny, tokenizer, [prefixed], {}, SETTINGS)
+    prefixed = replace(sample, extra={"answer_prefix": " " + record.text.split()[0]})
+    (rest, *_), _ = measured(tiny, tokenizer, [prefixed], {}, tmp_path=tmp_path)
     assert rest.prompt_tokens == record.prompt_tokens + 1
     expected = record.text.split()[1:]
     assert rest.text.split()[: len(expected)] == expected
 
 
-def test_records_and_resuming(tiny, tokenizer, tmp_path, monkeypatch):
+def test_a_later_question_is_not_compressed(tiny, tokenizer, tmp_path):
+    (sample,) = samples(1, question="w1 w2 w3", chat=False)
+    (_, half), _ = measured(tiny, tokenizer, [sample], {"half": HALF}, tmp_path=tmp_path)
+    prompt = Prompt(tokenizer(sample.prompt)["input_ids"], tokenizer("w1 w2 w3")["input_ids"])
+    (given,) = answer(tiny, tokenizer, [prompt], HALF, max_new_tokens=8)
+    assert half.text == tokenizer.decode(given.tokens, skip_special_tokens=True)
+    assert half.prompt_tokens == 40
+
+
+def test_resuming(tiny, tokenizer, tmp_path):
     path, policies = tmp_path / "out" / "results.jsonl", {"half": HALF}
-    records, left_out = run(tiny, tokenizer, samples(), policies, SETTINGS, path=path)
-    assert not left_out
-    assert [(one.sample, one.policy) for one in records] == [(f"s{i}", p) for i in range(4) for p in ("full", "half")]
-    assert read(path) == records
-    for full, half in zip(records[::2], records[1::2], strict=True):
-        assert full.same_as_full is None
-        assert half.same_as_full == (full.text == half.text)
-        assert half.scores["score"] in (0, 1)
-        assert half.budget < 0.5
+    records, _ = measured(tiny, tokenizer, samples(), policies, path=path)
+    stored = read_records(path, TaskRecord).records
+    assert sorted(stored, key=str) == sorted(records, key=str)
 
     # Killed in the middle of a line: cut off and measured again, nothing else is.
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:5]) + lines[5][:30])
-    measured = []
-    plain = tasks.answer
-    monkeypatch.setattr(tasks, "answer", lambda *args, **kw: measured.append(args[3]) or plain(*args, **kw))
+    path.write_bytes(b"".join(lines[:6]) + lines[6][:30])
     counted = []
-    again, _ = run(tiny, tokenizer, samples(), policies, SETTINGS, path=path, progress=counted.append)
+    again, _ = measured(tiny, tokenizer, samples(), policies, path=path, progress=counted.append)
     assert again == records
     assert path.read_bytes() == whole
-    assert measured == [HALF, None, HALF]
     assert sum(counted) == 8
 
-    # Another limit, another sample under the same name: measured anew, beside what is there.
-    measured.clear()
+    # Another sample under the same name is another sample; other settings do not go into one file.
     changed = [replace(samples()[0], prompt=words(20, 99))]
-    run(tiny, tokenizer, changed, {}, SETTINGS, path=path)
-    run(tiny, tokenizer, changed, {}, replace(SETTINGS, max_new_tokens=3), path=path)
-    assert len(measured) == 2
-    assert len(read(path)) == 10
+    measured(tiny, tokenizer, changed, {}, path=path)
+    assert len(read_records(path, TaskRecord).records) == 9
+    with pytest.raises(ValueError, match="max_new_tokens = 8"):
+        measured(tiny, tokenizer, changed, {}, replace(SETTINGS, max_new_tokens=3), path=path)
 
 
-def test_batches_give_the_same_records(tiny, tokenizer):
+def test_batches_give_the_same_records(tiny, tokenizer, tmp_path):
     mixed = [*samples(3), *samples(2, question="w1 w2 w3")]
     mixed = [replace(sample, id=str(index)) for index, sample in enumerate(mixed)]
-    one, _ = run(tiny, tokenizer, mixed, {"half": HALF}, SETTINGS)
-    many, _ = run(tiny, tokenizer, mixed, {"half": HALF}, replace(SETTINGS, batch_size=3))
-    texts = {(record.sample, record.policy): record.text for record in one}
-    assert texts == {(record.sample, record.policy): record.text for record in many}
-    assert len(texts) == 10
+    one, _ = measured(tiny, tokenizer, mixed, {"half": HALF}, tmp_path=tmp_path)
+    many, _ = measured(tiny, tokenizer, mixed, {"half": HALF}, replace(SETTINGS, batch_size=3), tmp_path=tmp_path)
+    assert [(record.key, record.text) for record in one] == [(record.key, record.text) for record in many]
+    assert len(one) == 10
 
 
-def test_other_files_are_refused(tiny, tokenizer, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("my notes\n")
-    with pytest.raises(NotResults, match="line 1: not a results file"):
-        run(tiny, tokenizer, samples(1), {}, SETTINGS, path=path)
-    assert path.read_text() == "my notes\n"
-
-
-def test_long_prompts_are_left_out(tokenizer):
+def test_long_prompts_are_left_out(tokenizer, tmp_path):
     short = build("llama", attention="sdpa", max_position_embeddings=45)
-    records, left_out = run(short, tokenizer, samples(), {}, replace(SETTINGS, max_new_tokens=4))
-    assert [record.sample for record in records] == ["s0", "s1"]
-    assert left_out[0] == "s2: needs 46 tokens, the model's context has 45"
+    settings = replace(SETTINGS, max_new_tokens=4)
+    records, left_out = measured(short, tokenizer, samples(), {}, settings, tmp_path=tmp_path)
+    assert [record.sample.partition("-")[0] for record in records] == ["s0", "s1"]
+    assert "42 tokens, at most 41 can be asked" in left_out[0]
     assert len(left_out) == 2
+    _, left_out = measured(short, tokenizer, samples(), {}, replace(settings, max_tokens=40), tmp_path=tmp_path)
+    assert len(left_out) == 3
 
 
 def record(family, sample, policy, score, budget=1.0):
     scores = {} if score is None else {"score": score}
-    return TaskRecord(
-        "m", family, sample, policy, "d", "float32", 8, 10, 2, budget, 100, round(100 * budget), "", scores
-    )
+    return TaskRecord(sample, family, policy, "m", 10, 2, budget, 100, round(100 * budget), "", scores)
 
 
 def test_table():
@@ -239,54 +207,103 @@ def folder(tmp_path_factory, tokenizer, tiny):
     return path
 
 
-def command(*args):
-    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["tasks", *map(str, args)])
+def command(*args, name="tasks"):
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [name, *map(str, args)])
 
 
 def test_command(folder, tmp_path):
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
     args = ["--model", folder, "--data-dir", tmp_path, "--limit", 2, "--max-new-tokens", 3]
-    args += [
-        "--families",
-        "gsm8k,niah:tokens=60,qasper",
-        "--policy",
-        "streaming-llm:ratio=0.4,0.6",
-        "--output",
-        tmp_path / "o",
-    ]
+    args += ["--tasks", "gsm8k,niah:tokens=60,qasper", "--policy", "streaming-llm:ratio=0.4,0.6"]
+    args += ["--out", tmp_path / "o"]
     result = command(*args, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [(one["family"], one["policy"], one["n"]) for one in found["families"]] == [
+    assert [(one["family"], one["policy"], one["n"]) for one in found["tasks"]] == [
         (family, policy, n)
         for family, n in (("gsm8k", 1), ("niah:tokens=60", 2))
         for policy in ("full", "streaming-llm:ratio=0.4", "streaming-llm:ratio=0.6")
     ]
     assert "longbench_qasper.jsonl" in found["not_run"]["qasper"]
-    assert len(Path(tmp_path / "o").read_text().splitlines()) == 9
+    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 9
     shown = command(*args)
     assert shown.exit_code == 0, shown.output
     assert "not run: qasper" in shown.stdout
     assert "niah:tokens=60 (n = 2)" in shown.stdout
     assert "  streaming-llm:ratio=0.6 " in shown.stdout  # in one piece
+    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 9
+
+
+def test_eval_hands_tasks_over(folder, tmp_path):
+    args = ["--model", folder, "--tasks", "niah:tokens=20", "--limit", 1, "--out", tmp_path / "o", "--json"]
+    result = command(*args, name="eval")
+    assert result.exit_code == 0, result.output
+    assert [one["policy"] for one in json.loads(result.stdout)["tasks"]] == ["full", "refreekv"]
+
+
+def test_nothing_to_run_is_no_failure(folder, tmp_path):
+    result = command("--model", folder, "--tasks", "qasper,ifeval", "--data-dir", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["tasks"] == []
+    assert set(found["not_run"]) == {"qasper", "ifeval"}
+
+
+def test_killed_and_resumed(folder, tmp_path):
+    """A real SIGKILL in the middle: the finished file holds each sample once, with the answers of an unbroken run."""
+    args = ["--model", folder, "--tasks", "niah:tokens=40,multi-key-retrieval:tokens=40,keys=2", "--limit", 25]
+    args += ["--max-new-tokens", 12, "--json", "--out"]
+    out = tmp_path / "killed.jsonl"
+    program = [sys.executable, "-m", "refreekv", "tasks", *map(str, args), str(out)]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and len(out.read_bytes().splitlines()) > 12):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    kept = whole.splitlines()
+    assert len(kept) < 2 + 100
+    resumed = command(*args, out)
+    assert resumed.exit_code == 0, resumed.output
+    assert out.read_bytes().startswith(whole)  # nothing lost, nothing written anew
+    unbroken = command(*args, tmp_path / "unbroken.jsonl")
+    assert json.loads(resumed.stdout) == json.loads(unbroken.stdout)
+    one, other = (read_records(path, TaskRecord).records for path in (out, tmp_path / "unbroken.jsonl"))
+    assert len(out.read_bytes().splitlines()) == 2 + 100  # nothing repeated
+    assert sorted(map(str, one)) == sorted(map(str, other))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--families", "gsm9k"], "did you mean 'gsm8k'"),
+        (["--tasks", "gsm9k"], "did you mean 'gsm8k'"),
+        (["--tasks", "pg19", "--data-dir", "DATA"], "has no score; measure its fidelity"),
+        (["--tasks", "gsm8k:after"], "has no parameter 'after'"),
         (["--policy", "snapvk"], "no policy is named"),
-        (["--families", "qasper", "--data-dir", "."], "no family has data"),
         (["--data-dir", "no/such/folder"], "is not a folder"),
     ],
 )
-def test_command_refuses(folder, args, message):
-    result = command("--model", folder, *args)
-    assert result.exit_code == 2
+def test_command_refuses(folder, args, message, tmp_path):
+    (tmp_path / "pg19.jsonl").write_text(json.dumps({"id": "1", "text": "word " * 9000}) + "\n")
+    result = command("--model", folder, *[str(tmp_path) if one == "DATA" else one for one in args])
+    assert result.exit_code == 2, result.output
     assert message in result.stderr
 
 
-def test_command_lists_families():
+def test_other_files_are_refused(folder, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\n")
+    result = command("--model", folder, "--tasks", "niah:tokens=20", "--limit", 1, "--out", path)
+    assert result.exit_code == 2
+    assert "line 1: not a results file" in result.stderr
+    assert path.read_text() == "my notes\n"
+
+
+def test_command_lists_tasks():
     result = command("--list")
     assert result.exit_code == 0
     assert "gsm8k" in result.stdout

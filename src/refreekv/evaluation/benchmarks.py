@@ -31,7 +31,8 @@ class Benchmark:
     summary : str
         One line.
     base : str
-        lm-eval's task; empty where lm-eval has none that can be used, and ``config`` is all.
+        lm-eval's task, with the folder it is in before a slash; empty where lm-eval has none that can
+        be used, and ``config`` is all.
     metric : str
         Of lm-eval's results the one that tables show; ``metric,filter`` where the task has filters.
     files : tuple of str
@@ -123,12 +124,12 @@ def _longbench(
 ) -> Benchmark:
     files = files or (file or f"longbench_{name}.jsonl",)
     rest.setdefault("context_end", _after_context)
-    return Benchmark(summary, f"longbench_{name}", "score", files, rows, **rest)
+    return Benchmark(summary, f"longbench/longbench_{name}", "score", files, rows, **rest)
 
 
 def _ruler(summary: str, name: str, task: str = "") -> Benchmark:
     files = (f"ruler4k_{name}.jsonl",)
-    base = task or f"ruler_{name}"
+    base = f"ruler/{task or f'ruler_{name}'}"
     return Benchmark(summary, base, "4096", files, _ruler_rows, context_end=_before_last_line)
 
 
@@ -157,14 +158,14 @@ _HUMANEVAL = {
 BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k": Benchmark(
         "GSM8K: grade school mathematics, eight solved examples; exact match of the number",
-        "gsm8k_cot",
+        "gsm8k/gsm8k_cot",
         "exact_match,flexible-extract",
         ("gsm8k.jsonl",),
         chat=False,
     ),
     "gpqa": Benchmark(
         "GPQA main: graduate science, multiple choice by likelihood (in two stages)",
-        "gpqa_main_zeroshot",
+        "gpqa/gpqa_main_zeroshot",
         "acc",
         ("gpqa.jsonl",),
         split="train",
@@ -172,7 +173,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "truthfulqa": Benchmark(
         "TruthfulQA: BLEU against the nearest true answer",
-        "truthfulqa_gen",
+        "truthfulqa/truthfulqa_gen",
         "bleu_max",
         ("truthfulqa.jsonl",),
         _truthfulqa,
@@ -183,12 +184,15 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "coqa": Benchmark(
         "CoQA: questions in a conversation about a story; F1",
-        "coqa",
+        "coqa/coqa",
         "f1",
         ("coqa.jsonl",),
         split="validation",
         chat=False,
-        config={"generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 48, "do_sample": False}},
+        config={
+            "training_split": None,
+            "generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 48, "do_sample": False},
+        },
     ),
     "narrativeqa": _longbench("LongBench NarrativeQA: questions about stories; F1", "narrativeqa"),
     "qasper": _longbench("LongBench Qasper: questions about papers; F1", "qasper"),
@@ -221,7 +225,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "lcc": _longbench("LongBench LCC: the next line of code; edit similarity", "lcc", chat=False, context_end=None),
     "math500": Benchmark(
         "MATH-500: competition mathematics, four solved examples; equivalence of the result",
-        "minerva_math500",
+        "minerva_math/minerva_math500",
         "math_verify",
         ("math500.jsonl",),
         chat=False,
@@ -237,7 +241,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "ifeval": Benchmark(
         "IFEval: instructions that a program can check; all of a prompt's followed",
-        "ifeval",
+        "ifeval/ifeval",
         "prompt_level_strict_acc",
         ("ifeval.jsonl",),
         split="train",

@@ -121,6 +121,12 @@ class CompressedLM(HFLM):
             merged = {**first, "content": f"{system['content']}\n\n{first['content']}"}
             return str(self.tokenizer.apply_chat_template([merged, *rest], tokenize=False, **options))
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids; as in lm-eval, which however needs a tokenizer to have a first or last token."""
+        if add_special_tokens is None and self.prefix_token_id is None:
+            add_special_tokens = True
+        return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **options))
+
     def ask(self, request: Any) -> Asked:
         """A generation request as tokens, nothing cut off.
 
@@ -330,7 +336,9 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     compressed = CompressedLM(model, policy, tokenizer=tokenizer, batch_size=batch_size)
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    # lm-eval's own tasks take many seconds to look through.
+    named = any(isinstance(task, str) for task in tasks)
+    manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=named)
     known = set(manager.all_tasks)
     unknown = [task for task in tasks if isinstance(task, str) and task not in known]
     if unknown:

@@ -119,26 +119,33 @@ def _import_lm_eval() -> None:
 
 
 class _Catalogue:
-    """lm-eval's tasks; looked through on first use."""
+    """lm-eval's tasks, folder by folder: looking through all of them takes many seconds."""
 
     def __init__(self, tokenizer: Any, folder: Path):
-        self._tokenizer = tokenizer
-        self._folder = folder
-        self._manager: Any = None
+        # RULER's generators load the tokenizer by name; this one may have none.
+        tokenizer.save_pretrained(folder)
+        self._metadata: dict[str, Any] = {"tokenizer": str(folder)}
+        self._managers: dict[str, Any] = {}
 
     @property
     def manager(self) -> Any:
-        if self._manager is None:
-            from lm_eval.tasks import TaskManager
+        """Of all tasks."""
+        return self._of("")
 
-            # RULER's generators load the tokenizer by name; this one may have none.
-            self._tokenizer.save_pretrained(self._folder)
-            self._manager = TaskManager(metadata={"tokenizer": str(self._folder)})
-        return self._manager
+    def _of(self, place: str) -> Any:
+        if place not in self._managers:
+            import lm_eval.tasks
+
+            path = str(Path(lm_eval.tasks.__file__).parent / place)
+            self._managers[place] = lm_eval.tasks.TaskManager(
+                include_path=path, include_defaults=False, metadata=self._metadata
+            )
+        return self._managers[place]
 
     def task(self, base: str, changes: dict[str, Any]) -> Any:
-        """A task of lm-eval with another configuration."""
-        loaded = self.manager.load({"group": "refreekv", "task": [{"task": base, **changes}]})
+        """A task of lm-eval, named ``folder/task``, with another configuration."""
+        place, _, name = base.partition("/")
+        loaded = self._of(place).load({"group": "refreekv", "task": [{"task": name, **changes}]})
         (task,) = loaded["tasks"].values()
         return task
 

@@ -85,10 +85,22 @@ def evaluate(
     if tasks:
         from refreekv.cli.commands.tasks import Request, score_tasks
 
-        shared = {"policy": policy, "suite": suite, "data_dir": data_dir, "limit": limit, "seed": seed, "out": out}
-        device_options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         score_tasks(
-            Request(model, tasks, max_tokens=max_tokens, as_json=as_json, **shared, **device_options)  # type: ignore[arg-type]
+            Request(
+                model=model,
+                tasks=tasks,
+                policy=policy,
+                suite=suite,
+                data_dir=data_dir,
+                limit=limit,
+                seed=seed,
+                max_tokens=max_tokens,
+                out=out,
+                dtype=dtype,
+                device=device,
+                as_json=as_json,
+                trust_remote_code=trust_remote_code,
+            )
         )
         return
     for name, value, least in (("--limit", limit, 1), ("--continuation", continuation, 1), ("--show", show, 0)):
