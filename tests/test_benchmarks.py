@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from models import VOCAB, build
-from refreekv.evaluation import task_loading
+from refreekv.evaluation import coqa, task_loading
 from refreekv.evaluation.benchmarks import BENCHMARKS, PAPER, PUNKT
 from refreekv.evaluation.datasets import DataMissing
 from refreekv.evaluation.encoding import MARK
@@ -142,8 +142,9 @@ def _without_requirement():
 
 
 def loaded(name, folder, tokenizer, model):
-    (task,), missing = load([name], tokenizer, data_dir=folder, execute_code=True)
+    found, missing = load([name], tokenizer, data_dir=folder, execute_code=True)
     assert not missing
+    (task,) = found
     (document,) = plan(model, tokenizer, [task], Settings("tiny")).documents[name]
     return task, document
 
@@ -174,6 +175,15 @@ def test_truthfulqa_is_bleu_of_the_nearest_true_answer(folder, tokenizer, model)
     near = score(task, document, ["No, tin is a liquid."])
     product = 6 / 7 * 4 / 6 * 3 / 5 * 2 / 4
     assert near["score"] == pytest.approx(product**0.25, abs=1e-4)
+
+
+def test_coqa_leaves_each_reference_out_in_turn():
+    doc = json.loads(json.dumps(ROWS["coqa.jsonl"]))
+    assert coqa.prompt(doc) == "Bo went to Rome.\n\nQ: Who went?\n\nA: Bo\n\nQ: Where?\n\nA:"
+    doc["additional_answers"] = {"0": {"input_text": ["Bo", "Rome"]}, "1": {"input_text": ["He", "TO ROME"]}}
+    assert coqa.references(doc) == ["to Rome", "Rome"]
+    # Without the first: F1 to "Rome" is 1; without the second: to "to Rome", 2 / 3.
+    assert coqa.results(doc, ["Rome\nmore"])["f1"] == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_gpqa_takes_the_likeliest_choice(folder, tokenizer, model):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from refreekv.evaluation import readers
+from refreekv.evaluation import coqa, readers
 from refreekv.evaluation.readers import Row
 
 RowsOf = Callable[..., Iterable[Row]]
@@ -184,15 +184,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "coqa": Benchmark(
         "CoQA: questions in a conversation about a story; F1",
-        "coqa/coqa",
+        "",
         "f1",
         ("coqa.jsonl",),
         split="validation",
         chat=False,
-        config={
-            "training_split": None,
-            "generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 48, "do_sample": False},
-        },
+        config=coqa.CONFIG,
     ),
     "narrativeqa": _longbench("LongBench NarrativeQA: questions about stories; F1", "narrativeqa"),
     "qasper": _longbench("LongBench Qasper: questions about papers; F1", "qasper"),
