@@ -22,8 +22,10 @@ def references(doc: Row) -> list[str]:
     """All answers to the last question, the first one in front."""
     turn = len(doc["questions"]["input_text"]) - 1
     others = [more["input_text"][turn] for more in (doc.get("additional_answers") or {}).values() if more]
-    found = [doc["answers"]["input_text"][turn], *others]
-    return list({answer.lower(): answer for answer in reversed(found)}.values())[::-1]
+    found: dict[str, str] = {}
+    for answer in (doc["answers"]["input_text"][turn], *others):
+        found.setdefault(answer.lower(), answer)
+    return list(found.values())
 
 
 def results(doc: Row, responses: Sequence[str]) -> dict[str, float]:
