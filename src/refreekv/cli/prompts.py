@@ -72,5 +72,4 @@ def encode(loaded: "Loaded", text: str, *, chat: bool | None, max_new_tokens: in
             f"the prompt has {tokens:,} tokens and {max_new_tokens:,} new ones are to follow, "
             f"but the context of {loaded.name} is {loaded.context:,} tokens"
         )
-    device = loaded.model.device
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: encoded[name].to(loaded.device) for name in ("input_ids", "attention_mask")}

@@ -13,6 +13,7 @@ from refreekv.cli.app import app, refusals
 from refreekv.cli.options import (
     DEFAULT_POLICY,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -22,6 +23,7 @@ from refreekv.cli.options import (
     PolicyOption,
     PromptFileOption,
     TrustOption,
+    WeightsOption,
 )
 
 
@@ -35,6 +37,8 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 128,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
+    device_map: DeviceMapOption = None,
     chat: ChatOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -52,7 +56,14 @@ def generate(
         stored = refreekv.KVDtype.parse(kv_dtype)
     text = prompts.read(prompt, prompt_file)
     source = loading.find(model)
-    loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = loading.load(
+        source,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+        device_map=device_map,
+    )
     inputs = prompts.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
     prompt_tokens = inputs["input_ids"].shape[1]
 

@@ -12,14 +12,17 @@ from refreekv.cli.app import UserError, app, one_line, refusals
 from refreekv.cli.options import (
     DEFAULT_POLICY,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KVDtypeOption,
     MaxNewTokensOption,
     ModelOption,
     PolicyOption,
     PromptFileOption,
     TrustOption,
+    WeightsOption,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def inspect(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: PromptFileOption = None,
     policy: PolicyOption = DEFAULT_POLICY,
+    kv_dtype: KVDtypeOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The HTML page to write. Default: inspect.html.")
     ] = None,
@@ -41,6 +45,8 @@ def inspect(
     max_new_tokens: MaxNewTokensOption = 64,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
+    device_map: DeviceMapOption = None,
     chat: ChatOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
@@ -55,12 +61,20 @@ def inspect(
     running.check_max_new_tokens(max_new_tokens)
     with refusals():
         parsed = refreekv.policies.parse(policy)
+        stored = refreekv.KVDtype.parse(kv_dtype)
     page = out or Path("inspect.html")
     _check_writable(page, png)
     text = prompts.read(prompt, prompt_file)
-    loaded = loading.load(loading.find(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = loading.load(
+        loading.find(model),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+        device_map=device_map,
+    )
     inputs = prompts.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
-    result = comparing.compare(loaded, inputs, parsed, max_new_tokens=max_new_tokens)
+    result = comparing.compare(loaded, inputs, parsed, max_new_tokens=max_new_tokens, kv_dtype=stored)
     inspection = _inspection(loaded, inputs, parsed, result)
     try:
         inspection.write_html(page)
@@ -118,6 +132,7 @@ def _inspection(
         facts={
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": str(loaded.model.device),
+            "K/V stored in": result.report.kv_dtype or "the model's precision",
             "decoding": "greedy",
             "prefill": f"{full.prefill_seconds:.2f} s full, {compressed.prefill_seconds:.2f} s pruned (one run each)",
             "versions": f"refreekv {refreekv.__version__}, torch {torch.__version__}, "

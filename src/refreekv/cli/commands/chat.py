@@ -1,0 +1,84 @@
+"""``refreekv chat``: talk to a model, every turn on the same pruned cache."""
+
+import json
+from typing import Annotated
+
+import typer
+
+import refreekv
+from refreekv.cli.app import UserError, app, refusals
+from refreekv.cli.options import (
+    DEFAULT_POLICY,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KVDtypeOption,
+    ModelOption,
+    PolicyOption,
+    TrustOption,
+    WeightsOption,
+)
+
+
+@app.command()
+def chat(
+    model: ModelOption,
+    policy: PolicyOption = DEFAULT_POLICY,
+    kv_dtype: KVDtypeOption = None,
+    weights: WeightsOption = "auto",
+    device_map: DeviceMapOption = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Tokens of an answer at most.")
+    ] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="0 is greedy. Default: as the model's own generation settings say."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Talk to a model; each message adds its own tokens to the same pruned cache.
+
+    The line below an answer says what the cache holds and what a full one would. Without a
+    terminal, messages are read from stdin, a line each. /help lists the commands.
+    """
+    from rich.console import Console
+
+    from refreekv.cli import loading, running
+    from refreekv.cli.chatting import Chat, transcript
+    from refreekv.cli.conversation import Conversation, Sampling
+    from refreekv.cli.progress import stderr_console
+
+    running.check_max_new_tokens(max_new_tokens)
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature must be a number from 0 on, got {temperature}")
+    with refusals():
+        parsed = refreekv.policies.parse(policy)
+        stored = refreekv.KVDtype.parse(kv_dtype)
+    loaded = loading.load(
+        loading.find(model),
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+        device_map=device_map,
+    )
+    conversation = Conversation(
+        loaded,
+        parsed,
+        kv_dtype=stored,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, seed),
+    )
+    errors = stderr_console()
+    chatting = Chat(conversation, errors if as_json else Console(highlight=False), errors)
+    chatting.greet()
+    chatting.run()
+    if as_json:
+        typer.echo(json.dumps(transcript(conversation), indent=2))

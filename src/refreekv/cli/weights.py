@@ -1,0 +1,84 @@
+"""Weights in 8 and 4 bits, through the libraries that people use for it."""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from refreekv.cli.app import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = ("auto", "int8", "int4", "packed")
+INSTALL = "pip install 'refreekv[quant]'"
+
+
+def check(weights: str, gguf: str | None) -> None:
+    """`UserError` for what ``--weights`` cannot be, or cannot be for this model."""
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if gguf and weights in ("int8", "int4"):
+        raise UserError(
+            f"{gguf} is quantised already; leave --weights out to unpack it, or give --weights packed to keep its "
+            "weights as they are where transformers can compute with them"
+        )
+    if weights == "packed" and not gguf:
+        raise UserError("--weights packed is for .gguf files; use int8 or int4")
+
+
+def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any:
+    """What `from_pretrained` is told, or None for weights as they are.
+
+    On a GPU both widths go through bitsandbytes (LLM.int8() and NF4). On a CPU 8 bits go
+    through torchao, which quantises weights only and keeps the model's precision otherwise;
+    4 bits are NF4 there too.
+
+    Parameters
+    ----------
+    weights : str
+        ``"auto"``, ``"int8"`` or ``"int4"``.
+    device : torch.device
+        Where the model is to run.
+    dtype : torch.dtype or None
+        What 4-bit weights are computed in; None: bfloat16.
+
+    Raises
+    ------
+    UserError
+        The library is not installed.
+    """
+    if weights not in ("int8", "int4"):
+        return None
+    library = "torchao" if weights == "int8" and device.type == "cpu" else "bitsandbytes"
+    missing = [name for name in (library, "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--weights {weights} on {device.type} needs {' and '.join(missing)}; run: {INSTALL}")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+        llm_int8_enable_fp32_cpu_offload=True,
+    )
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of storage that a model's weights hold on to, wherever they are and however they are packed."""
+    sizes: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # Quantised weights are tensors made of tensors.
+        names = getattr(tensor, "tensor_data_names", None)
+        for part in [getattr(tensor, name) for name in names] if names else [tensor]:
+            if part is not None and part.device.type != "meta":
+                storage = part.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
