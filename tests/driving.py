@@ -16,6 +16,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "refreekv": ("refreekv", PRUNING),
     "heavy-hitter": ("refreekv-heavy-hitter", {"threshold": 0.1, "frozen_layers": 0}),
     "window": ("streaming-llm", {"size": 20}),
+    "joint": ("cake", {"ratio": 0.4, "window": 4}),
 }
 RAGGED = (52, 40, 29, 47)
 

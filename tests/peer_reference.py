@@ -228,6 +228,57 @@ def gvote(held, p=0.95, samples=8, window=128, seed=0):
     return kept
 
 
+def cake_notes(held, window=32, kernel=5, pooling="avg", tau1=1.0, tau2=1.0, gamma=200.0, **_):
+    """Preference of a layer, and scores of each KV head."""
+    spread_out = changing = 0.0
+    scores = []
+    for g, keys in enumerate(held.keys):
+        n = len(keys)
+        per_head = []
+        for head in held.members(g):
+            rows = held.rows(head, held.last(window))
+            value = np.zeros(n)
+            for j in range(max(0, n - window)):
+                column = rows[:, j]
+                variance = sum((a - column.mean()) ** 2 for a in column) / max(1, len(column) - 1)
+                spread_out -= sum(a * np.log(a) for a in column if a > 0)
+                changing += variance
+                value[j] = column.mean() + gamma * variance
+            around = [
+                [value[i] if 0 <= i < n else 0.0 for i in range(j - kernel // 2, j + kernel // 2 + 1)] for j in range(n)
+            ]
+            per_head.append([np.mean(part) if pooling == "avg" else np.max(part) for part in around])
+        scores.append(np.mean(per_head, axis=0))
+    return max(spread_out, 0.0) ** (1 / tau1) * changing ** (1 / tau2), scores
+
+
+def cake(layers, size=None, ratio=None, window=32, **given):
+    """What each of a prompt's layers keeps: one list of masks a layer."""
+    notes = [cake_notes(held, window=window, **given) for held in layers]
+    ns = [len(held.keys[0]) for held in layers]
+    means = [min(n, size) if size is not None else min(n, max(window, n * ratio)) for n in ns]
+    total = int(np.floor(sum(max(0, mean - min(window, n)) for mean, n in zip(means, ns, strict=True)) + 1e-6))
+    whole = sum(preference for preference, _ in notes)
+    counts = []
+    for (preference, _), n in zip(notes, ns, strict=True):
+        share = preference / whole if whole > 0 else 1 / len(layers)
+        counts.append(min(int(np.floor(share * total + 1e-6)), max(0, n - window)))
+    while sum(counts) < total:
+        room = [at for at, n in enumerate(ns) if counts[at] < n - window]
+        if not room:
+            break
+        # One each while there is one for each, and then for the first.
+        for at in room[: min(len(room), total - sum(counts))]:
+            counts[at] += 1
+    kept = []
+    for (_, scores), n, count, mean in zip(notes, ns, counts, means, strict=True):
+        kept.append([best(score, count + min(n, window, int(mean)), tail(n, window)) for score in scores])
+    return kept
+
+
+JOINT = {"cake": cake}
+"""Those that decide about all layers of a prompt together."""
+
 SLOW = {
     "h2o": h2o,
     "snapkv": snapkv,
@@ -264,6 +315,8 @@ class PeerReference(MaskedReference):
         name, parameters = self.rule
         real, columns = self.mask.bool().numpy(), self.mask.shape[1]
         self.kept_counts[layer] = []
+        if layer == self.full[0]:
+            self.waiting = {}
         for row in range(key.shape[0]):
             held = [np.flatnonzero(real[row] & ~gone) for gone in self.evicted[layer][row]]
             asked = [c for c in range(columns - query.shape[2], columns) if real[row, c]]
@@ -277,10 +330,21 @@ class PeerReference(MaskedReference):
                 layers=len(self.full),
                 sink_logits=None if sinks is None else sinks.tolist(),
             )
-            kept = SLOW[name](case, **parameters)
-            for g, own in enumerate(held):
-                self.evicted[layer][row, g, own[~kept[g]]] = True
-            self.kept_counts[layer].append(tuple(int(k.sum()) for k in kept))
+            if name in JOINT:
+                self.waiting.setdefault(row, []).append((layer, held, case))
+            else:
+                self.drop(layer, row, held, SLOW[name](case, **parameters))
+        if name in JOINT and layer == self.full[-1]:
+            for row, seen in self.waiting.items():
+                for (index, held, _), kept in zip(
+                    seen, JOINT[name]([case for *_, case in seen], **parameters), strict=True
+                ):
+                    self.drop(index, row, held, kept)
+
+    def drop(self, layer, row, held, kept):
+        for g, own in enumerate(held):
+            self.evicted[layer][row, g, own[~kept[g]]] = True
+        self.kept_counts[layer].append(tuple(int(k.sum()) for k in kept))
 
     def attend(self, module, query, key, value, mask, **kwargs):
         self.values = value

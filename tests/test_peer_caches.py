@@ -21,6 +21,7 @@ END_TO_END = {
     "expected-attention": {"ratio": 0.4, "window": 9, "sinks": 2},
     "tova": {"size": 12},
     "keydiff": {"ratio": 0.3},
+    "cake": {"ratio": 0.4, "window": 4, "gamma": 20.0, "tau1": 1.6},
 }
 UNEVEN = ("ada-kv", "top-p", "gvote")
 SECOND = (17, 3, 1, 9)
@@ -65,7 +66,7 @@ def test_two_pruned_turns_equal_a_masked_full_cache(name, lengths):
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "gpt_oss"])
-@pytest.mark.parametrize("name", ["ada-kv", "top-p", "h2o"])
+@pytest.mark.parametrize("name", ["ada-kv", "top-p", "h2o", "cake"])
 def test_other_architectures(name, architecture):
     """Sliding-window layers beside the pruned ones, another scaling, learned sinks."""
     turns = turns_of(RAGGED, (17,) * 4)
@@ -126,7 +127,7 @@ def test_crop_with_uneven_heads(name, into):
 
 
 NOTHING = [("full", {}), ("top-p", {"p": 1.0}), ("gvote", {"p": 1.0}), ("top-p", {"frozen_layers": "all"})]
-NOTHING += [(name, {"ratio": 1.0}) for name in FIXED] + [("ada-kv", {"size": 10**6})]
+NOTHING += [(name, {"ratio": 1.0}) for name in (*FIXED, "cake")] + [("ada-kv", {"size": 10**6})]
 
 
 @pytest.mark.parametrize(("name", "parameters"), NOTHING, ids=str)

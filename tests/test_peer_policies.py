@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from peer_reference import FREE, SLOW, Held, make, spread
+from peer_reference import FREE, JOINT, SLOW, Held, make, spread
 from refreekv import policies
-from refreekv.cache.pruning import AttentionCall, Entries, Queries, decide
+from refreekv.cache.pruning import AttentionCall, Entries, Queries, decide, layer_view
 from refreekv.core import scores as core_scores
+from refreekv.core.budget import fill_evenly
 from refreekv.core.probes import attention_rows, causal_visibility
 from refreekv.policies import LayerView, ProbePlan
 
@@ -36,7 +39,7 @@ PARAMETERS = {
     "gvote": [{}, {"p": 0.7, "window": 6}, {"p": 0.3, "samples": 2, "window": 1}, {"samples": 3, "seed": 7}],
     "top-p": [{}, {"p": 0.5, "window": 3}, {"p": 0.9, "window": 1}, {"p": 0.05, "window": 6}],
 }
-CASES = [(name, given) for name, settings in PARAMETERS.items() for given in settings]
+CASES = [(name, settings) for name, cases in PARAMETERS.items() for settings in cases]
 BUDGETS = [{"ratio": 0.5}, {"ratio": 0.29}, {"ratio": 0.001}, {"size": 1}, {"size": 3}, {"size": 11}, {"size": 1000}]
 
 
@@ -61,38 +64,51 @@ def random_layer(seed, n, batch=3, heads=6, kv_heads=2, dim=5, uneven=False):
     return keys, values, valid, queries
 
 
-def fast_kept(policy, layer, where=(2, 5)):
-    """What the library keeps, ``[row][kv head]`` sets of columns, through probe, selection and checks."""
+def asked_of(layer):
+    """The attention call and the entries that the library would see."""
     keys, values, valid, states = layer
     n, turn = keys.shape[2], states.shape[2]
     shared = valid.any(1) if valid.dim() == 3 else valid
     queries = Queries.of_call(states, n - turn, shared)
-    entries = Entries(keys, values, valid, torch.arange(n), queries)
-    call = AttentionCall(states, None, scaling=0.7)
-    kept = [row.columns.tensors(keys.device) for row in decide(policy, call, entries, *where).rows()]
+    return AttentionCall(states, None, scaling=0.7), Entries(keys, values, valid, torch.arange(n), queries)
+
+
+def view_of(policy, layer, where=(2, 5)):
+    return layer_view(policy.probe_plan(layer[0].shape[2]), *asked_of(layer), *where)
+
+
+def fast_kept(policy, layer, where=(2, 5)):
+    """What the library keeps, ``[row][kv head]`` sets of columns, through probe, selection and checks."""
+    keys = layer[0]
+    kept = [row.columns.tensors(keys.device) for row in decide(policy, *asked_of(layer), *where).rows()]
     return [[set(heads[g % len(heads)].tolist()) for g in range(keys.shape[1])] for heads in kept]
 
 
-def slow_kept(name, parameters, layer, where=(2, 5)):
+def case_of(layer, row, where=(2, 5)):
+    """One row as the slow twins see it, and the columns of each KV head's entries."""
     keys, values, valid, states = (t.double().numpy() if t.is_floating_point() else t.numpy() for t in layer)
-    batch, kv_heads, n, _ = keys.shape
-    result = []
-    for row in range(batch):
-        real = [valid[row, g] if valid.ndim == 3 else valid[row] for g in range(kv_heads)]
-        own = [np.flatnonzero(r) for r in real]
-        anyone = np.logical_or.reduce(real)
-        at = [i for i in range(states.shape[2]) if anyone[n - states.shape[2] + i]]
-        columns = np.array(at) + n - states.shape[2]
-        case = Held(
-            keys=[keys[row, g, o] for g, o in enumerate(own)],
-            values=[values[row, g, o] for g, o in enumerate(own)],
-            queries=list(states[row][:, at] * 0.7),
-            seen=[o <= columns[:, None] for o in own],
-            layer=where[0],
-            layers=where[1],
-        )
-        result.append([set(o[k].tolist()) for o, k in zip(own, SLOW[name](case, **parameters), strict=True)])
-    return result
+    _, kv_heads, n, _ = keys.shape
+    real = [valid[row, g] if valid.ndim == 3 else valid[row] for g in range(kv_heads)]
+    own = [np.flatnonzero(r) for r in real]
+    anyone = np.logical_or.reduce(real)
+    at = [i for i in range(states.shape[2]) if anyone[n - states.shape[2] + i]]
+    columns = np.array(at) + n - states.shape[2]
+    case = Held(
+        keys=[keys[row, g, o] for g, o in enumerate(own)],
+        values=[values[row, g, o] for g, o in enumerate(own)],
+        queries=list(states[row][:, at] * 0.7),
+        seen=[o <= columns[:, None] for o in own],
+        layer=where[0],
+        layers=where[1],
+    )
+    return case, own
+
+
+def slow_kept(name, parameters, layer, where=(2, 5)):
+    cases = [case_of(layer, row, where) for row in range(layer[0].shape[0])]
+    return [
+        [set(o[k].tolist()) for o, k in zip(own, SLOW[name](case, **parameters), strict=True)] for case, own in cases
+    ]
 
 
 def without_ties(layer, kept):
@@ -105,18 +121,18 @@ def without_ties(layer, kept):
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize(("name", "given"), CASES, ids=lambda v: v if isinstance(v, str) else str(list(v.values())))
-def test_kept_sets_are_those_of_the_slow_twin(name, given, uneven):
+@pytest.mark.parametrize(("name", "chosen"), CASES, ids=lambda v: v if isinstance(v, str) else str(list(v.values())))
+def test_kept_sets_are_those_of_the_slow_twin(name, chosen, uneven):
     if name == "tova" and uneven:
         pytest.skip("its heads share one set: they never become uneven")
     lost = False
     for seed, n in enumerate([1, 2, 3, 7, 16, 33, 50, 90]):
         layer = random_layer(seed, n, uneven=uneven)
         for budget in [{}] if name in FREE else BUDGETS:
-            parameters = {**given, **budget}
+            parameters = {**chosen, **budget}
             wanted = slow_kept(name, parameters, layer)
             got = fast_kept(make(name, parameters), layer)
-            if name == "keydiff" and not given.get("recent", 1):
+            if name == "keydiff" and not chosen.get("recent", 1):
                 got, wanted = without_ties(layer, got), without_ties(layer, wanted)
             assert got == wanted, (seed, n, budget)
             lost |= any(len(head) < n // 2 for row in wanted for head in row)
@@ -202,6 +218,58 @@ def test_expected_attention_in_chunks(monkeypatch):
     assert fast_kept(policy, layer) == whole
 
 
+# -- all layers together ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [{}, {"window": 4, "tau1": 0.5, "gamma": 0.0}, {"window": 2, "tau2": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"ratio": 0.5}, {"ratio": 0.05}, {"size": 3}, {"size": 21}, {"size": 1000}], ids=str
+)
+def test_cake_is_that_of_the_slow_twin(chosen, budget):
+    policy = policies.create("cake", **chosen, **budget)
+    for n in (1, 5, 40, 90):
+        first, *others = [random_layer(seed, n, heads=2 + 2 * (seed % 2)) for seed in range(4)]
+        # Layers of one prompt share its padding and its last turn. Mild queries: where one key has nearly all
+        # the attention, what is pooled around it is equal but for rounding.
+        turn, generator = first[3].shape[2], torch.Generator().manual_seed(n)
+        first = (*first[:3], 0.2 * first[3])
+        layers = [first] + [
+            (keys, values, first[2], 0.3 * (seed + 1) * torch.randn(3, states.shape[1], turn, 5, generator=generator))
+            for seed, (keys, values, _, states) in enumerate(others)
+        ]
+        noted, cases = [], []
+        for layer in layers:
+            cases.append([case_of(layer, row) for row in range(3)])
+            noted.append(policy.examine(view_of(policy, layer)).rows())
+        for row in range(3):
+            wanted = JOINT["cake"]([case[row][0] for case in cases], **chosen, **budget)
+            got = policy.allot([notes[row] for notes in noted])
+            for selection, masks, case in zip(got, wanted, cases, strict=True):
+                for g, (mask, own) in enumerate(zip(masks, case[row][1], strict=True)):
+                    assert selection.keep[0, g].nonzero()[:, 0].tolist() == own[mask].tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_filling_evenly(data):
+    count = data.draw(st.integers(1, 8))
+    numbers = st.lists(st.integers(0, 50), min_size=count, max_size=count)
+    wanted, room = data.draw(numbers), data.draw(numbers)
+    total = sum(wanted) + data.draw(st.integers(0, 200))
+    expected = [min(w, r) for w, r in zip(wanted, room, strict=True)]
+    while sum(expected) < total and (able := [at for at in range(count) if expected[at] < room[at]]):
+        for at in able[: total - sum(expected)]:
+            expected[at] += 1
+    got = fill_evenly(torch.tensor(wanted), torch.tensor(room), torch.tensor(total))
+    assert got.tolist() == expected
+
+
+def test_joint_policies_refuse_one_layer_alone():
+    policy = policies.create("cake", ratio=0.5)
+    with pytest.raises(ValueError, match="'cake' decides about all layers together"):
+        policy.select(view_of(policy, random_layer(0, 20)))
+
+
 # -- which queries are probed ----------------------------------------------------------------------
 
 
@@ -264,6 +332,13 @@ def test_budgets_are_checked(name):
         ("ada-kv:size=4,scorer=streaming-llm", "scorer must be another"),
         ("ada-kv:size=4,scorer=snapk", "did you mean 'snapkv'"),
         ("ada-kv:size=4,scorer=3", "scorer must be another"),
+        ("cake", "cake needs a budget"),
+        ("cake:size=4,window=0", "window"),
+        ("cake:size=4,kernel=2", "kernel must be odd"),
+        ("cake:size=4,pooling=sum", "pooling"),
+        ("cake:size=4,tau1=0", "tau1 must be positive"),
+        ("cake:size=4,tau2=-1", "tau2 must be positive"),
+        ("cake:size=4,gamma=-1", "gamma"),
         ("gvote:p=0", "p is the share"),
         ("gvote:p=true", "p is the share"),
         ("gvote:samples=0", "samples"),
@@ -294,3 +369,15 @@ def test_selecting_never_waits_for_the_device(name):
             keep = policy.select(LayerView(keys, keys, real, rows, 3, 9, visible, queries)).keep
             assert keep.is_meta
             assert keep.shape[::2] == (2, 40)
+
+
+def test_allotting_never_waits_for_the_device():
+    policy = policies.create("cake", ratio=0.5, window=8)
+    with torch.device("meta"):
+        valid = torch.ones(2, 40, dtype=torch.bool)
+        visible = causal_visibility(valid, torch.arange(32, 40))
+        view = LayerView(
+            torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), valid, torch.rand(2, 4, 8, 40), 3, 9, visible
+        )
+        notes = policy.examine(view).rows()
+        assert all(selection.keep.is_meta for selection in policy.allot([notes[0]] * 3))

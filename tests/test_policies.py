@@ -26,7 +26,11 @@ def view(n=40, batch=2, heads=4, kv_heads=2, probe_rows=8, seed=0, pads=0):
 
 def kept(policy, layer):
     """What the policy keeps, as a mask [B, G, n] without padding."""
-    selection = policy.select(layer)
+    if isinstance(policy, policies.JointPolicy):
+        selections = [policy.allot([row])[0] for row in policy.examine(layer).rows()]
+        selection = Selection(torch.cat([one.keep for one in selections]))
+    else:
+        selection = policy.select(layer)
     if isinstance(selection, CutSelection):
         return selection.mask(layer.real)
     return selection.keep & layer.real[:, None]

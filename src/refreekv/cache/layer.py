@@ -24,6 +24,7 @@ from refreekv.cache.pruning import AttentionCall, Decision, Entries, KeptRow, Qu
 from refreekv.cache.quantised import QuantisedKV
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.ragged import RaggedKV
+from refreekv.policies.joint import JointPolicy
 
 TAG = "_refreekv_layer"
 """Attribute that leads from a key tensor handed to the model back to its layer."""
@@ -181,12 +182,17 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _prune(self, call: AttentionCall, behind: int) -> None:
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
-        decisions = [
-            decide(self.state.policy, call, part, self.ordinal, self.state.layers)
-            for part in self._entries(call, behind)
-        ]
+        policy, parts = self.state.policy, self._entries(call, behind)
         self._queries = None
         self.state.news = True
+        if isinstance(policy, JointPolicy):
+
+            def settle_decided(decided: Sequence[Decision]) -> None:
+                self._settle(decided, behind)
+
+            self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, settle_decided)
+            return
+        decisions = [decide(policy, call, part, self.ordinal, self.state.layers) for part in parts]
 
         def settle() -> None:
             self._settle(decisions, behind)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from refreekv.cache.joint import JointPruning
 from refreekv.policies import Policy
 
 
@@ -28,6 +29,8 @@ class PromptState:
         The layer whose keys were handed out and whose attention has not reported back.
     news : bool
         Whether a layer was pruned since `take_news` was last asked.
+    joint : JointPruning
+        Layers that wait for the last one, under a policy that decides about all together.
     """
 
     policy: Policy
@@ -35,6 +38,7 @@ class PromptState:
     end: int | None = None
     awaiting: int | None = None
     news: bool = False
+    joint: JointPruning = field(default_factory=JointPruning)
     _unsettled: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
@@ -72,6 +76,7 @@ class PromptState:
     def clear(self) -> None:
         """Forget what is under way."""
         self.awaiting = None
+        self.joint.clear()
         self._unsettled.clear()
 
     def take_news(self) -> bool:

@@ -167,6 +167,37 @@ def pyramid(budget: Tensor, held: Tensor, layer: int | Tensor, layers: int, wind
     return torch.where(fits & (layers > 1), high - layer * slope, budget).round().minimum(held).long()
 
 
+def fill_evenly(wanted: Tensor, room: Tensor, total: Tensor) -> Tensor:
+    """Whole numbers that add up to ``total``: what is wanted, capped, and the rest in equal parts on top.
+
+    Parameters
+    ----------
+    wanted : Tensor
+        Integer ``[L]``, non-negative, adding up to no more than ``total``.
+    room : Tensor
+        Integer ``[L]``: the most each can take.
+    total : Tensor
+        Integer, scalar. More than there is room for fills everything.
+
+    Returns
+    -------
+    Tensor
+        Integer ``[L]``: ``min(wanted + t, room)`` for the largest ``t`` that the total allows, and one more
+        for as many of the first that have room as there is left.
+    """
+    base = wanted.minimum(room)
+    gaps = (room - base).sort().values
+    rest = (total - base.sum()).minimum(gaps.sum())
+    # If the i smallest gaps are full, the rest is shared by what is left of them.
+    smaller = gaps.cumsum(0) - gaps
+    others = torch.arange(len(gaps), 0, -1, device=gaps.device)
+    full = (smaller + gaps * others <= rest).sum().clamp_max(len(gaps) - 1)
+    level = ((rest - smaller) // others).gather(0, full[None])
+    filled = (base + level).minimum(room)
+    open_ = filled < room
+    return filled + (open_ & (open_.cumsum(0) <= rest - (filled - base).sum())).long()
+
+
 def pool(scores: Tensor, real: Tensor, kernel: int, kind: str) -> Tensor:
     """Smooth scores along the entries: each gets the mean, or the largest, of its neighbourhood.
 

@@ -29,6 +29,32 @@ def mean_over_visible_rows(rows: Tensor, visible: Tensor) -> Tensor:
     return rows.sum(2) / (seen[:, None] if seen.dim() == 2 else seen)
 
 
+def moments_of_rows(rows: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each position's attention over the probe rows.
+
+    Parameters
+    ----------
+    rows : Tensor
+        ``[B, H, k, n]`` attention rows.
+    visible : Tensor, optional
+        Boolean ``[B | 1, k, n]`` or ``[B, H, k, n]``: a row that sees nothing stands for padding and
+        does not count.
+
+    Returns
+    -------
+    mean, variance : Tensor
+        ``[B, H, n]`` each; the variance is the unbiased one, zero over a single row.
+    """
+    if visible is None:
+        asked = torch.ones(1, 1, rows.shape[2], 1, dtype=torch.bool, device=rows.device)
+    else:
+        asked = (visible if visible.dim() == 4 else visible[:, None]).any(-1, keepdim=True)
+    number = asked.sum(2)
+    mean = rows.masked_fill(~asked, 0.0).sum(2) / number.clamp_min(1)
+    squares = (rows - mean[:, :, None]).masked_fill(~asked, 0.0).square().sum(2)
+    return mean, squares / (number - 1).clamp_min(1)
+
+
 def attention_received(rows: Tensor, kv_heads: int) -> Tensor:
     """Attention that each position receives from the probe rows, summed per KV head.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from refreekv.cache.columns import Columns
 from refreekv.cache.pruning import AttentionCall, Entries, KeptRow, Queries, layer_view, select
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.policies import LayerView, Policy, ProbePlan
+from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 
 ROWS = {"cuda": 2**28, "cpu": 2**24}
 """Probed attention (float32) that exists at once, by kind of device."""
@@ -129,12 +129,22 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     """
     masks: list[Tensor | None] = []
     alike: list[set[str]] = []
+    noted: dict[str, list[LayerScores]] = {}
     while len(masks) < len(layers):
         group = _group(layers[len(masks) :])
-        kept, same = _choose(asked, group, len(masks), len(layers))
+        kept, same = _choose(asked, group, len(masks), len(layers), noted)
         masks += kept
         alike += same
     names = {name: row for row, name in enumerate(asked)}
+    for name, scores in noted.items():
+        policy = asked[name]
+        assert isinstance(policy, JointPolicy)
+        for layer, selection in enumerate(policy.allot(scores), start=len(layers) - len(scores)):
+            mask = masks[layer]
+            assert mask is not None
+            mask[names[name]] = selection.keep[0]
+            if selection.keep.shape[1] > 1:
+                alike[layer].discard(name)
     return Choice(names, layers[0].keys.shape[2], masks, alike)
 
 
@@ -154,9 +164,13 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 
 
 def _choose(
-    asked: Asked, group: Sequence[Captured], start: int, layers: int
+    asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
 ) -> tuple[list[Tensor | None], list[set[str]]]:
-    """Masks ``[P, H_kv, n]`` of some layers, the first of which is number ``start``, and whose heads are alike."""
+    """Masks ``[P, H_kv, n]`` of some layers, the first of which is number ``start``, and whose heads are alike.
+
+    Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
+    their masks keep everything.
+    """
     count, kv_heads, length = len(group), group[0].keys.shape[1], group[0].keys.shape[2]
     chosen: dict[str, Selection | CutSelection | None] = dict.fromkeys(asked)
     plans: dict[ProbePlan, dict[str, Policy]] = {}
@@ -168,10 +182,13 @@ def _choose(
                 plans.setdefault(policy.probe_plan(length), {})[name] = policy
     for plan, view in _views(list(plans), group, start, layers):
         for name, policy in plans[plan].items():
-            chosen[name] = select(policy, view)
+            if isinstance(policy, JointPolicy):
+                noted.setdefault(name, []).extend(policy.examine(view).rows()[frozen[name] :])
+            else:
+                chosen[name] = select(policy, view)
     shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
     alike = [shared | {name for name in asked if at < frozen[name]} for at in range(count)]
-    if all(one is None for one in chosen.values()):
+    if all(one is None for one in chosen.values()) and not noted:
         return [None] * count, alike
     real = torch.ones(count, length, dtype=torch.bool, device=group[0].keys.device)
     masks = torch.stack([mask.expand(count, kv_heads, length) for mask in _masks(list(chosen.values()), real)])

@@ -8,9 +8,22 @@ import importlib
 import pkgutil
 
 from refreekv.policies.base import LayerView, Policy, ProbePlan
+from refreekv.policies.joint import JointPolicy, LayerScores
 from refreekv.policies.registry import available, create, get, parse, register, resolve
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["LayerView", "Policy", "ProbePlan", "available", "create", "get", "parse", "register", "resolve"]
+__all__ = [
+    "JointPolicy",
+    "LayerScores",
+    "LayerView",
+    "Policy",
+    "ProbePlan",
+    "available",
+    "create",
+    "get",
+    "parse",
+    "register",
+    "resolve",
+]

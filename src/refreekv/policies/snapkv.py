@@ -42,11 +42,7 @@ class SnapKV(FixedBudget):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("window", self.window, minimum=1)
-        check_count("kernel", self.kernel, minimum=1)
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, to have a token in its middle, got {self.kernel!r}")
-        if self.pooling not in ("avg", "max"):
-            raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
+        check_pooling(self.kernel, self.pooling)
 
     def probe_plan(self, n: int) -> ProbePlan:
         del n
@@ -73,3 +69,13 @@ class SnapKV(FixedBudget):
     def first(self, real: Tensor, budget: Tensor) -> Tensor:
         del budget
         return newest(real, self.window)
+
+
+def check_pooling(kernel: object, pooling: object) -> None:
+    """Raise ValueError unless ``kernel`` is odd and ``pooling`` is ``"avg"`` or ``"max"``."""
+    check_count("kernel", kernel, minimum=1)
+    assert isinstance(kernel, int)
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, to have a token in its middle, got {kernel!r}")
+    if pooling not in ("avg", "max"):
+        raise ValueError(f"pooling must be 'avg' or 'max', got {pooling!r}")
