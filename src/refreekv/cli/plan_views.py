@@ -1,0 +1,113 @@
+"""What a plan and a simulation look like in a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from refreekv.cli.views import header
+from refreekv.planner.fleet import Result
+from refreekv.planner.plan import Plan, Row
+from refreekv.planner.units import format_size
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """Facts, the scenarios, what to change, notes."""
+    parts: list[RenderableType] = [header(_facts(plan)), "", _scenarios(plan)]
+    if plan.advice:
+        parts += ["", Text("It does not fit. One of these makes it fit:", style="bold yellow")]
+        parts += [Text(f"  • {line}") for line in plan.advice]
+    if plan.notes:
+        parts += ["", *(Text(note, style="dim") for note in plan.notes)]
+    return Group(*parts)
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    machine, load, geometry = plan.machine, plan.load, plan.geometry
+    stored = geometry.stored_per_token(plan.number)
+    in_format = f", {format_size(stored)} in {plan.number}" if plan.number is not None else ""
+    bounded = f", and {format_size(geometry.bounded_bytes)} at most for the rest" if geometry.bounded_bytes else ""
+    read = "each prompt in one call" if machine.chunk is None else f"prompts in chunks of {machine.chunk:,}"
+    called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
+    billions = plan.weights.parameters / 1e9
+    facts = {
+        "Model": f"{plan.model.name} ({plan.model.text.model_type}, {billions:.2f} billion parameters)",
+        "K/V": geometry.describe(),
+        "K/V of a token": f"{format_size(geometry.bytes_per_token)} in bf16{in_format}{bounded}",
+        "Memory": f"{format_size(machine.memory)}; weights {format_size(machine.weights)} ({plan.weights.form}, "
+        f"{plan.weights.source}), reserve {format_size(machine.reserve)} (assumed: driver, workspaces, graphs)",
+        "Reading": f"{read}: {format_size(called * machine.activation_bytes)} of activations",
+        "Asked for": f"{load.requests:,} request{'s' if load.requests > 1 else ''} at once of {load.context:,} tokens, "
+        f"{load.output:,} of them generated",
+        "Policy": plan.policy,
+    }
+    if plan.expected is not None and plan.geometry.prunable:
+        facts["Expected from"] = plan.expected.source
+    return facts
+
+
+def _scenarios(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for heading in ("", "kept", "K/V a token", "K/V in all", "at the peak", "fits", "longest context", "at once"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in plan.rows:
+        table.add_row(*_cells(plan, row))
+    return table
+
+
+def _cells(plan: Plan, row: Row) -> Iterable[Text | str]:
+    limit = plan.model.context
+    longest = f"{row.longest_context:,}" if row.longest_context else "none"
+    if limit is not None and row.longest_context >= limit:
+        longest += " (the model's)"
+    name = row.scenario if row.stored == "bf16" else f"{row.scenario}, {row.stored}"
+    yield name
+    yield f"{row.budget:.0%}"
+    yield format_size(round(row.bytes_per_token))
+    yield format_size(row.kv_bytes)
+    yield format_size(row.peak_bytes)
+    yield Text("yes", style="green") if row.fits else Text("no", style="bold red")
+    yield longest
+    yield f"{row.requests:,}"
+
+
+def load_view(
+    results: Sequence[Result], needed: dict[str, int | None], target: float, costs: dict[str, float]
+) -> Table:
+    """Simulations side by side, one column each."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.scenario, justify="right")
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells)
+
+    row("GPUs", *(f"{r.gpus:,}" for r in results))
+    row("Requests completed", *(f"{r.completed:,}" for r in results))
+    if any(r.refused for r in results):
+        row("Requests that no GPU can hold", *(f"{r.refused:,}" for r in results))
+    row("Running at once on a GPU, mean (most)", *(f"{r.mean_running:.1f} ({r.most_running:,})" for r in results))
+    row("Waiting for a GPU, mean", *(f"{r.mean_waiting:.1f}" for r in results))
+    row("K/V pool in use, mean", *(f"{r.pool_used:.0%}" for r in results))
+    row("Preemptions", *(f"{r.preemptions:,}" for r in results))
+    for name, attribute in (("First token", "first_token"), ("Whole answer", "latency")):
+        row(f"{name}, p50 / p90 / p99", *(_seconds(getattr(r, attribute)) for r in results))
+    row("Between tokens, p50 / p90 / p99", *(_seconds(r.between_tokens) for r in results))
+    row("Output tokens a second, all GPUs", *(f"{r.output_tokens_per_second:,.0f}" for r in results))
+    if any(r.cost_per_million is not None for r in results):
+        row("A million tokens on these GPUs", *(_money(r.cost_per_million) for r in results))
+    words = (f"{needed[r.scenario]:,}" if needed[r.scenario] else "more than there are requests" for r in results)
+    row(f"GPUs for p90 first token ≤ {target:g} s", *words)
+    if costs:
+        row("A million tokens on those", *(_money(costs.get(r.scenario)) for r in results))
+    return table
+
+
+def _seconds(values: dict[str, float]) -> str:
+    return " / ".join(f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s" for value in values.values())
+
+
+def _money(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.3f}"

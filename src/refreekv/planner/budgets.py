@@ -1,0 +1,202 @@
+"""What share of a prompt policies keep: measured, by prompt length, with the source of each number."""
+
+import importlib.resources
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = 1
+EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+"""Prompt lengths at which buckets begin."""
+LEAST = 3
+"""Prompts that a bucket needs to be used."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Kept shares of prompts whose length lies in ``[start, stop)``.
+
+    Attributes
+    ----------
+    start, stop : int
+        Prompt tokens.
+    n : int
+        Prompts measured.
+    mean, low, high : float
+        Mean share, and its 95% bootstrap interval.
+    most : float
+        The largest share of any prompt.
+    """
+
+    start: int
+    stop: int
+    n: int
+    mean: float
+    low: float
+    high: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a policy kept on one model.
+
+    Attributes
+    ----------
+    policy : str
+        The policy's shortest specification.
+    model : str
+        The model's name.
+    source : dict
+        Command, date, machine, versions, task families.
+    buckets : tuple of Bucket
+        By prompt length.
+    """
+
+    policy: str
+    model: str
+    source: dict[str, Any]
+    buckets: tuple[Bucket, ...]
+
+    def bucket(self, prompt: int) -> Bucket:
+        """The bucket for a prompt; the nearest one where none of its length was measured."""
+        return min(self.buckets, key=lambda one: max(one.start - prompt, prompt - (one.stop - 1), 0))
+
+    def covers(self, prompt: int) -> bool:
+        """Whether prompts of this length were measured."""
+        return any(one.start <= prompt < one.stop for one in self.buckets)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a policy is expected to keep.
+
+    Attributes
+    ----------
+    source : str
+        Where it is from, in words.
+    measured : tuple of Measured
+        Measurements it is from; empty for policies whose parameters say it.
+    ratio, size : float, int or None
+        A budget that a parameter fixes.
+    """
+
+    source: str
+    measured: tuple[Measured, ...] = ()
+    ratio: float | None = None
+    size: int | None = None
+
+    def budget(self, prompt: int) -> float:
+        """Share of a prompt that is kept; of several models, the one that keeps most speaks."""
+        if prompt < 1:
+            return 1.0
+        if self.ratio is not None:
+            return self.ratio
+        if self.size is not None:
+            return min(1.0, self.size / prompt)
+        return max(one.bucket(prompt).mean for one in self.measured)
+
+    def is_extrapolated(self, prompt: int) -> bool:
+        """Whether no prompt of this length was measured."""
+        return bool(self.measured) and not any(one.covers(prompt) for one in self.measured)
+
+
+def expected(policy: Any, model: str, known: Sequence[Measured] | None = None) -> Expected | None:
+    """What a policy is expected to keep; None if nobody knows.
+
+    Parameters
+    ----------
+    policy : Policy
+        The policy.
+    model : str
+        Name of the model; its own measurements are taken alone if there are any.
+    known : sequence of Measured, optional
+        Measurements; by default those that come with refreekv.
+    """
+    from refreekv.evaluation.sweeps import specification
+
+    spec = specification(policy)
+    if spec == "full":
+        return Expected("keeps everything", ratio=1.0)
+    for name in ("ratio", "size"):
+        if (value := getattr(policy, name, None)) is not None:
+            return Expected(f"{name}={value} is fixed", **{name: value})
+    found = [one for one in (load() if known is None else known) if one.policy == spec]
+    own = [one for one in found if one.model.split("/")[-1].lower() == model.split("/")[-1].lower()]
+    chosen = tuple(own or found)
+    if not chosen:
+        return None
+    return Expected("; ".join(map(_cite, chosen)), chosen)
+
+
+def _cite(one: Measured) -> str:
+    count = sum(bucket.n for bucket in one.buckets)
+    return f"measured on {one.model}, n={count}, {one.source.get('date', 'no date')} ({one.source.get('command', '')})"
+
+
+def load() -> list[Measured]:
+    """The measurements that come with refreekv."""
+    text = importlib.resources.files("refreekv.planner").joinpath("budgets.json").read_text(encoding="utf-8")
+    return read(json.loads(text))
+
+
+def read(data: Mapping[str, Any]) -> list[Measured]:
+    """Measurements from their JSON form.
+
+    Raises
+    ------
+    ValueError
+        Another schema.
+    """
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"budgets of schema {data.get('schema')!r}; this version reads {SCHEMA}")
+    return [
+        Measured(one["policy"], one["model"], one["source"], tuple(Bucket(**bucket) for bucket in one["buckets"]))
+        for one in data["measured"]
+    ]
+
+
+def write(measured: Iterable[Measured]) -> dict[str, Any]:
+    """The JSON form of measurements."""
+    return {"schema": SCHEMA, "measured": [asdict(one) for one in measured]}
+
+
+def derive(records: Iterable[Any], source: Mapping[str, Any], *, seed: int = 0) -> list[Measured]:
+    """Measurements from the records of ``refreekv eval``, one for each policy and model.
+
+    Parameters
+    ----------
+    records : iterable of FidelityRecord
+        The records; those of the full cache are left out.
+    source : dict
+        What to store beside them.
+    seed : int
+        For the intervals.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    families: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        if record.policy == "full":
+            continue
+        key = (record.policy, record.model)
+        groups.setdefault(key, []).append((record.prompt_tokens, record.budget))
+        families.setdefault(key, set()).add(record.family)
+    found = []
+    for (policy, model), pairs in sorted(groups.items()):
+        buckets = []
+        for start, stop in zip(EDGES, (*EDGES[1:], 2**31), strict=True):
+            shares = np.array([share for length, share in pairs if start <= length < stop])
+            if len(shares) < LEAST:
+                continue
+            means = generator.choice(shares, (2000, len(shares))).mean(1)
+            low, high = np.quantile(means, [0.025, 0.975])
+            numbers = (round(float(x), 4) for x in (shares.mean(), low, high, shares.max()))
+            buckets.append(Bucket(start, stop, len(shares), *numbers))
+        if buckets:
+            about = {**source, "families": sorted(families[policy, model])}
+            found.append(Measured(policy, model, about, tuple(buckets)))
+    return found

@@ -1,0 +1,185 @@
+"""What fits: weights, activations and K/V of the requests, at the moment when they take most."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.planner.geometry import PLAIN_BYTES, Geometry
+
+LONGEST = 2**24
+"""Contexts beyond this are not looked for."""
+MOST = 100_000
+"""Requests beyond this are not looked for."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory and what is in it whatever the requests.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes of the GPU, or of all GPUs that share the model.
+    weights : int
+        Bytes of the weights.
+    reserve : int
+        Bytes for what no formula knows: the driver's context, workspaces, captured graphs,
+        what the allocator cannot use.
+    activation_bytes : int
+        Bytes that one token takes while a prompt is read.
+    logit_bytes : int
+        Bytes of one token's logits; one line for each request.
+    chunk : int or None
+        Prompt tokens read in one call; None: the whole prompt.
+    """
+
+    memory: int
+    weights: int
+    reserve: int
+    activation_bytes: int
+    logit_bytes: int
+    chunk: int | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes for K/V and activations; negative if the weights do not fit."""
+        return self.memory - self.weights - self.reserve
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to keep K/V.
+
+    Attributes
+    ----------
+    name : str
+        What to call it.
+    budget : callable
+        Prompt tokens to the share of them that is kept.
+    number : KVDtype or None
+        How kept entries are stored.
+    compacts : bool
+        Whether the prompt is held in full before it is compacted.
+    """
+
+    name: str
+    budget: Callable[[int], float]
+    number: KVDtype | None = None
+    compacts: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked for.
+
+    Attributes
+    ----------
+    context : int
+        Tokens of a request, prompt and output.
+    output : int
+        Those that are generated; all of them stay.
+    requests : int
+        At once.
+    """
+
+    context: int
+    output: int
+    requests: int = 1
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self.context - self.output
+
+    def at(self, context: int) -> "Load":
+        """The same with another context: the output stays, unless it would be more than half."""
+        return replace(self, context=context, output=min(self.output, context // 2))
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes in use at a peak.
+
+    Attributes
+    ----------
+    kv : int
+        K/V of all requests when their last token is generated.
+    peak : int
+        K/V and activations at the worse of two moments: when the last request's prompt is
+        read beside the others, and at the end.
+    """
+
+    kv: int
+    peak: int
+
+
+def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
+    """What a load takes.
+
+    While a prompt is read in chunks, its K/V is there in full and in the model's precision:
+    which entries matter shows at its end. Read in one call, each layer is compacted when the
+    next one is done, so two layers are full at a time.
+
+    Quantised K/V is read through a copy of one layer in full precision.
+    """
+    budget = scenario.budget(load.prompt)
+    one = geometry.kept_bytes(load.prompt, load.output, budget, scenario.number)
+    before = geometry.kept_bytes(load.prompt, 0, budget, scenario.number)
+    full = geometry.full_bytes(load.prompt)
+    called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
+    reading = before
+    if scenario.compacts:
+        widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
+        reading = full if called < load.prompt else min(full, int(before + 2 * widest))
+    prefill = (load.requests - 1) * one + reading + called * machine.activation_bytes
+    copy = 0
+    if scenario.number is not None:
+        elements = max((layer.elements for layer in geometry.prunable), default=0)
+        # The copy, and its keys or its values in single precision on the way there.
+        copy = int(load.requests * (budget * load.prompt + load.output) * elements * (PLAIN_BYTES + 2))
+    decode = load.requests * (one + machine.activation_bytes) + copy
+    return Use(load.requests * one, max(prefill, decode) + load.requests * machine.logit_bytes)
+
+
+def fits(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> bool:
+    """Whether a load fits."""
+    return use(geometry, machine, scenario, load).peak <= machine.room
+
+
+def longest_context(
+    geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, limit: int | None = None
+) -> int:
+    """Tokens of the longest context that fits for the load's number of requests; 0 if none does.
+
+    ``limit`` is the model's own. Budgets fall in steps with length, so a longer context may
+    fit where a shorter one does not; the answer is one up to which all fit.
+    """
+    stop = min(limit or LONGEST, LONGEST)
+    edges = sorted({min(stop, 2**power) for power in range(1, LONGEST.bit_length())})
+    fitting = 0
+    for low, high in zip([1, *edges], edges, strict=False):
+        if fits(geometry, machine, scenario, load.at(high)):
+            fitting = high
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(geometry, machine, scenario, load.at(middle)) else (low, middle)
+        return max(fitting, low if fits(geometry, machine, scenario, load.at(low)) else 0)
+    return fitting
+
+
+def most_requests(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> int:
+    """How many requests like the load's fit at once; 0 if none does."""
+
+    def many(count: int) -> bool:
+        return fits(geometry, machine, scenario, replace(load, requests=count))
+
+    if not many(1):
+        return 0
+    low, high = 1, 2
+    while high < MOST and many(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if many(middle) else (low, middle)
+    return min(low, MOST)

@@ -1,0 +1,266 @@
+"""A plan: what a model takes on a machine, in three scenarios, and what to change if it does not fit."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.planner.budgets import Expected
+from refreekv.planner.geometry import Geometry, measure
+from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
+from refreekv.planner.source import Model
+from refreekv.planner.units import format_size
+from refreekv.planner.weights import BITS, Counts, Weights, activation_elements, count, weigh
+
+RESERVE = 3 * 2**28
+"""0.75 GiB: an assumption about a CUDA context, workspaces, captured graphs and fragmentation."""
+CHUNK = 2048
+"""Prompt tokens that serving engines read in one step."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scenario.
+
+    Attributes
+    ----------
+    scenario : str
+        ``"full cache"``, ``"worst case"`` (the policy keeps everything) or ``"expected"``.
+    stored : str
+        Number format of kept K/V.
+    budget : float
+        Share of the prompt that is kept.
+    bytes_per_token : float
+        K/V bytes of one more prompt token, as kept.
+    kv_bytes : int
+        K/V of all requests when they are complete.
+    peak_bytes : int
+        Everything at the worst moment, weights and reserve included.
+    fits : bool
+        Whether that is in the machine's memory.
+    longest_context : int
+        For the asked number of requests.
+    requests : int
+        That fit at once, of the asked context.
+    """
+
+    scenario: str
+    stored: str
+    budget: float
+    bytes_per_token: float
+    kv_bytes: int
+    peak_bytes: int
+    fits: bool
+    longest_context: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `make` worked out."""
+
+    model: Model
+    geometry: Geometry
+    weights: Weights
+    counts: Counts
+    machine: Machine
+    load: Load
+    policy: str
+    number: KVDtype | None
+    expected: Expected | None
+    scenarios: tuple[Scenario, ...]
+    rows: tuple[Row, ...]
+    advice: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, ready for JSON."""
+        geometry = self.geometry
+        return {
+            "model": self.model.name,
+            "model_type": self.model.text.model_type,
+            "model_context": self.model.context,
+            "kv": {
+                "layers": geometry.describe(),
+                "bytes_per_token": geometry.bytes_per_token,
+                "stored_bytes_per_token": geometry.stored_per_token(self.number),
+                "bounded_bytes": geometry.bounded_bytes,
+                "dtype": "bf16" if self.number is None else str(self.number),
+            },
+            "weights": asdict(self.weights),
+            "machine": asdict(self.machine),
+            "load": {**asdict(self.load), "prompt": self.load.prompt},
+            "policy": self.policy,
+            "expected_from": None if self.expected is None else self.expected.source,
+            "scenarios": [asdict(row) for row in self.rows],
+            "advice": list(self.advice),
+            "notes": list(self.notes),
+        }
+
+
+def make(
+    model: Model,
+    *,
+    memory: int,
+    load: Load,
+    weights: str | None = None,
+    number: KVDtype | None = None,
+    policy: str = "",
+    expected: Expected | None = None,
+    reserve: int = RESERVE,
+    chunk: int | None = CHUNK,
+) -> Plan:
+    """Work out what a model takes.
+
+    Parameters
+    ----------
+    model : Model
+        From `source.find`.
+    memory : int
+        Bytes of the GPU.
+    load : Load
+        What is asked for.
+    weights : str, optional
+        ``"bf16"``, ``"int8"`` or ``"int4"``; None: as the checkpoint is.
+    number : KVDtype, optional
+        How kept K/V is stored.
+    policy : str
+        Name of the policy, for the record.
+    expected : Expected, optional
+        What it keeps; None leaves that row out.
+    reserve : int
+        Bytes for what no formula knows.
+    chunk : int or None
+        Prompt tokens in one call; None: all.
+
+    Raises
+    ------
+    ValueError
+        A context beyond the model's, no room for a prompt in it, or unknown weights.
+    ModelError
+        A model that cannot be planned for.
+    """
+    if model.context is not None and load.context > model.context:
+        raise ValueError(
+            f"a context of {load.context:,} tokens is more than the {model.context:,} that {model.name} is made for"
+        )
+    if not 0 <= load.output < load.context:
+        raise ValueError(f"an output of {load.output:,} tokens leaves no prompt in a context of {load.context:,}")
+    geometry = measure(model)
+    counts = count(model)
+    weighed = weigh(model, weights, counts)
+    machine = Machine(
+        memory,
+        weighed.bytes,
+        reserve,
+        activation_bytes=2 * activation_elements(model.text),
+        logit_bytes=4 * int(model.text.vocab_size),
+        chunk=chunk,
+    )
+    scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
+    if geometry.prunable:
+        scenarios.append(Scenario("worst case", lambda _: 1.0, number, compacts=number is not None))
+        if expected is not None:
+            scenarios.append(Scenario("expected", expected.budget, number))
+    rows = tuple(_row(geometry, machine, scenario, load, model.context) for scenario in scenarios)
+    return Plan(
+        model,
+        geometry,
+        weighed,
+        counts,
+        machine,
+        load,
+        policy,
+        number,
+        expected,
+        tuple(scenarios),
+        rows,
+        tuple(_advice(model, counts, geometry, machine, scenarios[-1], load, rows)) if not rows[-1].fits else (),
+        tuple(_notes(geometry, expected, load, number, rows)),
+    )
+
+
+def _row(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, limit: int | None) -> Row:
+    taken = use(geometry, machine, scenario, load)
+    budget = scenario.budget(load.prompt)
+    latent = sum(2 * layer.elements for layer in geometry.layers if layer.kind == "latent")
+    per_token = latent + budget * (geometry.stored_per_token(scenario.number) - latent)
+    return Row(
+        scenario.name,
+        "bf16" if scenario.number is None else str(scenario.number),
+        budget if geometry.prunable else 1.0,
+        per_token,
+        taken.kv,
+        machine.weights + machine.reserve + taken.peak,
+        taken.peak <= machine.room,
+        longest_context(geometry, machine, scenario, load, limit),
+        most_requests(geometry, machine, scenario, load),
+    )
+
+
+def _advice(
+    model: Model,
+    counts: Counts,
+    geometry: Geometry,
+    machine: Machine,
+    scenario: Scenario,
+    load: Load,
+    rows: Sequence[Row],
+) -> list[str]:
+    """What would make the last scenario fit, the smallest change first."""
+    advice: list[str] = []
+
+    def fits(machine: Machine = machine, scenario: Scenario = scenario) -> bool:
+        return use(geometry, machine, scenario, load).peak <= machine.room
+
+    row = rows[-1]
+    if machine.chunk is None and fits(replace(machine, chunk=CHUNK)):
+        advice.append(f"read prompts in chunks: --prefill-chunk {CHUNK} (generate: prefill_chunk_size={CHUNK})")
+    if machine.chunk is not None and fits(replace(machine, chunk=None)):
+        advice.append("read each prompt in one call: --prefill-chunk all")
+    if geometry.prunable and scenario.number is None:
+        for kind in ("fp8", "int8", "int4"):
+            if fits(scenario=replace(scenario, number=KVDtype(kind), compacts=True)):
+                advice.append(f"store K/V in {kind}: --kv {kind} (compress(model, kv_dtype='{kind}'))")
+                break
+    for form in BITS:
+        size = weigh(model, form, counts).bytes
+        if size < machine.weights and fits(replace(machine, weights=size)):
+            advice.append(f"load the weights in {form}: --weights {form} ({format_size(size)})")
+            break
+    if row.requests >= 1:
+        advice.append(f"at most {row.requests:,} of these requests at once: --concurrency {row.requests}")
+    if row.longest_context >= 1:
+        advice.append(f"a context of at most {row.longest_context:,} tokens: --context {row.longest_context}")
+    advice.append(f"a machine with {format_size(row.peak_bytes)}: --vram {-(-row.peak_bytes // 2**30)}GiB")
+    return advice
+
+
+def _notes(
+    geometry: Geometry, expected: Expected | None, load: Load, number: KVDtype | None, rows: Sequence[Row]
+) -> list[str]:
+    notes = []
+    kinds = {layer.kind for layer in geometry.layers}
+    if "latent" in kinds:
+        notes.append("Latent attention (MLA) stores one small vector for each token; pruning does not apply to it.")
+    if "window" in kinds:
+        notes.append("Window layers hold a bounded number of tokens; only full-attention layers are pruned.")
+    if "state" in kinds:
+        notes.append("Layers with a fixed state take the same whatever the length; they are not pruned.")
+    if not geometry.prunable:
+        notes.append("This model has no layer that refreekv prunes: the full cache is all there is.")
+    if number is not None and kinds != {"full"}:
+        notes.append(f"K/V of other than full-attention layers is not stored in {number}.")
+    if geometry.prunable and expected is None:
+        notes.append(
+            "Nothing is known about what this policy keeps, so there is no expected row: "
+            "measure it with refreekv eval and benchmarks/budgets.py."
+        )
+    if expected is not None and expected.is_extrapolated(load.prompt):
+        notes.append(f"No prompt of {load.prompt:,} tokens was measured: the nearest measured length speaks for it.")
+    if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
+        notes.append(
+            "One request alone: a prompt read in chunks is held in full until its end, so pruning makes no longer "
+            "prompt fit; it makes room for more requests and turns."
+        )
+    return notes
