@@ -11,6 +11,7 @@ evicted; comparison begins at the second. With one, the question is read by the 
 cache (and not pruned again), and comparison begins at the first.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from refreekv.evaluation.metrics import TokenMetrics, divergence, negative_log_l
 from refreekv.evaluation.prefill import SharedPrefill, fork, forward, kept_ranges
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.samples import Sample
+from refreekv.evaluation.stored import format_of
 from refreekv.policies import Policy
 
 
@@ -212,7 +214,7 @@ class _Prepared:
         self, name: str, kept: list[list[int]], metrics: TokenMetrics, compared: int, change: float | None
     ) -> dict[str, Any]:
         shares = [[count / self.shared.length for count in layer] for layer in kept]
-        full, held = self.shared.bytes(kept)
+        full, held = self.shared.bytes(name, kept)
         sample = self.job.sample
         return {
             "sample": sample.id,
@@ -239,14 +241,19 @@ class _Prepared:
             "tokens": [self.bench.tokenizer.decode([token]) for token in self.job.encoded.context],
         }
         displayed = []
-        for at in range(0, len(records), size):
-            group = records[at : at + size]
+        for group in self._batches(records, size):
             branch = self.shared.branch([record.policy for record in group])
             for row, (record, text) in enumerate(
                 zip(group, self._texts(branch, answer, stop, len(group)), strict=True)
             ):
                 displayed.append(replace(record, positions=list(kept_ranges(branch, row)), text=text, **common))
         return displayed
+
+    def _batches(self, records: list[FidelityRecord], size: int) -> Iterator[list[FidelityRecord]]:
+        """Records whose policies one batch can hold: they store what they keep in one number format."""
+        alike = itertools.groupby(records, key=lambda record: format_of(self.job.policies[record.policy]))
+        for group in (list(group) for _, group in alike):
+            yield from (group[at : at + size] for at in range(0, len(group), size))
 
     def _texts(self, branch: PrunedCache, answer: Continuation, stop: set[int], rows: int) -> list[str]:
         """Greedy answers of the rows, decoded token by token."""

@@ -20,8 +20,9 @@ from refreekv import policies
 from refreekv.cache import PrunedCache, ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import AttentionCall, Decision, KeptRow
+from refreekv.core.quantisation import KVDtype
 from refreekv.evaluation.choosing import capture, choose, plans_of
-from refreekv.evaluation.masked import MaskedLayer
+from refreekv.evaluation.stored import format_of, kept_bytes, stored_layer
 from refreekv.policies import Policy, ProbePlan
 
 
@@ -51,8 +52,10 @@ class _BranchLayer(ReFreeKVLayer):
     """Rows of one prompt, each compacted as its policy decided."""
 
     @classmethod
-    def of(cls, shared: _CapturingLayer, kept: list[KeptRow], state: PromptState) -> "_BranchLayer":
-        layer = cls(shared.index, shared.ordinal, state)
+    def of(
+        cls, shared: _CapturingLayer, kept: list[KeptRow], state: PromptState, kv_dtype: KVDtype | None
+    ) -> "_BranchLayer":
+        layer = cls(shared.index, shared.ordinal, state, kv_dtype)
         keys, values = shared.dense
         layer.lazy_initialization(keys, values)
         # Views: what no row drops anything of is copied by the first `update` only.
@@ -115,6 +118,7 @@ class SharedPrefill:
     def __init__(self, model: Any, context: Sequence[int], asked: Mapping[str, Policy | None]):
         self.length = len(context)
         self._config = model.config
+        self._asked = asked
         plans = plans_of(asked.values(), self.length)
         self._cache = self._new_cache()
         for index, layer in enumerate(self._cache.layers):
@@ -165,7 +169,9 @@ class SharedPrefill:
         cache = DynamicCache(config=self._config.get_text_config(decoder=True))
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, _CapturingLayer):
-                cache.layers[index] = MaskedLayer(*layer.dense, self._choice.keep(layer.ordinal, names))
+                cache.layers[index] = stored_layer(
+                    *layer.dense, self._choice.keep(layer.ordinal, names), names, self._asked
+                )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
         return cache
@@ -174,26 +180,40 @@ class SharedPrefill:
         """Entries that policies keep, by policy, layer and KV head (one number where heads are alike)."""
         return self._choice.counts(names)
 
-    def bytes(self, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """K/V bytes of the prompt in a full cache, and in one that keeps so many entries by layer and KV head."""
+    def bytes(self, name: str, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """K/V bytes of the prompt in a full cache, and in a policy's that keeps so many by layer and KV head."""
+        number = format_of(self._asked[name])
         full = held = 0
         counts = iter(kept)
         for layer in self._cache.layers:
             if isinstance(layer, _CapturingLayer):
-                heads = next(counts)
+                keys, values = layer.dense
+                sizes = keys.shape[-1], values.shape[-1]
                 full += self.length * layer.entry_bytes
-                held += sum(heads) * layer.entry_bytes // len(heads)
+                held += kept_bytes(next(counts), layer.kv_heads, sizes, keys.element_size(), number)
             else:
                 full += (other := _held(layer))
                 held += other
         return full, held
 
     def branch(self, names: Sequence[str]) -> PrunedCache:
-        """A batch of physically pruned caches, one policy a row."""
+        """A batch of physically pruned caches, one policy a row; all store what they keep in one number format.
+
+        Raises
+        ------
+        ValueError
+            Policies with different number formats.
+        """
+        numbers = {format_of(self._asked[name]) for name in names}
+        if len(numbers) > 1:
+            raise ValueError(f"one batch cannot store K/V in several number formats: {', '.join(map(str, numbers))}")
+        (number,) = numbers
         cache = self._new_cache()
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, _CapturingLayer):
-                cache.layers[index] = _BranchLayer.of(layer, self._choice.rows(layer.ordinal, names), cache.state)
+                cache.layers[index] = _BranchLayer.of(
+                    layer, self._choice.rows(layer.ordinal, names), cache.state, number
+                )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
         return cache

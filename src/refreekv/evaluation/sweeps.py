@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from refreekv import policies
+from refreekv.evaluation.stored import MARK, StoredPolicy, parse
 from refreekv.policies import Policy
 
 FULL = "full"
@@ -25,6 +26,8 @@ GRIDS = {
 def expand(spec: str) -> list[str]:
     """All combinations of a specification whose parameters may be lists of values.
 
+    A number format behind it, as in ``snapkv:ratio=0.5@int4``, goes with each of them.
+
     Examples
     --------
     >>> expand("refreekv:threshold=0.01,0.05,sinks=4,8")
@@ -36,6 +39,7 @@ def expand(spec: str) -> list[str]:
     ValueError
         A value before the first parameter's name, or a parameter named twice.
     """
+    spec, mark, kind = spec.partition(MARK)
     name, _, rest = spec.partition(":")
     parameters: dict[str, list[str]] = {}
     values: list[str] | None = None
@@ -50,7 +54,8 @@ def expand(spec: str) -> list[str]:
         else:
             values.append(key)
     combinations = itertools.product(*([f"{key}={value}" for value in values] for key, values in parameters.items()))
-    return [f"{name.strip()}:{','.join(chosen)}" if chosen else name.strip() for chosen in combinations]
+    found = [f"{name.strip()}:{','.join(chosen)}" if chosen else name.strip() for chosen in combinations]
+    return [f"{one}{mark}{kind}" for one in found]
 
 
 def specification(policy: Policy) -> str:
@@ -58,6 +63,8 @@ def specification(policy: Policy) -> str:
 
     Two ways to write one policy have the same specification, so it serves as a key.
     """
+    if isinstance(policy, StoredPolicy):
+        return f"{specification(policy.policy)}{MARK}{policy.kv_dtype}"
     changed = [
         f"{field.name}={value}"
         for field in dataclasses.fields(policy)  # type: ignore[arg-type]
@@ -80,7 +87,7 @@ def choose(specs: Iterable[str] = (), suites: Iterable[str] = ()) -> dict[str, P
     """
     wanted = [one for spec in specs for one in expand(spec)]
     wanted += [one for name in suites for one in suite(name)]
-    chosen = (policies.parse(spec) for spec in wanted if spec != FULL)
+    chosen = (parse(spec) for spec in wanted if spec != FULL)
     return {specification(policy): policy for policy in chosen}
 
 
