@@ -8,6 +8,10 @@ import torch
 import refreekv
 from models import build, prompts
 from refreekv.core.probes import attention_rows
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.encoding import Encoded
+from refreekv.evaluation.fidelity import Bench, Job
+from refreekv.evaluation.samples import Sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +23,7 @@ POLICIES = [
     ("refreekv", {"threshold": 0.2, "frozen_layers": 1, "probe_rows": 4, "norm_includes_sinks": True}),
     ("refreekv-heavy-hitter", {"threshold": 0.1, "frozen_layers": 0}),
     ("streaming-llm", {"size": 20}),
+    ("cake", {"ratio": 0.4, "window": 4}),
 ]
 
 
@@ -66,3 +71,22 @@ def test_no_layer_waits_for_more_than_the_next_one():
     for layer in cache.pruned_layers:
         assert layer.keys.untyped_storage().nbytes() == layer.keys.numel() * layer.keys.element_size()
     assert cache.report.bytes_after < cache.report.bytes_before
+
+
+def test_fidelity_is_that_of_the_cpu():
+    """The bench's masked attention on a GPU, in one batch with many policies, against the CPU's."""
+    chosen = sweeps.choose(["refreekv:threshold=0.2"], ["peers"])
+    ids = prompts((157,), seed=5)[0][0].tolist()
+    encoded = Encoded(ids, [5, 6, 7], [9, 11, 4], "")
+    one = Job(Sample("1", "numbers", ""), encoded, {"full": None, **chosen})
+    records = {}
+    for device in ("cpu", "cuda"):
+        model = build("gemma3", attention="sdpa").to(device)
+        (found,) = Bench(model, None, "tiny", continuation=12).measure([one])
+        records[device] = {record.policy: record for record in found}
+    assert records["cuda"]["full"].kl_max < 1e-4
+    for name, wanted in records["cpu"].items():
+        got = records["cuda"][name]
+        assert got.budget == pytest.approx(wanted.budget, abs=0.02)
+        assert got.kl_mean == pytest.approx(wanted.kl_mean, rel=0.05, abs=1e-3)
+        assert got.answer_nll_change == pytest.approx(wanted.answer_nll_change, rel=0.05, abs=1e-2)

@@ -1,5 +1,6 @@
 """From samples and policies to a results file: plans what is missing, measures it, stores it."""
 
+import datetime
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ def setup_of(bench: Bench, *, max_tokens: int = MAX_TOKENS, **more: Any) -> dict
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device_name(bench.model.device),
+        "date": datetime.date.today().isoformat(),
     }
     return {
         "refreekv": refreekv.__version__,

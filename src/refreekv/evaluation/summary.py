@@ -189,13 +189,13 @@ HEADINGS = (
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, under `HEADINGS`."""
-    worst = "–" if row.worst_family is None else f"{_nats(row.worst_kl)} {row.worst_family}"
+    worst = "–" if row.worst_family is None else f"{nats(row.worst_kl)} {row.worst_family}"
     path = f"{row.same_path:.1%}"
     if row.same_path_interval is not None:
         path += " [{:.0%}, {:.0%}]".format(*row.same_path_interval)
-    kl = _nats(row.kl)
+    kl = nats(row.kl)
     if row.kl_interval is not None:
-        kl += f" [{_nats(row.kl_interval[0])}, {_nats(row.kl_interval[1])}]"
+        kl += f" [{nats(row.kl_interval[0])}, {nats(row.kl_interval[1])}]"
     return (
         f"{row.policy} (noise floor)" if row.policy == FULL else row.policy,
         str(row.n),
@@ -203,14 +203,15 @@ def cells(row: Row) -> tuple[str, ...]:
         format_bytes(row.bytes_kept),
         kl,
         worst,
-        _nats(row.kl_p99),
+        nats(row.kl_p99),
         f"{row.top1:.1%}",
         path,
         "–" if row.answer_nll_change is None else f"{row.answer_nll_change:+.4f}",
     )
 
 
-def _nats(value: float | None) -> str:
+def nats(value: float | None) -> str:
+    """A divergence as text."""
     if value is None:
         return "–"
     return "0" if value == 0 else f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"

@@ -1,0 +1,271 @@
+"""The results page: tables and figures from results files of ``benchmarks/fidelity.py``.
+
+    python benchmarks/results.py smollm2.jsonl.gz gemma.jsonl.gz --page docs/results.md --figures docs/figures
+
+The page is written by hand but for what stands between a pair of marks such as
+``<!-- begin MODEL:peers -->`` and ``<!-- end -->``; that is made here anew. ``MODEL`` is the
+results file's name up to its first dot. Figures are ``MODEL-frontier.svg`` and ``MODEL-length.svg``.
+Needs matplotlib (the extra ``report``).
+"""
+
+import argparse
+import gzip
+import itertools
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from refreekv.evaluation import store, summary, sweeps
+from refreekv.evaluation.records import FidelityRecord
+from refreekv.evaluation.sweeps import FULL
+
+LENGTHS = (0, 512, 1024, 2048, 4096, 8192)
+"""Bounds of the prompt lengths that are told apart, in tokens."""
+
+MARK = re.compile(r"(<!-- begin ([\w.-]+):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Run:
+    """One results file.
+
+    Parameters
+    ----------
+    path : Path
+        A results file, may be gzipped.
+    """
+
+    def __init__(self, path: Path):
+        self.name = path.name.partition(".")[0]
+        results = _read(path)
+        self.setup = results.setup
+        self.records: list[FidelityRecord] = [one for one in results.records if isinstance(one, FidelityRecord)]
+        if not self.records:
+            raise SystemExit(f"{path} holds no fidelity records")
+        self.rows = {row.policy: row for row in summary.summarize(self.records).overall}
+
+    def of(self, policy: str) -> list[FidelityRecord]:
+        """A policy's records."""
+        return [record for record in self.records if record.policy == policy]
+
+    @property
+    def adaptive(self) -> list[str]:
+        """Policies that find their budget themselves."""
+        fixed = ("size=", "ratio=")
+        return [name for name in self.rows if name != FULL and not any(word in name for word in fixed)]
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".gz":
+        return store.read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        plain.write_bytes(gzip.decompress(path.read_bytes()))
+        return store.read(plain)
+
+
+# -- tables -------------------------------------------------------------------------------
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, the first column to the left."""
+    lines = [f"| {' | '.join(headings)} |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _policies(run: Run, names: Sequence[str]) -> str:
+    rows = [run.rows[name] for name in (FULL, *names) if name in run.rows]
+    return table(summary.HEADINGS, [summary.cells(row) for row in rows])
+
+
+def setup(run: Run) -> str:
+    """What was measured, where and when."""
+    samples = {(record.family, record.sample): record.prompt_tokens for record in run.records}
+    families = {family for family, _ in samples}
+    environment = run.setup.get("environment", {})
+    lengths = sorted(samples.values())
+    return "\n".join(
+        [
+            f"- Model: {run.setup['model']}, {run.setup['dtype']}, attention {run.setup['attention']}",
+            f"- Samples: {len(samples)} of {len(families)} families, prompts of {lengths[0]:,} to {lengths[-1]:,} "
+            f"tokens (median {lengths[len(lengths) // 2]:,}), {run.setup['continuation']} tokens compared at most",
+            f"- Policies: {len(run.rows) - 1} and the full cache again",
+            f"- Where: {', '.join(f'{key} {value}' for key, value in environment.items())}",
+        ]
+    )
+
+
+def peers(run: Run) -> str:
+    """Every policy over its grid of budgets, by name and then by budget."""
+    ablations = set(sweeps.choose(suites=["paper-ablations"])) - set(sweeps.choose(suites=["peers"]))
+    names = [name for name in run.rows if name not in ablations and name != FULL]
+    return _policies(run, sorted(names, key=lambda name: (name.partition(":")[0], run.rows[name].budget)))
+
+
+def ablations(run: Run) -> str:
+    """The paper's ablations."""
+    return _policies(run, list(sweeps.choose(suites=["paper-ablations"])))
+
+
+def families(run: Run) -> str:
+    """Budget and KL of some policies by family."""
+    shown = [name for name in ("refreekv", "adaptive", "snapkv:ratio=0.5", "h2o:ratio=0.5") if name in run.rows]
+    tables = summary.summarize(run.records).families
+    rows = []
+    for family, found in tables.items():
+        by_name = {row.policy: row for row in found}
+        tokens = [record.prompt_tokens for record in run.of(FULL) if record.family == family]
+        cells = [family, str(len(tokens)), f"{sum(tokens) / len(tokens):,.0f}", summary.nats(by_name[FULL].kl)]
+        for name in shown:
+            row = by_name.get(name)
+            cells.append("–" if row is None else f"{row.budget:.0%} / {summary.nats(row.kl)}")
+        rows.append(cells)
+    headings = ["family", "n", "tokens", "noise floor KL", *(f"{name}: budget / KL" for name in shown)]
+    return table(headings, rows)
+
+
+def lengths(run: Run) -> str:
+    """Budget and KL of adaptive policies by prompt length."""
+    bounds = list(itertools.pairwise(LENGTHS))
+    wanted = set(sweeps.choose(suites=["peers"]))
+    rows = []
+    for name in (name for name in run.adaptive if name in wanted):
+        cells = [name]
+        for low, high in bounds:
+            some = [record for record in run.of(name) if low <= record.prompt_tokens < high]
+            if some:
+                budget, kl = (sum(getattr(one, field) for one in some) / len(some) for field in ("budget", "kl_mean"))
+                cells.append(f"{budget:.0%} / {summary.nats(kl)}")
+            else:
+                cells.append("–")
+        rows.append(cells)
+    counts = [sum(low <= record.prompt_tokens < high for record in run.of(FULL)) for low, high in bounds]
+    headings = [f"{low:,}–{high - 1:,} tokens, n={n}" for (low, high), n in zip(bounds, counts, strict=True)]
+    return table(["policy: budget / mean KL", *headings], rows)
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
+    "setup": setup,
+    "peers": peers,
+    "ablations": ablations,
+    "families": families,
+    "lengths": lengths,
+}
+
+
+def fill(page: str, runs: Sequence[Run]) -> str:
+    """The page with all marked parts made anew.
+
+    Raises
+    ------
+    SystemExit
+        A mark names a table or a run that there is not.
+    """
+    by_name = {run.name: run for run in runs}
+
+    def made(match: re.Match[str]) -> str:
+        begin, name, what, end = match.groups()
+        if what not in TABLES or name not in by_name:
+            there = f"runs: {', '.join(by_name)}; tables: {', '.join(TABLES)}"
+            raise SystemExit(f"the page asks for {name}:{what}; {there}")
+        return f"{begin}\n{TABLES[what](by_name[name])}\n\n{end}"
+
+    return MARK.sub(made, page)
+
+
+# -- figures ------------------------------------------------------------------------------
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "refreekv"  # the same file for the same numbers
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def frontier(run: Run, path: Path) -> None:
+    """Budget against KL, a line for each policy."""
+    import matplotlib as mpl
+
+    figure, axes = _axes(f"{run.setup['model']}: what is kept, and what that costs (n={run.rows[FULL].n})")
+    groups: dict[str, list[summary.Row]] = {}
+    shown = set(sweeps.choose(suites=["peers"]))
+    for name, row in run.rows.items():
+        if name != FULL and (name in shown or name.partition(":")[0] not in ("refreekv", "refreekv-heavy-hitter")):
+            groups.setdefault(name.partition(":")[0], []).append(row)
+    colours, markers = mpl.colormaps["tab20"].colors, "osD^v<>P*Xhp"
+    ours = ("refreekv", "adaptive")
+    for index, (name, rows) in enumerate(sorted(groups.items())):
+        rows = sorted(rows, key=lambda row: row.budget)
+        axes.plot(
+            [100 * row.budget for row in rows],
+            [max(row.kl, 1e-6) for row in rows],
+            label=name,
+            color="black" if name == "adaptive" else colours[index % 20],
+            marker=markers[index % len(markers)],
+            markersize=6,
+            linewidth=2.5 if name in ours else 1.2,
+            zorder=3 if name in ours else 2,
+        )
+    axes.axhline(run.rows[FULL].kl, color="grey", linestyle="--", linewidth=1, label="noise floor")
+    axes.set_yscale("log")
+    axes.set_xlabel("K/V kept, % of all layers, KV heads and positions (mean of families)")
+    axes.set_ylabel("KL(full‖pruned), nats a token (mean of families)")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def budget_by_length(run: Run, path: Path) -> None:
+    """What adaptive policies keep of shorter and longer prompts."""
+    import matplotlib as mpl
+
+    figure, axes = _axes(f"{run.setup['model']}: what is kept, by prompt length")
+    bounds = list(itertools.pairwise(LENGTHS))
+    wanted = set(sweeps.choose(suites=["peers"]))
+    names = [name for name in run.adaptive if name in wanted]
+    for index, name in enumerate(names):
+        points = []
+        for low, high in bounds:
+            some = [record for record in run.of(name) if low <= record.prompt_tokens < high]
+            if some:
+                points.append([sum(getattr(one, f) for one in some) / len(some) for f in ("prompt_tokens", "budget")])
+        axes.plot(
+            [point[0] for point in points],
+            [100 * point[1] for point in points],
+            marker="o",
+            label=name,
+            color=mpl.colormaps["tab20"].colors[index % 20],
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("tokens of the prompt (mean of each length class)")
+    axes.set_ylabel("K/V kept, %")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Parse the arguments, fill the page, draw the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="results files")
+    parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--figures", type=Path, required=True)
+    arguments = parser.parse_args()
+    runs = [Run(path) for path in arguments.runs]
+    arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    arguments.figures.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        frontier(run, arguments.figures / f"{run.name}-frontier.svg")
+        budget_by_length(run, arguments.figures / f"{run.name}-length.svg")
+
+
+if __name__ == "__main__":
+    main()
