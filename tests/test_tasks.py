@@ -77,9 +77,9 @@ def test_records_are_of_the_answers(tiny, tokenizer, tmp_path):
     records, left_out = measured(tiny, tokenizer, samples(), {"half": HALF}, tmp_path=tmp_path)
     assert not left_out
     assert [(one.sample.partition("-")[0], one.policy) for one in records] == [
-        (f"s{i}", policy) for i in range(4) for policy in ("full", "half")
+        (f"s{i}", policy) for i in range(4) for policy in ("full", "chance", "half")
     ]
-    for index, (full, half) in enumerate(zip(records[::2], records[1::2], strict=True)):
+    for index, (full, half) in enumerate(zip(records[::3], records[2::3], strict=True)):
         prompt = Prompt(tokenizer(samples()[index].prompt)["input_ids"], [])
         for record, policy in ((full, None), (half, HALF)):
             (given,) = answer(tiny, tokenizer, [prompt], policy, max_new_tokens=8)
@@ -126,17 +126,18 @@ def test_resuming(tiny, tokenizer, tmp_path):
     # Killed in the middle of a line: cut off and measured again, nothing else is.
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:6]) + lines[6][:30])
+    path.write_bytes(b"".join(lines[:11]) + lines[11][:30])
     counted = []
     again, _ = measured(tiny, tokenizer, samples(), policies, path=path, progress=counted.append)
     assert again == records
     assert path.read_bytes() == whole
     assert sum(counted) == 8
+    assert len(again) == 12
 
     # Another sample under the same name is another sample; other settings do not go into one file.
     changed = [replace(samples()[0], prompt=words(20, 99))]
     measured(tiny, tokenizer, changed, {}, path=path)
-    assert len(read_records(path, TaskRecord).records) == 9
+    assert len(read_records(path, TaskRecord).records) == 13
     with pytest.raises(ValueError, match="max_new_tokens = 8"):
         measured(tiny, tokenizer, changed, {}, replace(SETTINGS, max_new_tokens=3), path=path)
 
@@ -147,14 +148,28 @@ def test_batches_give_the_same_records(tiny, tokenizer, tmp_path):
     one, _ = measured(tiny, tokenizer, mixed, {"half": HALF}, tmp_path=tmp_path)
     many, _ = measured(tiny, tokenizer, mixed, {"half": HALF}, replace(SETTINGS, batch_size=3), tmp_path=tmp_path)
     assert [(record.key, record.text) for record in one] == [(record.key, record.text) for record in many]
-    assert len(one) == 10
+    assert len(one) == 15
+
+
+def test_chance_is_the_answer_to_another_sample(tiny, tokenizer, tmp_path):
+    words_said = [f"w{index}" for index in range(VOCAB - 2)]
+    some = [replace(sample, answers=tuple(words_said[index::4])) for index, sample in enumerate(samples(3))]
+    records, _ = measured(tiny, tokenizer, some, {}, tmp_path=tmp_path)
+    full, chance = records[::2], records[1::2]
+    assert {one.policy for one in chance} == {"chance"}
+    assert [one.text for one in chance] == [one.text for one in (*full[1:], full[0])]
+    for sample, record in zip(some, chance, strict=True):
+        assert record.scores["score"] == pytest.approx(
+            sum(word in record.text for word in sample.answers) / len(sample.answers)
+        )
+    assert [one.policy for one in summarise(records)[1]] == ["full"]
 
 
 def test_long_prompts_are_left_out(tokenizer, tmp_path):
     short = build("llama", attention="sdpa", max_position_embeddings=45)
     settings = replace(SETTINGS, max_new_tokens=4)
     records, left_out = measured(short, tokenizer, samples(), {}, settings, tmp_path=tmp_path)
-    assert [record.sample.partition("-")[0] for record in records] == ["s0", "s1"]
+    assert [record.sample.partition("-")[0] for record in records[::2]] == ["s0", "s1"]
     assert "42 tokens, at most 41 can be asked" in left_out[0]
     assert len(left_out) == 2
     _, left_out = measured(short, tokenizer, samples(), {}, replace(settings, max_tokens=40), tmp_path=tmp_path)
@@ -222,23 +237,24 @@ def test_command(folder, tmp_path):
     assert [(one["family"], one["policy"], one["n"]) for one in found["tasks"]] == [
         (family, policy, n)
         for family, n in (("gsm8k", 1), ("niah:tokens=60", 2))
-        for policy in ("full", "streaming-llm:ratio=0.4", "streaming-llm:ratio=0.6")
+        for policy in ("full", "chance", "streaming-llm:ratio=0.4", "streaming-llm:ratio=0.6")
+        if n > 1 or policy != "chance"
     ]
     assert "longbench_qasper.jsonl" in found["not_run"]["qasper"]
-    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 9
+    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 11
     shown = command(*args)
     assert shown.exit_code == 0, shown.output
     assert "not run: qasper" in shown.stdout
     assert "niah:tokens=60 (n = 2)" in shown.stdout
     assert "  streaming-llm:ratio=0.6 " in shown.stdout  # in one piece
-    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 9
+    assert len(Path(tmp_path / "o").read_text().splitlines()) == 2 + 11
 
 
 def test_eval_hands_tasks_over(folder, tmp_path):
     args = ["--model", folder, "--tasks", "niah:tokens=20", "--limit", 1, "--out", tmp_path / "o", "--json"]
     result = command(*args, name="eval")
     assert result.exit_code == 0, result.output
-    assert [one["policy"] for one in json.loads(result.stdout)["tasks"]] == ["full", "refreekv"]
+    assert [one["policy"] for one in json.loads(result.stdout)["policies"]] == ["full", "refreekv"]
 
 
 def test_nothing_to_run_is_no_failure(folder, tmp_path):
@@ -266,14 +282,14 @@ def test_killed_and_resumed(folder, tmp_path):
     before = out.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     kept = whole.splitlines()
-    assert len(kept) < 2 + 100
+    assert len(kept) < 2 + 150
     resumed = command(*args, out)
     assert resumed.exit_code == 0, resumed.output
     assert out.read_bytes().startswith(whole)  # nothing lost, nothing written anew
     unbroken = command(*args, tmp_path / "unbroken.jsonl")
     assert json.loads(resumed.stdout) == json.loads(unbroken.stdout)
     one, other = (read_records(path, TaskRecord).records for path in (out, tmp_path / "unbroken.jsonl"))
-    assert len(out.read_bytes().splitlines()) == 2 + 100  # nothing repeated
+    assert len(out.read_bytes().splitlines()) == 2 + 150  # nothing repeated
     assert sorted(map(str, one)) == sorted(map(str, other))
 
 

@@ -6,6 +6,10 @@ from typing import Any
 Key = tuple[str, str, str]
 """Family, sample, policy."""
 
+CHANCE = "chance"
+"""In place of a policy: the full cache's answer to another sample of the task, scored as if it were
+to this one. A task where the full cache is no better says nothing about policies."""
+
 
 @dataclass(frozen=True)
 class FidelityRecord:

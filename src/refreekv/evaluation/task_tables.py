@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refreekv.evaluation.records import TaskRecord
+from refreekv.evaluation.records import CHANCE, TaskRecord
 from refreekv.evaluation.sweeps import FULL
 
 DRAWS = 2_000
@@ -105,7 +105,8 @@ def summarise(records: Iterable[TaskRecord]) -> tuple[list[FamilyResult], list[P
                 bytes_kept=sum(record.bytes_kept for record in members),
             )
         )
-    return results, [_over_families(policy, results) for policy in dict.fromkeys(one.policy for one in results)]
+    policies = dict.fromkeys(one.policy for one in results if one.policy != CHANCE)
+    return results, [_over_families(policy, results) for policy in policies]
 
 
 def _over_families(policy: str, results: Iterable[FamilyResult]) -> PolicyResult:

@@ -7,11 +7,11 @@ run may be killed at any point and goes on where it was. `task_tables` makes tab
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refreekv.evaluation.lm_eval_model import CompressedLM, Measured
-from refreekv.evaluation.records import TaskRecord
+from refreekv.evaluation.records import CHANCE, Key, TaskRecord
 from refreekv.evaluation.store import RecordFile
 from refreekv.evaluation.sweeps import FULL
 from refreekv.evaluation.task_loading import FEWSHOT_SEED, BenchTask, quiet_lm_eval
@@ -206,13 +206,28 @@ def run(
                     results.append(made)
                     known |= {record.key: record for record in made}
                     progress(len(made))
+                if spec == FULL:
+                    made = [one for one in by_chance(bench, documents, known) if one.key not in known]
+                    results.append(made)
+                    known |= {record.key: record for record in made}
     keys = [
         (bench.name, document.id, spec)
         for bench in tasks
         for document in planned.documents[bench.name]
-        for spec in wanted
+        for spec in (FULL, CHANCE, *policies)
     ]
-    return [known[key] for key in keys]
+    return [known[key] for key in dict.fromkeys(keys) if key in known]
+
+
+def by_chance(bench: BenchTask, documents: Sequence[Document], known: Mapping[Key, TaskRecord]) -> Iterator[TaskRecord]:
+    """Each sample with the full cache's answer to its neighbour; of choices, the share of right ones."""
+    if len(documents) < 2:
+        return
+    for document, other in zip(documents, [*documents[1:], documents[0]], strict=True):
+        answer = known[bench.name, other.id, FULL]
+        choices = len(document.requests)
+        scores = score(bench, document, [answer.text]) if choices == 1 else {"score": 1 / choices}
+        yield replace(answer, sample=document.id, policy=CHANCE, scores=scores, same_as_full=None)
 
 
 def _batches(documents: Sequence[Document], size: int) -> Iterator[list[Document]]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from refreekv.policies import Policy
 
 
+BASES = ("full", "chance")
+"""What policies are compared with."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be scored, and how; as the options of the command."""
@@ -280,9 +284,9 @@ def _show(
         table.add_row(
             Text(f"  {one.policy}"),
             _interval(one.score, signed=False),
-            _interval(one.change, signed=True) if one.policy != "full" else "",
-            f"{one.same:.0%}" if one.policy != "full" else "",
-            f"{one.budget:.0%}",
+            _interval(one.change, signed=True) if one.policy not in BASES else "",
+            f"{one.same:.0%}" if one.policy not in BASES else "",
+            f"{one.budget:.0%}" if one.policy != "chance" else "",
         )
     console.print(table)
     console.print("\nOver tasks, each counting the same", style="bold")
@@ -295,7 +299,10 @@ def _show(
                 f", change {100 * total.change:+.1f}; worst {total.worst.family} ({100 * total.worst.change.mean:+.1f})"
             )
         console.print(line, markup=False, soft_wrap=True)
-    note = "Scores and changes to the full cache in points of 100, with 95 % bootstrap intervals; same: its very text."
+    note = (
+        "Scores and changes to the full cache in points of 100, with 95 % bootstrap intervals; same: its very text; "
+        "chance: the full cache's answers to other samples of the task."
+    )
     console.print(note, style="dim", soft_wrap=True)
     for name, why in missing.items():
         console.print(f"not run: {name}: {why}", style="yellow", markup=False, soft_wrap=True)
