@@ -168,9 +168,10 @@ INTRODUCTION = """
 
 Greedy answers, generated with the physically pruned cache, through lm-eval's tasks and our generated families
 (`refreekv tasks --list`). Points of 100. Brackets are 95 % bootstrap intervals of the mean paired difference to the
-full cache, over samples; a difference whose interval holds zero is not established at this n. *Chance* is the full cache's
-answers, each scored as if it were given to another sample; a task counts only where the full cache is better than that.
-These are very small models: what they cannot do with a full cache says nothing here, and larger models keep more.
+full cache, over samples; a difference whose interval holds zero is not established at this n. *Chance* is the full
+cache's answers, each scored as if it were given to another sample; a task counts only where the full cache is better
+than that. These are very small models: what they cannot do with a full cache says nothing here, and larger models keep
+more.
 Fidelity, which needs no skill of the model, is on [the page of results](results.md).
 """
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from models import VOCAB, build
-from refreekv.evaluation import coqa, task_loading
+from refreekv.evaluation import coqa, sandbox, task_loading
 from refreekv.evaluation.benchmarks import BENCHMARKS, PAPER, PUNKT
 from refreekv.evaluation.datasets import DataMissing
 from refreekv.evaluation.encoding import MARK
@@ -158,6 +158,8 @@ def worth(name):
 @pytest.mark.usefixtures("no_punkt")
 @pytest.mark.parametrize("name", [*sorted(set(BENCHMARKS) - {"gpqa", "truthfulqa"}), "theoremqa"])
 def test_scores_are_those_worked_out_by_hand(name, folder, tokenizer, model):
+    if name == "humaneval" and not sandbox.isolates():
+        pytest.skip("this system lets users open no namespaces")
     task, document = loaded(name, folder, tokenizer, model)
     for text, value in worth(name).items():
         assert score(task, document, [text])["score"] == value, text

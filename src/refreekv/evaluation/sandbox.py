@@ -1,9 +1,9 @@
-"""Running Python that a model wrote, with limits on what it can do.
+"""Running Python that a model wrote, shut off from the machine.
 
-A process of its own in an empty folder: bounded CPU time, wall time, memory and file
-size, no environment, no site packages, and no network where the system lets a user open
-a network namespace. It is protection against accidents, not against an attacker: use a
-container for models one does not trust.
+A process in namespaces of its own, which Linux lets any user open with ``unshare``: of the file
+system it sees Python's own files, read only, and an empty folder in memory; it has no network,
+sees no other process, and has no environment. Memory, time, file size and output are bounded. Where
+the system does not allow this, nothing is run.
 """
 
 import contextlib
@@ -13,14 +13,46 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
+
+OUTPUT_BYTES = 1 << 20
+"""Output and files of a program at most."""
+
+_ENTER = """
+set -e
+root=$1; python=$2; shift 2
+mount --make-rprivate /
+mount -t tmpfs -o size=16m,mode=755 none "$root"
+mkdir "$root/work" "$root/dev"
+mount -t tmpfs -o size=16m,mode=755 none "$root/work"
+cat > "$root/work/program.py"
+for place in "$@"; do
+    if [ -L "$place" ]; then ln -s "$(readlink "$place")" "$root$place"; continue; fi
+    mkdir -p "$root$place"
+    mount --bind "$place" "$root$place"
+    mount -o remount,bind,ro "$root$place"
+done
+touch "$root/dev/null"; mount --bind /dev/null "$root/dev/null"
+mount -o remount,ro "$root"
+cd "$root/work"
+exec chroot "$root" "$python" -I -S -B -c '
+import os, sys
+os.chdir("/work")
+source = open("program.py", encoding="utf-8").read()
+sys.argv = ["program.py"]
+exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+' < /dev/null
+"""
+"""Run by a shell that is root in namespaces of its own; the program comes through standard input."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +74,10 @@ class Outcome:
     error: str
 
 
+class NoIsolation(RuntimeError):  # noqa: N818 - named for what is the case
+    """The system does not let a user shut a program off."""
+
+
 def run_python(program: str, *, seconds: float = 10.0, memory: int = 1 << 30) -> Outcome:
     """Run a program to its end.
 
@@ -52,71 +88,108 @@ def run_python(program: str, *, seconds: float = 10.0, memory: int = 1 << 30) ->
     seconds : float
         Wall time after which it is stopped, with all it started.
     memory : int
-        Address space in bytes.
+        Address space of a process in bytes.
 
     Raises
     ------
-    RuntimeError
-        On systems without resource limits.
+    NoIsolation
+        See there.
     """
-    if resource is None:
-        raise RuntimeError("running generated code needs a system with resource limits, such as Linux or macOS")
-    with tempfile.TemporaryDirectory(prefix="refreekv-sandbox-") as folder:
-        path = Path(folder) / "program.py"
-        # The last line proves that the program was not left early by exit(0).
-        token = os.urandom(8).hex()
-        path.write_text(f"{program}\nprint({token!r})\n", encoding="utf-8")
-        command = [*_no_network(), sys.executable, "-I", "-S", "-B", str(path)]
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": folder},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=functools.partial(_limit, int(seconds) + 1, memory),
+    check()
+    return _run(program, seconds, memory)
+
+
+def check() -> None:
+    """Raise `NoIsolation` where nothing can be run."""
+    if not isolates():
+        raise NoIsolation(
+            "running generated code needs Linux with user namespaces and unshare(1): this system has or allows none; "
+            "use a machine or container that does"
         )
-        try:
-            output, error = process.communicate(timeout=seconds)
+
+
+@functools.cache
+def isolates() -> bool:
+    """Whether programs can be shut off here."""
+    if resource is None or not all(map(shutil.which, ("unshare", "mount", "chroot", "sh"))):
+        return False
+    return _run("pass", 20.0, 1 << 30).passed
+
+
+def _run(program: str, seconds: float, memory: int) -> Outcome:
+    # The last line proves that the program was not left early by exit(0).
+    token = os.urandom(8).hex()
+    source = f"{program}\nprint({token!r})\n"
+    namespaces = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts")
+    enter = ("sh", "-c", _ENTER, "sandbox")
+    with tempfile.TemporaryDirectory(prefix="refreekv-sandbox-") as folder:
+        output, error = (open(Path(folder) / name, "w+b") for name in ("output", "error"))  # noqa: SIM115, PTH123
+        with output, error:
+            root = Path(folder) / "root"
+            root.mkdir()
+            process = subprocess.Popen(
+                ["unshare", *namespaces, *enter, str(root), _interpreter(), *_places()],
+                cwd=folder,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=error,
+                start_new_session=True,
+                preexec_fn=functools.partial(_limit, int(seconds) + 1, memory),
+            )
             timed_out = False
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            _kill_group(process)
-            output, error = process.communicate()
-        else:
-            _kill_group(process)
-    passed = not timed_out and process.returncode == 0 and output.rstrip().endswith(token)
-    return Outcome(passed, timed_out or process.returncode == -signal.SIGXCPU, error[-2000:])
+            try:
+                process.communicate(source.encode("utf-8", "backslashreplace"), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+            except BrokenPipeError:  # it was gone before it was read
+                process.wait()
+            finally:
+                _kill_group(process)
+                process.wait()
+            said, complained = _end_of(output), _end_of(error)
+    passed = not timed_out and process.returncode == 0 and said.rstrip().endswith(token)
+    # A process that used up its CPU time shows as 128 + SIGXCPU through the shell.
+    timed_out |= process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)
+    return Outcome(passed, timed_out, complained)
+
+
+def _interpreter() -> str:
+    """Python itself, not the link to it in a virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _places() -> list[str]:
+    """What Python needs of the file system, outer folders first."""
+    paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_exec_prefix})
+    wanted = {"/usr", "/lib", "/lib64", "/bin", str(Path(_interpreter()).parent)}
+    wanted |= {paths["stdlib"], paths["platstdlib"], str(Path(sys.base_prefix) / "lib")}
+    found: list[str] = []
+    for place in sorted(wanted):
+        inside = any(place.startswith(f"{other}/") for other in found)
+        if Path(place).is_dir() and not inside:
+            found.append(place)
+    return found
+
+
+def _end_of(file: IO[bytes]) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 2000))
+    return file.read().decode("utf-8", "replace")
 
 
 def _limit(seconds: int, memory: int) -> None:
     limits = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: 1 << 20,
+        resource.RLIMIT_FSIZE: OUTPUT_BYTES,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
     }
     for kind, value in limits.items():
-        # macOS refuses some of them.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (value, value))
+        resource.setrlimit(kind, (value, value))
 
 
-def _kill_group(process: "subprocess.Popen[str]") -> None:
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-@functools.cache
-def _no_network() -> tuple[str, ...]:
-    """The command in front that takes the network away; empty where the system does not allow it."""
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        return ()
-    command = (unshare, "--map-root-user", "--net")
-    probe = subprocess.run([*command, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return command if probe.returncode == 0 else ()

@@ -159,8 +159,8 @@ def _load(
         benchmark = BENCHMARKS[plain]
         if after not in ("", families.AFTER) or (after and benchmark.context_end is None):
             raise ValueError(f"task {plain!r} has no parameter {after!r}" + _what_it_has(benchmark))
-        if benchmark.executes_code and not execute_code:
-            raise MetricUnavailable("it runs code that the model wrote; allow that, in a sandbox, with --execute-code")
+        if benchmark.executes_code:
+            _check_execution(execute_code)
         task = _benchmark(plain, benchmark, catalogue, data_dir, seed, after=bool(after))
         label = f"{plain}:{after}" if after else plain
         indices = _choose(task, limit, f"{plain}/{seed}")
@@ -223,6 +223,17 @@ def _constructed(base: str, changes: dict[str, Any], catalogue: _Catalogue, seed
             raise
         reason = " ".join(str(error).split())[:200]
         raise DataMissing(f"its data could not be had ({type(error).__name__}: {reason}); {hint}") from error
+
+
+def _check_execution(allowed: bool) -> None:
+    if not allowed:
+        raise MetricUnavailable("it runs code that the model wrote; allow that, in a sandbox, with --execute-code")
+    from refreekv.evaluation import sandbox
+
+    try:
+        sandbox.check()
+    except sandbox.NoIsolation as error:
+        raise MetricUnavailable(str(error)) from error
 
 
 def _check_requirement(benchmark: Benchmark) -> None:
