@@ -8,6 +8,8 @@ from torch import Tensor
 
 from refreekv.cache.layer import ReFreeKVLayer
 from refreekv.cache.masks import causal_mask, hide_padding
+from refreekv.core.arena import KVArena
+from refreekv.kernels import ragged_decode
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -24,7 +26,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attend over a ragged layer with a function made for rectangular keys and values.
 
-    Rows of one length are views of the flat storage and go through in one call, others
+    A token that decodes from an arena goes through one kernel instead, whatever the lengths.
+    Otherwise rows of one length are views of the flat storage and go through in one call, others
     one by one. Only where the KV heads of a row hold different numbers of entries are its
     keys and values copied, padded to the longest head, for the length of the call.
 
@@ -52,6 +55,15 @@ def ragged_attention(
     storage = layer.ragged
     assert storage is not None
     batch, heads, queries, _ = query.shape
+    if isinstance(storage, KVArena) and _kernel_can(layer, storage, query, mask, kwargs):
+        return ragged_decode(
+            query,
+            storage.table,
+            value_size=storage.values.shape[-1],
+            scaling=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
     needs_causal_mask = queries > 1 and not flash
     if storage.uniform and mask is None:
         if needs_causal_mask:
@@ -71,6 +83,19 @@ def ragged_attention(
             row_mask = hide_padding(row_mask, visible, heads, query.dtype)
         outputs.append(attention(module, query[row : row + 1], keys[None], values[None], row_mask, **row_kwargs)[0])
     return torch.cat(outputs) if batch > 1 else outputs[0]
+
+
+def _kernel_can(
+    layer: ReFreeKVLayer, storage: KVArena, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether this is plain decoding: one token a row that sees every entry."""
+    return (
+        query.shape[2] == 1
+        and (mask is None or layer.state.decodes(layer.get_seq_length() - 1))
+        and query.dtype == storage.keys.dtype == storage.values.dtype
+        and kwargs.get("sliding_window") is None
+        and not kwargs.get("dropout")
+    )
 
 
 def _by_head(

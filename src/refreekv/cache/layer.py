@@ -3,7 +3,8 @@
 The layer starts *dense*, exactly as transformers' `DynamicLayer`: ``keys`` and
 ``values`` are ``[B, H_kv, n, D]``, padding included. When the prompt ends and the policy
 drops something, it turns *ragged*: the kept entries move to flat storage of their own
-(`RaggedKV`), padding goes too, and the dense tensors are released.
+(`RaggedKV`), padding goes too, and the dense tensors are released. On CUDA that storage has
+room to grow (`KVArena`), and layers that keep everything move there as well.
 
 Lengths are logical everywhere outside: positions, masks and `get_seq_length` count all
 tokens ever seen, so that rotary positions stay true whatever is evicted.
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from refreekv.cache.columns import Columns, pieces
+from refreekv.cache.columns import Columns
+from refreekv.cache.compaction import compacted, takes_arena
 from refreekv.cache.masks import mask_for_columns, valid_columns
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import AttentionCall, Decision, Entries, KeptRow, Queries, decide
-from refreekv.cache.quantised import QuantisedKV
+from refreekv.core.arena import KVArena
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.ragged import RaggedKV
 from refreekv.policies.joint import JointPolicy
@@ -249,37 +251,27 @@ class ReFreeKVLayer(DynamicLayer):
             )
             for row, gone in zip(chosen, evicted, strict=True)
         ]
-        everything = all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
-        if everything and self.kv_dtype is None:
+        if self.kv_dtype is None and self._in_place(chosen, behind):
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
         columns = [
             kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
             for row, kept in enumerate(chosen)
         ]
-        if isinstance(self.ragged, QuantisedKV):
-            storage: RaggedKV = self.ragged.keep([kept.columns for kept in chosen], behind)
-        else:
-            storage = self._compacted(chosen, behind)
+        source = self.dense if self.ragged is None else self.ragged
+        storage = compacted(source, [kept.columns for kept in chosen], columns, behind, self.state, self.kv_dtype)
         self._columns, self._pruned_length = columns, self._length - behind
         self._store(storage)
 
-    def _compacted(self, chosen: Sequence[KeptRow], behind: int) -> RaggedKV:
-        """What is kept, and the last ``behind`` entries, in storage of their own."""
-        keys, values = [], []
-        for kept, (key, value) in zip(chosen, self._stored_rows(), strict=True):
-            stored = key.shape[1] - behind
-            keys.append([*pieces(key, kept.columns), key[:, stored:]])
-            values.append([*pieces(value, kept.columns), value[:, stored:]])
-        storage = RaggedKV.from_pieces(keys, values)
-        return storage if self.kv_dtype is None else QuantisedKV.of(self.kv_dtype, storage)
-
-    def _stored_rows(self) -> list[tuple[Tensor, Tensor]]:
-        """Each row's keys and values as stored, ``[H_kv, L, D]`` views."""
-        if self.ragged is not None:
-            return self.ragged.rows()
-        keys, values = self.dense
-        return list(zip(keys, values, strict=True))
+    def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
+        """Whether all entries stay, and where they are is where they belong."""
+        if isinstance(self.ragged, KVArena):
+            # Padding has to go, too: what decodes from an arena looks at no mask.
+            stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
+            return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
+        if self.ragged is None and takes_arena(self.state, *self.dense):
+            return False
+        return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
 
     def _store(self, ragged: RaggedKV) -> None:
         self.ragged = ragged
@@ -415,7 +407,8 @@ class ReFreeKVLayer(DynamicLayer):
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the indices that say which columns were kept."""
+        """Bytes of the indices that say which columns were kept, and of the arena's table."""
         storages = (head.untyped_storage() for columns in self._columns for head in columns.heads)
+        table = self.ragged.table.nbytes if isinstance(self.ragged, KVArena) else 0
         # Rows copied for beam search share one index.
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -31,6 +31,11 @@ class PromptState:
         Whether a layer was pruned since `take_news` was last asked.
     joint : JointPruning
         Layers that wait for the last one, under a policy that decides about all together.
+    generating : bool
+        Whether `generate` drives the cache: what it feeds behind the prompt are real tokens, one
+        a row, which masks would say again.
+    arena : bool or None
+        Whether layers go to storage with room to grow; None: on CUDA they do.
     """
 
     policy: Policy
@@ -39,16 +44,23 @@ class PromptState:
     awaiting: int | None = None
     news: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
+    generating: bool = False
+    arena: bool | None = None
     _unsettled: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
-    def until(self, end: int) -> Iterator[None]:
+    def until(self, end: int, *, generating: bool = False) -> Iterator[None]:
         """Within, the prompt ends at logical length ``end`` and what follows is decoding."""
-        before, self.end = self.end, end
+        before = self.end, self.generating
+        self.end, self.generating = end, generating
         try:
             yield
         finally:
-            self.end = before
+            self.end, self.generating = before
+
+    def decodes(self, before: int) -> bool:
+        """Whether the token at logical length ``before`` is one that `generate` made."""
+        return self.generating and self.end is not None and before >= self.end
 
     def tokens_behind(self, before: int, after: int) -> int | None:
         """Tokens of a call that lie behind the prompt's end; None if it does not end in this call.

@@ -188,7 +188,7 @@ class Attachment:
             if not isinstance(cache, PrunedCache):
                 return generate(*args, **kwargs)
             try:
-                with cache.prompt_until(_prompt_end(given)):
+                with cache.state.until(_prompt_end(given), generating=True):
                     return generate(*args, **kwargs)
             finally:
                 self._observe(cache)
