@@ -30,6 +30,8 @@ class PrunedCache(DynamicCache):
         Decides what each layer keeps.
     kv_dtype : str, KVDtype or None
         How what is kept is stored, such as ``"int4"``; None: in the model's precision.
+    decode : str
+        How `generate` decodes on CUDA; see `compress`.
 
     Raises
     ------
@@ -37,7 +39,13 @@ class PrunedCache(DynamicCache):
         Unknown ``kv_dtype``, or the model is an encoder-decoder or has no full-attention layer.
     """
 
-    def __init__(self, config: PreTrainedConfig, policy: Policy, kv_dtype: str | KVDtype | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: Policy,
+        kv_dtype: str | KVDtype | None = None,
+        decode: str = "graph",
+    ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{config.model_type} is an encoder-decoder model; refreekv supports decoder-only models")
@@ -62,6 +70,9 @@ class PrunedCache(DynamicCache):
             )
 
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self.first = self.pruned_layers[0]
+        """The first layer that may be pruned, whose length is that of the cache."""
+        self.decode = decode
 
     def bind(self, model: torch.nn.Module) -> None:
         """Say which model the cache is for, so that another one is refused."""

@@ -146,6 +146,12 @@ class ReFreeKVLayer(DynamicLayer):
         """Logical length: all tokens seen, padding included, evicted or not."""
         return self._length
 
+    def note_appended(self, tokens: int) -> None:
+        """Count entries that a captured forward wrote to the arena."""
+        assert isinstance(self.ragged, KVArena)
+        self.ragged.note_appended(tokens)
+        self._length += tokens
+
     # -- what the attention function calls --------------------------------------------------
 
     def columns(self, row: int) -> Columns:

@@ -214,7 +214,8 @@ class KVArena(RaggedKV):
 
     def take_table_back(self) -> None:
         """Go on with a table of its own."""
-        self.table = self.table.clone()
+        with torch.inference_mode(False):
+            self.table = self.table.clone()
 
     def _reallocate(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
@@ -277,13 +278,17 @@ def _capacities(lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> list
 
 
 def _allocated(lengths: Sequence[tuple[int, ...]], room: Sequence[int], like: Tensor) -> Tensor:
-    return like.new_empty(sum(map(sum, _capacities(lengths, room))), like.shape[-1])
+    # Not in inference mode: what is made there cannot be changed in place outside of it.
+    with torch.inference_mode(False):
+        lines = sum(map(sum, _capacities(lengths, room)))
+        return torch.empty(lines, like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers on a device; the host does not wait for it."""
-    table = torch.tensor(lines, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    with torch.inference_mode(False):
+        table = torch.tensor(lines, dtype=torch.int64)
+        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _rectangular(heads: Piece, longest: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.attention.interface import PREFIX, twin
 from refreekv.cache import PrunedCache
+from refreekv.engines.decoding import Decoder
 
 ATTRIBUTE = "_refreekv_attachment"
 _lock = threading.RLock()
@@ -32,8 +33,8 @@ class Attachment:
 
     Changed are: the name of the attention implementation in the configurations of its
     attention modules; a forward hook before and one after the model; and ``generate``,
-    shadowed on the instance so that a cache learns where the prompt ends. All of it goes
-    back when the last user detaches.
+    shadowed on the instance so that a cache learns where the prompt ends, and ``forward``, so
+    that a captured step can take its place. All of it goes back when the last user detaches.
 
     Attributes
     ----------
@@ -48,6 +49,7 @@ class Attachment:
         self._implementations: list[tuple[PreTrainedConfig, str]] = []
         self._hooks: list[Any] = []
         self._signature = inspect.signature(model.forward)
+        self._decoder = Decoder(model)
 
     @classmethod
     def attach(cls, model: PreTrainedModel) -> "Attachment":
@@ -87,6 +89,8 @@ class Attachment:
         generate: Callable[..., Any] | None = getattr(model, "generate", None)
         if generate is not None:
             model.__dict__["generate"] = self._wrap_generate(generate)
+        self._shadowed_forward = model.__dict__.get("forward")
+        model.__dict__["forward"] = self._wrap_forward(model.forward)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -98,6 +102,10 @@ class Attachment:
         self.model.__dict__.pop("generate", None)
         if self._shadowed is not None:
             self.model.__dict__["generate"] = self._shadowed
+        self.model.__dict__.pop("forward", None)
+        if self._shadowed_forward is not None:
+            self.model.__dict__["forward"] = self._shadowed_forward
+        self._decoder.close()
         for config, name in self._implementations:
             config._attn_implementation = {"": name}
 
@@ -112,6 +120,14 @@ class Attachment:
         return [config for config in found.values() if not (config._attn_implementation or "").startswith(PREFIX)]
 
     # -- forward --------------------------------------------------------------------------
+
+    def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            out = None if args else self._decoder(forward, kwargs)
+            return forward(*args, **kwargs) if out is None else out
+
+        return wrapper
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check what a call brings, and give it a cache if it brings none."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from refreekv.cache import PrunedCache
 from refreekv.core.quantisation import KVDtype
 from refreekv.engines.attachment import Attachment
+from refreekv.engines.decoding import DecodeMode, check_mode
 from refreekv.policies import Policy, resolve
 from refreekv.report import CompressionReport
 
@@ -34,6 +35,11 @@ class ReFreeKVCache(PrunedCache):
     kv_dtype : str, KVDtype or None
         ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
         entries. None: in the model's precision.
+    decode : str
+        How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
+        within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
+        is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
+        one reason that is logged. On the CPU there is nothing to capture.
     **parameters
         Parameters of a policy given by name.
 
@@ -56,11 +62,13 @@ class ReFreeKVCache(PrunedCache):
         policy: str | Policy = DEFAULT_POLICY,
         *,
         kv_dtype: str | KVDtype | None = None,
+        decode: DecodeMode = "graph",
         **parameters: Any,
     ):
         resolved = resolve(policy, **parameters)
         check_model(model)
-        super().__init__(model.config, resolved, kv_dtype)
+        check_mode(decode)
+        super().__init__(model.config, resolved, kv_dtype, decode)
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -87,8 +95,11 @@ class CompressionSession:
         How what is kept is stored.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, kv_dtype: KVDtype | None = None):
+    def __init__(
+        self, model: PreTrainedModel, policy: Policy, kv_dtype: KVDtype | None = None, decode: DecodeMode = "graph"
+    ):
         self.policy = policy
+        self._decode = decode
         self.kv_dtype = kv_dtype
         self._model = model
         # Weak: the session must not keep a finished answer's keys and values alive.
@@ -110,7 +121,7 @@ class CompressionSession:
 
     def new_cache(self) -> PrunedCache:
         """A cache for a call that brings none."""
-        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype)
+        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode)
         cache.bind(self._model)
         self._latest = weakref.ref(cache)
         return cache
@@ -127,6 +138,7 @@ def compress(
     policy: str | Policy = DEFAULT_POLICY,
     *,
     kv_dtype: str | KVDtype | None = None,
+    decode: DecodeMode = "graph",
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -144,6 +156,11 @@ def compress(
     kv_dtype : str, KVDtype or None
         ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
         entries. None: in the model's precision.
+    decode : str
+        How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
+        within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
+        is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
+        one reason that is logged. On the CPU there is nothing to capture.
     **parameters
         Parameters of a policy given by name.
 
@@ -165,7 +182,8 @@ def compress(
     ...     out = model.generate(**inputs, max_new_tokens=200)
     >>> print(kv.report)  # doctest: +SKIP
     """
-    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype))
+    check_mode(decode)
+    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode)
     check_model(model)
     PrunedCache(model.config, session.policy)  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)

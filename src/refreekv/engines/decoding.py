@@ -1,0 +1,291 @@
+"""Decoding through CUDA graphs: one capture of the model's own forward serves every length.
+
+Eager decoding is bound by launches, some 1,500 a token, at any context length. The forward of one
+token a row is captured with static inputs; where attention would read a cache, it reads the tables
+of `kernels.table` instead, through which any cache's arenas are reached. So a graph depends on
+the model and the batch size alone: not on lengths, not on the cache.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils.generic import ModelOutput
+
+from refreekv import kernels
+from refreekv.cache import PrunedCache
+from refreekv.cache.layer import TAG, ReFreeKVLayer
+from refreekv.core.arena import KVArena
+from refreekv.engines.fusion import fused
+
+logger = logging.getLogger("refreekv")
+
+DecodeMode = Literal["graph", "compile", "eager"]
+MODES = ("graph", "compile", "eager")
+
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_KNOWN |= {"logits_to_keep", "cache_position"}
+"""Arguments of a forward that a captured one can do with."""
+
+
+class UncapturableError(Exception):
+    """Why a model or a call cannot be captured; the text completes "because"."""
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError unless ``mode`` is a way to decode."""
+    if mode not in MODES:
+        raise ValueError(f"decode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+
+
+class TableLayer(DynamicLayer):
+    """What stands for a cache layer during a capture: it knows a table and nothing else."""
+
+    def __init__(self, table: Tensor):
+        super().__init__()
+        self.table = table
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new entries to wherever the table says."""
+        kernels.append(key_states, value_states, self.table)
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend to wherever the table says."""
+        return kernels.ragged_decode(
+            query, self.table, value_size=value.shape[-1], scaling=scaling, softcap=softcap, sinks=s_aux
+        )
+
+    def get_seq_length(self) -> int:
+        """No length: masks, which would depend on it, are not used."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the mask that nobody reads."""
+        return query_length, 0
+
+
+class TableCache(Cache):
+    """The cache that the captured forward sees."""
+
+    def __init__(self, tables: list[Tensor]):
+        super().__init__(layers=[TableLayer(table) for table in tables])
+
+
+class Step:
+    """The forward of one token a row at one batch size, with inputs and outputs in fixed places.
+
+    Attributes
+    ----------
+    tables : list of Tensor
+        ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], batch: int, segments: list[int], mode: str):
+        self.model, self._forward, self._mode = model, forward, mode
+        device = next(model.parameters()).device
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            # Zero: no entries and no room, so that running it touches no memory.
+            self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(segments))
+        self.weights = fingerprint(model)
+        # Weak: a graph must not keep a finished answer's keys and values alive.
+        self._owners: list[weakref.ref[KVArena]] = []
+        self._out: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._capture()
+
+    def _run(self) -> Any:
+        return self._forward(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            past_key_values=TableCache(self.tables),
+            use_cache=True,
+            return_dict=True,
+        )
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self.ids.device)
+        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+        run = torch.compile(self._run, dynamic=False) if self._mode == "compile" else self._run
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
+            if self._mode == "compile":
+                self._warm_up(run)
+                self._graph_of(run)
+            else:
+                with fused(self.model):
+                    self._warm_up(run)
+                    self._graph_of(run)
+        torch.cuda.current_stream(self.ids.device).wait_stream(stream)
+
+    def _warm_up(self, run: Callable[[], Any]) -> None:
+        run()
+        # A capture that fails leaves a mess; what would make it fail is found before.
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def _graph_of(self, run: Callable[[], Any]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            self._out = run()
+        self._graph = graph
+        if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
+            raise UncapturableError("the model returns no logits")
+
+    def owned_by(self, arenas: list[KVArena]) -> bool:
+        """Whether these are the arenas that the step reads and writes."""
+        owners = self._owners
+        return len(owners) == len(arenas) and all(o() is arena for o, arena in zip(owners, arenas, strict=True))
+
+    def adopt(self, arenas: list[KVArena]) -> None:
+        """Read and write these arenas from now on; their tables move here."""
+        self.release()
+        for arena, table in zip(arenas, self.tables, strict=True):
+            arena.lend_table(table)
+        self._owners = [weakref.ref(arena) for arena in arenas]
+
+    def release(self) -> None:
+        """Give the tables back to whose they are."""
+        for owner, table in zip(self._owners, self.tables, strict=False):
+            arena = owner()
+            if arena is not None and arena.table is table:
+                arena.take_table_back()
+        self._owners = []
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Any:
+        """Logits for one token a row, ``[B, 1]`` each; what is returned is overwritten by the next call."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with torch.no_grad():
+                self._out = self._run()
+        return self._out
+
+
+class Decoder:
+    """Decides, call by call, whether a captured step can do it. One a model."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._steps: dict[Any, Step] = {}
+        self._refused: dict[Any, str] = {}
+        self._logged: set[str] = set()
+
+    def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The output of ``forward(**kwargs)`` from a captured step; None if it has to run itself."""
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if not isinstance(cache, PrunedCache) or ids is None or ids.shape[1] != 1 or cache.decode == "eager":
+            return None
+        first = cache.first
+        length = first.get_seq_length()
+        if not cache.state.decodes(length) or not (ids.is_cuda or cache.state.arena):
+            return None
+        try:
+            return self._step(forward, cache, kwargs, length)
+        except UncapturableError as reason:
+            self._log(str(reason))
+            return None
+
+    def _step(self, forward: Callable[..., Any], cache: PrunedCache, kwargs: dict[str, Any], length: int) -> Any:
+        ids: Tensor = kwargs["input_ids"]
+        extra = [name for name, value in kwargs.items() if name not in _KNOWN and value not in (None, False)]
+        if extra:
+            raise UncapturableError(f"the model is called with {', '.join(sorted(extra))}")
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, length)
+        elif positions.dim() != 2 or positions.shape[1] != 1:
+            raise UncapturableError("positions have more than one number a token")
+        layers = self._layers(cache)
+        arenas: list[KVArena] = [layer.ragged for layer in layers]  # type: ignore[misc]
+        step = self._step_for(forward, cache, ids.shape[0], arenas)
+        for arena in arenas:
+            arena.reserve(1)
+        out = step(ids, positions)
+        for layer in layers:
+            layer.note_appended(1)
+        # The next call overwrites the logits.
+        return type(out)(logits=out.logits.clone(), past_key_values=cache)
+
+    def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
+        layers: list[ReFreeKVLayer] = []
+        for layer in cache.layers:
+            if not isinstance(layer, ReFreeKVLayer):
+                raise UncapturableError(f"the cache has a {type(layer).__name__}")
+            if not isinstance(layer.ragged, KVArena):
+                raise UncapturableError(f"a layer's entries are in a {type(layer.ragged or layer.keys).__name__}")
+            layers.append(layer)
+        return layers
+
+    def _step_for(self, forward: Callable[..., Any], cache: PrunedCache, batch: int, arenas: list[KVArena]) -> Step:
+        segments = [batch * arena.kv_heads for arena in arenas]
+        key = (batch, tuple(segments), arenas[0].keys.dtype, cache.decode)
+        if key in self._refused:
+            raise UncapturableError(self._refused[key])
+        step = self._steps.get(key)
+        if step is not None and step.owned_by(arenas):
+            return step
+        if step is not None and step.weights != fingerprint(self._model):
+            step.release()
+            step = None
+        if step is None:
+            self._check_model()
+            try:
+                step = Step(self._model, forward, batch, segments, cache.decode)
+            except (RuntimeError, UncapturableError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._refused[key] = f"its forward cannot be captured: {str(error).strip().splitlines()[0]}"
+                raise UncapturableError(self._refused[key]) from error
+            self._steps[key] = step
+        step.adopt(arenas)
+        return step
+
+    def _check_model(self) -> None:
+        """Raise UncapturableError for what a replay would silently leave out."""
+        if self._model.training:
+            raise UncapturableError("the model is in training mode")
+        if len({p.device for p in self._model.parameters()}) > 1:
+            raise UncapturableError("the model is spread over several devices")
+        for name, module in self._model.named_modules():
+            if name and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+                raise UncapturableError(f"{name} has forward hooks, which a captured step would not call")
+
+    def _log(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("decoding without a CUDA graph, because %s", reason)
+
+    def close(self) -> None:
+        """Free the graphs; caches get their tables back."""
+        for step in self._steps.values():
+            step.release()
+        self._steps.clear()
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A number that changes when weights move: a graph has their addresses in it."""
+    return hash(tuple(t.data_ptr() for part in (model.parameters(), model.buffers()) for t in part))
