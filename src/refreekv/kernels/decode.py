@@ -155,10 +155,14 @@ def launch_ragged_decode(
     softcap: float | None,
     sinks: Tensor | None,
     programs: int | None = None,
+    block: int = BLOCK_N,
+    warps: int = 4,
+    stages: int | None = None,
 ) -> Tensor:
     """Run both kernels; parameters as in `kernels.ragged_decode`, without defaults.
 
     ``programs`` is how many programs share the keys; None: as many as the device runs at once.
+    ``block``, ``warps`` and ``stages`` (of software pipelining) are there to be measured.
     """
     batch, heads, _, head_size = query.shape
     segments = table.shape[0]
@@ -175,16 +179,18 @@ def launch_ragged_decode(
     block_s = triton.next_power_of_2(max(segments, 2))
     block_v = max(16, triton.next_power_of_2(value_size))
     window = max(window, 0)
+    if stages is None:
+        stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
     _decode_kernel[(programs,)](
         query, table, partial, denominators, segments, kv_heads, group, window, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         HEAD=head_size, VALUE=value_size, BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_V=block_v,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=BLOCK_N, BLOCK_S=block_s, HAS_CAP=softcap is not None,
-        num_warps=4, num_stages=3 if query.element_size() * (head_size + value_size) <= 512 else 2,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _join_kernel[(segments, group)](
         partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
-        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=BLOCK_N, BLOCK_S=block_s, BLOCK_P=16,
+        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=block, BLOCK_S=block_s, BLOCK_P=16,
         HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,0 +1,213 @@
+"""Milliseconds a token of `generate`: transformers' caches, ours, and the floor that memory sets.
+
+    python benchmarks/decode.py                                    # the whole table, on CUDA
+    python benchmarks/decode.py --batches 1 --contexts 8192        # one corner of it
+
+Llama-3-8B's shape in bfloat16 with random weights, its embedding shared with the output layer, so
+that all weights are read for each token. Caches are filled with random entries instead of a
+prefill; ours is filled through its own pruning step with a policy that keeps the newest share, so
+that decoding runs over what it would run over. Then `generate` makes tokens, and the median time
+between two of them counts, the first ones (capture, compilation) left out and told apart.
+
+    floor    (weights + kept K/V) / bandwidth of a copy on the same device
+    device   time of one replay of the captured step: generate's own work left out
+    second   seconds before the second token, which holds the capture
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StaticCache
+
+import refreekv
+from devices import copy_bandwidth, header
+from overhead import SHAPES
+from refreekv.cache.pruning import AttentionCall
+from refreekv.core.selection import Selection
+from refreekv.engines.attachment import Attachment
+from refreekv.policies import LayerView, Policy
+
+TYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Share(Policy):
+    """The newest share of a prompt of one length; of anything else everything."""
+
+    name = "share"
+    length: int = 0
+    share: float = 1.0
+
+    def select(self, view: LayerView) -> Selection | None:
+        """The newest entries."""
+        batch, _, entries, _ = view.keys.shape
+        if entries != self.length or self.share == 1.0:
+            return None
+        columns = torch.arange(entries, device=view.keys.device)
+        return Selection((columns >= entries - round(self.share * entries)).expand(batch, 1, -1))
+
+
+class Stamps(LogitsProcessor):
+    """Notes when each token's logits are asked for; `generate` waits for the device at each token."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Note the time and change nothing."""
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def entries(config: LlamaConfig, batch: int, length: int) -> torch.Tensor:
+    """Random keys or values of one layer."""
+    size = config.hidden_size // config.num_attention_heads
+    return torch.randn(batch, config.num_key_value_heads, length, size, device="cuda", dtype=TYPE)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def filled(model: Any, kind: str, batch: int, context: int, budget: float, decode: str) -> Any:
+    """A cache that holds ``context`` tokens."""
+    config = model.config
+    if kind == "dynamic":
+        cache: Any = DynamicCache(config=config)
+    elif kind == "static":
+        cache = StaticCache(config=config, max_cache_len=context + 128)
+    else:
+        cache = refreekv.ReFreeKVCache(model, Share(context, budget), decode=decode)
+    query = torch.randn(batch, config.num_attention_heads, 1, config.hidden_size // config.num_attention_heads)
+    query = query.to("cuda", TYPE).expand(-1, -1, context, -1)
+    for index in range(config.num_hidden_layers):
+        cache.update(entries(config, batch, context), entries(config, batch, context), index)
+        if kind == "ours":
+            cache.layers[index].after_attention(AttentionCall(query, None))
+            cache.state.settle()
+    return cache
+
+
+@torch.no_grad()
+def generate(model: Any, cache: Any, batch: int, context: int, tokens: int) -> list[float]:
+    """Seconds between tokens; the first is that of the first token."""
+    ids = torch.randint(1, 1000, (batch, context + 1), device="cuda")
+    stamps = Stamps()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens,
+        do_sample=False, eos_token_id=None, pad_token_id=0, logits_processor=LogitsProcessorList([stamps]),
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    return [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]
+
+
+def replay_seconds(model: Any) -> float:
+    """Time of one replay of the step that was captured last. Its cache is of no use afterwards."""
+    step = list(model.__dict__["_refreekv_attachment"]._decoder._steps.values())[-1]
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step._graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def measure(model: Any, kind: str, batch: int, context: int, budget: float, decode: str, tokens: int) -> dict[str, Any]:
+    """One point of the table."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    row: dict[str, Any] = {"kind": kind, "batch": batch, "context": context, "budget": budget}
+    cache = filled(model, kind, batch, context, budget, decode)
+    intervals = generate(model, cache, batch, context, tokens)
+    steady = intervals[len(intervals) // 3 :]
+    row |= {"ms": statistics.median(steady) * 1e3, "slowest_ms": max(steady) * 1e3, "second_s": intervals[1]}
+    if kind == "ours":
+        layers = cache.pruned_layers
+        kept = sum(sum(map(sum, layer.ragged.lengths)) for layer in layers)
+        row["kept_bytes"] = kept * 2 * layers[0].ragged.keys.shape[-1] * TYPE.itemsize
+        row["allocated_bytes"] = sum(layer.ragged.nbytes for layer in layers)
+        if decode != "eager":
+            row["device_ms"] = replay_seconds(model) * 1e3
+    else:
+        row["kept_bytes"] = batch * context * model.config.num_hidden_layers * 4096
+    return row
+
+
+def main() -> None:
+    """Parse the arguments, measure, print a table and maybe write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="1,8,16,32")
+    parser.add_argument("--contexts", default="4096,8192,32768")
+    parser.add_argument("--budgets", default="1.0,0.5,0.25")
+    parser.add_argument("--kinds", default="dynamic,ours", help="of dynamic, static, ours")
+    parser.add_argument("--static", default="1x8192,8x4096", help="points at which static caches are compiled")
+    parser.add_argument("--decode", default="graph", help="graph, compile or eager")
+    parser.add_argument("--tokens", type=int, default=36)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no new point after so long")
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    config = LlamaConfig(**SHAPES["llama-3-8b"], max_position_embeddings=131072, tie_word_embeddings=True)
+    config.dtype = TYPE
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(TYPE)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    bandwidth = copy_bandwidth()
+    setup = f"{header()}; copy {bandwidth / 1e12:.2f} TB/s; weights {weights / 1e9:.2f} GB; decode={arguments.decode}"
+    print(setup)
+    print(f"{'':8s} {'batch':>5s} {'context':>7s} {'budget':>6s} {'ms/token':>9s} {'device':>7s} {'floor':>6s}"
+          f" {'x floor':>7s} {'second s':>8s} {'alloc':>6s}")  # fmt: skip
+    kinds = arguments.kinds.split(",")
+    batches, contexts = ([int(n) for n in part.split(",")] for part in (arguments.batches, arguments.contexts))
+    points = []
+    for batch in batches:
+        for context in contexts:
+            points += [("dynamic", batch, context, 1.0)] if "dynamic" in kinds else []
+            if "static" in kinds and f"{batch}x{context}" in arguments.static.split(","):
+                points.append(("static", batch, context, 1.0))
+            if "ours" in kinds:
+                points += [("ours", batch, context, float(budget)) for budget in arguments.budgets.split(",")]
+    rows: list[dict[str, Any]] = []
+    free = torch.cuda.mem_get_info()[0]
+    # Baselines first, before refreekv touches the model.
+    points.sort(key=lambda point: point[0] == "ours")
+    attachment = None
+    for kind, batch, context, budget in points:
+        name = f"{kind:8s} {batch:5d} {context:7d} {budget:6.2f}"
+        if time.monotonic() - started > arguments.seconds:
+            print(f"{name} out of time")
+            continue
+        expected = batch * context * config.num_hidden_layers * 4096 * budget
+        if expected * (1.1 if kind == "ours" else 1.25) + 5e9 > free:
+            print(f"{name} does not fit")
+            continue
+        if kind == "ours" and attachment is None:
+            attachment = Attachment.attach(model)  # keeps captured steps from one cache to the next
+        tokens = arguments.tokens if kind != "dynamic" else max(8, arguments.tokens // 4)
+        try:
+            row = measure(model, kind, batch, context, budget, arguments.decode, tokens)
+        except (RuntimeError, ValueError, TypeError) as error:
+            print(f"{name} {type(error).__name__}: {str(error)[:300]}")
+            continue
+        row["floor_ms"] = (weights + row["kept_bytes"]) / bandwidth * 1e3
+        rows.append(row)
+        print(f"{name} {row['ms']:9.2f} {row.get('device_ms', 0):7.2f} {row['floor_ms']:6.2f}"
+              f" {row['ms'] / row['floor_ms']:7.2f} {row['second_s']:8.2f}"
+              f" {row.get('allocated_bytes', row['kept_bytes']) / row['kept_bytes']:6.3f}", flush=True)  # fmt: skip
+    if arguments.json:
+        with open(arguments.json, "w") as file:  # noqa: PTH123
+            json.dump({"setup": setup, "bandwidth": bandwidth, "weights": weights, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The kernels alone, against the bandwidth of a copy on the same device.
+
+    python benchmarks/kernels.py                # a Llama-3-8B layer: 32 query heads, 8 KV heads of 128
+    python benchmarks/kernels.py --tune         # decode attention at other launch settings
+
+Bandwidth counts the bytes that must move: of decode attention every key and value once, of a
+gather and a move every entry read and written. Medians of CUDA graph replays over several input
+sets, 2 GB and more together where the kernel is bound by memory.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+
+from devices import copy_bandwidth, device_seconds, header
+from refreekv import kernels
+from refreekv.core.arena import KVArena
+from refreekv.core.probes import attention_rows
+from refreekv.kernels import fused
+from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
+
+HEADS, KV_HEADS, SIZE = 32, 8, 128
+TYPE = torch.bfloat16
+
+
+def random(*shape: int) -> torch.Tensor:
+    """Normally distributed numbers."""
+    return torch.randn(*shape, device="cuda", dtype=TYPE)
+
+
+def arena(lengths: list[tuple[int, ...]], size: int = SIZE) -> KVArena:
+    """An arena of random entries."""
+    empty = torch.empty(0, size, device="cuda", dtype=TYPE)
+    made = KVArena.like(empty, empty, lengths)
+    made.keys.normal_()
+    made.values.normal_()
+    return made
+
+
+def sets(bytes_of_one: int, most: int = 8) -> int:
+    """Input sets that make 2 GB together, four at least."""
+    return max(2, min(most, 2 * 10**9 // bytes_of_one))
+
+
+def ragged(batch: int, mean: int, low: float, high: float) -> list[tuple[int, ...]]:
+    """Lengths spread uniformly between shares of the longest, rescaled to a given mean."""
+    share = torch.rand(batch * KV_HEADS) * (high - low) + low
+    lengths = (share / share.mean() * mean).round().long()
+    lengths[-1] += batch * KV_HEADS * mean - int(lengths.sum())
+    return [tuple(row) for row in lengths.view(batch, KV_HEADS).tolist()]
+
+
+def decode_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZE, **settings: int) -> dict[str, float]:
+    """Attention of one token a row."""
+    entries = sum(map(sum, lengths))
+    moved = entries * 2 * size * TYPE.itemsize
+    arenas = [arena(lengths, size) for _ in range(sets(moved))]
+    queries = [random(batch, HEADS, 1, size) for _ in arenas]
+
+    def call(query: torch.Tensor, table: torch.Tensor) -> Callable[[], object]:
+        return lambda: launch_ragged_decode(query, table, size, size**-0.5, 0, None, None, **settings)
+
+    seconds = device_seconds([call(q, a.table) for q, a in zip(queries, arenas, strict=True)])
+    return {"us": seconds * 1e6, "bandwidth": moved / seconds}
+
+
+def storage_kernels() -> list[tuple[str, dict[str, float]]]:
+    """Gather, move and append."""
+    rows = []
+    for length in (8192, 32768):
+        dense = [(random(1, KV_HEADS, length, SIZE), random(1, KV_HEADS, length, SIZE)) for _ in range(4)]
+        kept = length // 2
+        lengths, spans = [(kept,) * KV_HEADS], [(0, 4, length - kept)] * KV_HEADS
+        targets = [KVArena.like(*pair, lengths) for pair in dense]
+        where = torch.tensor(spans, device="cuda")
+
+        def gather(pair, target, where=where, length=length, kept=kept):
+            return lambda: kernels.gather(*pair, target.table, where, end=length, longest=kept)
+
+        seconds = device_seconds([gather(p, t) for p, t in zip(dense, targets, strict=True)])
+        moved = 2 * kept * KV_HEADS * 2 * SIZE * TYPE.itemsize
+        rows.append((f"gather half of {length}, K and V", {"us": seconds * 1e6, "bandwidth": moved / seconds}))
+        sources = [arena(lengths) for _ in targets]
+
+        def move(source, target, kept=kept):
+            return lambda: kernels.move(
+                source.table, target.table, key_bytes=2 * SIZE, value_bytes=2 * SIZE, longest=kept
+            )
+
+        seconds = device_seconds([move(s, t) for s, t in zip(sources, targets, strict=True)])
+        rows.append((f"move {kept} entries a head", {"us": seconds * 1e6, "bandwidth": moved / seconds}))
+    for batch in (1, 32):
+        room = arena([(1000,) * KV_HEADS] * batch)
+        new = random(batch, 1, KV_HEADS, SIZE).transpose(1, 2)
+        seconds = device_seconds([lambda n=new, r=room: kernels.append(n, n, r.table)], rounds=20)
+        rows.append((f"append, batch {batch}", {"us": seconds * 1e6}))
+    return rows
+
+
+def probe_kernels() -> list[tuple[str, dict[str, float]]]:
+    """Probe reductions, beside the rows of the last queries in torch."""
+    rows = []
+    for length in (8192, 32768):
+        keys = [random(1, KV_HEADS, length, SIZE) for _ in range(4)]
+        for name, probes in (("64 last", torch.arange(length - 64, length)), ("64 last, 256 spread", None)):
+            if probes is None:
+                step = length // 256
+                probes = torch.cat([torch.arange(step - 1, length, step), torch.arange(length - 64, length)])
+                probes = probes.sort().values
+            at = probes[None].cuda()
+            query = random(1, HEADS, len(probes), SIZE)
+
+            def call(key, query=query, at=at):
+                return lambda: kernels.probe_reductions(query, key, query_columns=at, distance=64)
+
+            seconds = device_seconds([call(key) for key in keys], 10)
+            rows.append((f"probe reductions, {name}, {length} keys", {"us": seconds * 1e6}))
+        seconds = device_seconds([lambda k=key, q=query: attention_rows(q[:, :, -64:], k) for key in keys], 10)
+        rows.append((f"  rows of 64 queries in torch, {length} keys", {"us": seconds * 1e6}))
+    return rows
+
+
+def small_kernels() -> list[tuple[str, dict[str, float]]]:
+    """What is fused into the captured step, and the products with weights around it."""
+    rows = []
+    for batch in (1, 32):
+        x, weight, wide = random(batch, 1, 4096), random(4096), random(batch, 1, 14336)
+        query, key = random(batch, HEADS, 1, SIZE), random(batch, KV_HEADS, 1, SIZE)
+        angle = random(batch, 1, SIZE)
+        calls = {
+            "norm": lambda x=x, w=weight: fused.rms_norm(x, w, 1e-5, False),
+            "gated": lambda x=wide: fused.gated(x, x, False),
+            "rotary": lambda q=query, k=key, a=angle: fused.rotary(q, k, a, a),
+        }
+        rows += [(f"{n}, batch {batch}", {"us": device_seconds([c], rounds=50) * 1e6}) for n, c in calls.items()]
+    for batch in (1, 8, 32):
+        for out, size in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)):
+            count = max(2, 2 * 10**9 // (out * size * 2))
+            weights = [random(out, size) for _ in range(min(count, 40))]
+            x = random(batch, 1, size)
+            seconds = device_seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
+            result = {"us": seconds * 1e6, "bandwidth": out * size * 2 / seconds}
+            rows.append((f"torch linear {size} -> {out}, batch {batch}", result))
+    return rows
+
+
+def main() -> None:
+    """Parse the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{header()}; copy {bandwidth / 1e12:.2f} TB/s")
+    rows: list[tuple[str, dict[str, float]]] = []
+
+    def show(name: str, result: dict[str, float]) -> None:
+        rows.append((name, result))
+        share = f"{result['bandwidth'] / bandwidth:8.1%} of copy" if "bandwidth" in result else ""
+        print(f"{name:58s} {result['us']:10.1f} us {share}", flush=True)
+
+    equal = [(8192,) * KV_HEADS] * 16
+    if arguments.tune:
+        multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+        for lengths, name in (
+            (equal, "16 x 8192"),
+            ([(8192,) * KV_HEADS], "1 x 8192"),
+            ([(2048,) * KV_HEADS], "1 x 2048"),
+        ):
+            for block, stages, warps in (
+                (64, 3, 4),
+                (64, 2, 4),
+                (64, 4, 4),
+                (128, 2, 4),
+                (128, 2, 8),
+                (128, 3, 8),
+                (32, 4, 4),
+            ):
+                for per in (1, 2, 3, 4):
+                    settings = {"programs": per * multi, "block": block, "stages": stages, "warps": warps}
+                    try:
+                        show(f"decode {name} {settings}", decode_attention(len(lengths), lengths, **settings))
+                    except Exception as error:  # a setting that the device has no room for
+                        print(f"decode {name} {settings}: {type(error).__name__}")
+                        break
+    else:
+        for batch, length in ((1, 8192), (1, 32768), (16, 8192), (16, 2048), (32, 8192)):
+            show(f"decode attention {batch} x {length}", decode_attention(batch, [(length,) * KV_HEADS] * batch))
+        show("decode attention 16 x 8192 mean, uniform 10-100%", decode_attention(16, ragged(16, 8192, 0.1, 1.0)))
+        show("decode attention 16 x 8192 mean, one head of 8 full", decode_attention(16, [(32768,) + (4681,) * 7] * 16))
+        for size in (64, 80, 96, 256):
+            show(f"decode attention 16 x 8192, head size {size}", decode_attention(16, equal, size))
+        for part in (storage_kernels, probe_kernels, small_kernels):
+            for name, result in part():
+                show(name, result)
+    if arguments.json:
+        with open(arguments.json, "w") as file:  # noqa: PTH123
+            json.dump({"setup": header(), "copy_bandwidth": bandwidth, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

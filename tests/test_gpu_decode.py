@@ -1,0 +1,146 @@
+"""Decoding through CUDA graphs: eager decoding is the judge."""
+
+import gc
+import logging
+
+import pytest
+import torch
+
+import refreekv
+from driving import POLICIES, RAGGED, Uneven
+from models import build, prompts
+from refreekv.core.arena import KVArena
+from refreekv.engines import decoding
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def answers(model, ids, mask, decode, policy="refreekv", steps=60, **settings):
+    cache = refreekv.ReFreeKVCache(model, policy, decode=decode)
+    out = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=steps, do_sample=False,
+        output_logits=True, return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+    return out, cache
+
+
+def policy_of(name):
+    if name == "uneven":
+        return Uneven()
+    kind, parameters = POLICIES.get(name, (name, {}))
+    return refreekv.policies.create(kind, **parameters)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """What was captured."""
+    made = []
+    original = decoding.Step.__init__
+
+    def noted(self, *args):
+        made.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(decoding.Step, "__init__", noted)
+    return made
+
+
+@pytest.mark.parametrize("policy", ["refreekv", "heavy-hitter", "window", "full"])
+@pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
+def test_a_captured_step_gives_the_tokens_of_eager_decoding(policy, lengths, captures):
+    model = build("llama", attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts(lengths, seed=3))
+    eager, _ = answers(model, ids, mask, "eager", policy_of(policy))
+    captured, cache = answers(model, ids, mask, "graph", policy_of(policy))
+    assert torch.equal(eager.sequences, captured.sequences)
+    for one, other in zip(eager.logits, captured.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+    assert len(captures) == 1
+    assert captures[0]._graph is not None
+    # 60 tokens are more than the first room, so that storage moved under the graph.
+    assert all(isinstance(layer.ragged, KVArena) for layer in cache.pruned_layers)
+    judge = build("llama", attention="sdpa")
+    plain, _ = answers(judge, ids.cpu(), mask.cpu(), "eager", policy_of(policy))
+    assert torch.equal(plain.sequences, captured.sequences.cpu())
+
+
+def test_one_capture_for_each_batch_size(captures):
+    model = build("llama", attention="sdpa").cuda()
+    with refreekv.compress(model, "streaming-llm", ratio=0.5) as kv:
+        for lengths in [(30,), (90,), (41, 22), (64,), (80, 17)]:
+            ids, mask = (part.cuda() for part in prompts(lengths, seed=1))
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
+            assert out.shape[1] == max(lengths) + 9
+            assert kv.report.bytes_after < kv.report.bytes_before
+    assert len(captures) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "mistral"])
+def test_other_architectures(name, captures):
+    model = build(name, attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts((50, 33), seed=5))
+    eager, _ = answers(model, ids, mask, "eager")
+    captured, _ = answers(model, ids, mask, "graph")
+    assert torch.equal(eager.sequences, captured.sequences)
+    assert len(captures) == 1
+
+
+def test_what_cannot_be_captured_says_so_once_and_decodes(caplog):
+    model = build("qwen3_moe", attention="sdpa").cuda()
+    hybrid = build("gemma3", attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts((50, 33), seed=5))
+    for tried in (model, hybrid):
+        eager, _ = answers(tried, ids, mask, "eager", steps=12)
+        with caplog.at_level(logging.WARNING, logger="refreekv"):
+            captured, _ = answers(tried, ids, mask, "graph", steps=12)
+        assert torch.equal(eager.sequences, captured.sequences)
+    assert len([record for record in caplog.records if record.name == "refreekv"]) <= 2
+
+
+def test_the_memory_of_an_answer_and_of_graphs_goes_away():
+    model = build("llama", attention="sdpa").cuda()
+    ids = prompts((2000,), seed=1)[0].cuda()
+    with refreekv.compress(model, "full"):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with refreekv.compress(model, "full"):
+        for _ in range(3):
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+            gc.collect()
+            # The logits' place, the step's inputs and what the graph's pool keeps: not the K/V (2 MiB).
+            assert torch.cuda.memory_allocated() - before < 2**20
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**16
+
+
+@pytest.mark.real_model
+def test_smollm2_200_tokens(smollm2, captures):
+    model, tokenizer = smollm2
+    model = model.cuda()
+    texts = [
+        "The history of the lighthouse begins",
+        "In a small town by the sea there lived a baker who",
+        "Water boils at",
+        "List ten animals and say where each of them lives:",
+        "def fibonacci(n):",
+        "Once upon a time",
+        "The three laws of motion are",
+        "Dear Sir or Madam, I am writing to",
+    ]
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    long = tokenizer(" ".join(texts * 8), return_tensors="pt").to("cuda")
+    several = tokenizer([f"{t} {' '.join(texts)}" for t in texts], return_tensors="pt", padding=True).to("cuda")
+    for inputs in (long, several):
+        outcome = []
+        for decode in ("eager", "graph"):
+            # Ends at commas and full stops for some rows, so that these finish early.
+            ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "!"])
+            with refreekv.compress(model, "streaming-llm", ratio=0.5, decode=decode):
+                outcome.append(model.generate(**inputs, max_new_tokens=200, do_sample=False, eos_token_id=ends))
+        assert torch.equal(*outcome)
+    assert len(captures) == 2
+    model.cpu()
