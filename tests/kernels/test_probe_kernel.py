@@ -116,6 +116,17 @@ def test_the_operator_is_what_torch_expects_of_one():
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_function_goes_through_the_kernel_on_cuda():
+    query, key = torch.randn(1, 4, 3, 64, device="cuda").half(), torch.randn(1, 2, 90, 64, device="cuda").half()
+    at = torch.tensor([[5, 50, 89]], device="cuda")
+    got = probe_reductions(query, key, query_columns=at, distance=3)
+    want = reductions.probe_reductions(query, key, query_columns=at, distance=3)
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=2e-3)
+
+
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 query heads cannot share 2 KV heads"):
         probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), query_columns=torch.tensor([[8]]))

@@ -7,8 +7,10 @@ the model and the batch size alone: not on lengths, not on the cache.
 """
 
 import logging
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -122,36 +124,34 @@ class Step:
         )
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream(self.ids.device)
-        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
         run = torch.compile(self._run, dynamic=False) if self._mode == "compile" else self._run
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
-            if self._mode == "compile":
-                self._warm_up(run)
-                self._graph_of(run)
-            else:
-                with fused(self.model):
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
+        stream = capture.capture_stream
+        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+        with torch.inference_mode(False), torch.no_grad():
+            with fused(self.model) if self._mode == "graph" else nullcontext():
+                with torch.cuda.stream(stream):
                     self._warm_up(run)
-                    self._graph_of(run)
+                with capture:
+                    self._out = run()
         torch.cuda.current_stream(self.ids.device).wait_stream(stream)
+        self._graph = graph
+        if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
+            raise UncapturableError("the model returns no logits")
 
     def _warm_up(self, run: Callable[[], Any]) -> None:
         run()
         # A capture that fails leaves a mess; what would make it fail is found before.
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-
-    def _graph_of(self, run: Callable[[], Any]) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            self._out = run()
-        self._graph = graph
-        if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
-            raise UncapturableError("the model returns no logits")
 
     def owned_by(self, arenas: list[KVArena]) -> bool:
         """Whether these are the arenas that the step reads and writes."""

@@ -52,7 +52,7 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @probe_reductions_op.register_fake
 def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    peak, mean, squares = key.new_empty(3, *key.shape[:3], dtype=torch.float32)
+    peak, mean, squares = (key.new_empty(key.shape[:3], dtype=torch.float32) for _ in range(3))
     return peak, mean, squares
 
 

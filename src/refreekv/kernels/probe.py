@@ -181,9 +181,10 @@ def launch_probe_reductions(
         sink = sink_logits.float().view(1, kv_heads, 1, group) * 1.4426950408889634
         whole = torch.logaddexp2(whole.view(batch, kv_heads, probes, group), sink).flatten(2)
     # A query that saw nothing has no denominator; nothing it sees is counted either.
-    out = torch.empty(3, batch, kv_heads, length, dtype=torch.float32, device=query.device)
+    shape = (batch, kv_heads, length)
+    peak, mean, squares = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(3))
     _reduce_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
-        *inputs, whole.contiguous(), *out, probes, group, length, kv_heads, rows, distance, scaling, cap, *strides,
+        *inputs, whole.contiguous(), peak, mean, squares, probes, group, length, kv_heads, rows, distance, scaling, cap, *strides,
         **settings,
     )  # fmt: skip
-    return out[0], out[1], out[2]
+    return peak, mean, squares

@@ -1,7 +1,7 @@
 """The kernels alone, against the bandwidth of a copy on the same device.
 
-    python benchmarks/kernels.py                # a Llama-3-8B layer: 32 query heads, 8 KV heads of 128
-    python benchmarks/kernels.py --tune         # decode attention at other launch settings
+    python benchmarks/kernel_speed.py                # a Llama-3-8B layer: 32 query heads, 8 KV heads of 128
+    python benchmarks/kernel_speed.py --tune         # decode attention at other launch settings
 
 Bandwidth counts the bytes that must move: of decode attention every key and value once, of a
 gather and a move every entry read and written. Medians of CUDA graph replays over several input
