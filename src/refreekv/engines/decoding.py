@@ -128,14 +128,14 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
-        stream = capture.capture_stream
+        stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
         stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-        with torch.inference_mode(False), torch.no_grad():
-            with fused(self.model) if self._mode == "graph" else nullcontext():
-                with torch.cuda.stream(stream):
-                    self._warm_up(run)
-                with capture:
-                    self._out = run()
+        stand_ins = fused(self.model) if self._mode == "graph" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), stand_ins:
+            with torch.cuda.stream(stream):
+                self._warm_up(run)
+            with capture:
+                self._out = run()
         torch.cuda.current_stream(self.ids.device).wait_stream(stream)
         self._graph = graph
         if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:

@@ -184,7 +184,7 @@ def launch_probe_reductions(
     shape = (batch, kv_heads, length)
     peak, mean, squares = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(3))
     _reduce_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
-        *inputs, whole.contiguous(), peak, mean, squares, probes, group, length, kv_heads, rows, distance, scaling, cap, *strides,
-        **settings,
+        *inputs, whole.contiguous(), peak, mean, squares, probes, group, length, kv_heads, rows, distance,
+        scaling, cap, *strides, **settings,
     )  # fmt: skip
     return peak, mean, squares
