@@ -319,6 +319,17 @@ def test_advice_makes_it_fit():
     assert plans.make(model, memory=needed * GIB, load=Load(8192, 512, 4), expected=expected).rows[-1].fits
 
 
+def test_advice_combines_what_does_not_help_alone():
+    model = model_of({**QWEN_7B, "max_position_embeddings": 131072})
+    load = Load(32768, 512, 8)
+    made = plans.make(model, memory=16 * GIB, load=load)
+    (line,) = [line for line in made.advice if "--weights" in line]
+    assert "--weights int8" in line
+    assert ", and store K/V in int4" in line
+    assert plans.make(model, memory=16 * GIB, load=load, weights="int8", number=KVDtype("int4")).rows[-1].fits
+    assert not plans.make(model, memory=16 * GIB, load=load, weights="int8").rows[-1].fits
+
+
 def test_context_beyond_the_model_s():
     with pytest.raises(ValueError, match="more than the 8,192"):
         plans.make(model_of(LLAMA), memory=80 * GIB, load=Load(8193, 512))

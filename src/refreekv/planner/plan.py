@@ -1,5 +1,6 @@
 """A plan: what a model takes on a machine, in three scenarios, and what to change if it does not fit."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -218,22 +219,39 @@ def _advice(
         advice.append(f"read prompts in chunks: --prefill-chunk {CHUNK} (generate: prefill_chunk_size={CHUNK})")
     if machine.chunk is not None and fits(replace(machine, chunk=None)):
         advice.append("read each prompt in one call: --prefill-chunk all")
-    if geometry.prunable and scenario.number is None:
-        for kind in ("fp8", "int8", "int4"):
-            if fits(scenario=replace(scenario, number=KVDtype(kind), compacts=True)):
-                advice.append(f"store K/V in {kind}: --kv {kind} (compress(model, kv_dtype='{kind}'))")
-                break
-    for form in BITS:
-        size = weigh(model, form, counts).bytes
-        if size < machine.weights and fits(replace(machine, weights=size)):
-            advice.append(f"load the weights in {form}: --weights {form} ({format_size(size)})")
-            break
+    kinds: list[KVDtype | None] = [KVDtype(kind) for kind in ("fp8", "int8", "int4")]
+    kinds = kinds if geometry.prunable and scenario.number is None else []
+    sizes = {form: weigh(model, form, counts).bytes for form in BITS}
+    sizes = {form: size for form, size in sizes.items() if size < machine.weights}
+    stored = next((kind for kind in kinds if fits(scenario=_stored(scenario, kind))), None)
+    loaded = next((form for form, size in sizes.items() if fits(replace(machine, weights=size))), None)
+    if stored is not None:
+        advice.append(_kv_advice(stored))
+    if loaded is not None:
+        advice.append(_weight_advice(loaded, sizes[loaded]))
+    if stored is None and loaded is None:
+        pairs = ((form, kind) for form in sizes for kind in kinds)
+        both = (pair for pair in pairs if fits(replace(machine, weights=sizes[pair[0]]), _stored(scenario, pair[1])))
+        for form, kind in itertools.islice(both, 1):
+            advice.append(f"{_weight_advice(form, sizes[form])}, and {_kv_advice(kind)}")
     if row.requests >= 1:
         advice.append(f"at most {row.requests:,} of these requests at once: --concurrency {row.requests}")
     if row.longest_context >= 1:
         advice.append(f"a context of at most {row.longest_context:,} tokens: --context {row.longest_context}")
     advice.append(f"a machine with {format_size(row.peak_bytes)}: --vram {-(-row.peak_bytes // 2**30)}GiB")
     return advice
+
+
+def _stored(scenario: Scenario, number: KVDtype | None) -> Scenario:
+    return replace(scenario, number=number, compacts=True)
+
+
+def _kv_advice(number: KVDtype | None) -> str:
+    return f"store K/V in {number}: --kv {number} (compress(model, kv_dtype='{number}'))"
+
+
+def _weight_advice(form: str, size: int) -> str:
+    return f"load the weights in {form}: --weights {form} ({format_size(size)})"
 
 
 def _notes(

@@ -1,0 +1,90 @@
+"""Fidelity against bytes: fewer entries, coarser entries, or both. The table of docs/quantisation.md.
+
+    python benchmarks/fidelity.py MODEL --data-dir DIR --plan benchmarks/plans/quantisation.toml --out results.jsonl
+    python benchmarks/quantisation.py results.jsonl --markdown table.md
+
+Bytes are given as shares of a full cache in 16 bits, scales included, also where the model ran
+in float32: they follow from what each policy kept on each sample.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refreekv.evaluation import store, summary, sweeps
+from refreekv.evaluation.records import FidelityRecord
+from refreekv.evaluation.stored import format_of, kept_bytes, parse
+
+HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64)}
+
+
+def share(record: FidelityRecord, sizes: tuple[int, int]) -> float:
+    """Bytes of a sample's prompt, as a share of a full cache's in 16 bits."""
+    number = None if record.policy == sweeps.FULL else format_of(parse(record.policy))
+    assert record.kept_heads is not None
+    held = full = 0
+    for layer in record.kept_heads:
+        counts = [round(kept * record.prompt_tokens) for kept in layer]
+        held += kept_bytes(counts, len(counts), sizes, 2, number)
+        full += len(counts) * record.prompt_tokens * sum(sizes) * 2
+    return held / full
+
+
+def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int]) -> list[tuple[str, ...]]:
+    """A line of cells for each policy, the largest first."""
+    table = []
+    for row in summary.summarize(records).overall:
+        own = [record for record in records if record.policy == row.policy]
+        shares = [share(record, sizes) for record in own]
+        worst = max(own, key=lambda record: record.kl_mean)
+        low, high = row.kl_interval or (row.kl, row.kl)
+        cells = (
+            row.policy if row.policy != sweeps.FULL else "full (noise floor)",
+            str(row.n),
+            f"{sum(shares) / len(shares):.1%}",
+            f"{row.budget:.0%}",
+            f"{summary.nats(row.kl)} [{summary.nats(low)}, {summary.nats(high)}]",
+            f"{row.worst_family}: {summary.nats(row.worst_kl)}",
+            f"{summary.nats(worst.kl_mean)} ({worst.family})",
+            f"{row.same_path:.0%}",
+        )
+        table.append((sum(shares) / len(shares), cells))
+    return [cells for _, cells in sorted(table, key=lambda pair: -pair[0])]
+
+
+def main() -> None:
+    """Read the results and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a file of benchmarks/fidelity.py or refreekv eval")
+    parser.add_argument(
+        "--head-size", type=int, nargs=2, metavar=("KEY", "VALUE"), help="elements of a key and a value"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    options = parser.parse_args()
+    results = store.read(options.results)
+    complete = _complete(results.records)
+    name = next(iter(complete)).model
+    known = next((sizes for known, sizes in HEAD_SIZES.items() if name.startswith(known)), None)
+    sizes: Any = tuple(options.head_size) if options.head_size else known
+    if sizes is None:
+        parser.error(f"say the head sizes of {name} with --head-size")
+    heading = ("policy", "n", "bytes", "entries", "mean KL [95%]", "worst family", "worst sample", "same path")
+    lines = [heading, ("---", *["---:"] * 4, "---", "---", "---:"), *rows(complete, sizes)]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+
+
+def _complete(records: Sequence[FidelityRecord]) -> list[FidelityRecord]:
+    """Those of samples that every policy was measured on."""
+    policies = {record.policy for record in records}
+    seen: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        seen.setdefault((record.family, record.sample), set()).add(record.policy)
+    return [record for record in records if seen[record.family, record.sample] == policies]
+
+
+if __name__ == "__main__":
+    main()
