@@ -1,0 +1,61 @@
+"""The plugin's options: the extra configuration of its KV connector."""
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from refreekv.policies import Policy
+from refreekv.policies.base import check_count
+from refreekv.policies.registry import parse
+
+CONNECTOR = "RefreekvConnector"
+"""Name of the KV connector, as `--kv-transfer-config` spells it."""
+
+CONNECTOR_MODULE = "refreekv.engines.vllm.connector"
+
+
+@dataclass(frozen=True)
+class PluginOptions:
+    """What a user chooses, once for the whole server.
+
+    Parameters
+    ----------
+    policy : str
+        A policy in the command line's form, such as ``refreekv:threshold=0.05``.
+    layers_per_group : int
+        Consecutive layers that share one block table. They keep the union of what each of
+        them would keep. 1 saves most; more layers cost the scheduler less.
+    """
+
+    policy: str = "refreekv"
+    layers_per_group: int = 1
+
+    def __post_init__(self) -> None:
+        parse(self.policy)
+        check_count("layers_per_group", self.layers_per_group, minimum=1)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "PluginOptions":
+        """The options in a vLLM configuration; ValueError for unknown names and bad values."""
+        extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
+        known = [field.name for field in fields(cls)]
+        for name in extra:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"kv_connector_extra_config has no option {name!r} (there are {known}){hint}")
+        return cls(**extra)
+
+    def build(self) -> Policy:
+        """The policy."""
+        return parse(self.policy)
+
+    def transfer_config(self) -> dict[str, Any]:
+        """The value of ``--kv-transfer-config``."""
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            # A producer's role keeps vLLM's scheduling as it is without a connector.
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": asdict(self),
+        }

@@ -1,0 +1,59 @@
+"""What the scheduler's side knows of each unfinished request."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from refreekv.engines.vllm.messages import Verdict
+
+
+@dataclass
+class Entry:
+    """One request.
+
+    Attributes
+    ----------
+    request : vllm Request
+        vLLM's own object: its preemption count and status are always up to date.
+    verdict : Verdict or None
+        The last one that was applied, or is being applied.
+    pending : list of int
+        Groups whose tokens still wait for private blocks to be copied into.
+    freed : int
+        Blocks given back since the last preemption.
+    """
+
+    request: Any
+    verdict: Verdict | None = None
+    pending: list[int] = field(default_factory=list)
+    freed: int = 0
+
+
+class Ledger:
+    """The unfinished requests by id."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def open(self, request: Any) -> None:
+        """A request has arrived."""
+        self.entries[request.request_id] = Entry(request)
+
+    def close(self, request_id: str) -> Entry | None:
+        """A request has ended."""
+        return self.entries.pop(request_id, None)
+
+    def current(self, verdict: Verdict) -> Entry | None:
+        """The entry that a verdict is about; None if the request ended or was preempted since."""
+        entry = self.entries.get(verdict.request_id)
+        if entry is None or entry.request.num_preemptions != verdict.epoch or entry.request.is_finished():
+            return None
+        return entry
+
+    def is_whole(self, request_id: str) -> bool:
+        """Whether the prompt has ended and nothing of it was evicted, in any layer."""
+        entry = self.entries.get(request_id)
+        return (
+            entry is not None
+            and entry.verdict is not None
+            and not any(group.freed or group.copies for group in entry.verdict.groups)
+        )

@@ -1,0 +1,115 @@
+"""What the plugin cannot serve: one sentence each, before anything runs."""
+
+from typing import Any
+
+from refreekv.engines.vllm.config import CONNECTOR, PluginOptions
+
+SUPPORTED = ("0.32",)
+"""vLLM releases the plugin is tested with, by major and minor number."""
+
+
+def check_version(version: str) -> None:
+    """ValueError for a vLLM that the plugin was not tested with."""
+    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+        raise ValueError(
+            f"refreekv was tested with vLLM {', '.join(SUPPORTED)}, and this is {version}: the scheduler's inner "
+            f"workings differ from release to release; install vllm=={SUPPORTED[-1]}.0"
+        )
+
+
+def check_config(vllm_config: Any) -> PluginOptions:
+    """The plugin's options in a vLLM configuration that it can serve; ValueError otherwise."""
+    import vllm
+
+    check_version(vllm.__version__)
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        name = None if transfer is None else transfer.kv_connector
+        raise ValueError(
+            f"refreekv needs vLLM's one KV connector for itself, and it is set to {name!r}: KV transfer and offloading "
+            f"read whole block tables, which pruned requests no longer have; leave them out"
+        )
+    options = PluginOptions.of(vllm_config)
+    for refused, sentence in _refusals(vllm_config):
+        if refused:
+            raise ValueError(sentence)
+    return options
+
+
+def _refusals(config: Any) -> list[tuple[bool, str]]:
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    speculation = config.speculative_config
+    method = speculation.method if speculation is not None else None
+    return [
+        (
+            model.use_mla,
+            "refreekv cannot prune multi-head latent attention (MLA): its cache has no keys per head to probe",
+        ),
+        (
+            model.runner_type != "generate",
+            f"refreekv prunes prompts of models that generate, and this one runs as {model.runner_type!r}",
+        ),
+        (model.is_encoder_decoder, "refreekv cannot prune encoder-decoder models: their cross attention is not causal"),
+        (
+            cache.cache_dtype != "auto",
+            f"refreekv reads keys from the KV cache as the model writes them, and --kv-cache-dtype {cache.cache_dtype} "
+            f"quantizes them; leave it at auto",
+        ),
+        (
+            getattr(cache, "kv_offloading_size", None) is not None,
+            "refreekv conflicts with KV offloading, which reads whole block tables; leave out --kv-offloading-size",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "refreekv does not support pipeline parallelism yet; use --tensor-parallel-size",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "refreekv does not support context parallelism, which shards what it prunes",
+        ),
+        (parallel.use_ubatching, "refreekv does not support micro-batching; leave out --enable-dbo"),
+        (
+            method is not None and method not in ("ngram", "suffix"),
+            f"refreekv supports n-gram and suffix speculation, which have no KV cache of their own, not {method!r}",
+        ),
+        (
+            bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "refreekv needs vLLM's hybrid KV cache manager; leave out --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            bool(cache.kv_sharing_fast_prefill),
+            "refreekv cannot prune layers that share another layer's KV cache; leave out --kv-sharing-fast-prefill",
+        ),
+        (
+            bool(config.use_v2_model_runner),
+            "refreekv supports vLLM's V1 model runner only; set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+    ]
+
+
+def check_layers(specs: dict[str, Any], prunable: list[str], layers_per_group: int) -> None:
+    """ValueError unless every layer has full attention and the groups come out even."""
+    if not prunable:
+        raise ValueError("refreekv found no layer with full attention in this model: there is nothing it could prune")
+    others = [name for name in specs if name not in prunable]
+    if others:
+        kinds = sorted({type(specs[name]).__name__ for name in others})
+        raise ValueError(
+            f"refreekv does not prune hybrid models in vLLM yet, and {len(others)} of {len(specs)} layers here have "
+            f"{' and '.join(kinds)} (first: {others[0]}); transformers models are pruned by refreekv.compress"
+        )
+    if len(prunable) % layers_per_group:
+        even = [number for number in range(1, len(prunable) + 1) if len(prunable) % number == 0]
+        raise ValueError(
+            f"layers_per_group={layers_per_group} does not divide the model's {len(prunable)} layers evenly, which "
+            f"would waste memory; choose one of {even}"
+        )
+
+
+def check_heads(model_config: Any, ranks: int) -> None:
+    """ValueError if tensor parallelism would hold a KV head on several ranks, which would then count more than once."""
+    heads = model_config.get_total_num_kv_heads()
+    if ranks > 1 and heads % ranks:
+        raise ValueError(
+            f"refreekv needs the model's {heads} KV heads to be split evenly over {ranks} tensor-parallel ranks"
+        )
