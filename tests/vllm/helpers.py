@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import random
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -50,16 +51,91 @@ def make_prompts(tokenizer, lengths, seed: int = 0) -> list[list[int]]:
     return [tokenizer(story(seed + i, 60 + n // 10))["input_ids"][:n] for i, n in enumerate(lengths)]
 
 
+@dataclass
+class Engine:
+    """vLLM's engine in this process, and the few things tests ask of it."""
+
+    llm: object
+    pruned: bool
+    reports: dict = field(default_factory=dict)
+    cached: int = 0
+    """Prompt tokens that came out of the prefix cache, over all finished requests."""
+
+    @property
+    def core(self):
+        return self.llm.engine_core.engine_core
+
+    @property
+    def scheduler(self):
+        return self.core.scheduler
+
+    @property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def state(self):
+        """The worker's state."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group().state
+
+    def add(self, request_id, ids, tokens):
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.llm.add_request(request_id, {"prompt_token_ids": ids}, params)
+
+    def step(self, check=True):
+        """One step; every block is accounted for after it."""
+        from refreekv.engines.vllm import invariants
+
+        outputs = self.llm.step()
+        if self.pruned and check:
+            invariants.check(self.scheduler)
+        for output in outputs:
+            if output.finished:
+                self.cached += output.num_cached_tokens or 0
+                self.reports[output.request_id] = (output.kv_transfer_params or {}).get("refreekv")
+        return outputs
+
+    def generate(self, prompts, tokens=16, on_step=None):
+        """Greedy tokens of prompts that all arrive at once, in their order."""
+        done = {}
+        for index, ids in enumerate(prompts):
+            self.add(f"r{index}", ids, tokens)
+        while self.llm.has_unfinished_requests():
+            for output in self.step():
+                if output.finished:
+                    done[output.request_id] = list(output.outputs[0].token_ids)
+            if on_step is not None:
+                on_step(self)
+        self.settle()
+        return [done[f"r{index}"] for index in range(len(prompts))]
+
+    def settle(self):
+        """Nothing runs any more: everything must have come back."""
+        from refreekv.engines.vllm import invariants
+
+        if self.pruned:
+            invariants.check_idle(self.scheduler)
+
+
 @contextmanager
-def engine(folder, policy="refreekv", *, layers_per_group=1, plugin=True, kv_mib=512, **arguments):
-    """A `vllm.LLM` with the plugin in this process; everything of it is gone afterwards."""
+def engine(folder, policy="refreekv", *, layers_per_group=1, pruned=True, kv_mib=512, asynchronous=False, **arguments):
+    """An engine with the plugin in this process; everything of it is gone afterwards."""
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import engine_arguments
-    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    ours = engine_arguments(PluginOptions(policy, layers_per_group)) if plugin else {}
+    ours = engine_arguments(PluginOptions(policy, layers_per_group)) if pruned else {}
+    if "kv_transfer_config" in ours:
+        from vllm.config import KVTransferConfig
+
+        ours["kv_transfer_config"] = KVTransferConfig(**ours["kv_transfer_config"])
     defaults = dict(
         dtype="float32",
         max_model_len=4352,
@@ -67,36 +143,45 @@ def engine(folder, policy="refreekv", *, layers_per_group=1, plugin=True, kv_mib
         kv_cache_memory_bytes=kv_mib << 20,
         enforce_eager=True,
         seed=0,
-        disable_log_stats=False,
     )
-    llm = LLM(str(folder), **{**defaults, **ours, **arguments})
+    config = EngineArgs(str(folder), **{**defaults, **ours, **arguments}).create_engine_config()
+    if asynchronous:
+        # vLLM switches it off on CPUs as not worth it; it works there all the same.
+        config.scheduler_config.async_scheduling = True
+    llm = None
     try:
-        yield llm
+        llm = LLMEngine.from_vllm_config(config)
+        yield Engine(llm, pruned)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.engine_core.shutdown()
         ensure_kv_transfer_shutdown()
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
 
 
-def generate(llm, prompts, tokens=16):
-    """Greedy outputs of token-id prompts, all submitted at once, in their order."""
-    from vllm import SamplingParams
+def tiny_model(folder, *, layers=6, heads=4, kv_heads=2):
+    """A random Llama that computes almost nothing, with sharper attention than random ones have."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in prompts],
-        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
-        use_tqdm=False,
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32 * heads,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def scheduler_of(llm):
-    """The scheduler of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def pool_of(llm):
-    """Its block pool."""
-    return scheduler_of(llm).kv_cache_manager.block_pool
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+            layer.self_attn.k_proj.weight.mul_(8)
+    model.save_pretrained(folder)
+    return folder

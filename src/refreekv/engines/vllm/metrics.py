@@ -68,24 +68,24 @@ class PruningStats(KVConnectorStats):
 
 
 class PruningMetrics(KVConnectorPromMetrics):
-    """The Prometheus series ``refreekv_*``, one child an engine."""
+    """The Prometheus series ``vllm:refreekv_*``, one child an engine."""
 
     def __init__(
         self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         made: dict[str, Any] = {
-            name: self._counter_cls(name=f"refreekv_{name}", documentation=text, labelnames=labelnames)
+            name: self._counter_cls(name=f"vllm:refreekv_{name}", documentation=text, labelnames=labelnames)
             for name, text in COUNTS.items()
         }
         made["kept_share"] = self._histogram_cls(
-            name="refreekv_kept_share",
+            name="vllm:refreekv_kept_share",
             documentation="Share of a request's prompt tokens that its blocks still hold, over all layers.",
             labelnames=labelnames,
             buckets=_KEPT,
         )
         made["metric"] = self._histogram_cls(
-            name="refreekv_metric",
+            name="vllm:refreekv_metric",
             documentation="The policy's criterion at what a request keeps (Uni-Metric loss), largest over layers.",
             labelnames=labelnames,
             buckets=_METRIC,

@@ -1,0 +1,61 @@
+"""Hundreds of random requests on a tiny random model: every block is accounted for after every step."""
+
+import random
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets up an environment with it")
+
+from helpers import engine, tiny_model  # noqa: E402
+
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("policy", ["refreekv:threshold=0.3", "refreekv-heavy-hitter:threshold=0.3"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_500_random_requests(tiny, policy, asynchronous):
+    rng = random.Random(5)
+    shared = [rng.randrange(VOCABULARY) for _ in range(300)]
+    finished, aborted = set(), set()
+    preempted = most = 0
+    with engine(
+        tiny,
+        policy,
+        kv_mib=7,
+        max_model_len=640,
+        max_num_seqs=24,
+        max_num_batched_tokens=640,
+        asynchronous=asynchronous,
+        skip_tokenizer_init=True,
+    ) as vllm:
+        total, added, live = 500, 0, set()
+        while added < total or vllm.llm.has_unfinished_requests():
+            for _ in range(rng.randrange(4) if added < total else 0):
+                own = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 270))]
+                ids = shared[: rng.choice([0, 0, 64, 200, 300])] + own
+                vllm.add(f"r{added}", ids, rng.randrange(1, 60))
+                live.add(f"r{added}")
+                added += 1
+            if live and rng.random() < 0.08:
+                gone = rng.choice(sorted(live))
+                vllm.llm.abort_request([gone])
+                live.discard(gone)
+                aborted.add(gone)
+            preempted += len(vllm.scheduler.reset_preempted_req_ids)
+            ended = {output.request_id for output in vllm.step() if output.finished}
+            finished |= ended
+            live -= ended
+            most = max(most, len(vllm.scheduler.running))
+        vllm.settle()
+        freed = sum(report["blocks_freed"] for report in vllm.reports.values() if report)
+
+    assert len(finished | aborted) == total
+    assert len(aborted) > 10
+    assert preempted > 0
+    assert freed > total
+    assert most > 3
