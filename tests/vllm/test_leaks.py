@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets up an environment with it")
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers import engine, tiny_model  # noqa: E402
+from helpers import engine, tiny_model
 
 VOCABULARY = 512
 
@@ -16,8 +16,18 @@ def tiny(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("policy", ["refreekv:threshold=0.3", "refreekv-heavy-hitter:threshold=0.3"])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+POSITION, SCATTERED = "refreekv:threshold=0.3", "refreekv-heavy-hitter:threshold=0.3"
+
+
+@pytest.mark.parametrize(
+    ("policy", "asynchronous"),
+    [
+        pytest.param(POSITION, False, id="position-sync", marks=pytest.mark.vllm_full),
+        pytest.param(POSITION, True, id="position-async", marks=pytest.mark.vllm_full),
+        pytest.param(SCATTERED, False, id="scattered-sync", marks=pytest.mark.vllm_full),
+        pytest.param(SCATTERED, True, id="scattered-async"),
+    ],
+)
 def test_500_random_requests(tiny, policy, asynchronous):
     rng = random.Random(5)
     shared = [rng.randrange(VOCABULARY) for _ in range(300)]

@@ -2,9 +2,9 @@
 
 import pytest
 
-pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets up an environment with it")
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers import engine  # noqa: E402
+from helpers import engine
 
 POLICIES = {
     "position": "refreekv",
@@ -15,15 +15,20 @@ POLICIES = {
     "expected-attention": "expected-attention:ratio=0.5",
 }
 FEATURES = {
-    "chunked-prefill": dict(max_num_batched_tokens=192, max_num_seqs=16),
-    "no-prefix-caching": dict(enable_prefix_caching=False),
-    "async-scheduling": dict(asynchronous=True),
-    "async-chunked": dict(asynchronous=True, max_num_batched_tokens=192, max_num_seqs=16),
-    "ngram-speculation": dict(
-        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    ),
-    "torch-compile": dict(enforce_eager=False),
-    "three-layers-per-group": dict(layers_per_group=3),
+    "chunked-prefill": {"max_num_batched_tokens": 192, "max_num_seqs": 16},
+    "no-prefix-caching": {"enable_prefix_caching": False},
+    "async-scheduling": {"asynchronous": True},
+    "async-chunked": {"asynchronous": True, "max_num_batched_tokens": 192, "max_num_seqs": 16},
+    "ngram-speculation": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        }
+    },
+    "torch-compile": {"enforce_eager": False},
+    "three-layers-per-group": {"layers_per_group": 3},
 }
 TOKENS = 16
 

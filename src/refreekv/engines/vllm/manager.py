@@ -26,15 +26,22 @@ class PrunedAttentionManager(FullAttentionManager):
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any, kv_cache_spec: Any, **more: Any
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        **more: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """As full attention, but the queries that the policy probes are left to be computed."""
         # vLLM looks groups up one after the other, each within what the last one found.
         if kv_cache_spec.group == 0:
             max_length = 0 if kv_cache_spec.spread_probes else max(0, max_length + 1 - kv_cache_spec.probe_tail)
-        return super().find_longest_cache_hit(
+        hit: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **more
         )
+        return hit
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full blocks to the prefix cache, those of generated tokens only if nothing was evicted."""

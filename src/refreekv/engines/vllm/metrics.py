@@ -71,7 +71,11 @@ class PruningMetrics(KVConnectorPromMetrics):
     """The Prometheus series ``vllm:refreekv_*``, one child an engine."""
 
     def __init__(
-        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         made: dict[str, Any] = {
@@ -103,5 +107,3 @@ class PruningMetrics(KVConnectorPromMetrics):
         for name in ("kept_share", "metric"):
             for value in transfer_stats_data[name]:
                 series[name].observe(value)
-
-

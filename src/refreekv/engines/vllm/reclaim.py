@@ -56,7 +56,8 @@ class Reclaimer:
     def _copy(self, entry: Entry) -> None:
         """Order copies group by group, as far as there are free blocks."""
         verdict, pool = entry.verdict, self._pool
-        assert verdict is not None and pool is not None
+        assert verdict is not None
+        assert pool is not None
         if self.ledger.current(verdict) is None:
             entry.pending = []
             return

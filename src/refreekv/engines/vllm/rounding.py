@@ -83,9 +83,7 @@ class GroupSet:
 GroupDecision = GroupCut | GroupSet
 
 
-def decide_group(
-    selections: Sequence[Selection | CutSelection | None], prompt: int, block: int
-) -> GroupDecision:
+def decide_group(selections: Sequence[Selection | CutSelection | None], prompt: int, block: int) -> GroupDecision:
     """What a group of layers gives up, given what each of them keeps.
 
     Parameters

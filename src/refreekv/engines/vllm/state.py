@@ -11,9 +11,9 @@ from refreekv.engines.vllm.layout import PagedLayout
 from refreekv.engines.vllm.messages import CopyOrder, GroupVerdict, StepOrders, Verdict, WorkerNews
 from refreekv.engines.vllm.rounding import GroupSet, decide_group, keep_mask
 from refreekv.engines.vllm.runner import RunnerV1
+from refreekv.engines.vllm.scoring import Probes
 from refreekv.engines.vllm.step import Part, Step
 from refreekv.engines.vllm.tracked import Layer, Tracked
-from refreekv.engines.vllm.scoring import Probes
 from refreekv.policies import Policy
 
 
@@ -139,9 +139,7 @@ class WorkerState:
             prompt,
             kept=tuple(prompt - decisions[layer.group].freed * block for layer in layers),
             selected=tuple(prompt if one is None else int(keep_mask(one, prompt).sum()) for one in found),
-            metrics=tuple(
-                None if one is None or one.metric is None else float(one.metric[0]) for one in found
-            ),
+            metrics=tuple(None if one is None or one.metric is None else float(one.metric[0]) for one in found),
             groups=tuple(GroupVerdict(one.start, one.stop, one.copies) for one in decisions),
         )
         tracked.probes, tracked.selections = None, {}

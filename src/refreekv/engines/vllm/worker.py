@@ -34,7 +34,7 @@ class RefreekvCPUWorker(CPUWorker):
         super().load_model(**kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs; full-attention layers get the plugin's, ``layers_per_group`` to a group."""
+        """VLLM's specs; full-attention layers get the plugin's, ``layers_per_group`` to a group."""
         specs = super().get_kv_cache_spec()
         prunable = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec and not spec.sliding_window]
         refusals.check_layers(specs, prunable, self._options.layers_per_group)

@@ -1,0 +1,121 @@
+"""The parts of the vLLM plugin that need no vLLM: rounding to blocks, dense tables, options, the serve command."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from command_line import runner
+from refreekv.core.selection import CutSelection, Selection
+from refreekv.engines.vllm.config import PluginOptions
+from refreekv.engines.vllm.launch import serve_command
+from refreekv.engines.vllm.refusals import SUPPORTED, check_layers, check_version
+from refreekv.engines.vllm.rounding import GroupCut, decide_group
+from refreekv.engines.vllm.tables import compact_tables
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_dense_tables_equal_a_slow_twin(seed):
+    rng = np.random.default_rng(seed)
+    groups, rows, width = rng.integers(1, 5), rng.integers(1, 5), rng.integers(1, 40)
+    tables = rng.integers(1, 1000, (groups, rows, width))
+    starts = rng.integers(0, width + 1, (groups, rows))
+    lengths = rng.integers(0, width + 1 - starts)
+    dense = compact_tables(*(torch.from_numpy(part) for part in (tables, starts, lengths))).numpy()
+    for group in range(groups):
+        for row in range(rows):
+            start, length = starts[group, row], lengths[group, row]
+            expected = np.delete(tables[group, row], slice(start, start + length))
+            assert (dense[group, row, : len(expected)] == expected).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1))
+def test_rounding_keeps_what_was_selected_in_whole_blocks(seed):
+    rng = np.random.default_rng(seed)
+    prompt, block, layers = int(rng.integers(1, 300)), int(rng.choice([4, 16, 32])), int(rng.integers(1, 4))
+    selections = [_selection(rng, prompt) for _ in range(layers)]
+    decision = decide_group(selections, prompt, block)
+    kept = decision.positions(prompt, block).numpy()
+    wanted = np.zeros(prompt, dtype=bool)
+    for selection in selections:
+        if selection is None:
+            wanted[:] = True
+        elif isinstance(selection, CutSelection):
+            wanted |= selection.mask(torch.ones(1, prompt, dtype=torch.bool))[0, 0].numpy()
+        else:
+            wanted |= selection.keep[0].any(0).numpy()
+    assert (np.diff(kept) > 0).all()
+    assert set(np.flatnonzero(wanted)) <= set(kept)
+    assert len(kept) == prompt - decision.freed * block
+    tail = prompt // block * block
+    assert set(range(tail, prompt)) <= set(kept)
+    if isinstance(decision, GroupCut):
+        kept_blocks, counts = np.unique(kept // block, return_counts=True)
+        assert (counts == np.minimum(block, prompt - kept_blocks * block)).all()
+    else:
+        assert decision.copies * block == (kept < tail).sum()
+        assert wanted[:tail].sum() > (decision.copies - 1) * block
+
+
+def _selection(rng, prompt):
+    kind = rng.choice(["cut", "cut", "set", "all"])
+    if kind == "all":
+        return None
+    if kind == "cut":
+        return CutSelection(torch.tensor([int(rng.integers(0, prompt + 1))]), sinks=int(rng.integers(0, 9)))
+    return Selection(torch.from_numpy(rng.random((1, 2, prompt)) < rng.random()))
+
+
+def test_options_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="no policy is named 'refrekv'"):
+        PluginOptions("refrekv")
+    with pytest.raises(ValueError, match="layers_per_group must be an integer >= 1"):
+        PluginOptions(layers_per_group=0)
+
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector_extra_config={"polcy": "refreekv"}))
+    with pytest.raises(ValueError, match="did you mean 'policy'"):
+        PluginOptions.of(config)
+
+
+def test_versions_and_layers():
+    check_version(f"{SUPPORTED[0]}.3")
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32, and this is 0\.9\.1"):
+        check_version("0.9.1")
+    with pytest.raises(ValueError, match="no layer with full attention"):
+        check_layers({"a": object()}, [], 1)
+    with pytest.raises(ValueError, match="hybrid models"):
+        check_layers({"a": object(), "b": object()}, ["a"], 1)
+    with pytest.raises(ValueError, match=r"choose one of \[1, 2, 3, 6\]"):
+        check_layers(dict.fromkeys("abcdef"), list("abcdef"), 4)
+
+
+def test_serve_prints_the_command(capsys):
+    done = runner(capsys)("serve", "some/model", "--policy", "refreekv:threshold=0.05", "--dry-run", "--port", "8001")
+    assert done.code == 0, done.err
+    assert done.out.startswith("VLLM_USE_V2_MODEL_RUNNER=0 python -m vllm.entrypoints.openai.api_server")
+    assert "--model some/model" in done.out
+    assert done.out.rstrip().endswith("--port 8001")
+    assert '"policy": "refreekv:threshold=0.05"' in done.out
+
+
+def test_serve_refuses(capsys):
+    for arguments, sentence in [
+        (["--policy", "nope"], "no policy is named 'nope'"),
+        (["--layers-per-group", "0"], "layers_per_group"),
+        (["--kv-transfer-config", "{}"], "what refreekv sets"),
+    ]:
+        done = runner(capsys)("serve", "some/model", *arguments)
+        assert done.code == 2
+        assert sentence in done.err
+
+
+def test_the_command_carries_the_options_as_json():
+    command = serve_command("m", PluginOptions("snapkv:ratio=0.5", 3), ["--port", "1"])
+    config = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert config["kv_connector_extra_config"] == {"policy": "snapkv:ratio=0.5", "layers_per_group": 3}

@@ -1,0 +1,119 @@
+"""The HTTP server, started as a user would, driven by the official client."""
+
+import concurrent.futures
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
+openai = pytest.importorskip("openai", reason="needs the openai client: make test-vllm installs it")
+
+from helpers import story  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """Base URL of a running `refreekv serve`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "refreekv", "serve", str(folder), "--policy", "refreekv:threshold=0.02"]
+    command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "2048", "--block-size", "32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _wait(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _wait(url, process, log, seconds=240):
+    for _ in range(seconds):
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+def ask(client, seed, sentences=20, **more):
+    messages = [{"role": "user", "content": story(seed, sentences) + " Who bought what?"}]
+    return client.chat.completions.create(
+        model="smol", messages=messages, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}, **more
+    )
+
+
+def test_chat_reports_what_was_kept(client):
+    answer = ask(client, 1)
+    assert answer.usage.completion_tokens == 12
+    report = answer.model_extra["kv_transfer_params"]["refreekv"]
+    assert report["prompt_tokens"] == answer.usage.prompt_tokens > 300
+    assert 0 < report["selected_share"] <= report["kept_share"] < 1
+    assert report["blocks_freed"] > 0
+    assert 0 < report["metric"] <= 0.02
+
+
+def test_streaming_says_the_same(client):
+    whole = ask(client, 2).choices[0].message.content
+    chunks = list(ask(client, 2, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+    assert len(chunks) > 6
+
+
+def test_concurrent(client):
+    seeds = range(10, 18)
+    alone = [ask(client, seed).choices[0].message.content for seed in seeds]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: ask(client, seed).choices[0].message.content, seeds))
+    assert together == alone
+
+
+def test_bad_requests_and_after(client):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
+    with pytest.raises(openai.BadRequestError):
+        ask(client, 3, sentences=400)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "hi"}], max_tokens=-1)
+    with ask(client, 4, stream=True) as stream:  # a client that goes away
+        next(iter(stream))
+    assert ask(client, 4).usage.completion_tokens == 12
+
+
+def test_metrics(client, server):
+    before = _series(server)
+    answer = ask(client, 50)
+    time.sleep(1)
+    after = _series(server)
+    assert after["pruned_requests_total"] == before["pruned_requests_total"] + 1
+    assert after["prompt_tokens_total"] == before["prompt_tokens_total"] + answer.usage.prompt_tokens
+    freed = answer.model_extra["kv_transfer_params"]["refreekv"]["blocks_freed"]
+    assert after["blocks_returned_total"] == before["blocks_returned_total"] + freed
+    assert after["kept_share_count"] == before["kept_share_count"] + 1
+    assert after["metric_sum"] > before["metric_sum"]
+
+
+def _series(server):
+    """Our series by name, from /metrics."""
+    with urllib.request.urlopen(f"{server}/metrics") as response:
+        text = response.read().decode()
+    return {name: float(value) for name, value in re.findall(r"^vllm:refreekv_(\w+)\{[^}]*\} (\S+)$", text, re.M)}

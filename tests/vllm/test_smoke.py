@@ -1,0 +1,20 @@
+"""A few short prompts through everything at once: the part of test_tokens.py that CI has time for."""
+
+import pytest
+
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
+
+from helpers import engine, make_prompts
+
+
+@pytest.mark.parametrize("policy", ["refreekv", "refreekv-heavy-hitter"])
+def test_short_prompts(folder, reference, policy):
+    prompts = make_prompts(reference.tokenizer, (300, 317, 352, 384))
+    expected = [reference.generate(ids, policy, 12) for ids in prompts]
+    longer = [ids + answer + ids[:40] for ids, answer in zip(prompts[:2], expected, strict=False)]
+    expected_longer = [reference.generate(ids, policy, 12) for ids in longer]
+    with engine(folder, policy, max_num_batched_tokens=192, max_num_seqs=16, asynchronous=True) as vllm:
+        assert vllm.generate(prompts, 12) == expected
+        assert vllm.generate(longer + prompts, 12) == expected_longer + expected
+        assert min(report["blocks_freed"] for report in vllm.reports.values()) > 0
+        assert vllm.cached > 1000
