@@ -64,7 +64,7 @@ def test_500_random_requests(tiny, policy, asynchronous):
         vllm.settle()
         freed = sum(report["blocks_freed"] for report in vllm.reports.values() if report)
 
-    assert len(finished | aborted) == total
+    assert len(finished | aborted) == added >= total
     assert len(aborted) > 10
     assert preempted > 0
     assert freed > total
