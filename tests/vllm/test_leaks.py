@@ -56,7 +56,7 @@ def test_500_random_requests(tiny, policy, asynchronous):
                 vllm.llm.abort_request([gone])
                 live.discard(gone)
                 aborted.add(gone)
-            preempted += len(vllm.scheduler.reset_preempted_req_ids)
+            preempted = max(preempted, sum(request.num_preemptions for request in vllm.scheduler.requests.values()))
             ended = {output.request_id for output in vllm.step() if output.finished}
             finished |= ended
             live -= ended
