@@ -9,7 +9,8 @@ What is kept is the shortest ranked prefix with ``loss <= threshold``. All prefi
 measured at once: square, reorder, cumulative sum, square root, mean over heads.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,10 +27,14 @@ class Selection:
         positions) or the number of KV heads, which may keep different numbers.
     metric : Tensor or None
         ``[B]``: the criterion's value at what is kept (the Uni-Metric's loss), if any.
+    reasons : dict
+        Names of reasons to ``[B]``: the share of the real entries that stay for each. An entry may
+        have several.
     """
 
     keep: Tensor
     metric: Tensor | None = None
+    reasons: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,43 @@ def uni_metric_cut_and_loss(
         kept = torch.full_like(kept, length)
     cut = length - kept
     return (cut.clamp_min(first) if isinstance(first, int) else torch.maximum(cut, first)), metric
+
+
+def uni_metric_cut_of_worst(
+    rows: Tensor,
+    *,
+    sinks: int,
+    threshold: float,
+    includes_sinks: bool,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The cut that no single probe row loses more than the threshold by, and the largest loss there.
+
+    Parameters
+    ----------
+    rows : Tensor
+        ``[B, H, k, n]``. Probes that see nothing after the sinks have no say.
+    sinks, threshold, includes_sinks, valid
+        As in `uni_metric_cut`.
+
+    Returns
+    -------
+    cut, loss : Tensor
+        ``[B]`` each.
+    """
+    batch, heads, probes, length = rows.shape
+    alone = rows.transpose(1, 2).reshape(batch * probes, heads, length)
+    each = None if valid is None else valid.repeat_interleave(probes, 0)
+    cut, loss = uni_metric_cut_and_loss(
+        alone, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=each
+    )
+    after = rows[..., sinks:] if valid is None else rows.where((valid & ~sink_mask(valid, sinks))[:, None, None], 0.0)
+    silent = after.amax((1, 3)) <= 0 if after.shape[-1] else torch.ones_like(cut.view(batch, probes), dtype=torch.bool)
+    cut, loss = cut.view(batch, probes), loss.view(batch, probes)
+    # Where all are silent there is no norm, and everything stays, as for one row.
+    cut = torch.where(silent & ~silent.all(1, keepdim=True), length, cut)
+    lowest, worst = cut.min(1)
+    return lowest, loss.gather(1, worst[:, None])[:, 0]
 
 
 def uni_metric_keep(

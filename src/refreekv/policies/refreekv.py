@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from refreekv.core.selection import CutSelection, check_threshold, uni_metric_cut_and_loss
+from refreekv.core.selection import (
+    CutSelection,
+    check_threshold,
+    uni_metric_cut_and_loss,
+    uni_metric_cut_of_worst,
+)
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
@@ -24,7 +29,10 @@ class ReFreeKV(Policy):
     sinks : int
         Leading tokens that are always kept.
     probe_rows : int
-        Last prompt queries whose attention is averaged (the paper's k).
+        Last prompt queries that are looked through (the paper's k).
+    probe_reduce : "mean" or "max"
+        ``"mean"`` measures the loss on the average of these rows, as the paper does. ``"max"``
+        measures it on each row and lets none of them lose more than the threshold.
     frozen_layers : int or "all"
         Leading full-attention layers that are never pruned.
     norm_includes_sinks : bool
@@ -35,6 +43,7 @@ class ReFreeKV(Policy):
     threshold: float = 0.01
     sinks: int = 4
     probe_rows: int = 1
+    probe_reduce: Literal["mean", "max"] = "mean"
     frozen_layers: int | Literal["all"] = 2
     norm_includes_sinks: bool = False
 
@@ -42,6 +51,8 @@ class ReFreeKV(Policy):
         check_threshold(self.threshold)
         check_count("sinks", self.sinks)
         check_count("probe_rows", self.probe_rows, minimum=1)
+        if self.probe_reduce not in ("mean", "max"):
+            raise ValueError(f"probe_reduce must be 'mean' or 'max', got {self.probe_reduce!r}")
         check_frozen_layers(self.frozen_layers)
         check_flag("norm_includes_sinks", self.norm_includes_sinks)
 
@@ -52,8 +63,9 @@ class ReFreeKV(Policy):
     def select(self, view: LayerView) -> CutSelection | None:
         if self.threshold == 0:
             return None
-        cut, loss = uni_metric_cut_and_loss(
-            view.mean_row,
+        measure = uni_metric_cut_and_loss if self.probe_reduce == "mean" else uni_metric_cut_of_worst
+        cut, loss = measure(
+            view.mean_row if self.probe_reduce == "mean" else view.probe,
             sinks=self.sinks,
             threshold=self.threshold,
             includes_sinks=self.norm_includes_sinks,
