@@ -11,9 +11,10 @@ from refreekv.core.selection import Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.policies.heavy_hitter import ReFreeKVHeavyHitter
 
-PRUNING: dict[str, Any] = {"threshold": 0.2, "frozen_layers": 1}
+PARAMETERS: dict[str, Any] = {"threshold": 0.2, "frozen_layers": 1}
+PRUNING: dict[str, Any] = {"policy": "refreekv", **PARAMETERS}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "refreekv": ("refreekv", PRUNING),
+    "refreekv": ("refreekv", PARAMETERS),
     "heavy-hitter": ("refreekv-heavy-hitter", {"threshold": 0.1, "frozen_layers": 0}),
     "window": ("streaming-llm", {"size": 20}),
     "joint": ("cake", {"ratio": 0.4, "window": 4}),

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 
 import refreekv
-from driving import PRUNING, generate, state_of
+from driving import PARAMETERS, PRUNING, generate, state_of
 from models import build
 from refreekv import ReFreeKVCache
 
@@ -91,7 +91,7 @@ def test_a_model_saved_inside_is_the_model(model, tmp_path):
 
 def test_nested_on_one_model(model, ids):
     before, wanted = state_of(model), {}
-    specs = [("refreekv", PRUNING), ("streaming-llm", {"size": 15})]
+    specs = [("refreekv", PARAMETERS), ("streaming-llm", {"size": 15})]
     for name, parameters in specs:
         with refreekv.compress(model, name, **parameters) as kv:
             wanted[name] = generate(model, ids), kv.report

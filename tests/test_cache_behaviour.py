@@ -80,7 +80,7 @@ def test_beam_search(llama, policy, form):
 def test_beam_search_without_eviction_is_that_of_the_full_cache(llama):
     ids, mask = prompts(RAGGED, seed=5)
     settings = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 3}
-    with refreekv.compress(llama, threshold=0.0) as kv:
+    with refreekv.compress(llama, "refreekv", threshold=0.0) as kv:
         pruned = llama.generate(ids, do_sample=False, **settings)
     assert torch.equal(pruned, llama.generate(ids, do_sample=False, **settings))
     assert kv.report.budget == 1.0

@@ -40,7 +40,7 @@ def test_bytes_are_those_of_the_storages(llama, new_cache):
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi3", "gpt_oss"])
 def test_bytes_on_other_architectures(name):
     model = build(name)
-    cache = ReFreeKVCache(model, threshold=0.2, frozen_layers=0)
+    cache = ReFreeKVCache(model, "refreekv", threshold=0.2, frozen_layers=0)
     prefill(model, cache, (60,))
     report = cache.report
     check_bytes(cache, report)
@@ -57,7 +57,7 @@ def test_bytes_on_other_architectures(name):
 
 def test_evicted_memory_is_released_layer_by_layer(llama):
     """When a layer's attention is done its full keys and values are gone, before the next layer has any."""
-    cache = ReFreeKVCache(llama, **PRUNING, policy="refreekv")
+    cache = ReFreeKVCache(llama, **PRUNING)
     full, held = [], []
 
     def watch(module, args, kwargs, output):
@@ -129,7 +129,7 @@ def test_half_precision(dtype, attention):
     greedy(model, ids, mask, full)
     assert cache.report.bytes_before == storage_bytes([t for layer in full.layers for t in (layer.keys, layer.values)])
     assert cache.report.budget < 1
-    nothing = ReFreeKVCache(model, threshold=0.0)
+    nothing = ReFreeKVCache(model, "refreekv", threshold=0.0)
     assert torch.equal(greedy(model, ids, mask, nothing), greedy(model, ids, mask, DynamicCache(config=model.config)))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import refreekv
 from command_line import CHAT_TEMPLATE, PROMPT, Outcome, full_cache, runner, save_llama
 from refreekv.cli.commands import app
+from refreekv.engines.transformers import DEFAULT_POLICY
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_generate_gives_what_the_library_gives(run, folder):
     assert result["tokens"] == output.sequences[0, 60:].tolist()
     assert result["text"] == tokenizer.decode(result["tokens"])
     assert result["report"] == json.loads(json.dumps(kv.report.to_dict()))
-    assert result["policy"] == str(refreekv.policies.create("refreekv"))
+    assert result["policy"] == str(refreekv.policies.create(DEFAULT_POLICY))
     assert result["prefill_seconds"] > 0
     assert result["decode_seconds"] > 0
     assert 0 < result["token_seconds"] < result["decode_seconds"]

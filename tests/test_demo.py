@@ -124,7 +124,7 @@ def test_a_text_that_ends_earlier_parts_where_it_ends():
 @pytest.mark.real_model
 @pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
 def test_demo_on_the_real_model(run):
-    outcome = run("demo", "--max-new-tokens", "4", "--device", "cpu", "--json")
+    outcome = run("demo", "--policy", "refreekv", "--max-new-tokens", "4", "--device", "cpu", "--json")
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
     full, compressed, report, n = (result[name] for name in ("full", "compressed", "report", "prompt_tokens"))

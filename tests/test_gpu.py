@@ -68,7 +68,7 @@ def test_no_layer_waits_for_more_than_the_next_one():
     """After a prefill everything is compacted: no full tensor of any pruned layer is left."""
     model = build("llama").cuda()
     ids, _ = prompts((200,), seed=4)
-    cache = refreekv.ReFreeKVCache(model, threshold=0.2, frozen_layers=0)
+    cache = refreekv.ReFreeKVCache(model, "refreekv", threshold=0.2, frozen_layers=0)
     with torch.inference_mode():
         model(ids.cuda(), past_key_values=cache)
     for layer in cache.pruned_layers:

@@ -83,7 +83,9 @@ def test_flash_attention_is_delegated_to(name, lengths, second, policy):
     settings = {"return_dict_in_generate": True, "output_logits": True}
     reports, logits = [], []
     for each in (model, plain):
-        given = {"policy": Uneven()} if policy == "uneven" else {"threshold": 0.2, "frozen_layers": 0}
+        given = (
+            {"policy": Uneven()} if policy == "uneven" else {"policy": "refreekv", "threshold": 0.2, "frozen_layers": 0}
+        )
         cache = ReFreeKVCache(each, **given)
         one = generate(each, first, past_key_values=cache, prefill_chunk_size=17, attention_mask=mask, **settings)
         whole = torch.cat([mask, torch.ones(len(first), 6, dtype=torch.long), more], 1)

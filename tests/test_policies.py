@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from refreekv import policies
+from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import LayerView, Policy
 from refreekv.policies.registry import _POLICIES
@@ -21,7 +22,29 @@ def view(n=40, batch=2, heads=4, kv_heads=2, probe_rows=8, seed=0, pads=0):
     rows = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     keys = torch.randn(batch, kv_heads, n, 8, generator=generator)
     queries = torch.randn(batch, heads, probe_rows, 8, generator=generator)
-    return LayerView(keys, keys.clone(), valid if pads else None, rows, layer=5, layers=9, queries=queries)
+    return LayerView(
+        keys,
+        keys.clone(),
+        valid if pads else None,
+        rows,
+        layer=5,
+        layers=9,
+        queries=queries,
+        window=reduced(rows, kv_heads),
+        spread=reduced(rows[:, :, ::2], kv_heads),
+        heads=heads,
+        copy_scores=torch.zeros(1, kv_heads),
+    )
+
+
+def reduced(rows, kv_heads):
+    batch, _, _, length = rows.shape
+    grouped = rows.reshape(batch, kv_heads, -1, length)
+    return ProbeReductions(grouped.amax(2), grouped.mean(2), grouped.square().sum(2))
+
+
+SMALL = {"adaptive": {"min_length": 0, "window": 8, "constant": 0.2, "follow": 2, "hit": 0.8, "lost_mass": 0.7}}
+"""Parameters for policies whose defaults keep a prompt of 40 tokens whole."""
 
 
 def kept(policy, layer):
@@ -41,7 +64,7 @@ def every_policy():
     made = []
     for name in policies.available():
         try:
-            made.append(policies.create(name))
+            made.append(policies.create(name, **SMALL.get(name, {})))
         except ValueError:
             made.append(policies.create(name, ratio=0.5))
     return [policy for policy in made if policy.name != "full"]
@@ -53,6 +76,7 @@ def test_the_public_defaults_are_the_papers():
         "threshold": 0.01,
         "sinks": 4,
         "probe_rows": 1,
+        "probe_reduce": "mean",
         "frozen_layers": 2,
         "norm_includes_sinks": False,
     }
@@ -95,6 +119,10 @@ def test_a_row_is_selected_alike_alone_and_padded_in_a_batch(policy):
         alone.layer,
         alone.layers,
         queries=alone.queries,
+        window=ProbeReductions(*(torch.nn.functional.pad(part, (pads, 0)) for part in alone.window)),
+        spread=ProbeReductions(*(torch.nn.functional.pad(part, (pads, 0)) for part in alone.spread)),
+        heads=alone.heads,
+        copy_scores=alone.copy_scores,
     )
     assert torch.equal(kept(policy, alone), kept(policy, padded)[..., pads:])
 
@@ -107,7 +135,13 @@ def test_a_row_is_selected_alike_alone_and_padded_in_a_batch(policy):
         ("refreekv", {"sinks": -1}, "sinks must be an integer >= 0"),
         ("refreekv", {"sinks": 1.5}, "sinks must be an integer"),
         ("refreekv", {"probe_rows": 0}, "probe_rows must be an integer >= 1"),
+        ("refreekv", {"probe_reduce": "median"}, "probe_reduce must be"),
         ("refreekv", {"frozen_layers": "some"}, "frozen_layers"),
+        ("adaptive", {"constant": 1.0}, r"constant must lie in \[0, 1\)"),
+        ("adaptive", {"constant": "small"}, "constant must lie in"),
+        ("adaptive", {"window": 0}, "window must be an integer >= 1"),
+        ("adaptive", {"copying": -0.1}, "copying must lie in"),
+        ("adaptive", {"shared": 1}, "shared must be true or false"),
         ("refreekv", {"threshold": "many"}, "threshold"),
         ("refreekv", {"norm_includes_sinks": "no"}, "norm_includes_sinks must be true or false"),
         ("streaming-llm", {"ratio": "half"}, "ratio"),

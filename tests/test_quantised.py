@@ -277,7 +277,7 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi3", "gpt_oss", "qwen3_moe"])
 def test_other_architectures(name, kind):
     model = build(name)
-    cache = ReFreeKVCache(model, kv_dtype=f"{kind}:recent=8", threshold=0.2, frozen_layers=0)
+    cache = ReFreeKVCache(model, kv_dtype=f"{kind}:recent=8", policy="refreekv", threshold=0.2, frozen_layers=0)
     logits, mask = prefill(model, cache, (60,))
     check_bytes(cache)
     twin = with_decoded_entries(cache)

@@ -43,7 +43,7 @@ def last_rows(smollm2, prompt):
 @pytest.mark.parametrize("includes_sinks", [False, True])
 def test_cuts_are_those_of_the_models_own_attention(smollm2, prompt, last_rows, includes_sinks):
     model, _ = smollm2
-    cache = refreekv.ReFreeKVCache(model, threshold=THRESHOLD, norm_includes_sinks=includes_sinks)
+    cache = refreekv.ReFreeKVCache(model, "refreekv", threshold=THRESHOLD, norm_includes_sinks=includes_sinks)
     with torch.inference_mode():
         model(**prompt, past_key_values=cache, logits_to_keep=1)
     n = prompt["input_ids"].shape[1]
@@ -82,7 +82,8 @@ def test_generation_reads_what_is_kept_and_the_bytes_are_true(smollm2, prompt):
     per_token = 2 * 3 * 64 * 4  # keys and values, 3 KV heads of 64, float32: native GQA, not 9 heads
     for layer in report.layers:
         (row,) = layer.rows
-        assert layer.bytes_after == (row.kept + generated - 1) * per_token
+        heads = row.kept_heads * (1 if len(row.kept_heads) > 1 else 3)
+        assert layer.bytes_after == (sum(heads) + 3 * (generated - 1)) * per_token // 3
         assert layer.bytes_before == (n + generated - 1) * per_token
     storages = [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     storages = [tensor.untyped_storage() for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -95,6 +96,6 @@ def test_nothing_evicted_is_the_full_cache(smollm2, prompt):
     model, _ = smollm2
     with torch.inference_mode():
         full = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-        with refreekv.compress(model, threshold=0.0):
+        with refreekv.compress(model, "refreekv", threshold=0.0):
             same = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(full, same)

@@ -1,7 +1,7 @@
 """What was kept, what it saved, and why: the numbers a user sees."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,9 @@ class RowReport:
         K/V bytes that a full cache would hold for this row now, later tokens included.
     bytes_after : int
         K/V bytes that are held for it now.
+    reasons : dict
+        Why entries were kept, to the share of the row's entries that stay for it; an entry may have
+        several reasons. Empty for policies that give none.
     """
 
     prompt_length: int
@@ -31,6 +34,7 @@ class RowReport:
     metric: float | None
     bytes_before: int
     bytes_after: int
+    reasons: dict[str, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -107,6 +111,13 @@ class CompressionReport:
         return _mean(layer.budget for layer in self.prunable)
 
     @property
+    def reasons(self) -> dict[str, float]:
+        """Reasons to keep, to the share of all entries kept for each, averaged over rows and full-attention layers."""
+        rows = [row.reasons for layer in self.prunable for row in layer.rows]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: _mean(row.get(name, 0.0) for row in rows) for name in names}
+
+    @property
     def bytes_before(self) -> int:
         """K/V bytes that a full cache would hold now."""
         return sum(layer.bytes_before for layer in self.layers)
@@ -126,6 +137,7 @@ class CompressionReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "index_bytes": self.index_bytes,
+            "reasons": self.reasons,
             "layers": [
                 {
                     **asdict(layer),
@@ -144,6 +156,9 @@ class CompressionReport:
             f"{self.policy}: kept {self.budget:.1%} of the prompt{stored}, K/V {format_bytes(self.bytes_before)} -> "
             f"{format_bytes(self.bytes_after)} at {self.tokens} tokens"
         ]
+        if self.reasons:
+            why = ", ".join(f"{name} {share:.1%}" for name, share in self.reasons.items())
+            lines.append(f"  kept for: {why} (an entry may have several reasons)")
         lines += [
             f"  layer {layer.index:3d}  {bar(layer.budget)} {layer.budget:6.1%}"
             f"  {format_bytes(layer.bytes_before)} -> {format_bytes(layer.bytes_after)}"

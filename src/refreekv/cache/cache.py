@@ -13,6 +13,7 @@ from refreekv.cache.layer import ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
 from refreekv.core.quantisation import KVDtype
 from refreekv.policies import Policy
+from refreekv.policies.base import check_count
 from refreekv.report import CompressionReport, LayerReport, RowReport
 
 
@@ -32,11 +33,15 @@ class PrunedCache(DynamicCache):
         How what is kept is stored, such as ``"int4"``; None: in the model's precision.
     decode : str
         How `generate` decodes on CUDA; see `compress`.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again at everything it does not protect; None:
+        only prompts are pruned.
 
     Raises
     ------
     ValueError
-        Unknown ``kv_dtype``, or the model is an encoder-decoder or has no full-attention layer.
+        ``decode_interval`` under 1, unknown ``kv_dtype``, or the model is an encoder-decoder or has no
+        full-attention layer.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class PrunedCache(DynamicCache):
         policy: Policy,
         kv_dtype: str | KVDtype | None = None,
         decode: str = "graph",
+        decode_interval: int | None = None,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -56,7 +62,9 @@ class PrunedCache(DynamicCache):
         self.kv_dtype = KVDtype.parse(kv_dtype)
         super().__init__(config=text)
         self.kinds: list[str] = getattr(text, "layer_types", None) or [_kind(layer) for layer in self.layers]
-        self.state = PromptState(policy)
+        if decode_interval is not None:
+            check_count("decode_interval", decode_interval, minimum=1)
+        self.state = PromptState(policy, decode_interval=decode_interval)
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
             if type(layer) is DynamicLayer:
@@ -168,6 +176,7 @@ def _layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
             kept_heads=record.kept,
             cut=record.cut,
             metric=record.metric,
+            reasons=dict(record.reasons),
             bytes_before=layer.get_seq_length() * layer.entry_bytes,
             bytes_after=held,
         )

@@ -10,8 +10,8 @@ Lengths are logical everywhere outside: positions, masks and `get_seq_length` co
 tokens ever seen, so that rotary positions stay true whatever is evicted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,12 +46,15 @@ class RowRecord:
         Position from which on every token is kept, for selections that have one.
     metric : float or None
         The criterion's value at what was kept.
+    reasons : dict
+        Why entries stay, to the share of the row's entries that do for it.
     """
 
     tokens: int
     kept: tuple[int, ...]
     cut: int | None = None
     metric: float | None = None
+    reasons: Mapping[str, float] = field(default_factory=dict)
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -90,6 +93,10 @@ class ReFreeKVLayer(DynamicLayer):
         # the columns from _pruned_length on, without a gap.
         self._columns: list[Columns] = []
         self._pruned_length = 0
+        # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
+        self._settled_length = 0
+        # Queries of generated tokens, where these are pruned, too.
+        self._generated: list[Tensor] = []
 
     # -- what the model calls -------------------------------------------------------------
 
@@ -169,9 +176,13 @@ class ReFreeKVLayer(DynamicLayer):
         before = self._length - call.query.shape[2]
         behind = self.state.tokens_behind(before, self._length)
         if behind is not None:
+            self._generated.clear()
             self._prune(call, behind)
+            self._settled_length = self._length - behind
         elif self.state.continues(self._length):
             self._remember(call, before)
+        elif self.state.decode_interval is not None:
+            self._decoded(call, self.state.decode_interval)
 
     def _remember(self, call: AttentionCall, before: int) -> None:
         if self.state.policy.freezes(self.ordinal):
@@ -185,6 +196,14 @@ class ReFreeKVLayer(DynamicLayer):
             known = known.after(self._queries).planned(plan)
             # A copy: a view would keep the whole chunk's queries alive.
             self._queries = replace(known, states=known.states.clone())
+
+    def _decoded(self, call: AttentionCall, interval: int) -> None:
+        """Prune again when enough tokens were generated: with their queries as the probes."""
+        self._generated.append(call.query)
+        if sum(query.shape[2] for query in self._generated) >= interval:
+            queries = torch.cat(self._generated, dim=2)
+            self._generated.clear()
+            self._prune(replace(call, query=queries), behind=0)
 
     # -- pruning --------------------------------------------------------------------------
 
@@ -200,7 +219,8 @@ class ReFreeKVLayer(DynamicLayer):
 
             self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, settle_decided)
             return
-        decisions = [decide(policy, call, part, self.ordinal, self.state.layers) for part in parts]
+        scores = self.state.scores_of(self.ordinal)
+        decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores) for part in parts]
 
         def settle() -> None:
             self._settle(decisions, behind)
@@ -218,12 +238,13 @@ class ReFreeKVLayer(DynamicLayer):
         """
         end = self._length - behind
         new = call.query.shape[2] - behind
-        valid = valid_columns(call.mask, new - 1, call.query.shape[0], end)
+        valid = valid_columns(call.mask, -1 - behind, call.query.shape[0], end)
         queries = Queries.of_call(call.query[:, :, :new], end - new, valid, self._queries).after(self._queries)
         if self.ragged is None:
             keys, values = self.dense
             columns = torch.arange(end, device=keys.device)
-            return [Entries(keys[:, :, :end], values[:, :, :end], valid, columns, queries)]
+            settled = (columns < self._settled_length)[None, None] if self._settled_length else None
+            return [Entries(keys[:, :, :end], values[:, :, :end], valid, columns, queries, settled)]
         parts = []
         for row, (keys, values) in enumerate(self.ragged.rows()):
             stored = keys.shape[1] - behind
@@ -239,7 +260,10 @@ class ReFreeKVLayer(DynamicLayer):
                 real = real[None]
             elif real is not None:
                 real = real[:1]
-            parts.append(Entries(keys[None, :, :stored], values[None, :, :stored], real, columns[0], queries.row(row)))
+            settled = (columns < self._settled_length)[None] if self._settled_length else None
+            parts.append(
+                Entries(keys[None, :, :stored], values[None, :, :stored], real, columns[0], queries.row(row), settled)
+            )
         return parts
 
     def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
@@ -254,6 +278,7 @@ class ReFreeKVLayer(DynamicLayer):
                 kept=row.columns.counts,
                 cut=None if row.cut is None else row.cut + gone,
                 metric=row.metric,
+                reasons=row.reasons,
             )
             for row, gone in zip(chosen, evicted, strict=True)
         ]
@@ -308,6 +333,10 @@ class ReFreeKVLayer(DynamicLayer):
         if length == 0:
             self.reset()
             return
+        self._settled_length = min(self._settled_length, length)
+        if self._generated:
+            queries = torch.cat(self._generated, dim=2)
+            self._generated = [queries[:, :, : max(queries.shape[2] - remove, 0)]]
         if self.ragged is None:
             super().crop(-remove)
             # A copy, as the view that is left would hold on to what was removed.
@@ -349,6 +378,7 @@ class ReFreeKVLayer(DynamicLayer):
             self._store(self.ragged.select_rows(indices))
         if self.records:
             self.records = [self.records[row] for row in indices]
+        self._generated = [query[list(indices)] for query in self._generated]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put row ``beam_idx[i]`` at row ``i``, for beam search."""

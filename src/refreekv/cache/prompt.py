@@ -1,8 +1,10 @@
 """Where the prompt ends, and which layers still have to be compacted: what a cache's layers share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from refreekv.cache.joint import JointPruning
 from refreekv.policies import Policy
@@ -27,6 +29,10 @@ class PromptState:
         said, so the first call and any call of several tokens is a prompt of its own.
     awaiting : int or None
         The layer whose keys were handed out and whose attention has not reported back.
+    copy_scores : sequence of Tensor or None
+        By layer that may be pruned, ``[H_kv]``; None until somebody measures them for a policy that reads them.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again; None: only prompts are pruned.
     news : bool
         Whether a layer was pruned since `take_news` was last asked.
     joint : JointPruning
@@ -42,6 +48,8 @@ class PromptState:
     layers: int = 0
     end: int | None = None
     awaiting: int | None = None
+    copy_scores: Sequence[Tensor] | None = None
+    decode_interval: int | None = None
     news: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False
@@ -74,6 +82,15 @@ class PromptState:
     def continues(self, after: int) -> bool:
         """Whether more of the current prompt is to come at logical length ``after``."""
         return self.end is not None and after < self.end
+
+    def scores_of(self, layer: int) -> Tensor | None:
+        """Copy scores ``[1, H_kv]`` of a layer that may be pruned; None if nobody measured any."""
+        return None if self.copy_scores is None else self.copy_scores[layer][None]
+
+    def lacks_scores(self, length: int) -> bool:
+        """Whether a prompt of ``length`` tokens would be pruned by a policy that misses its copy scores."""
+        reads = self.policy.reads_copy_scores and self.policy.frozen_layers != "all"
+        return reads and self.copy_scores is None and self.policy.probe_plan(length).count > 0
 
     def later(self, settle: Callable[[], None]) -> None:
         """Compact a layer when the next one was decided on: by then its numbers are on the host."""

@@ -5,15 +5,21 @@ few numbers travel to the host in the background, and `Decision.rows` waits for 
 when they are needed, by when they have long arrived.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from refreekv.cache.columns import Columns
 from refreekv.core.probes import attention_rows
+from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.kernels import probe_reductions
 from refreekv.policies import LayerView, Policy, ProbePlan
+
+REASON = "reason:"
+"""What the names of reasons begin with among a decision's numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Entries:
         Integer ``[n]``: the logical column of each entry, which says what queries see it.
     queries : Queries
         The last queries of the prompt.
+    settled : Tensor or None
+        Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
     """
 
     keys: Tensor
@@ -59,6 +67,7 @@ class Entries:
     valid: Tensor | None
     columns: Tensor
     queries: "Queries"
+    settled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +170,15 @@ class KeptRow:
         Real entries before the cut, for selections that have one.
     metric : float or None
         The criterion's value.
+    reasons : dict
+        Why entries stay, to the share of the row's entries that do for it.
     """
 
     columns: Columns
     entries: tuple[int, ...]
     cut: int | None = None
     metric: float | None = None
+    reasons: Mapping[str, float] = field(default_factory=dict)
 
 
 class Decision:
@@ -179,6 +191,8 @@ class Decision:
         numbers: dict[str, Tensor] = {}
         if selection is not None and selection.metric is not None:
             numbers["metric"] = selection.metric
+        if isinstance(selection, Selection):
+            numbers |= {REASON + name: share for name, share in selection.reasons.items()}
         if isinstance(selection, CutSelection) and entries.valid is None:
             numbers["cut"] = selection.cut
         elif selection is not None or entries.valid is not None:
@@ -232,10 +246,18 @@ class Decision:
             columns = Columns.of_ranges((0, sinks), (cut, self._length))
         else:
             columns = Columns.of_ranges((0, self._length))
-        return KeptRow(columns, real or (self._length,), cut, number.get("metric"))
+        reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
+        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons)
 
 
-def decide(policy: Policy, call: AttentionCall, entries: Entries, layer: int, layers: int) -> Decision:
+def decide(
+    policy: Policy,
+    call: AttentionCall,
+    entries: Entries,
+    layer: int,
+    layers: int,
+    copy_scores: Tensor | None = None,
+) -> Decision:
     """Probe the entries as the policy plans and let it select. Does not wait for the device.
 
     Raises
@@ -245,14 +267,56 @@ def decide(policy: Policy, call: AttentionCall, entries: Entries, layer: int, la
     """
     if policy.freezes(layer):
         return Decision(entries, None)
-    view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers)
+    view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
     return Decision(entries, select(policy, view))
 
 
-def layer_view(plan: ProbePlan, call: AttentionCall, entries: Entries, layer: int | Tensor, layers: int) -> LayerView:
+def layer_view(
+    plan: ProbePlan,
+    call: AttentionCall,
+    entries: Entries,
+    layer: int | Tensor,
+    layers: int,
+    copy_scores: Tensor | None = None,
+) -> LayerView:
     """What a policy with this plan is shown of a layer."""
+    view = LayerView(
+        entries.keys,
+        entries.values,
+        entries.valid,
+        None,
+        layer,
+        layers,
+        heads=entries.queries.states.shape[1],
+        copy_scores=copy_scores,
+        settled=entries.settled,
+    )
+    if plan.reduced:
+        window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0)
+        return replace(
+            view, window=window, spread=_reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance)
+        )
     rows, visible, queries = _probe(plan, call, entries)
-    return LayerView(entries.keys, entries.values, entries.valid, rows, layer, layers, visible, queries)
+    return replace(view, rows=rows, visible=visible, queries=queries)
+
+
+def _reductions(plan: ProbePlan, call: AttentionCall, entries: Entries, distance: int) -> ProbeReductions | None:
+    """What the planned queries gave each position; their rows never exist together."""
+    if not plan.count:
+        return None
+    queries = entries.queries.planned(plan)
+    return probe_reductions(
+        queries.states,
+        entries.keys,
+        query_columns=queries.columns,
+        columns=entries.columns,
+        valid=entries.valid,
+        query_real=queries.real,
+        scaling=call.scaling,
+        distance=distance,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+    )
 
 
 def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:

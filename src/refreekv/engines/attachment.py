@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.attention.interface import PREFIX, twin
 from refreekv.cache import PrunedCache
+from refreekv.engines.copying import copy_scores
 from refreekv.engines.decoding import Decoder
 
 ATTRIBUTE = "_refreekv_attachment"
@@ -155,6 +156,8 @@ class Attachment:
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
+            if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
+                cache.state.copy_scores = copy_scores(self.model)
         return args, kwargs
 
     def _uses_cache(self, given: dict[str, Any]) -> bool:

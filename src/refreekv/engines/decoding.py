@@ -211,6 +211,8 @@ class Decoder:
 
     def _step(self, forward: Callable[..., Any], cache: PrunedCache, kwargs: dict[str, Any], length: int) -> Any:
         ids: Tensor = kwargs["input_ids"]
+        if cache.state.decode_interval is not None:
+            raise UncapturableError("generated tokens are pruned, too, and their queries are needed for that")
         extra = [name for name, value in kwargs.items() if name not in _KNOWN and value not in (None, False)]
         if extra:
             raise UncapturableError(f"the model is called with {', '.join(sorted(extra))}")

@@ -16,7 +16,7 @@ from refreekv.engines.decoding import DecodeMode, check_mode
 from refreekv.policies import Policy, resolve
 from refreekv.report import CompressionReport
 
-DEFAULT_POLICY = "refreekv"
+DEFAULT_POLICY = "adaptive"
 
 
 class ReFreeKVCache(PrunedCache):
@@ -40,6 +40,9 @@ class ReFreeKVCache(PrunedCache):
         within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
         is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
         one reason that is logged. On the CPU there is nothing to capture.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again, so that long answers stop growing the
+        cache; None: only prompts are pruned.
     **parameters
         Parameters of a policy given by name.
 
@@ -63,12 +66,13 @@ class ReFreeKVCache(PrunedCache):
         *,
         kv_dtype: str | KVDtype | None = None,
         decode: DecodeMode = "graph",
+        decode_interval: int | None = None,
         **parameters: Any,
     ):
         resolved = resolve(policy, **parameters)
         check_model(model)
         check_mode(decode)
-        super().__init__(model.config, resolved, kv_dtype, decode)
+        super().__init__(model.config, resolved, kv_dtype, decode, decode_interval)
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -93,14 +97,22 @@ class CompressionSession:
         What decides on what to keep.
     kv_dtype : KVDtype or None
         How what is kept is stored.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again.
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: Policy, kv_dtype: KVDtype | None = None, decode: DecodeMode = "graph"
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        kv_dtype: KVDtype | None = None,
+        decode: DecodeMode = "graph",
+        decode_interval: int | None = None,
     ):
         self.policy = policy
         self._decode = decode
         self.kv_dtype = kv_dtype
+        self.decode_interval = decode_interval
         self._model = model
         # Weak: the session must not keep a finished answer's keys and values alive.
         self._latest: weakref.ref[PrunedCache] | None = None
@@ -121,7 +133,7 @@ class CompressionSession:
 
     def new_cache(self) -> PrunedCache:
         """A cache for a call that brings none."""
-        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode)
+        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode, self.decode_interval)
         cache.bind(self._model)
         self._latest = weakref.ref(cache)
         return cache
@@ -139,6 +151,7 @@ def compress(
     *,
     kv_dtype: str | KVDtype | None = None,
     decode: DecodeMode = "graph",
+    decode_interval: int | None = None,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -161,6 +174,9 @@ def compress(
         within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
         is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
         one reason that is logged. On the CPU there is nothing to capture.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again, so that long answers stop growing the
+        cache; None: only prompts are pruned.
     **parameters
         Parameters of a policy given by name.
 
@@ -183,9 +199,9 @@ def compress(
     >>> print(kv.report)  # doctest: +SKIP
     """
     check_mode(decode)
-    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode)
+    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode, decode_interval)
     check_model(model)
-    PrunedCache(model.config, session.policy)  # refuse an unsupported model here, not at its first call
+    session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     attachment.sessions.append(session)
     try:

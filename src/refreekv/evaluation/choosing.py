@@ -35,12 +35,15 @@ class Captured:
         ``[1, H_kv, n, D]``.
     queries : dict
         Probe plans to the queries that they ask for.
+    copy_scores : Tensor or None
+        ``[1, H_kv]``.
     """
 
     call: AttentionCall
     keys: Tensor
     values: Tensor
     queries: dict[ProbePlan, Queries]
+    copy_scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def plans_of(asked: Iterable[Policy | None], length: int) -> list[ProbePlan]:
     return [ProbePlan(rows=rows, queries=any(plan.queries for plan in last)), *others]
 
 
-def capture(plans: Sequence[ProbePlan], call: AttentionCall, entries: Entries) -> Captured:
+def capture(
+    plans: Sequence[ProbePlan], call: AttentionCall, entries: Entries, copy_scores: Tensor | None = None
+) -> Captured:
     """What plans need of one layer; nothing in it holds on to the queries of the whole prompt."""
     queries = {}
     for plan in plans:
@@ -116,7 +121,7 @@ def capture(plans: Sequence[ProbePlan], call: AttentionCall, entries: Entries) -
             planned = entries.queries.planned(plan)
             queries[plan] = replace(planned, states=planned.states.clone())
     call = replace(call, query=call.query[:, :, :0], mask=None)
-    return Captured(call, entries.keys, entries.values, queries)
+    return Captured(call, entries.keys, entries.values, queries, copy_scores)
 
 
 def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
@@ -226,7 +231,9 @@ def _view(plan: ProbePlan, group: Sequence[Captured], start: int, layers: int) -
     if len(group) > 1:
         index = torch.arange(start, start + len(group), device=keys.device)[:, None]
     call = replace(first.call, sink_logits=stacked)
-    return layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers)
+    scores = [one.copy_scores for one in group if one.copy_scores is not None]
+    copying = torch.cat(scores) if scores else None
+    return layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers, copying)
 
 
 def _masks(chosen: Sequence[Selection | CutSelection | None], real: Tensor) -> list[Tensor]:

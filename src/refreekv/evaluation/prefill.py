@@ -21,6 +21,7 @@ from refreekv.cache import PrunedCache, ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import AttentionCall, Decision, KeptRow
 from refreekv.core.quantisation import KVDtype
+from refreekv.engines.copying import copy_scores
 from refreekv.evaluation.choosing import capture, choose, plans_of
 from refreekv.evaluation.stored import format_of, kept_bytes, stored_layer
 from refreekv.policies import Policy, ProbePlan
@@ -35,7 +36,7 @@ class _CapturingLayer(ReFreeKVLayer):
 
     def _prune(self, call: AttentionCall, behind: int) -> None:
         (entries,) = self._entries(call, behind)
-        self.captured = capture(self._plans, call, entries)
+        self.captured = capture(self._plans, call, entries, self.state.scores_of(self.ordinal))
 
 
 class _Known(Decision):
@@ -124,6 +125,8 @@ class SharedPrefill:
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, ReFreeKVLayer):
                 self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
+        if any(policy is not None and policy.reads_copy_scores for policy in asked.values()):
+            self._cache.state.copy_scores = copy_scores(model)
         self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
         for layer in self._cache.layers:
             if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:

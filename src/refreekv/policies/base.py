@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.probes import causal_visibility
+from refreekv.core.reductions import ProbeReductions
 from refreekv.core.scores import mean_over_visible_rows
 from refreekv.core.selection import CutSelection, Selection
 
@@ -30,11 +31,19 @@ class ProbePlan:
         they come from that turn's own tokens.
     queries : bool
         Whether the policy wants the probed queries themselves, too.
+    reduced : bool
+        Whether the policy is content with `ProbeReductions` of both kinds of queries, in place of
+        their rows: what hundreds of probes are affordable as.
+    distance : int
+        Of a reduced plan: the spread queries count for positions at least so far before them only.
+        What a token's neighbours see in it says nothing about what is needed later.
     """
 
     rows: int = 0
     spread: int = 0
     queries: bool = False
+    reduced: bool = False
+    distance: int = 0
 
     @property
     def count(self) -> int:
@@ -69,6 +78,16 @@ class LayerView:
     queries : Tensor or None
         ``[B, H, k, D]`` float32: the queries behind ``rows``, position-encoded and scaled, so that
         their products with keys are attention logits; None if the plan did not ask for them.
+    window, spread : ProbeReductions or None
+        Of a reduced plan, in place of ``rows``: what the last queries and those spread over the
+        prompt gave each position.
+    heads : int
+        Query heads.
+    copy_scores : Tensor or None
+        ``[B | 1, H_kv]`` float32: how much each KV head copies (`engines.copying`); None where
+        nobody measured it.
+    settled : Tensor or None
+        Boolean ``[1, 1 | H_kv, n]``: what earlier prompts of the conversation left; None if this is the first.
     """
 
     keys: Tensor
@@ -79,6 +98,11 @@ class LayerView:
     layers: int
     visible: Tensor | None = None
     queries: Tensor | None = None
+    window: ProbeReductions | None = None
+    spread: ProbeReductions | None = None
+    heads: int = 0
+    copy_scores: Tensor | None = None
+    settled: Tensor | None = None
     _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -153,6 +177,9 @@ class Policy(ABC):
 
     frozen_layers: int | Literal["all"] = 0
     """Leading full-attention layers that are never pruned; ``"all"`` prunes nothing."""
+
+    reads_copy_scores: ClassVar[bool] = False
+    """Whether `select` reads `LayerView.copy_scores`, which take one short forward pass a model."""
 
     def probe_plan(self, n: int) -> ProbePlan:
         """Which attention rows `select` needs for a layer that holds ``n`` entries."""

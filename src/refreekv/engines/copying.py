@@ -1,0 +1,94 @@
+"""How much each KV head of a model copies: measured once a model, on random tokens said twice.
+
+A head that copies looks, when a token comes for the second time, at what followed it the
+first time (an induction head, arXiv 2209.11895; retrieval heads, arXiv 2404.15574). Such
+heads are few, the same for every text, and what they may be asked to fetch is nowhere to be
+seen in the prompt. That some heads need the whole cache and others only a part is used by
+DuoAttention (arXiv 2410.10819), which trains for it; here one forward pass of some 500 tokens
+tells them apart.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refreekv.cache import PrunedCache
+from refreekv.core.selection import Selection
+from refreekv.policies import LayerView, Policy, ProbePlan
+
+TOKENS = 256
+"""Distinct random tokens that are said twice."""
+
+# Scores belong to a model as long as it lives, and a pass for each `compress` block would be a
+# waste. The model cannot hold them itself, for it is to be exactly as before afterwards.
+_KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[object, tuple[Tensor, ...]]]" = weakref.WeakKeyDictionary()
+
+
+def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
+    """The copy score of each KV head, measured at the first call and remembered with the model.
+
+    The score is the mean attention that the second saying of a token gives to the token after its
+    first saying, the largest over the query heads that share the KV head. To be called while
+    refreekv is attached to the model.
+
+    Returns
+    -------
+    sequence of Tensor
+        By full-attention layer, ``[H_kv]`` float32 in [0, 1].
+    """
+    print_of_weights = _fingerprint(model)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != print_of_weights:
+        known = (print_of_weights, tuple(_measure(model)))
+        _KNOWN[model] = known
+    return known[1]
+
+
+@dataclass(frozen=True)
+class _CopyProbe(Policy):
+    """Prunes nothing; takes down how much each head copies."""
+
+    tokens: int = 0
+    scores: list[Tensor] = field(default_factory=list)
+
+    def probe_plan(self, n: int) -> ProbePlan:
+        del n
+        # The last saying of all tokens but the last, whose successor nobody knows.
+        return ProbePlan(rows=self.tokens)
+
+    def select(self, view: LayerView) -> Selection | None:
+        rows, kv_heads = view.probe[0], view.keys.shape[1]
+        asked = torch.arange(self.tokens - 1, device=rows.device)
+        followed = asked + rows.shape[-1] - 2 * self.tokens + 1
+        copied = rows[:, asked, followed].mean(-1)
+        self.scores.append(copied.view(kv_heads, -1).amax(-1))
+        return None
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel) -> list[Tensor]:
+    text = model.config.get_text_config(decoder=True)
+    vocabulary = int(text.vocab_size)
+    count = min(TOKENS, vocabulary // 2)
+    # The same tokens on every machine: drawn on the CPU with a seed of their own.
+    drawn = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:count]
+    begin = text.bos_token_id
+    first = [begin] if isinstance(begin, int) and 0 <= begin < vocabulary else []
+    ids = torch.tensor([[*first, *drawn.tolist(), *drawn.tolist()]], device=model.device)
+    probe = _CopyProbe(tokens=count)
+    cache = PrunedCache(model.config, probe)
+    with cache.prompt_until(ids.shape[1]):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return probe.scores
+
+
+def _fingerprint(model: torch.nn.Module) -> object:
+    """What changes when weights are replaced or trained."""
+    return tuple(
+        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+        for parameter in model.parameters()
+    )
