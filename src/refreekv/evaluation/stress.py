@@ -295,12 +295,16 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str, int]:
 
 
 @_family("few-shot-arithmetic")
-def _arithmetic(rng: random.Random, index: int, *, shots: int = 16, steps: int = 3) -> Sample:
-    """A story sum after many solved ones."""
+def _arithmetic(rng: random.Random, index: int, *, shots: int = 16, steps: int = 3, tokens: int = 0) -> Sample:
+    """A story sum after many solved ones: so many, or as many as fill the tokens asked for."""
     del index
-    problems = [_problem(rng, steps) for _ in range(shots + 1)]
-    solved = [f"Question: {text}\nSolution: {solution}. Answer: {value}" for text, solution, value in problems[:-1]]
-    text, solution, value = problems[-1]
+    solved: list[str] = []
+    length = 0.0
+    while length < tokens if tokens else len(solved) < shots:
+        text, solution, value = _problem(rng, steps)
+        solved.append(f"Question: {text}\nSolution: {solution}. Answer: {value}")
+        length += len(solved[-1]) / stress_text.CHARS_PER_TOKEN
+    text, solution, value = _problem(rng, steps)
     prompt = "Solve the last problem in the way of those before it.\n\n" + "\n\n".join(solved)
     prompt += f"\n\nQuestion: {text}\nSolution:"
     answer = f" {solution}. Answer: {value}"

@@ -27,7 +27,7 @@ class Settings:
     model_name : str
         What to call the model in results.
     max_new_tokens : int or None
-        Limit of answers; None: what each task says.
+        Limit of answers where a task's own is higher.
     max_tokens : int or None
         Longest prompt to be asked.
     batch_size : int
@@ -118,8 +118,6 @@ def _documents(lm: CompressedLM, bench: BenchTask, settings: Settings) -> Iterat
     task = bench.task
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
-    if settings.max_new_tokens is not None and task.config.generation_kwargs:
-        task.set_config("generation_kwargs", {"max_gen_toks": settings.max_new_tokens}, update=True)
     task.set_fewshot_seed(FEWSHOT_SEED)
     random.seed(settings.seed)
     has_template = bool(getattr(lm.tokenizer, "chat_template", None))
@@ -136,10 +134,10 @@ def _documents(lm: CompressedLM, bench: BenchTask, settings: Settings) -> Iterat
     for number, requests in groups.items():
         index = number if bench.indices is None else bench.indices[number]
         if requests[0].request_type == "generate_until":
-            for request in requests:
-                if settings.max_new_tokens is not None:
-                    request.args[1]["max_gen_toks"] = settings.max_new_tokens
             asked = lm.ask(requests[0])
+            if settings.max_new_tokens is not None and asked.limit > settings.max_new_tokens:
+                requests[0].args[1]["max_gen_toks"] = settings.max_new_tokens
+                asked = lm.ask(requests[0])
             length, room = asked.length, asked.limit
         else:
             length = len(lm.tok_encode(requests[0].args[0]))

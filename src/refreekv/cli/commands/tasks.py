@@ -92,7 +92,9 @@ def tasks(
     seed: Annotated[int, typer.Option("--seed", help="Decides which samples, and what is generated.")] = 0,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, metavar="N", help="Length of answers. Default: each task's own."),
+        typer.Option(
+            "--max-new-tokens", min=1, metavar="N", help="Cut answers here, where a task's own limit is higher."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Leave out longer prompts.")
