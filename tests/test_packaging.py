@@ -49,6 +49,27 @@ print(json.dumps({
     assert found["cli"] == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["eval", "--help"]], ids=" ".join)
+def test_help_does_not_wait_for_torch(arguments):
+    code = f"""
+import runpy, sys
+sys.argv = ["refreekv", *{arguments!r}]
+try:
+    runpy.run_module("refreekv", run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, [name for name in ("torch", "transformers", "numpy", "matplotlib") if name in sys.modules])
+"""
+    process = run_python(code)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == "0 []"
+
+
+def test_names_that_there_are_not():
+    with pytest.raises(AttributeError, match="module 'refreekv' has no attribute 'compres'"):
+        refreekv.compres  # noqa: B018
+    assert set(refreekv.__all__) <= set(dir(refreekv))
+
+
 def test_public_names_exist():
     promised = {"CompressionReport", "LayerReport", "RowReport", "ReFreeKVCache", "__version__", "compress", "policies"}
     assert promised <= set(refreekv.__all__)

@@ -1,9 +1,13 @@
 """Threshold-free KV cache compression for language models (ReFreeKV, arXiv 2502.16886)."""
 
-from refreekv import policies
-from refreekv.core.quantisation import KVDtype
-from refreekv.engines.transformers import CompressionSession, ReFreeKVCache, compress
-from refreekv.report import CompressionReport, LayerReport, RowReport
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refreekv import policies
+    from refreekv.core.quantisation import KVDtype
+    from refreekv.engines.transformers import CompressionSession, ReFreeKVCache, compress
+    from refreekv.report import CompressionReport, LayerReport, RowReport
 
 __version__ = "0.1.0"
 
@@ -18,3 +22,27 @@ __all__ = [
     "compress",
     "policies",
 ]
+
+# Imported on first use: torch and transformers take seconds, which `refreekv --help` need not wait for.
+_HOMES = {
+    "CompressionReport": "refreekv.report",
+    "CompressionSession": "refreekv.engines.transformers",
+    "KVDtype": "refreekv.core.quantisation",
+    "LayerReport": "refreekv.report",
+    "ReFreeKVCache": "refreekv.engines.transformers",
+    "RowReport": "refreekv.report",
+    "compress": "refreekv.engines.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "policies":
+        return importlib.import_module("refreekv.policies")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from refreekv.engines.transformers import DEFAULT_POLICY
+from refreekv.engines import DEFAULT_POLICY
 
 __all__ = [
     "DEFAULT_POLICY",

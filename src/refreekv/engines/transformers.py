@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 
 from refreekv.cache import PrunedCache
 from refreekv.core.quantisation import KVDtype
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.attachment import Attachment
 from refreekv.engines.decoding import DecodeMode, check_mode
 from refreekv.policies import Policy, resolve
 from refreekv.report import CompressionReport
-
-DEFAULT_POLICY = "adaptive"
 
 
 class ReFreeKVCache(PrunedCache):

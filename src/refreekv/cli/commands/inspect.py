@@ -105,7 +105,7 @@ def _check_writable(*paths: Path | None) -> None:
 
 
 def _inspection(
-    loaded: "Loaded", inputs: dict[str, Any], policy: refreekv.policies.Policy, result: "Comparison"
+    loaded: "Loaded", inputs: dict[str, Any], policy: "refreekv.policies.Policy", result: "Comparison"
 ) -> "Inspection":
     import torch
     import transformers
