@@ -476,3 +476,17 @@ def test_missing_libraries_are_named_with_their_command(chat, monkeypatch):
         chat("w1", options=("--weights", "int4", "--device", "cpu")),
         "--weights int4 on cpu needs bitsandbytes; run: pip install 'refreekv[quant]'",
     )
+
+
+@pytest.mark.real_model
+def test_a_real_model_s_turns_are_what_its_template_writes(smollm2):
+    model = loading.Loaded("SmolLM2", *smollm2)
+    talk = Conversation(model, FULL, max_new_tokens=24, sampling=Sampling(0))
+    turns = [talk.say("My name is Ada and I live in Lisbon."), talk.say("What is my name?")]
+    assert turns[1].read_tokens < 30
+    said = talk.tokens[turns[1].prompt_tokens :]
+    assert greedy(model, talk.tokens[: -len(said)], len(said)) == said
+    text = smollm2[1].decode(talk.tokens)
+    assert text.count("<|im_start|>user") == text.count("<|im_start|>assistant") == 2
+    assert "<|im_end|><|im_end|>" not in text
+    assert f"{turns[0].answer}<|im_end|>\n<|im_start|>user\nWhat is my name?<|im_end|>\n" in text

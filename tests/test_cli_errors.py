@@ -1,11 +1,13 @@
 """How the command line fails: one line, exit code 2, no traceback."""
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, T5Config
 
 from command_line import PROMPT, SHAPE, Outcome, runner, save_llama, save_tokenizer
 from refreekv.cli import loading
@@ -135,6 +137,63 @@ def test_a_model_without_anything_to_prune(run, tmp_path, prompt_file):
     common = ("--model", str(tmp_path), "--max-new-tokens", "2", "--prompt-file", prompt_file)
     assert_refused(run("generate", *common), "no full-attention layer to prune")
     assert_refused(run("demo", *common), "no full-attention layer to prune")
+
+
+def save_odd(folder: Path, kind: str) -> Path:
+    """A folder that looks like a model and is none, in one of many ways."""
+    folder.mkdir()
+    if kind == "no attention":
+        config = MambaConfig(vocab_size=save_tokenizer(folder), hidden_size=32, num_hidden_layers=2, state_size=4)
+        MambaForCausalLM(config).save_pretrained(folder)
+        return folder
+    if kind == "encoder-decoder":
+        T5Config(vocab_size=save_tokenizer(folder), d_model=32, num_layers=1, num_heads=4).save_pretrained(folder)
+        return folder
+    save_llama(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if kind == "no sizes":
+        for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
+            del config[name]
+    changes = {
+        "zero heads": {"num_attention_heads": 0},
+        "heads in words": {"num_attention_heads": "many"},
+        "made-up type": {"model_type": "llamma"},
+        "no type": {"model_type": None},
+    }
+    config |= changes.get(kind, {})
+    file.write_text({"no json": "{nope", "a list": "[1]"}.get(kind, json.dumps(config)))
+    if kind == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+    if kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "fragment"),
+    [
+        ("no attention", "no full-attention layer to prune"),
+        ("encoder-decoder", "it is not a decoder-only language model"),
+        ("no sizes", "its weights have other sizes than its config.json says"),
+        ("zero heads", "does not describe a model"),
+        ("heads in words", "num_attention_heads"),
+        ("made-up type", "llamma"),
+        ("no type", "has model type `None`"),
+        ("no json", "not a valid JSON file"),
+        ("a list", "does not describe a model"),
+        ("no tokenizer", "no tokenizer was found"),
+        ("no weights", "model.safetensors"),
+    ],
+)
+def test_models_that_are_none_are_refused_by_every_command(run, tmp_path, monkeypatch, prompt_file, kind, fragment):
+    model = ("--model", str(save_odd(tmp_path / "odd", kind)), "--max-new-tokens", "2")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1\n"))
+    assert_refused(run("generate", *model, "--prompt", PROMPT), fragment)
+    assert_refused(run("demo", *model, "--prompt-file", prompt_file), fragment)
+    assert_refused(run("inspect", *model, "--prompt", PROMPT, "--out", str(tmp_path / "page.html")), fragment)
+    assert_refused(run("chat", *model), fragment)
 
 
 def test_missing_packages_are_named_with_their_command(run, folder, tmp_path, monkeypatch):

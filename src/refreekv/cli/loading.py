@@ -222,16 +222,29 @@ def _device(text: str) -> "torch.device":
 
 
 def _explain(source: Source, error: Exception) -> str:
-    message = _first_sentence(error)
-    if "trust_remote_code" in str(error):
+    """One line on why a model does not load, in the user's terms where those of the libraries are not."""
+    text, message = str(error), _first_sentence(error)
+    if "trust_remote_code" in text:
         message = "it comes with Python code of its own; pass --trust-remote-code if you trust it"
+    elif "ignore_mismatched_sizes" in text:
+        message = "its weights have other sizes than its config.json says"
+    elif "backend tokenizer" in text:
+        message = "no tokenizer was found; is there a tokenizer.json or tokenizer.model beside the weights?"
+    elif "Unrecognized configuration class" in text:
+        message = "it is not a decoder-only language model"
+    elif isinstance(error, ZeroDivisionError | AttributeError | KeyError | TypeError):
+        # Of whoever computes with the configuration; loading does nothing else that raises these.
+        message = f"its config.json does not describe a model that transformers can build ({message})"
     return f"cannot load {source.name}: {message}"
 
 
 def _first_sentence(error: BaseException) -> str:
     """The start of a message of transformers or torch, which like to go on with general advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[0].split()) if lines else one_line(error)
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return one_line(error)
+    # A line that announces the next one says nothing by itself.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextlib.contextmanager
