@@ -240,10 +240,13 @@ def test_every_policy_equals_a_separate_run(llama, monkeypatch, together):
     if together:
         # 128 probe rows of 8 heads (expected attention, H2O) over 57 tokens, clipped to the prompt.
         monkeypatch.setitem(choosing.ROWS, "cpu", together * 8 * 57 * 57)
-    chosen = sweeps.choose(suites=["peers"])
+    # The default keeps short prompts whole: asked to look at them, too.
+    short = "adaptive:min_length=8,window=6,spread=12,constant=0.2,lost_mass=0.5,follow=2,copying=0.3"
+    chosen = sweeps.choose([short], suites=["peers"])
     one = job(asked={"full": None, **chosen})
     (records,) = bench(llama).measure([one])
     assert len(records) == len(chosen) + 1
+    assert (records[1].policy.partition(":")[0], records[1].budget < 1) == ("adaptive", True)
     for record in records[1:]:
         check_against_separate_run(llama, one, record, chosen[record.policy])
 

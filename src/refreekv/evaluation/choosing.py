@@ -105,10 +105,15 @@ class Choice:
 def plans_of(asked: Iterable[Policy | None], length: int) -> list[ProbePlan]:
     """The plans that serve all policies on a layer of ``length`` entries: one for all that look at the end only."""
     plans = {policy.probe_plan(length) for policy in asked if policy is not None and policy.frozen_layers != "all"}
-    last = [plan for plan in plans if not plan.spread]
+    last = [plan for plan in plans if _looks_at_the_end(plan)]
     rows = max((plan.rows for plan in last), default=0)
     others = sorted(plans.difference(last), key=lambda plan: (plan.rows, plan.spread, plan.queries))
     return [ProbePlan(rows=rows, queries=any(plan.queries for plan in last)), *others]
+
+
+def _looks_at_the_end(plan: ProbePlan) -> bool:
+    """Whether what a plan shows is part of what one with more last rows shows."""
+    return not plan.spread and not plan.reduced
 
 
 def capture(
@@ -207,10 +212,10 @@ def _views(
     plans: Sequence[ProbePlan], group: Sequence[Captured], start: int, layers: int
 ) -> Iterator[tuple[ProbePlan, LayerView]]:
     """Plans and what policies are shown for them, layers as rows."""
-    last = [plan for plan in plans if not plan.spread]
+    last = [plan for plan in plans if _looks_at_the_end(plan)]
     if last:
         most = next(iter(group[0].queries), ProbePlan())
-        whole = _view(ProbePlan() if most.spread else most, group, start, layers)
+        whole = _view(most if _looks_at_the_end(most) else ProbePlan(), group, start, layers)
         for plan in last:
             yield plan, whole.last(plan.rows)
     for plan in plans:
