@@ -182,7 +182,8 @@ def _sections(model: Model) -> list[str]:
         f"## {setup['model']}\n\n{setup['dtype']}, {env['device']}, torch {env['torch']}, transformers "
         f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}."
     )
-    return [head, _totals(model, useful, policies), _tasks(model, useful, policies), _rest(model, useful)]
+    parts = [_totals, _tasks, _needles]
+    return [head, *filter(None, (part(model, useful, policies) for part in parts)), _rest(model, useful)]
 
 
 def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
@@ -220,6 +221,25 @@ def _tasks(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
             + " | ".join(cells)
             + " |"
         )
+    return "\n".join(lines)
+
+
+def _needles(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
+    grids = task_tables.by_place(model.results.records)
+    families = [task for task in useful if (task, FULL) in grids]
+    if not families:
+        return ""
+    depths = sorted({depth for _, depth in grids[families[0], FULL]})
+    lines = [
+        "Needles found, by depth in the text (0 %: its start):",
+        "",
+        "| task | cache | " + " | ".join(f"{depth:.0%}" for depth in depths) + " |",
+        "|---|---|" + "---:|" * len(depths),
+    ]
+    for task in families:
+        for policy in (FULL, *policies):
+            scores = list(grids[task, policy].values())
+            lines.append(f"| {task} | `{policy}` | " + " | ".join(f"{100 * score:.0f}" for score in scores) + " |")
     return "\n".join(lines)
 
 

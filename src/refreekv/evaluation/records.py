@@ -110,6 +110,8 @@ class TaskRecord:
         ``"score"``, the number that tables show, and the task's further metrics.
     same_as_full : bool or None
         Whether the full cache gave the same text; None for itself.
+    place : list or None
+        Of a needle: length of its haystack, and depth in it (0: start, 1: end).
     """
 
     sample: str
@@ -124,6 +126,7 @@ class TaskRecord:
     text: str
     scores: dict[str, float] = field(default_factory=dict)
     same_as_full: bool | None = None
+    place: list[float] | None = None
 
     @property
     def key(self) -> Key:

@@ -109,6 +109,17 @@ def summarise(records: Iterable[TaskRecord]) -> tuple[list[FamilyResult], list[P
     return results, [_over_families(policy, results) for policy in policies]
 
 
+def by_place(records: Iterable[TaskRecord]) -> dict[tuple[str, str], dict[tuple[float, float], float]]:
+    """Needles: for each family and policy the mean score by (length, depth), shortest and earliest first."""
+    found: dict[tuple[str, str], dict[tuple[float, float], list[float]]] = {}
+    for record in records:
+        if record.place and "score" in record.scores:
+            length, depth = record.place
+            cells = found.setdefault((record.family, record.policy), {})
+            cells.setdefault((length, depth), []).append(record.scores["score"])
+    return {key: {place: _mean(cells[place]) for place in sorted(cells)} for key, cells in found.items()}
+
+
 def _over_families(policy: str, results: Iterable[FamilyResult]) -> PolicyResult:
     own = [one for one in results if one.policy == policy]
     scores = [one.score.mean for one in own if one.score]

@@ -225,7 +225,7 @@ def by_chance(bench: BenchTask, documents: Sequence[Document], known: Mapping[Ke
         answer = known[bench.name, other.id, FULL]
         choices = len(document.requests)
         scores = score(bench, document, [answer.text]) if choices == 1 else {"score": 1 / choices}
-        yield replace(answer, sample=document.id, policy=CHANCE, scores=scores, same_as_full=None)
+        yield replace(answer, sample=document.id, policy=CHANCE, scores=scores, place=_place(document.doc))
 
 
 def _batches(documents: Sequence[Document], size: int) -> Iterator[list[Document]]:
@@ -270,9 +270,15 @@ def _measure(
                 text=text,
                 scores=score(bench, document, responses),
                 same_as_full=None if spec == FULL or reference is None else text == reference.text,
+                place=_place(document.doc),
             )
         )
     return records
+
+
+def _place(doc: Any) -> list[float] | None:
+    extra = getattr(doc, "extra", {})
+    return [extra["length"], extra["depth"]] if "depth" in extra else None
 
 
 def score(bench: BenchTask, document: Document, responses: Sequence[Any]) -> dict[str, float]:

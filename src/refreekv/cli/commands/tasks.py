@@ -196,12 +196,18 @@ def score_tasks(request: Request) -> None:
             "seed": request.seed,
             "tasks": [asdict(one) for one in results],
             "policies": [{**asdict(one), "worst": one.worst.family if one.worst else None} for one in totals],
+            "needles": [
+                {"family": family, "policy": policy, "length": length, "depth": depth, "score": score}
+                for (family, policy), cells in task_tables.by_place(records).items()
+                for (length, depth), score in cells.items()
+            ],
             "not_run": missing,
             "left_out": left_out,
         }
         typer.echo(json.dumps(result, indent=2))
         return
     _show(results, totals, missing, left_out)
+    _show_needles(task_tables.by_place(records))
 
 
 def _run(
@@ -310,6 +316,26 @@ def _show(
         console.print(f"not run: {name}: {why}", style="yellow", markup=False, soft_wrap=True)
     if left_out:
         console.print(f"left out: {len(left_out)} samples, such as {left_out[0]}", style="yellow", markup=False)
+
+
+def _show_needles(grids: dict[tuple[str, str], dict[tuple[float, float], float]]) -> None:
+    """Where needles are found: a line for each length, a column for each depth."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for (family, policy), cells in grids.items():
+        lengths, depths = ([*dict.fromkeys(part)] for part in zip(*cells, strict=True))
+        if policy == "chance" or len(cells) < 2:
+            continue
+        table = Table(box=None, pad_edge=False)
+        table.add_column("Tokens", justify="right")
+        for depth in depths:
+            table.add_column(f"{depth:.0%}", justify="right")
+        for length in lengths:
+            table.add_row(f"{length:,}", *(f"{100 * cells[length, depth]:.0f}" for depth in depths))
+        console = Console(highlight=False)
+        console.print(f"\n{family}, {policy}: score by length and depth", markup=False, soft_wrap=True)
+        console.print(table)
 
 
 def _interval(estimate: "Estimate | None", *, signed: bool) -> str:
