@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bootstrap import DRAWS, interval, resampled_means
 from .page import encode_positions, write_page
 from .records import FidelityRecord
 
@@ -32,7 +33,6 @@ METRICS = {
     "bytes_kept": False,
     "bytes_full": False,
 }
-DRAWS = 1000  # of the bootstrap
 SCRIPTS = ("dom.js", "core.js", "frontier.js", "heads.js", "tokens.js", "text.js", "answers.js", "worst.js")
 DISPLAY_LIMIT = 3_000_000  # characters of token texts and positions, the one part that could grow without end
 ANSWER_LIMIT, PROMPT_LIMIT = 4_000, 1_200  # characters of one answer and one prompt among the worst samples
@@ -163,22 +163,18 @@ def summarise(policy: str, records: Sequence[FidelityRecord]) -> Group:
     """Macro means, worst families and their bootstrap intervals for one policy's records.
 
     The bootstrap draws samples within each family, so that every draw holds every family.
-    Its seed is fixed: policies measured on the same samples share the draws.
+    They are those of the tables (`refreekv.evaluation.bootstrap`).
     """
     by_family: dict[str, list[FidelityRecord]] = defaultdict(list)
     for record in records:
         by_family[record.family].append(record)
-    generator = torch.Generator().manual_seed(0)
     drawn: list[Tensor] = []
     families: list[Group] = []
     for family in sorted(by_family):
         # By name, so that the order of the file's lines changes nothing.
         found = sorted(by_family[family], key=lambda record: record.sample)
         values = torch.tensor([[float(getattr(r, name)) for name in METRICS] for r in found], dtype=torch.float64)
-        index = torch.randint(len(found), (DRAWS, len(found)), generator=generator)
-        times = torch.zeros(DRAWS, len(found), dtype=torch.float64)
-        times.scatter_add_(1, index, torch.ones_like(times))
-        drawn.append(times @ values / len(found))
+        drawn.append(resampled_means(values, family))
         families.append(_group(family, found, _estimates(values.mean(0), drawn[-1])))
     means = torch.tensor([[group.metrics[name].value for name in METRICS] for group in families], dtype=torch.float64)
     worst = {}
@@ -205,7 +201,7 @@ def _group(name: str, records: Sequence[FidelityRecord], metrics: dict[str, Esti
 
 def _estimates(values: Tensor, drawn: Tensor) -> dict[str, Estimate]:
     """``values`` ``[M]`` and the draws ``[DRAWS, M]`` to one estimate a metric."""
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype), dim=0)
+    low, high = interval(drawn)
     return {
         name: Estimate(value, *interval)
         for name, value, *interval in zip(METRICS, values.tolist(), low.tolist(), high.tolist(), strict=True)

@@ -1,18 +1,15 @@
 """Tables of a run: per family and overall, with intervals, the worst family and the noise floor."""
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from refreekv.evaluation.bootstrap import DRAWS, interval, resampled_means
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.sweeps import FULL
 from refreekv.report import format_bytes
-
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -133,15 +130,12 @@ def bootstrap(
     """
     if not any(len(values) > 1 for values in families.values()):
         return None
-    means = [_resampled(values, draws, seed + zlib.crc32(name.encode())) for name, values in families.items()]
-    low, high = torch.stack(means).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def _resampled(values: Sequence[float], draws: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(values), (draws, len(values)), generator=generator)
-    return torch.tensor(values, dtype=torch.float64)[index].mean(1)
+    means = [
+        resampled_means(torch.tensor(values, dtype=torch.float64)[:, None], name, draws=draws, seed=seed)
+        for name, values in families.items()
+    ]
+    low, high = interval(torch.stack(means).mean(0))
+    return low.item(), high.item()
 
 
 def _row(policy: str, groups: Mapping[str, list[FidelityRecord]], draws: int, seed: int, *, overall: bool) -> Row:
