@@ -1,21 +1,28 @@
 """Public benchmarks through lm-eval: made-up rows in the form of local files, gold answers, missing data."""
 
 import json
+import random
 
 import pytest
+import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from models import VOCAB, build
+from refreekv import ReFreeKVCache
 from refreekv.evaluation import coqa, sandbox, task_loading
 from refreekv.evaluation.benchmarks import BENCHMARKS, PAPER, PUNKT
 from refreekv.evaluation.datasets import DataMissing
 from refreekv.evaluation.encoding import MARK
+from refreekv.evaluation.records import TaskRecord
+from refreekv.evaluation.store import RecordFile
 from refreekv.evaluation.task_loading import load, names
-from refreekv.evaluation.tasks import Settings, plan, score
+from refreekv.evaluation.tasks import Settings, plan, run, score
+from refreekv.policies import create
 
 LONG = {
     "context": "Bo lives in Rome.",
@@ -305,3 +312,63 @@ def test_samples_keep_their_own_numbers(tmp_path, tokenizer, model):
 
 def test_missing_is_an_error_of_files():
     assert issubclass(DataMissing, FileNotFoundError)
+
+
+@torch.no_grad()
+def two_stages(model, cache, context, continuation):
+    """A log-likelihood, token by token on a cache that was filled with the context."""
+    logits, total = model(torch.tensor([context]), past_key_values=cache).logits[0, -1], 0.0
+    for token in continuation:
+        total += logits.log_softmax(-1)[token].item()
+        logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return total
+
+
+def test_choices_are_compared_on_the_pruned_cache(tmp_path, model):
+    words = [f"w{index}" for index in range(2, VOCAB)]
+    rng = random.Random(0)
+    rows = [
+        {name: " ".join(rng.choices(words, k=size)) for name, size in (("Question", 40), ("Correct Answer", 3))}
+        | {f"Incorrect Answer {index}": " ".join(rng.choices(words, k=3)) for index in (1, 2, 3)}
+        for _ in range(6)
+    ]
+    (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = Tokenizer(WordLevel({word: index for index, word in enumerate(["<pad>", "(", *words])}, unk_token="("))
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="(", pad_token="<pad>")
+    # The first token comes from the whole prompt, whatever is evicted: the second decides.
+    change = {
+        "doc_to_choice": ["w9 w33", "w9 w60", "w9 w81", "w9 w12"],
+        "doc_to_target": lambda doc: "ABCD".index(doc["answer"][1]),
+    }
+    (task,), _ = load(["gpqa"], tokenizer, data_dir=tmp_path)
+    for key, value in change.items():
+        task.task.set_config(key, value)
+    policy, settings = create("streaming-llm", ratio=0.3), Settings("tiny")
+    planned = plan(model, tokenizer, [task], settings)
+    with RecordFile(tmp_path / "out.jsonl", settings.to_dict(), {"p": str(policy)}, TaskRecord) as file:
+        records = run(model, tokenizer, [task], planned, {"p": policy}, settings, file)
+    moved = 0
+    for document, (full, chance, pruned) in zip(planned.documents["gpqa"], batched(records, 3), strict=True):
+        context = tokenizer(document.requests[0].args[0])["input_ids"]
+        best = {}
+        for name, make in (
+            ("full", lambda: DynamicCache(config=model.config)),
+            ("p", lambda: ReFreeKVCache(model, policy)),
+        ):
+            likelihoods = {
+                choice: two_stages(model, make(), context, tokenizer(choice)["input_ids"])
+                for choice in change["doc_to_choice"]
+            }
+            best[name] = max(likelihoods, key=likelihoods.get)
+        assert (full.text.strip(), pruned.text.strip()) == (best["full"], best["p"])
+        right = change["doc_to_choice"]["ABCD".index(document.doc["answer"][1])]
+        assert (full.scores["score"], pruned.scores["score"]) == (best["full"] == right, best["p"] == right)
+        assert (chance.policy, chance.scores["score"]) == ("chance", 0.25)
+        assert pruned.budget < 0.4
+        moved += best["full"] != best["p"]
+    assert moved  # what was evicted shows
+
+
+def batched(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
