@@ -5,6 +5,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
 from refreekv.engines.vllm import metrics, refusals
+from refreekv.engines.vllm.coordinator import LeadingCoordinator
 from refreekv.engines.vllm.messages import StepOrders, WorkerNews
 from refreekv.engines.vllm.reclaim import Reclaimer
 from refreekv.engines.vllm.state import WorkerState
@@ -35,9 +36,10 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         return self.reclaimer
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """Take hold of the block managers."""
+        """Take hold of the block managers, and let the first group answer for all."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler_side().bind(kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool)
+        kv_cache_manager.coordinator = LeadingCoordinator(kv_cache_manager.coordinator)
 
     def on_new_request(self, request: Any) -> None:
         """Open its account."""

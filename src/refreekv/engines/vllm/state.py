@@ -63,6 +63,17 @@ class WorkerState:
             self._copy(order)
         self._open, self._step = True, None
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is open (vLLM also builds metadata to warm up)."""
+        return self._open
+
+    @property
+    def current(self) -> Step:
+        """The current step, once it is planned."""
+        assert self._step is not None
+        return self._step
+
     def step(self, common: Any) -> Step | None:
         """The current step, planned when its metadata is first asked for; None outside of steps (warm-up)."""
         if self._open and self._step is None:

@@ -70,18 +70,25 @@ class Step:
     prompts: list[Part] = field(default_factory=list)
     masked: list[Part] = field(default_factory=list)
     ended: list[tuple[str, Tracked]] = field(default_factory=list)
-    _dense: tuple[Tensor, Tensor] | None = None
+    _dense: list[tuple[Tensor, Tensor]] | None = None
 
     def close_holes(self, holes: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         """Make the dense tables of all groups; ``holes`` is ``[2, G, R]``, as in `Tracked`."""
         if not holes[1].any():
             return
         starts, lengths = torch.from_numpy(holes).to(self.tables.device).unbind()
-        self._dense = compact_tables(self.tables, starts, lengths), self.seq_lens - lengths * self.layout.block
+        tables = compact_tables(self.tables, starts, lengths)
+        seq_lens = self.seq_lens - lengths * self.layout.block
+        self._dense = list(zip(tables.unbind(), seq_lens.unbind(), strict=True))
 
     def dense(self, group: int) -> tuple[Tensor, Tensor] | None:
         """A group's block table ``[R, W]`` and lengths ``[R]`` without holes; None if there are no holes at all."""
-        return None if self._dense is None else (self._dense[0][group], self._dense[1][group])
+        return None if self._dense is None else self._dense[group]
+
+    @property
+    def requests(self) -> int:
+        """Requests in the batch."""
+        return self.tables.shape[1]
 
     @property
     def watches(self) -> bool:

@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from refreekv.engines.vllm import backend, refusals
 from refreekv.engines.vllm.connector import RefreekvConnector
-from refreekv.engines.vllm.runner import RunnerV1
+from refreekv.engines.vllm.runner import PrunedCPUModelRunner, RunnerV1
 from refreekv.engines.vllm.scoring import LayerFacts
 from refreekv.engines.vllm.spec import PrunedAttentionSpec
 from refreekv.engines.vllm.state import WorkerState
@@ -27,6 +27,11 @@ class RefreekvCPUWorker(CPUWorker):
         self._options = refusals.check_config(vllm_config)
         self._policy = self._options.build()
         super().__init__(vllm_config, *args, **kwargs)
+
+    def init_device(self) -> None:
+        """As vLLM, with the plugin's model runner."""
+        super().init_device()
+        self.model_runner = PrunedCPUModelRunner(self.vllm_config, self.device)
 
     def load_model(self, **kwargs: Any) -> None:
         """As vLLM, with the plugin's attention backend."""
@@ -68,7 +73,7 @@ class RefreekvCPUWorker(CPUWorker):
         state = WorkerState(
             self._policy, layers, len(kv_cache_config.kv_cache_groups), RunnerV1(self.model_runner), gather
         )
-        connector.state = state
+        connector.state = self.model_runner.state = state
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 for builder in group.metadata_builders:
