@@ -284,6 +284,21 @@ def test_both_answers_with_the_first_difference_marked(shown, llama):
     assert page.all(".verdict", "n.innerText") == ["All 6 new tokens are the same."]
 
 
+def test_reasons_to_keep_are_those_of_the_report(shown, llama):
+    made = inspection_of(llama, refreekv.policies.create("adaptive", min_length=8, window=8), 400)
+    assert made.report.reasons
+    page = shown(made)
+
+    def listed(reasons):
+        return [f"{name} {share:.1%}" for name, share in reasons.items()]
+
+    assert page.all("#reasons span + span", "n.innerText.trim()") == listed(made.report.reasons)
+    page.choose("#layer", 2)
+    assert page.all("#reasons span + span", "n.innerText.trim()") == listed(made.report.prunable[1].rows[0].reasons)
+    page = shown(inspection_of(llama, CUT, 60))
+    assert page.all("#reasons", "n.hidden") == [True]
+
+
 @pytest.mark.parametrize("width", [390, 768, 1280])
 @pytest.mark.parametrize("length", [1, 300, 4_200])
 def test_it_fits_every_width_and_length(shown, llama, width, length):

@@ -109,6 +109,7 @@ class Inspection:
                     "shares": [self.share(at, head) for head in range(self.heads)],
                     "cut": row.cut,
                     "metric": row.metric,
+                    "reasons": dict(row.reasons),
                     "bytes_before": layer.bytes_before,
                     "bytes_after": layer.bytes_after,
                 }
@@ -124,6 +125,7 @@ class Inspection:
                 "layers": layers,
                 "full": self.full,
                 "compressed": self.compressed,
+                "reasons": report.reasons,
             },
             filters={"size": format_bytes},
             inspection=self,

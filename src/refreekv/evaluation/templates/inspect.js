@@ -34,6 +34,9 @@ function draw() {
     ? `A layer keeps ${share(total / (length * most))} of the ${plural(length, "token")} on average${who}; ${plural(nowhere, "token")} ${nowhere === 1 ? "is" : "are"} kept by none (grey).`
     : `Layer ${data.layers[chosen - 1].index} keeps ${share(total / (length * most))} of the ${plural(length, "token")}${who}.`;
   $("#text-note").textContent = `${what} The map has a row for each layer and the whole prompt from left to right; press it to go there.`;
+  const reasons = chosen === 0 ? data.reasons : data.layers[chosen - 1].reasons;
+  $("#reasons").replaceChildren($("#reasons").firstElementChild, ...Object.entries(reasons)
+    .map(([name, part]) => html("span", {}, `${name} `, html("b", {}, share(part)))));
   tokens.shade(counts, most);
   const rows = every.map((layer) => {
     const row = sum([layer]), all = headChoice.value === "all" ? data.heads : 1;
