@@ -78,6 +78,15 @@ def test_other_architectures(name, architecture):
     assert all(report.budget < 0.95 for report in reports)
 
 
+def copied_bytes(layer):
+    """What giving one layer's heads one length really takes: the rows that are no views of its storage."""
+    if layer.ragged is None:
+        return 0
+    storages = [tensor.untyped_storage() for row in layer.ragged.rows() for tensor in row]
+    own = {tensor.untyped_storage().data_ptr() for tensor in (layer.keys, layer.values)}
+    return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in own)
+
+
 @pytest.mark.parametrize("name", UNEVEN)
 def test_bytes_are_exactly_the_kept_entries(name):
     """Each KV head costs what it keeps: not the longest head's, not each query head's."""
@@ -88,6 +97,8 @@ def test_bytes_are_exactly_the_kept_entries(name):
     for step in range(3):
         report = cache.report
         check_bytes(cache, report)
+        assert report.padded_bytes == max(copied_bytes(layer) for layer in cache.pruned_layers) > 0
+        assert "padded during attention" in str(report)
         for layer in report.prunable:
             if layer.bytes_after < layer.bytes_before:
                 kept = [heads * (2 // len(heads)) for heads in as_counts(report)[layer.index]]

@@ -92,6 +92,10 @@ class CompressionReport:
         Bytes of the position indices that the cache holds beside K/V.
     kv_dtype : str or None
         The number format of what is kept; None: the model's own.
+    padded_bytes : int
+        Beside what is held: the most that attention over one layer copies for the length of a call,
+        because KV heads of different length are padded to the longest. 0 where heads are even, or
+        read as they are by a kernel (CUDA).
     """
 
     policy: str
@@ -99,6 +103,7 @@ class CompressionReport:
     layers: tuple[LayerReport, ...]
     index_bytes: int = 0
     kv_dtype: str | None = None
+    padded_bytes: int = 0
 
     @property
     def prunable(self) -> tuple[LayerReport, ...]:
@@ -137,6 +142,7 @@ class CompressionReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "index_bytes": self.index_bytes,
+            "padded_bytes": self.padded_bytes,
             "reasons": self.reasons,
             "layers": [
                 {
@@ -156,6 +162,11 @@ class CompressionReport:
             f"{self.policy}: kept {self.budget:.1%} of the prompt{stored}, K/V {format_bytes(self.bytes_before)} -> "
             f"{format_bytes(self.bytes_after)} at {self.tokens} tokens"
         ]
+        if self.padded_bytes:
+            lines.append(
+                f"  heads of different length are padded during attention, one layer at a time: "
+                f"{format_bytes(self.padded_bytes)} for the length of a call"
+            )
         if self.reasons:
             why = ", ".join(f"{name} {share:.1%}" for name, share in self.reasons.items())
             lines.append(f"  kept for: {why} (an entry may have several reasons)")

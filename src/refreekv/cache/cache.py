@@ -158,6 +158,7 @@ class PrunedCache(DynamicCache):
             ),
             index_bytes=sum(layer.index_bytes for layer in self.pruned_layers),
             kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
+            padded_bytes=max(layer.padded_bytes for layer in self.pruned_layers),
         )
 
 

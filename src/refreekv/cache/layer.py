@@ -442,6 +442,14 @@ class ReFreeKVLayer(DynamicLayer):
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
 
     @property
+    def padded_bytes(self) -> int:
+        """Bytes that attention copies for the length of a call, to give KV heads of different length one length."""
+        if self.ragged is None or isinstance(self.ragged, KVArena):
+            return 0
+        uneven = [max(lengths) for lengths in self.ragged.lengths if len(set(lengths)) > 1]
+        return sum(uneven) * self.entry_bytes
+
+    @property
     def index_bytes(self) -> int:
         """Bytes of the indices that say which columns were kept, and of the arena's table."""
         storages = (head.untyped_storage() for columns in self._columns for head in columns.heads)

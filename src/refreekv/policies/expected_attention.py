@@ -30,10 +30,8 @@ class ExpectedAttention(FixedBudget):
 
     Parameters
     ----------
-    size : int, optional
-        Entries to keep. Exactly one of ``size`` and ``ratio`` is given.
-    ratio : float, optional
-        Share to keep, in (0, 1].
+    size, ratio
+        As in `FixedBudget`.
     window : int
         Last queries that mean and covariance are taken of.
     sinks : int

@@ -28,10 +28,8 @@ class H2O(FixedBudget):
 
     Parameters
     ----------
-    size : int, optional
-        Entries to keep. Exactly one of ``size`` and ``ratio`` is given.
-    ratio : float, optional
-        Share to keep, in (0, 1].
+    size, ratio
+        As in `FixedBudget`.
     recent_share : float
         Share of the budget that goes to the newest tokens, in [0, 1]; at least one token.
     queries : int

@@ -21,10 +21,8 @@ class KeyDiff(FixedBudget):
 
     Parameters
     ----------
-    size : int, optional
-        Entries to keep. Exactly one of ``size`` and ``ratio`` is given.
-    ratio : float, optional
-        Share to keep, in (0, 1].
+    size, ratio
+        As in `FixedBudget`.
     recent : int
         Newest tokens that are always kept, within the budget. The paper's rule has none: 0.
     """

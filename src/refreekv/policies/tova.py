@@ -20,10 +20,8 @@ class TOVA(FixedBudget):
 
     Parameters
     ----------
-    size : int, optional
-        Entries to keep. Exactly one of ``size`` and ``ratio`` is given.
-    ratio : float, optional
-        Share to keep, in (0, 1].
+    size, ratio
+        As in `FixedBudget`.
     """
 
     def probe_plan(self, n: int) -> ProbePlan:
