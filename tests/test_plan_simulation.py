@@ -1,6 +1,8 @@
 """The simulated engine: by hand, and its invariants on random loads."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -121,6 +123,39 @@ def test_with_blocks_for_all_nobody_waits_for_memory(requests, share):
     full, pruned = (run(small(5000, one), requests) for one in (1.0, share))
     assert full.totals.preemptions == pruned.totals.preemptions == 0
     assert [(j.first, j.done) for j in full.finished] == [(j.first, j.done) for j in pruned.finished]
+
+
+MEASURED = sorted((Path(__file__).parent / "fixtures").glob("simulation_check_*.json"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_it_runs_as_many_requests_as_vllm_did(path):
+    """vLLM's own engine on the same load, measured by benchmarks/simulation_check.py."""
+    measured = json.loads(path.read_text())
+    load = measured["load"]
+    requests = [Request(**request) for request in load["requests"]]
+    names = {result["policy"] for result in measured["results"]}
+    assert names == {"full cache", "streaming-llm:ratio=0.5", "refreekv:threshold=0.05,frozen_layers=1"}
+    for result in measured["results"]:
+        kept = {request.prompt: share for request, share in zip(requests, result["kept"], strict=True)}
+
+        def blocks_for(prompt: int, output: int, complete: bool, kept=kept) -> int:
+            held = round(kept[prompt] * prompt) + output if complete else prompt
+            return -(-held // load["block"])
+
+        blocks = result["pool_tokens"] // load["block"]
+        totals = run(Engine(blocks, blocks_for, one_second, load["step_tokens"], load["running"]), requests).totals
+        real = result["vllm"]
+        assert totals.running_steps / totals.steps == pytest.approx(real["mean_running"], rel=0.02)
+        assert totals.steps == pytest.approx(real["steps"], rel=0.02)
+        if result["policy"] != "refreekv:threshold=0.05,frozen_layers=1":
+            # Where all layers keep equally much, step by step the same.
+            assert (totals.most_running, totals.steps) == (real["most_running"], real["steps"])
+            assert totals.preemptions == real["preemptions"]
+
+
+def test_runs_of_vllm_are_there():
+    assert len(MEASURED) == 2
 
 
 def test_steps_take_what_moving_or_computing_takes():

@@ -159,10 +159,8 @@ class _Prepared:
         fed = question + path[: len(reference) - 1] if question else path[: len(reference)]
         gold = self._gold()
         records = []
-        names = list(self.job.policies)
         size = self._group_size(len(fed))
-        for at in range(0, len(names), size):
-            group = names[at : at + size]
+        for group in self._batches(list(self.job.policies), size):
             logits = self._feed(group, fed, keep=len(reference))
             measured = token_metrics(*divergence(reference, logits))
             del logits
@@ -171,6 +169,8 @@ class _Prepared:
             for row, name in enumerate(group):
                 record = self._record(name, kept[row], measured[row], len(reference), changes[row])
                 records.append(FidelityRecord(**record))
+        order = {name: index for index, name in enumerate(self.job.policies)}
+        records.sort(key=lambda record: order[record.policy])
         if self.job.show:
             return self._displayed(records, answer, tokens, stop, size)
         return records
@@ -240,19 +240,22 @@ class _Prepared:
             "prompt": self.job.encoded.text,
             "tokens": [self.bench.tokenizer.decode([token]) for token in self.job.encoded.context],
         }
-        displayed = []
-        for group in self._batches(records, size):
-            branch = self.shared.branch([record.policy for record in group])
-            for row, (record, text) in enumerate(
-                zip(group, self._texts(branch, answer, stop, len(group)), strict=True)
-            ):
-                displayed.append(replace(record, positions=list(kept_ranges(branch, row)), text=text, **common))
-        return displayed
+        by_name = {record.policy: record for record in records}
+        for group in self._batches(list(by_name), size):
+            branch = self.shared.branch(group)
+            for row, (name, text) in enumerate(zip(group, self._texts(branch, answer, stop, len(group)), strict=True)):
+                shown = {"positions": list(kept_ranges(branch, row)), "text": text, **common}
+                by_name[name] = replace(by_name[name], **shown)
+        return list(by_name.values())
 
-    def _batches(self, records: list[FidelityRecord], size: int) -> Iterator[list[FidelityRecord]]:
-        """Records whose policies one batch can hold: they store what they keep in one number format."""
-        alike = itertools.groupby(records, key=lambda record: format_of(self.job.policies[record.policy]))
-        for group in (list(group) for _, group in alike):
+    def _batches(self, names: list[str], size: int) -> Iterator[list[str]]:
+        """Policies in batches that store what they keep in one number format."""
+
+        def stored(name: str) -> str:
+            return str(format_of(self.job.policies[name]))
+
+        for _, alike in itertools.groupby(sorted(names, key=stored), key=stored):
+            group = list(alike)
             yield from (group[at : at + size] for at in range(0, len(group), size))
 
     def _texts(self, branch: PrunedCache, answer: Continuation, stop: set[int], rows: int) -> list[str]:

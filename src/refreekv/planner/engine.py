@@ -7,8 +7,8 @@ The scheduler is that of current serving engines, reduced to what decides on mem
 - Blocks are taken as tokens come. If there are none left, the request that was admitted
   last gives back all it holds, waits in front of the others, and reads its prompt and what
   it had generated again (recompute).
-- With tokens and blocks to spare, waiting requests are admitted in order of arrival; none
-  in a step in which one had to give back.
+- With tokens to spare, waiting requests are admitted in order of arrival, if all that they
+  have to read would fit into the free blocks; none in a step in which one had to give back.
 - While a prompt is read it holds blocks for all of its tokens. At its end it keeps its
   share and gives the rest back.
 
@@ -180,8 +180,9 @@ class Replica:
         while not preempted and self.waiting and budget and len(self.active) < engine.running:
             job = self.waiting[0]
             tokens = min(job.reading, budget)
-            if not self._take(job, tokens):
+            if engine.blocks_for(job.reading, 0, False) > self._free:
                 break
+            self._take(job, tokens)
             self.active.append(self.waiting.popleft())
             planned.append((job, tokens))
             budget -= tokens
