@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from refreekv import policies
+from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection
 from refreekv.policies import LayerView
 
@@ -94,15 +95,20 @@ class PlainModel:
             if policy.freezes(index):
                 found.append(None)
                 continue
-            rows = visible = probed = None
-            if wanted:
+            rows = visible = probed = window = spread = None
+            if plan.reduced:
+                last, anywhere = range(max(0, n - plan.rows), n), _spread(plan.spread, n)
+                window = _reductions(queries[:, list(last)], keys, last, 0)
+                spread = _reductions(queries[:, list(anywhere)], keys, anywhere, plan.distance)
+            elif wanted:
                 probed = queries[:, wanted]
                 group = probed.shape[0] // keys.shape[1]
                 logits = probed @ keys[0].repeat_interleave(group, 0).transpose(-1, -2)
                 visible = torch.arange(n) <= torch.tensor(wanted)[:, None]
                 rows = logits.masked_fill(~visible, float("-inf")).softmax(-1)[None]
                 visible, probed = visible[None], probed[None]
-            found.append(policy.select(LayerView(keys, values, None, rows, index, layers, visible, probed)))
+            view = LayerView(keys, values, None, rows, index, layers, visible, probed, window, spread, queries.shape[0])
+            found.append(policy.select(view))
         return found
 
     def kept(self, ids, policy, block=32, layers_per_group=1):
@@ -127,6 +133,18 @@ class PlainModel:
         for position in range(len(ids), len(ids) + tokens - 1):
             out.append(int(self._forward(out[-1:], position, cache).argmax()))
         return out
+
+
+def _reductions(queries, keys, positions, distance):
+    """Peak, mean and squares that queries ``[H, k, D]`` gave each position at least ``distance`` before them."""
+    group, n = queries.shape[0] // keys.shape[1], keys.shape[2]
+    logits = queries @ keys[0].repeat_interleave(group, 0).transpose(-1, -2)
+    at = torch.tensor(list(positions))[:, None]
+    rows = logits.masked_fill(torch.arange(n) > at, float("-inf")).softmax(-1)
+    counts = torch.arange(n) <= at - distance
+    rows = (rows * counts).unflatten(0, (-1, group)).flatten(1, 2)
+    seen = counts.sum(0) * group
+    return ProbeReductions(rows.amax(1)[None], (rows.sum(1) / seen.clamp(min=1))[None], rows.square().sum(1)[None])
 
 
 def _spread(count, n):

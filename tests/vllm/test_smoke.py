@@ -7,7 +7,7 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 from helpers import engine, make_prompts
 
 
-@pytest.mark.parametrize("policy", ["refreekv", "refreekv-heavy-hitter"])
+@pytest.mark.parametrize("policy", ["refreekv:probe_rows=32,probe_reduce=max,threshold=0.1", "adaptive:min_length=256,constant=0.02"])
 def test_short_prompts(folder, reference, policy):
     prompts = make_prompts(reference.tokenizer, (300, 317, 352, 384))
     expected = [reference.generate(ids, policy, 12) for ids in prompts]
@@ -17,4 +17,5 @@ def test_short_prompts(folder, reference, policy):
         assert vllm.generate(prompts, 12) == expected
         assert vllm.generate(longer + prompts, 12) == expected_longer + expected
         assert min(report["blocks_freed"] for report in vllm.reports.values()) > 0
-        assert vllm.cached > 1000
+        # Queries all over the prompt are needed by the adaptive policy: it takes nothing from the prefix cache.
+        assert (vllm.cached > 1000) == policy.startswith("refreekv")

@@ -10,7 +10,9 @@ POLICIES = {
     "position": "refreekv",
     "position-with-sinks": "refreekv:norm_includes_sinks=true",
     "position-8-rows": "refreekv:probe_rows=8,threshold=0.05",
+    "position-worst-of-32-rows": "refreekv:probe_rows=32,probe_reduce=max,threshold=0.1",
     "heavy-hitter": "refreekv-heavy-hitter",
+    "adaptive": "adaptive:min_length=256,constant=0.02",
     "snapkv": "snapkv:ratio=0.4",
     "expected-attention": "expected-attention:ratio=0.5",
 }

@@ -32,10 +32,11 @@ def serve(
     """
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import environment, installed_version, serve_command
-    from refreekv.engines.vllm.refusals import check_version
+    from refreekv.engines.vllm.refusals import check_policy, check_version
 
     with refusals():
         options = PluginOptions(policy, layers_per_group)
+        check_policy(options.build())
         command = serve_command(model, options, context.args)
         if not dry_run:
             version = installed_version()

@@ -3,6 +3,8 @@
 from typing import Any
 
 from refreekv.engines.vllm.config import CONNECTOR, PluginOptions
+from refreekv.policies import Policy
+from refreekv.policies.joint import JointPolicy
 
 SUPPORTED = ("0.32",)
 """vLLM releases the plugin is tested with, by major and minor number."""
@@ -14,6 +16,15 @@ def check_version(version: str) -> None:
         raise ValueError(
             f"refreekv was tested with vLLM {', '.join(SUPPORTED)}, and this is {version}: the scheduler's inner "
             f"workings differ from release to release; install vllm=={SUPPORTED[-1]}.0"
+        )
+
+
+def check_policy(policy: Policy) -> None:
+    """ValueError for a policy that decides about all layers together."""
+    if isinstance(policy, JointPolicy):
+        raise ValueError(
+            f"policy {policy.name!r} decides once it has seen all layers, and in vLLM each layer is asked by itself; "
+            f"choose another one, such as 'refreekv' or 'adaptive'"
         )
 
 
@@ -30,6 +41,7 @@ def check_config(vllm_config: Any) -> PluginOptions:
             f"read whole block tables, which pruned requests no longer have; leave them out"
         )
     options = PluginOptions.of(vllm_config)
+    check_policy(options.build())
     for refused, sentence in _refusals(vllm_config):
         if refused:
             raise ValueError(sentence)

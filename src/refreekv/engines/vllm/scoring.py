@@ -1,15 +1,27 @@
 """From prompt queries that pass by to a policy's selection, layer by layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refreekv.core.probes import attention_rows
+from refreekv.core.reductions import ProbeReductions, probe_reductions
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
+
+Gather = Callable[[Tensor, int], Tensor]
+"""Joins the heads of all tensor-parallel ranks along a dimension."""
+
+
+def spread_step(spread: int, prompt: int) -> int:
+    """The smallest power of two of which ``n`` tokens hold no more than ``spread``."""
+    step = 1
+    while prompt // step > spread:
+        step *= 2
+    return step
 
 
 def probed_positions(plan: ProbePlan, prompt: int) -> Tensor:
@@ -17,10 +29,7 @@ def probed_positions(plan: ProbePlan, prompt: int) -> Tensor:
     positions = torch.arange(prompt)
     wanted = positions >= prompt - plan.rows
     if plan.spread:
-        step = 1
-        while prompt // step > plan.spread:
-            step *= 2
-        wanted |= (positions + 1) % step == 0
+        wanted |= (positions + 1) % spread_step(plan.spread, prompt) == 0
     return positions[wanted][-plan.count :] if plan.count else positions[:0]
 
 
@@ -91,7 +100,7 @@ def select(
     layer: LayerFacts,
     keys: Tensor,
     values: Tensor,
-    gather: Callable[[Tensor, int], Tensor],
+    gather: Gather,
 ) -> Selection | CutSelection | None:
     """Let the policy decide on one layer of one prompt.
 
@@ -117,16 +126,55 @@ def select(
     if policy.freezes(layer.index):
         return None
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    rows = visible = queries = None
-    if probes.plan.count:
+    plan, shown = probes.plan, {}
+    heads = 0
+    if plan.count:
         queries = torch.cat(probes.queries[layer.index]).transpose(0, 1)[None]
         positions = probes.positions.to(keys.device)
         assert queries.shape[2] == len(positions), "not all planned queries of the prompt were computed"
-        visible = (torch.arange(keys.shape[2], device=keys.device) <= positions[:, None])[None]
-        rows = attention_rows(
-            queries, keys, scaling=layer.scale, visible=visible, softcap=layer.softcap, sink_logits=layer.sinks
+        shown = (_reduced if plan.reduced else _rows)(plan, queries, positions, keys, layer, gather)
+        heads = queries.shape[1]
+    whole_keys, whole_values = gather(keys, 1), gather(values, 1)
+    heads *= whole_keys.shape[1] // keys.shape[1]
+    view = LayerView(whole_keys, whole_values, None, None, layer.index, layer.layers, heads=heads)
+    return policy.select(replace(view, **shown))
+
+
+def _rows(
+    plan: ProbePlan, queries: Tensor, positions: Tensor, keys: Tensor, layer: LayerFacts, gather: Gather
+) -> dict[str, Any]:
+    """Attention rows of the probed queries, what each sees, and the queries if the plan asks for them."""
+    visible = (torch.arange(keys.shape[2], device=keys.device) <= positions[:, None])[None]
+    rows = attention_rows(
+        queries, keys, scaling=layer.scale, visible=visible, softcap=layer.softcap, sink_logits=layer.sinks
+    )
+    shown = {"rows": gather(rows, 1), "visible": visible}
+    if plan.queries:
+        shown["queries"] = gather(queries.float() * layer.scale, 1)
+    return shown
+
+
+def _reduced(
+    plan: ProbePlan, queries: Tensor, positions: Tensor, keys: Tensor, layer: LayerFacts, gather: Gather
+) -> dict[str, Any]:
+    """What the last queries, and those spread over the prompt, gave each position."""
+    length = keys.shape[2]
+    spread = (positions + 1) % spread_step(plan.spread, length) == 0 if plan.spread else positions < 0
+    shown = {}
+    for name, chosen, distance in (
+        ("window", positions >= length - plan.rows, 0),
+        ("spread", spread, plan.distance),
+    ):
+        if not (plan.rows if name == "window" else plan.spread):
+            continue
+        reductions = probe_reductions(
+            queries[:, :, chosen],
+            keys,
+            query_columns=positions[chosen][None],
+            scaling=layer.scale,
+            distance=distance,
+            softcap=layer.softcap,
+            sink_logits=layer.sinks,
         )
-        rows = gather(rows, 1)
-        queries = gather(queries.float() * layer.scale, 1) if probes.plan.queries else None
-    keys, values = gather(keys, 1), gather(values, 1)
-    return policy.select(LayerView(keys, values, None, rows, layer.index, layer.layers, visible, queries))
+        shown[name] = ProbeReductions(*(gather(part, 1) for part in reductions))
+    return shown
