@@ -93,9 +93,10 @@ def measure(folder: str, load: Load, policy: str | None, vocabulary: int) -> tup
 
     ours: dict[str, Any] = {}
     if policy is not None:
+        from vllm.config import KVTransferConfig
+
         from refreekv.engines.vllm.config import PluginOptions
         from refreekv.engines.vllm.launch import engine_arguments
-        from vllm.config import KVTransferConfig
 
         ours = engine_arguments(PluginOptions(policy, 1))
         ours["kv_transfer_config"] = KVTransferConfig(**ours["kv_transfer_config"])

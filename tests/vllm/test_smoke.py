@@ -6,8 +6,10 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 
 from helpers import engine, make_prompts
 
+POLICIES = ["refreekv:probe_rows=32,probe_reduce=max,threshold=0.1", "adaptive:min_length=256,constant=0.02"]
 
-@pytest.mark.parametrize("policy", ["refreekv:probe_rows=32,probe_reduce=max,threshold=0.1", "adaptive:min_length=256,constant=0.02"])
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_short_prompts(folder, reference, policy):
     prompts = make_prompts(reference.tokenizer, (300, 317, 352, 384))
     expected = [reference.generate(ids, policy, 12) for ids in prompts]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -16,8 +18,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from refreekv.engines.vllm.state import WorkerState
 from refreekv.engines.vllm.step import Step
-from vllm import _custom_ops as ops
-from vllm import envs
 
 
 class PrunedMetadataBuilder(CPUAttentionMetadataBuilder):
