@@ -16,7 +16,7 @@ from test_chat import save_chat_model, words
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux (Debian: tmux)")
 
-PATIENCE = 60  # seconds; machines that run tests are busy
+PATIENCE = 120  # seconds; machines that run tests are busy
 
 
 class Terminal:

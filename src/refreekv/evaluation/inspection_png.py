@@ -20,7 +20,7 @@ COLUMNS = 1200
 """Columns of the map at most; longer prompts are averaged."""
 
 ANSWER_LINES = 16
-WIDTH, HEAD, GAP, LINE = 13.0, 1.2, 0.95, 0.19
+WIDTH, HEAD, GAP, LINE = 13.0, 1.4, 0.95, 0.19
 """Inches: of the picture, of its head, between map and answers, of a line of an answer."""
 
 PARTING = "▶"
@@ -59,7 +59,7 @@ def write_png(inspection: Inspection, path: Path) -> None:
         _head(figure, inspection, left, height)
         bottom, tall_share = 1 - (HEAD + tall) / height, tall / height
         _map(figure.add_axes((left, bottom, 0.68, tall_share)), inspection)
-        _shares(figure.add_axes((left + 0.695, bottom, right - left - 0.695, tall_share)), inspection)
+        _shares(figure.add_axes((left + 0.71, bottom, right - left - 0.71, tall_share)), inspection)
         titles = ("Answer with the full cache", f"Answer with the pruned cache. {inspection.verdict}")
         for column, (title, (lines, parting)) in enumerate(zip(titles, texts, strict=True)):
             at, top = left + column * (right - left) / 2, below / height
@@ -74,8 +74,9 @@ def write_png(inspection: Inspection, path: Path) -> None:
 def _head(figure: Any, inspection: Inspection, left: float, height: float) -> None:
     report = inspection.report
     figure.text(left, 1 - 0.38 / height, "What the cache keeps of one prompt", size=16, weight="bold", color=INK)
-    facts = (
-        f"{_plain(inspection.model)} · {inspection.policy}\n{len(inspection.tokens):,} prompt tokens, "
+    what = textwrap.wrap(_plain(f"{inspection.model} · {inspection.policy}"), 150, max_lines=2, placeholder=" …")
+    facts = "\n".join(what) + (
+        f"\n{len(inspection.tokens):,} prompt tokens, "
         f"{report.budget:.1%} kept on average · K/V {format_bytes(report.bytes_before)} → "
         f"{format_bytes(report.bytes_after)} at {report.tokens:,} tokens"
     )
