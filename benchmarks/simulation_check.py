@@ -87,10 +87,9 @@ def make_load(arguments: argparse.Namespace) -> Load:
 
 def measure(folder: str, load: Load, policy: str | None, vocabulary: int) -> tuple[Run, list[float], int]:
     """Run vLLM; what it did, the share of its prompt that each request kept, and the blocks of its pool."""
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
-
-    from vllm import SamplingParams
 
     ours: dict[str, Any] = {}
     if policy is not None:
