@@ -1,0 +1,137 @@
+"""Ways to put K/V in few bits, on the same prompts: why `refreekv.core.quantisation` does it as it does.
+
+    python benchmarks/number_formats.py MODEL --data-dir DIR --families 2wikimqa-e,hotpotqa --prompts 6
+
+Each prompt's K/V is replaced by what a format gives back of it, but for the last 64 tokens; the
+full cache's own greedy answer is then read over it, and the predictions are compared (KL in nats).
+"""
+
+import argparse
+import statistics
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fidelity import load
+from refreekv.core.quantisation import KVDtype
+from refreekv.evaluation import families
+from refreekv.evaluation.encoding import encode
+from refreekv.evaluation.metrics import divergence
+
+RECENT = 64
+FP8 = torch.float8_e4m3fn
+
+
+def ours(kind: str, group: int | None = None) -> Callable[[Tensor], Tensor]:
+    """A format of the library; entries ``[H, n, D]``."""
+    number = KVDtype(kind, group=group)  # type: ignore[arg-type]
+    return lambda entries: number.encode(entries.reshape(-1, entries.shape[-1])).decode().view_as(entries)
+
+
+def with_exact_zero(group: int) -> Callable[[Tensor], Tensor]:
+    """Four bits with a whole number for zero, as torchao's public integer formats have it."""
+
+    def round_trip(entries: Tensor) -> Tensor:
+        groups = entries.unflatten(-1, (-1, group))
+        low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+        scale = ((high - low) / 15).clamp_min(1e-8).half().float()
+        zero = (-low / scale).round()
+        return (((groups / scale).round() + zero).clamp(0, 15) - zero).mul(scale).flatten(-2)
+
+    return round_trip
+
+
+def by_channel(tokens: int) -> Callable[[Tensor], Tensor]:
+    """Four bits, groups of consecutive tokens in each channel, as KIVI (arXiv 2402.02750) has it for keys."""
+
+    def round_trip(entries: Tensor) -> Tensor:
+        whole = entries.shape[1] // tokens * tokens
+        groups = entries[:, :whole].unflatten(1, (-1, tokens))
+        low, high = groups.amin(2, keepdim=True).half().float(), groups.amax(2, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(1e-8).half().float()
+        found = ((groups - low) / scale).round().clamp(0, 15).mul(scale).add(low)
+        return torch.cat([found.flatten(1, 2), entries[:, whole:]], dim=1)
+
+    return round_trip
+
+
+def one_scale(entries: Tensor) -> Tensor:
+    """FP8 with one scale for the whole tensor, as transformers' own fp8 cache layer has it."""
+    scale = entries.abs().amax() / torch.finfo(FP8).max
+    return (entries / scale).to(FP8).float() * scale
+
+
+WAYS: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "fp8, a scale for each entry (ours)": ("8.25", ours("fp8"), ours("fp8")),
+    "fp8, one scale (transformers)": ("8.0", one_scale, one_scale),
+    "int8, groups of 64 (ours)": ("8.5", ours("int8"), ours("int8")),
+    "int4, groups of 32 (ours)": ("5.0", ours("int4"), ours("int4")),
+    "int4, groups of 64": ("4.5", ours("int4", 64), ours("int4", 64)),
+    "int4, groups of 32, exact zero (torchao)": ("4.6", with_exact_zero(32), with_exact_zero(32)),
+    "int4, keys by channel, 32 tokens (KIVI)": ("5.0", by_channel(32), ours("int4")),
+}
+"""Names to bits of an element with heads of 64, and what becomes of keys and values."""
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure all ways on all prompts and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--families", default="2wikimqa-e,hotpotqa")
+    parser.add_argument("--prompts", type=int, default=6, help="of all families together")
+    parser.add_argument("--max-tokens", type=int, default=1500)
+    parser.add_argument("--continuation", type=int, default=24)
+    arguments = parser.parse_args()
+    place = types.SimpleNamespace(model=arguments.model, random=None, dtype="float32", device="cpu", seed=0)
+    model, tokenizer, name = load(place)  # type: ignore[arg-type]
+    names = families.split([arguments.families])
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    share = -(-arguments.prompts // len(names))
+    lengths = []
+    for family in names:
+        every = families.load(family, data_dir=arguments.data_dir, limit=200, seed=0)
+        prompts = [encode(tokenizer, sample).context for sample in every]
+        fitting = [ids for ids in prompts if 4 * RECENT < len(ids) <= arguments.max_tokens][:share]
+        for ids in fitting:
+            lengths.append(len(ids))
+            for way, kl in measure(model, ids, arguments.continuation).items():
+                found[way].append(kl)
+    print(f"{name}, float32, n={len(lengths)} prompts of {min(lengths):,} to {max(lengths):,} tokens\n")
+    print("| format | bits | mean KL | worst prompt |\n| --- | ---: | ---: | ---: |")
+    for way, values in found.items():
+        print(f"| {way} | {WAYS[way][0]} | {statistics.mean(values):.2g} | {max(values):.2g} |")
+
+
+def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[str, float]:
+    """Mean KL of each way on one prompt."""
+    cache = DynamicCache(config=model.config)
+    logits = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
+    prompt = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+    path = []
+    for _ in range(continuation):
+        path.append(int(logits[0, -1].argmax()))
+        logits = model(torch.tensor([[path[-1]]]), past_key_values=cache).logits
+
+    def read(keys_as: Callable[[Tensor], Tensor], values_as: Callable[[Tensor], Tensor]) -> Tensor:
+        other = DynamicCache(config=model.config)
+        old = len(ids) - RECENT
+        for index, entries in enumerate(prompt):
+            stored = [
+                torch.cat([way(part[:, :old]), part[:, old:]], dim=1)[None]
+                for way, part in zip((keys_as, values_as), entries, strict=True)
+            ]
+            other.update(*stored, index)
+        return model(torch.tensor([path]), past_key_values=other).logits
+
+    reference = read(lambda entries: entries, lambda entries: entries)[0]
+    return {way: float(divergence(reference, read(*ways))[0].mean()) for way, (_, *ways) in WAYS.items()}
+
+
+if __name__ == "__main__":
+    main()
