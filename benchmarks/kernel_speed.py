@@ -18,7 +18,7 @@ from devices import copy_bandwidth, device_seconds, header
 from refreekv import kernels
 from refreekv.core.arena import KVArena
 from refreekv.core.probes import attention_rows
-from refreekv.kernels import fused
+from refreekv.kernels import fused, linear
 from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
@@ -135,14 +135,42 @@ def small_kernels() -> list[tuple[str, dict[str, float]]]:
             "rotary": lambda q=query, k=key, a=angle: fused.rotary(q, k, a, a),
         }
         rows += [(f"{n}, batch {batch}", {"us": device_seconds([c], rounds=50) * 1e6}) for n, c in calls.items()]
-    for batch in (1, 8, 32):
-        for out, size in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096)):
-            count = max(2, 2 * 10**9 // (out * size * 2))
-            weights = [random(out, size) for _ in range(min(count, 40))]
+    return rows
+
+
+SHAPES = {
+    "q, k, v": ((4096, 1024, 1024), 4096),
+    "o": ((4096,), 4096),
+    "gate, up": ((14336, 14336), 4096),
+    "down": ((4096,), 14336),
+    "logits": ((128256,), 4096),
+}
+
+
+def products(settings: list[dict[str, int]]) -> list[tuple[str, dict[str, float]]]:
+    """Products with a layer's weights: torch's at some batch sizes, ours for one row."""
+    rows = []
+    for name, (outs, size) in SHAPES.items():
+        one = sum(outs) * size * 2
+        weights = [[random(out, size) for out in outs] for _ in range(max(2, min(12, 10**9 // one)))]
+
+        def note(what: str, calls: list[Callable[[], object]], one: int = one) -> None:
+            seconds = device_seconds(calls, 8)
+            rows.append((what, {"us": seconds * 1e6, "bandwidth": one / seconds}))
+
+        for batch in (1, 16):
             x = random(batch, 1, size)
-            seconds = device_seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
-            result = {"us": seconds * 1e6, "bandwidth": out * size * 2 / seconds}
-            rows.append((f"torch linear {size} -> {out}, batch {batch}", result))
+            note(
+                f"torch, {name}, batch {batch}",
+                [lambda ws=ws, x=x: [torch.nn.functional.linear(x, w) for w in ws] for ws in weights],
+            )
+        x = random(1, 1, size)
+        for setting in settings:
+            if len(outs) == 2:
+                calls = [lambda ws=ws, x=x, s=setting: linear.gated_linear(x, *ws, False, **s) for ws in weights]
+            else:
+                calls = [lambda ws=ws, x=x, s=setting: linear.linears(x, ws, [None] * len(ws), **s) for ws in weights]
+            note(f"ours, {name} {setting or ''}", calls)
     return rows
 
 
@@ -193,7 +221,7 @@ def main() -> None:
         show("decode attention 16 x 8192 mean, one head of 8 full", decode_attention(16, [(32768,) + (4681,) * 7] * 16))
         for size in (64, 80, 96, 256):
             show(f"decode attention 16 x 8192, head size {size}", decode_attention(16, equal, size))
-        for part in (storage_kernels, probe_kernels, small_kernels):
+        for part in (storage_kernels, probe_kernels, small_kernels, lambda: products([{}])):
             for name, result in part():
                 show(name, result)
     if arguments.json:

@@ -223,6 +223,8 @@ class Attachment:
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name, with those of ``**kwargs`` beside the named ones."""
+    if not args:
+        return kwargs
     given = signature.bind_partial(*args, **kwargs).arguments
     return {**given, **given.get("kwargs", {})}
 

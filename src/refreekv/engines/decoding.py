@@ -109,19 +109,23 @@ class Step:
         self.weights = fingerprint(model)
         # Weak: a graph must not keep a finished answer's keys and values alive.
         self._owners: list[weakref.ref[KVArena]] = []
+        self._next = -1
         self._out: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._capture()
 
     def _run(self) -> Any:
-        return self._forward(
+        out = self._forward(
             input_ids=self.ids,
             position_ids=self.positions,
             past_key_values=TableCache(self.tables),
             use_cache=True,
             return_dict=True,
         )
+        # The next token's, so that the host need not say them each time.
+        self.positions.add_(1)
+        return out
 
     def _capture(self) -> None:
         run = torch.compile(self._run, dynamic=False) if self._mode == "compile" else self._run
@@ -130,7 +134,7 @@ class Step:
         # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
         stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
         stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-        stand_ins = fused(self.model) if self._mode == "graph" else nullcontext()
+        stand_ins = fused(self.model, self.ids.shape[0]) if self._mode == "graph" else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), stand_ins:
             with torch.cuda.stream(stream):
                 self._warm_up(run)
@@ -164,6 +168,7 @@ class Step:
         for arena, table in zip(arenas, self.tables, strict=True):
             arena.lend_table(table)
         self._owners = [weakref.ref(arena) for arena in arenas]
+        self._next = -1
 
     def release(self) -> None:
         """Give the tables back to whose they are."""
@@ -173,15 +178,21 @@ class Step:
                 arena.take_table_back()
         self._owners = []
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Any:
-        """Logits for one token a row, ``[B, 1]`` each; what is returned is overwritten by the next call."""
+    def __call__(self, ids: Tensor, positions: Tensor, length: int) -> Any:
+        """Logits for one token a row, ``[B, 1]`` each; what is returned is overwritten by the next call.
+
+        ``length`` is the cache's logical length before the token. From one token to the next of the
+        same cache positions grow by one: they are copied for the first one only.
+        """
         self.ids.copy_(ids)
-        self.positions.copy_(positions)
+        if length != self._next:
+            self.positions.copy_(positions)
         if self._graph is not None:
             self._graph.replay()
         else:
             with torch.no_grad():
                 self._out = self._run()
+        self._next = length + 1
         return self._out
 
 
@@ -226,7 +237,7 @@ class Decoder:
         step = self._step_for(forward, cache, ids.shape[0], arenas)
         for arena in arenas:
             arena.reserve(1)
-        out = step(ids, positions)
+        out = step(ids, positions, length)
         for layer in layers:
             layer.note_appended(1)
         # The next call overwrites the logits.

@@ -14,50 +14,74 @@ import torch
 from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 Forward = Callable[..., Any]
+Forwards = dict[nn.Module, Forward]
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[int]:
+def fused(model: nn.Module, rows: int) -> Iterator[int]:
     """Within, modules of the model run fused kernels where these compute the same; yields how many do.
 
-    Only instances are changed, for one token a row, and by whoever captures the model: other
-    threads that run it meanwhile get the same numbers.
+    Only instances are changed, for one token in each of ``rows`` rows, and by whoever captures the
+    model: other threads that run it meanwhile get the same numbers.
     """
     swapped: list[nn.Module] = []
-    known: dict[Any, Callable[[nn.Module], Forward] | None] = {}
+    known: dict[Any, Callable[[nn.Module], Forwards] | None] = {}
     try:
         for module in list(model.modules()):
             if "forward" in module.__dict__:
-                continue  # somebody else's: not ours to change
-            kind = _kind(module)
-            if kind is None:
-                continue
-            if kind not in known:
-                known[kind] = _stand_in(module)
-            make = known[kind]
-            if make is not None:
-                module.__dict__["forward"] = make(module)
-                swapped.append(module)
+                continue  # somebody else's, or done already
+            for kind, candidates in _kinds(module, rows):
+                if kind not in known:
+                    known[kind] = next((make for make in candidates if _same(module, make, rows)), None)
+                make = known[kind]
+                for part, forward in (make(module) if make is not None else {}).items():
+                    part.__dict__["forward"] = forward
+                    swapped.append(part)
         yield len(swapped)
     finally:
         for module in swapped:
             module.__dict__.pop("forward", None)
 
 
-def _kind(module: nn.Module) -> Any:
-    """What modules share that one comparison is enough for; None for those that nothing stands in for."""
+def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Callable[[nn.Module], Forwards]]]]:
+    """What a module is recognised as, and what may stand in for it.
+
+    A kind is what modules share for which one comparison is enough.
+    """
     weights = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
+    shapes = (type(module), rows, *((name, *_shape(p)) for name, p in module.named_children() if _plain(p)))
     if type(module).__name__.endswith("RMSNorm") and len(weights) == 1 and len(weights[0][0]) == 1:
-        return type(module), weights[0], _epsilon(module)
-    if hasattr(module, "down_proj") and (hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")):
-        projections = [(type(p), tuple(p.weight.shape)) for p in _linears(module)]
-        return (type(module), *projections) if projections else None
+        yield (type(module), weights[0], _epsilon(module)), [_norm(False), _norm(True)]
+    elif hasattr(module, "down_proj") and _linears(module):
+        makers = [_gated(False), _gated(True)]
+        if rows == 1 and all(_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj")):
+            makers = [_gated_linear(False), _gated_linear(True), *makers]
+        yield shapes, makers
     if ROTARY in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):
-        return type(module)
-    return None
+        yield (type(module), ROTARY), [_rotary]
+    if rows == 1 and all(_plain(getattr(module, name, None)) for name in PROJECTIONS):
+        yield (*shapes, PROJECTIONS), [_joint_linears]
+    elif rows == 1 and _plain(module):
+        yield (type(module), *_shape(module)), [_linear]
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module is a linear layer whose weights the kernels can read."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) is nn.Linear
+        and isinstance(weight, Tensor)
+        and weight.dtype in (torch.float16, torch.bfloat16)
+        and weight.is_contiguous()
+    )
+
+
+def _shape(linear: Any) -> tuple[Any, ...]:
+    return tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
@@ -72,23 +96,19 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _stand_in(module: nn.Module) -> Callable[[nn.Module], Forward] | None:
-    """How to make stand-ins for modules like this one, if one computes the same."""
-    if type(module).__name__.endswith("RMSNorm"):
-        candidates = [_norm(one_added) for one_added in (False, True)]
-    elif hasattr(module, "down_proj"):
-        candidates = [_gated(gelu) for gelu in (False, True)]
-    else:
-        return _rotary if _rotary_is_standard(module) else None
-    return next((make for make in candidates if _same(module, make(module))), None)
-
-
-def _same(module: nn.Module, stand_in: Forward) -> bool:
-    parameter = next(module.parameters())
-    size = parameter.shape[-1] if parameter.dim() == 1 else _linears(module)[0].in_features
-    x = _random(parameter, 2, 1, size)
+def _same(module: nn.Module, make: Callable[[nn.Module], Forwards], rows: int) -> bool:
+    """Whether stand-ins compute what the modules they stand for compute."""
+    if make is _rotary:
+        return _rotary_is_standard(module)
     try:
-        return _close(stand_in(x), module(x))
+        for part, forward in make(module).items():
+            parameter = next(part.parameters())
+            size = parameter.shape[-1] if parameter.dim() == 1 or _plain(part) else _linears(part)[0].in_features
+            # Joint stand-ins know their input by identity: it has to be the same for all of them.
+            x = _random(parameter, rows, 1, size)
+            if not _close(forward(x), part(x)):
+                return False
+        return True
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
 
@@ -106,36 +126,86 @@ def _close(got: Tensor, want: Tensor) -> bool:
     return bool((got.double() - want.double()).norm() <= tolerance * want.double().norm())
 
 
-def _norm(one_added: bool) -> Callable[[nn.Module], Forward]:
+def _norm(one_added: bool) -> Callable[[nn.Module], Forwards]:
     from refreekv.kernels import fused as kernels
 
-    def make(module: nn.Module) -> Forward:
+    def make(module: nn.Module) -> Forwards:
         eps = _epsilon(module)
         if eps is None:
             raise AttributeError(f"{type(module).__name__} says no epsilon")
         (weight,) = module.parameters(recurse=False)
-        return lambda x: kernels.rms_norm(x, weight, eps, one_added)
+        return {module: lambda x: kernels.rms_norm(x, weight, eps, one_added)}
 
     return make
 
 
-def _gated(gelu: bool) -> Callable[[nn.Module], Forward]:
+def _gated(gelu: bool) -> Callable[[nn.Module], Forwards]:
     from refreekv.kernels import fused as kernels
 
-    def make(module: Any) -> Forward:
-        if hasattr(module, "gate_proj"):
-            return lambda x: module.down_proj(kernels.gated(module.gate_proj(x), module.up_proj(x), gelu))
+    def make(module: Any) -> Forwards:
+        def apart(x: Tensor) -> Any:
+            return module.down_proj(kernels.gated(module.gate_proj(x), module.up_proj(x), gelu))
 
         def joint(x: Tensor) -> Any:
             gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
             return module.down_proj(kernels.gated(gate, up, gelu))
 
-        return joint
+        return {module: apart if hasattr(module, "gate_proj") else joint}
 
     return make
 
 
-def _rotary(module: nn.Module) -> Forward:
+def _gated_linear(gelu: bool) -> Callable[[nn.Module], Forwards]:
+    from refreekv.kernels import linear as kernels
+
+    def make(module: Any) -> Forwards:
+        gate, up = module.gate_proj, module.up_proj
+        if gate.bias is not None or up.bias is not None or gate.weight.shape != up.weight.shape:
+            raise AttributeError("gate and up projection have biases or different shapes")
+        return {module: lambda x: module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, gelu))}
+
+    return make
+
+
+def _linear(module: Any) -> Forwards:
+    from refreekv.kernels import linear as kernels
+
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() != module.in_features:
+            return nn.functional.linear(x, module.weight, module.bias)
+        (out,) = kernels.linears(x.contiguous(), [module.weight], [module.bias])
+        return out.view(*x.shape[:-1], module.out_features)
+
+    return {module: forward}
+
+
+def _joint_linears(module: Any) -> Forwards:
+    """Three projections in one launch: the first is asked for, the others are there when asked for."""
+    from refreekv.kernels import linear as kernels
+
+    parts = [getattr(module, name) for name in PROJECTIONS]
+    if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
+        raise AttributeError("projections of different kinds")
+    known: dict[str, Any] = {"input": None}
+
+    def forward_of(index: int) -> Forward:
+        part = parts[index]
+
+        def forward(x: Tensor) -> Tensor:
+            if x.numel() != part.in_features:
+                return nn.functional.linear(x, part.weight, part.bias)
+            if known["input"] is not x or index == 0:
+                known["outputs"] = kernels.linears(x.contiguous(), [p.weight for p in parts], [p.bias for p in parts])
+                known["input"] = x
+            out: Tensor = known["outputs"][index]
+            return out.view(*x.shape[:-1], part.out_features)
+
+        return forward
+
+    return {part: forward_of(index) for index, part in enumerate(parts)}
+
+
+def _rotary(module: nn.Module) -> Forwards:
     """The module's own forward, to which the rotary function of its file is another one."""
     from refreekv.kernels import fused as kernels
 
@@ -152,7 +222,7 @@ def _rotary(module: nn.Module) -> Forward:
         own.__code__, {**own.__globals__, ROTARY: rotary}, own.__name__, own.__defaults__, own.__closure__
     )
     copy.__kwdefaults__ = own.__kwdefaults__
-    return types.MethodType(copy, module)
+    return {module: types.MethodType(copy, module)}
 
 
 def _rotary_is_standard(module: nn.Module) -> bool:
