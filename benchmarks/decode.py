@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="dynamic,ours", help="of dynamic, static, ours")
     parser.add_argument("--dynamic", default="", help="points of the dynamic cache, such as 1x8192; default: all")
     parser.add_argument("--static", default="1x8192,8x4096", help="points at which static caches are compiled")
-    parser.add_argument("--decode", default="graph", help="graph, compile or eager")
+    parser.add_argument("--decode", default="graph", help="graph or eager")
     parser.add_argument("--tokens", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new point after so long")
     parser.add_argument("--json", help="write the figures to this file")

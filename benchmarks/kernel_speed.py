@@ -10,7 +10,7 @@ sets, 2 GB and more together where the kernel is bound by memory.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -147,8 +147,8 @@ SHAPES = {
 }
 
 
-def products(settings: list[dict[str, int]]) -> list[tuple[str, dict[str, float]]]:
-    """Products with a layer's weights: torch's at some batch sizes, ours for one row."""
+def products(batch: int, tilings: Sequence[linear.Tiling | None]) -> list[tuple[str, dict[str, float]]]:
+    """Products with a layer's weights: torch's and ours."""
     rows = []
     for name, (outs, size) in SHAPES.items():
         one = sum(outs) * size * 2
@@ -158,19 +158,17 @@ def products(settings: list[dict[str, int]]) -> list[tuple[str, dict[str, float]
             seconds = device_seconds(calls, 8)
             rows.append((what, {"us": seconds * 1e6, "bandwidth": one / seconds}))
 
-        for batch in (1, 16):
-            x = random(batch, 1, size)
-            note(
-                f"torch, {name}, batch {batch}",
-                [lambda ws=ws, x=x: [torch.nn.functional.linear(x, w) for w in ws] for ws in weights],
-            )
-        x = random(1, 1, size)
-        for setting in settings:
+        x = random(batch, 1, size)
+        note(
+            f"torch, {name}, batch {batch}",
+            [lambda ws=ws, x=x: [torch.nn.functional.linear(x, w) for w in ws] for ws in weights],
+        )
+        for tiling in tilings:
             if len(outs) == 2:
-                calls = [lambda ws=ws, x=x, s=setting: linear.gated_linear(x, *ws, False, **s) for ws in weights]
+                calls = [lambda ws=ws, x=x, t=tiling: linear.gated_linear(x, *ws, False, t) for ws in weights]
             else:
-                calls = [lambda ws=ws, x=x, s=setting: linear.linears(x, ws, [None] * len(ws), **s) for ws in weights]
-            note(f"ours, {name} {setting or ''}", calls)
+                calls = [lambda ws=ws, x=x, t=tiling: linear.linears(x, ws, [None] * len(ws), t) for ws in weights]
+            note(f"ours, {name}, batch {batch} {'' if tiling is None else tuple(tiling)}", calls)
     return rows
 
 
@@ -221,7 +219,12 @@ def main() -> None:
         show("decode attention 16 x 8192 mean, one head of 8 full", decode_attention(16, [(32768,) + (4681,) * 7] * 16))
         for size in (64, 80, 96, 256):
             show(f"decode attention 16 x 8192, head size {size}", decode_attention(16, equal, size))
-        for part in (storage_kernels, probe_kernels, small_kernels, lambda: products([{}])):
+        for part in (
+            storage_kernels,
+            probe_kernels,
+            small_kernels,
+            *(lambda b=b: products(b, [None]) for b in (1, 16, 32)),
+        ):
             for name, result in part():
                 show(name, result)
     if arguments.json:

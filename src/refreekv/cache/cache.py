@@ -1,7 +1,7 @@
 """The cache a user holds: transformers' `DynamicCache` with layers that prune themselves."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -122,6 +122,21 @@ class PrunedCache(DynamicCache):
         """Within, no call is a prompt and nothing is pruned, however many tokens it has."""
         with self.state.until(0):
             yield
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give back the memory of finished rows while the others go on decoding.
+
+        The rows stay in the batch; what the model makes of them from now on means nothing.
+
+        Raises
+        ------
+        ValueError
+            The cache's entries are not in storage with room to grow, as they are on CUDA once the
+            prompt was pruned.
+        """
+        self.state.settle()
+        for layer in self.pruned_layers:
+            layer.free_rows(rows)
 
     def reset(self) -> None:
         """Forget everything; the cache can take a new prompt."""

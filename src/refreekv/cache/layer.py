@@ -153,11 +153,24 @@ class ReFreeKVLayer(DynamicLayer):
         """Logical length: all tokens seen, padding included, evicted or not."""
         return self._length
 
+    def reserve(self, tokens: int) -> None:
+        """Make sure that a captured forward has room for more entries in the arena."""
+        assert isinstance(self.ragged, KVArena)
+        if self.ragged.reserve(tokens):
+            self._store(self.ragged)
+
     def note_appended(self, tokens: int) -> None:
         """Count entries that a captured forward wrote to the arena."""
         assert isinstance(self.ragged, KVArena)
         self.ragged.note_appended(tokens)
         self._length += tokens
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give back the memory of finished rows; see `PrunedCache.free_rows`."""
+        if not isinstance(self.ragged, KVArena):
+            raise ValueError("only rows of a cache that decodes on CUDA can be freed; keep the others instead")
+        self.ragged.free_rows(rows)
+        self._store(self.ragged)
 
     # -- what the attention function calls --------------------------------------------------
 

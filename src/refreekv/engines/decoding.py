@@ -10,7 +10,6 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,8 +25,8 @@ from refreekv.engines.fusion import fused
 
 logger = logging.getLogger("refreekv")
 
-DecodeMode = Literal["graph", "compile", "eager"]
-MODES = ("graph", "compile", "eager")
+DecodeMode = Literal["graph", "eager"]
+MODES = ("graph", "eager")
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _KNOWN |= {"logits_to_keep", "cache_position"}
@@ -98,8 +97,8 @@ class Step:
         ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], batch: int, segments: list[int], mode: str):
-        self.model, self._forward, self._mode = model, forward, mode
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], batch: int, segments: list[int]):
+        self.model, self._forward = model, forward
         device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -128,32 +127,30 @@ class Step:
         return out
 
     def _capture(self) -> None:
-        run = torch.compile(self._run, dynamic=False) if self._mode == "compile" else self._run
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
         stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
         stream.wait_stream(torch.cuda.current_stream(self.ids.device))
-        stand_ins = fused(self.model, self.ids.shape[0]) if self._mode == "graph" else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), stand_ins:
+        with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
             with torch.cuda.stream(stream):
-                self._warm_up(run)
+                self._warm_up()
             with capture:
-                self._out = run()
+                self._out = self._run()
         torch.cuda.current_stream(self.ids.device).wait_stream(stream)
         self._graph = graph
         if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
             raise UncapturableError("the model returns no logits")
 
-    def _warm_up(self, run: Callable[[], Any]) -> None:
-        run()
+    def _warm_up(self) -> None:
+        self._run()
         # A capture that fails leaves a mess; what would make it fail is found before.
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")
         try:
-            run()
+            self._run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
@@ -235,8 +232,8 @@ class Decoder:
         layers = self._layers(cache)
         arenas: list[KVArena] = [layer.ragged for layer in layers]  # type: ignore[misc]
         step = self._step_for(forward, cache, ids.shape[0], arenas)
-        for arena in arenas:
-            arena.reserve(1)
+        for layer in layers:
+            layer.reserve(1)
         out = step(ids, positions, length)
         for layer in layers:
             layer.note_appended(1)
@@ -255,7 +252,7 @@ class Decoder:
 
     def _step_for(self, forward: Callable[..., Any], cache: PrunedCache, batch: int, arenas: list[KVArena]) -> Step:
         segments = [batch * arena.kv_heads for arena in arenas]
-        key = (batch, tuple(segments), arenas[0].keys.dtype, cache.decode)
+        key = (batch, tuple(segments), arenas[0].keys.dtype)
         if key in self._refused:
             raise UncapturableError(self._refused[key])
         step = self._steps.get(key)
@@ -267,7 +264,7 @@ class Decoder:
         if step is None:
             self._check_model()
             try:
-                step = Step(self._model, forward, batch, segments, cache.decode)
+                step = Step(self._model, forward, batch, segments)
             except (RuntimeError, UncapturableError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

@@ -2,23 +2,33 @@
 
 A normalisation, a gated activation and a rotary embedding are recognised by what they have, not by
 what model they belong to, and each stand-in is first compared with the module's own code on random
-input. What is not recognised, or does not compute the same, stays as it is.
+input. Products with weights have several stand-ins: the fastest on the device takes the place, if it
+is faster than the module itself. What is not recognised, or does not compute the same, stays as it is.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
+MOST_ROWS = 32
+"""Rows up to which products with weights are bound by reading these."""
+
+TILINGS = 2
+"""Tilings that are tried for each product."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 Forward = Callable[..., Any]
 Forwards = dict[nn.Module, Forward]
+Maker = Callable[[Any], Forwards]
+"""What makes stand-ins for a module, or for some of its children."""
 
 
 @contextmanager
@@ -29,16 +39,20 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
     model: other threads that run it meanwhile get the same numbers.
     """
     swapped: list[nn.Module] = []
-    known: dict[Any, Callable[[nn.Module], Forwards] | None] = {}
+    groups: dict[Any, tuple[list[nn.Module], list[Maker]]] = {}
+    for module in model.modules():
+        if "forward" not in module.__dict__:  # else somebody else's
+            for kind, makers in _kinds(module, rows):
+                groups.setdefault(kind, ([], makers))[0].append(module)
     try:
-        for module in list(model.modules()):
-            if "forward" in module.__dict__:
-                continue  # somebody else's, or done already
-            for kind, candidates in _kinds(module, rows):
-                if kind not in known:
-                    known[kind] = next((make for make in candidates if _same(module, make, rows)), None)
-                make = known[kind]
-                for part, forward in (make(module) if make is not None else {}).items():
+        # Whole modules come before their parts, which may be done already when their turn comes.
+        for modules, makers in groups.values():
+            left = [module for module in modules if "forward" not in module.__dict__]
+            make = _choice(left, makers, rows) if left else None
+            if make is None:
+                continue
+            for module in left:
+                for part, forward in make(module).items():
                     part.__dict__["forward"] = forward
                     swapped.append(part)
         yield len(swapped)
@@ -47,26 +61,27 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
             module.__dict__.pop("forward", None)
 
 
-def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Callable[[nn.Module], Forwards]]]]:
+def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Maker]]]:
     """What a module is recognised as, and what may stand in for it.
 
     A kind is what modules share for which one comparison is enough.
     """
+    few = rows <= MOST_ROWS
     weights = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
     shapes = (type(module), rows, *((name, *_shape(p)) for name, p in module.named_children() if _plain(p)))
     if type(module).__name__.endswith("RMSNorm") and len(weights) == 1 and len(weights[0][0]) == 1:
         yield (type(module), weights[0], _epsilon(module)), [_norm(False), _norm(True)]
     elif hasattr(module, "down_proj") and _linears(module):
-        makers = [_gated(False), _gated(True)]
-        if rows == 1 and all(_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj")):
-            makers = [_gated_linear(False), _gated_linear(True), *makers]
+        makers: list[Maker] = [_gated(False), _gated(True)]
+        if few and all(_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj")):
+            makers = [_GatedLinear(i, gelu) for i in range(TILINGS) for gelu in (False, True)] + makers
         yield shapes, makers
+    if few and all(_plain(getattr(module, name, None)) for name in PROJECTIONS):
+        yield (*shapes, PROJECTIONS), [_Linears(i, PROJECTIONS) for i in range(TILINGS)]
+    elif few and _plain(module):
+        yield (type(module), *_shape(module)), [_Linears(i) for i in range(TILINGS)]
     if ROTARY in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):
         yield (type(module), ROTARY), [_rotary]
-    if rows == 1 and all(_plain(getattr(module, name, None)) for name in PROJECTIONS):
-        yield (*shapes, PROJECTIONS), [_joint_linears]
-    elif rows == 1 and _plain(module):
-        yield (type(module), *_shape(module)), [_linear]
 
 
 def _plain(module: Any) -> bool:
@@ -84,6 +99,11 @@ def _shape(linear: Any) -> tuple[Any, ...]:
     return tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None
 
 
+def _few_rows(x: Tensor) -> bool:
+    """Whether this is one token in each of a few rows."""
+    return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS
+
+
 def _linears(module: nn.Module) -> list[nn.Linear]:
     return [p for p in module.children() if isinstance(p, nn.Linear)]
 
@@ -96,21 +116,63 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _same(module: nn.Module, make: Callable[[nn.Module], Forwards], rows: int) -> bool:
+def _choice(modules: list[nn.Module], makers: list[Maker], rows: int) -> Maker | None:
+    """Whose stand-ins compute the same as these modules, which are of one kind, and take the least time."""
+    same = [make for make in makers if _same(modules[0], make, rows)]
+    if not any(isinstance(make, _Timed) for make in same) or not next(modules[0].parameters()).is_cuda:
+        return same[0] if same else None
+    # Several modules, lest weights that stay in the cache be what is timed.
+    some = modules[:8]
+    parts = [part for module in some for part in same[0](module)]
+    # The same tensor for all of them: parts with a joint stand-in have one input.
+    x = _input(parts[0], rows)
+    times: list[tuple[float, Maker | None]] = [(_seconds(parts, x), None)]
+    for make in same:
+        forwards = [forward for module in some for forward in make(module).values()]
+        times.append((_seconds(forwards, x), make))
+    return min(times, key=lambda pair: pair[0])[1]
+
+
+def _seconds(calls: Sequence[Callable[..., Any]], x: Tensor) -> float:
+    """Least time that the calls take one after the other, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    stream: torch.cuda.Stream = torch.cuda.graph(graph).capture_stream  # type: ignore[assignment]
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call(x)
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for call in calls:
+                call(x)
+        finally:
+            graph.capture_end()
+        times = []
+        for _ in range(5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)))
+    return min(times)
+
+
+def _same(module: nn.Module, make: Maker, rows: int) -> bool:
     """Whether stand-ins compute what the modules they stand for compute."""
     if make is _rotary:
         return _rotary_is_standard(module)
     try:
-        for part, forward in make(module).items():
-            parameter = next(part.parameters())
-            size = parameter.shape[-1] if parameter.dim() == 1 or _plain(part) else _linears(part)[0].in_features
-            # Joint stand-ins know their input by identity: it has to be the same for all of them.
-            x = _random(parameter, rows, 1, size)
-            if not _close(forward(x), part(x)):
-                return False
-        return True
+        return all(_close(forward(x), part(x)) for part, forward in make(module).items() for x in [_input(part, rows)])
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
+
+
+def _input(part: nn.Module, rows: int) -> Tensor:
+    """Random input of a module, the same for modules of one input size: joint stand-ins look at that."""
+    parameter = next(part.parameters())
+    size = parameter.shape[-1] if parameter.dim() == 1 or _plain(part) else _linears(part)[0].in_features
+    return _random(parameter, rows, 1, size)
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
@@ -126,7 +188,7 @@ def _close(got: Tensor, want: Tensor) -> bool:
     return bool((got.double() - want.double()).norm() <= tolerance * want.double().norm())
 
 
-def _norm(one_added: bool) -> Callable[[nn.Module], Forwards]:
+def _norm(one_added: bool) -> Maker:
     from refreekv.kernels import fused as kernels
 
     def make(module: nn.Module) -> Forwards:
@@ -139,7 +201,7 @@ def _norm(one_added: bool) -> Callable[[nn.Module], Forwards]:
     return make
 
 
-def _gated(gelu: bool) -> Callable[[nn.Module], Forwards]:
+def _gated(gelu: bool) -> Maker:
     from refreekv.kernels import fused as kernels
 
     def make(module: Any) -> Forwards:
@@ -155,54 +217,76 @@ def _gated(gelu: bool) -> Callable[[nn.Module], Forwards]:
     return make
 
 
-def _gated_linear(gelu: bool) -> Callable[[nn.Module], Forwards]:
-    from refreekv.kernels import linear as kernels
+@dataclass(frozen=True)
+class _Timed:
+    """Makes stand-ins that are worth it only if they are faster.
 
-    def make(module: Any) -> Forwards:
+    Attributes
+    ----------
+    tiling : int
+        Index into what `kernels.linear.tilings` gives for the number of rows.
+    """
+
+    tiling: int
+
+
+@dataclass(frozen=True)
+class _GatedLinear(_Timed):
+    """Both products and the activation in one launch."""
+
+    gelu: bool
+
+    def __call__(self, module: Any) -> Forwards:
+        from refreekv.kernels import linear as kernels
+
         gate, up = module.gate_proj, module.up_proj
         if gate.bias is not None or up.bias is not None or gate.weight.shape != up.weight.shape:
             raise AttributeError("gate and up projection have biases or different shapes")
-        return {module: lambda x: module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, gelu))}
 
-    return make
+        def forward(x: Tensor) -> Any:
+            if not _few_rows(x):
+                return type(module).forward(module, x)
+            tiling = kernels.tilings(x.shape[0])[self.tiling]
+            return module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, self.gelu, tiling))
 
-
-def _linear(module: Any) -> Forwards:
-    from refreekv.kernels import linear as kernels
-
-    def forward(x: Tensor) -> Tensor:
-        if x.numel() != module.in_features:
-            return nn.functional.linear(x, module.weight, module.bias)
-        (out,) = kernels.linears(x.contiguous(), [module.weight], [module.bias])
-        return out.view(*x.shape[:-1], module.out_features)
-
-    return {module: forward}
+        return {module: forward}
 
 
-def _joint_linears(module: Any) -> Forwards:
-    """Three projections in one launch: the first is asked for, the others are there when asked for."""
-    from refreekv.kernels import linear as kernels
+@dataclass(frozen=True)
+class _Linears(_Timed):
+    """A linear layer, or several children of a module in one launch.
 
-    parts = [getattr(module, name) for name in PROJECTIONS]
-    if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
-        raise AttributeError("projections of different kinds")
-    known: dict[str, Any] = {"input": None}
+    The first child is asked for; the others' results are there when they are asked for with the
+    same input.
+    """
 
-    def forward_of(index: int) -> Forward:
-        part = parts[index]
+    names: tuple[str, ...] = ()
 
-        def forward(x: Tensor) -> Tensor:
-            if x.numel() != part.in_features:
-                return nn.functional.linear(x, part.weight, part.bias)
-            if known["input"] is not x or index == 0:
-                known["outputs"] = kernels.linears(x.contiguous(), [p.weight for p in parts], [p.bias for p in parts])
-                known["input"] = x
-            out: Tensor = known["outputs"][index]
-            return out.view(*x.shape[:-1], part.out_features)
+    def __call__(self, module: Any) -> Forwards:
+        from refreekv.kernels import linear as kernels
 
-        return forward
+        parts = [getattr(module, name) for name in self.names] or [module]
+        if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
+            raise AttributeError("projections of different kinds")
+        known: dict[str, Any] = {"input": None}
 
-    return {part: forward_of(index) for index, part in enumerate(parts)}
+        def forward_of(index: int) -> Forward:
+            part = parts[index]
+
+            def forward(x: Tensor) -> Tensor:
+                if not _few_rows(x):
+                    return nn.functional.linear(x, part.weight, part.bias)
+                if known["input"] is not x or index == 0:
+                    weights, biases = [p.weight for p in parts], [p.bias for p in parts]
+                    tiling = kernels.tilings(x.shape[0])[self.tiling]
+                    known["outputs"] = kernels.linears(x.contiguous(), weights, biases, tiling)
+                    known["input"] = x
+                out: Tensor = known["outputs"][index]
+                return out
+
+            return forward
+
+        return {part: forward_of(index) for index, part in enumerate(parts)}
 
 
 def _rotary(module: nn.Module) -> Forwards:

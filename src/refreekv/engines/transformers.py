@@ -36,9 +36,8 @@ class ReFreeKVCache(PrunedCache):
         entries. None: in the model's precision.
     decode : str
         How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
-        within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
-        is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
-        one reason that is logged. On the CPU there is nothing to capture.
+        in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason
+        that is logged. On the CPU there is nothing to capture.
     decode_interval : int or None
         Generated tokens after which the policy looks again, so that long answers stop growing the
         cache; None: only prompts are pruned.
@@ -170,9 +169,8 @@ def compress(
         entries. None: in the model's precision.
     decode : str
         How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
-        within a second or so; ``"compile"`` the same after torch.compile, which takes a minute and
-        is the fastest; ``"eager"`` through neither. What cannot be captured is decoded eagerly, for
-        one reason that is logged. On the CPU there is nothing to capture.
+        in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason
+        that is logged. On the CPU there is nothing to capture.
     decode_interval : int or None
         Generated tokens after which the policy looks again, so that long answers stop growing the
         cache; None: only prompts are pruned.

@@ -1,11 +1,12 @@
-"""Products of one row with weight matrices: every weight is read once, as fast as memory gives it.
+"""Products of a few rows with weight matrices: every weight is read once, as fast as memory gives it.
 
-At one token and one row a linear layer is its weights' bytes and nothing else. Libraries' matrix
+While a batch decodes, a linear layer is its weights' bytes and little else. Libraries' matrix
 products are made for more rows; and the two or three products that share an input, each too small
-to fill the device, are one launch here.
+to fill the device, are one launch here, as are the two of a gated layer and its activation.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,87 +15,141 @@ from torch import Tensor
 
 
 @triton.jit
-def _rows(x, weight, size, n, rows, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``weight[n] @ x`` in float32."""
+def _one_row(x, weight, size, n, count, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``weight[n] @ x`` in float32: ``[1, BLOCK_N]``."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     lines = weight + n.to(tl.int64)[:, None] * size
     for start in range(0, size, BLOCK_K):
         inside = start + k < size
         w = tl.load(
-            lines + (start + k)[None, :], (n < rows)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first"
+            lines + (start + k)[None, :], (n < count)[:, None] & inside[None, :], 0.0, eviction_policy="evict_first"
         )
         total += w.to(tl.float32) * tl.load(x + start + k, inside, 0.0).to(tl.float32)[None, :]
-    return tl.sum(total, 1)
+    return tl.sum(total, 1)[None, :]
+
+
+@triton.jit
+def _some_rows(
+    x, weight, size, m, rows, n, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """``x[m] @ weight[n].T`` in float32: ``[BLOCK_M, BLOCK_N]``."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lines = weight + n.to(tl.int64)[None, :] * size
+    for start in range(0, size, BLOCK_K):
+        inside = start + k < size
+        w = tl.load(
+            lines + (start + k)[:, None], (n < count)[None, :] & inside[:, None], 0.0, eviction_policy="evict_first"
+        )
+        part = tl.load(x + m[:, None] * size + (start + k)[None, :], (m < rows)[:, None] & inside[None, :], 0.0)
+        total = tl.dot(part, w, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _product(
+    x, weight, size, m, rows, n, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    if BLOCK_M == 1:
+        result = _one_row(x, weight, size, n, count, BLOCK_N, BLOCK_K)
+    else:
+        result = _some_rows(x, weight, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K)
+    return result
 
 
 @triton.jit
 def _linear_kernel(
-    x, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, blocks0, blocks1, size,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, blocks0, blocks1, rows, size,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Up to three products with one input; each program makes a few numbers of one of them."""
+    """Up to three products with one input; each program makes a few columns of one of them."""
     block = tl.program_id(0)
     if block < blocks0:
-        weight, bias, y, rows = w0, b0, y0, n0
+        weight, bias, y, count = w0, b0, y0, n0
     elif block < blocks0 + blocks1:
-        weight, bias, y, rows = w1, b1, y1, n1
+        weight, bias, y, count = w1, b1, y1, n1
         block -= blocks0
     else:
-        weight, bias, y, rows = w2, b2, y2, n2
+        weight, bias, y, count = w2, b2, y2, n2
         block -= blocks0 + blocks1
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    result = _rows(x, weight, size, n, rows, BLOCK_N, BLOCK_K)
+    n, m = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    result = _product(x, weight, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
-        result += tl.load(bias + n, n < rows, 0.0).to(tl.float32)
-    tl.store(y + n, result.to(y.dtype.element_ty), n < rows)
+        result += tl.load(bias + n, n < count, 0.0).to(tl.float32)[None, :]
+    inside = (m < rows)[:, None] & (n < count)[None, :]
+    tl.store(y + m[:, None] * count + n[None, :], result.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _gated_linear_kernel(
-    x, gate, up, y, rows, size, GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x, gate, up, y, count, rows, size,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     kind = y.dtype.element_ty
-    g = _rows(x, gate, size, n, rows, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
-    u = _rows(x, up, size, n, rows, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
+    g = _product(x, gate, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
+    u = _product(x, up, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
     inner = 1.5957691216057308 * (g + 0.044715 * g * g * g) if GELU else g
-    active = g / (1.0 + tl.exp(-inner))
-    tl.store(y + n, (active.to(kind).to(tl.float32) * u).to(kind), n < rows)
+    active = (g / (1.0 + tl.exp(-inner))).to(kind).to(tl.float32)
+    inside = (m < rows)[:, None] & (n < count)[None, :]
+    tl.store(y + m[:, None] * count + n[None, :], (active * u).to(kind), inside)
 
 
-BLOCK_N, BLOCK_K = 4, 1024
+class Tiling(NamedTuple):
+    """How one launch is cut up: columns and length of a tile, warps, stages of software pipelining."""
+
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+
+
+def tilings(rows: int) -> tuple[Tiling, ...]:
+    """What is worth trying for so many rows; which is fastest depends on the shapes and the device."""
+    return (Tiling(4, 1024), Tiling(8, 512)) if rows == 1 else (Tiling(16, 256, 4, 5), Tiling(32, 256, 4, 4))
 
 
 def linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    block_n: int = BLOCK_N,
-    block_k: int = BLOCK_K,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tiling: Tiling | None = None
 ) -> list[Tensor]:
-    """``x @ weight.T + bias`` for one to three weights ``[N, K]``; ``x`` is ``[1, 1, K]``, results ``[1, 1, N]``."""
-    outs = [torch.empty(1, 1, w.shape[0], dtype=x.dtype, device=x.device) for w in weights]
-    rows = [w.shape[0] for w in weights]
-    blocks = [triton.cdiv(n, block_n) for n in rows]
+    """``x @ weight.T + bias`` for one to three weights ``[N, K]``.
+
+    ``x`` is ``[B, 1, K]`` with a few dozen rows at most; results are ``[B, 1, N]``. Either all
+    weights have a bias or none has.
+    """
+    rows, size = x.shape[0], x.shape[-1]
+    tiling = tilings(rows)[0] if tiling is None else tiling
+    outs = [torch.empty(rows, 1, w.shape[0], dtype=x.dtype, device=x.device) for w in weights]
+    counts = [w.shape[0] for w in weights]
+    blocks = [triton.cdiv(n, tiling.block_n) for n in counts]
     spare = 3 - len(weights)
     w, y = [*weights, *[weights[0]] * spare], [*outs, *[outs[0]] * spare]
     has_bias = biases[0] is not None
     b = [*biases, *[biases[0]] * spare] if has_bias else w
-    rows, blocks = [*rows, *[0] * spare], [*blocks, *[0] * spare]
+    counts, blocks = [*counts, *[0] * spare], [*blocks, *[0] * spare]
     _linear_kernel[(sum(blocks),)](
-        x, *w, *b, *y, *rows, blocks[0], blocks[1], x.shape[-1],
-        HAS_BIAS=has_bias, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
-    )  # fmt: skip
+        x, *w, *b, *y, *counts, blocks[0], blocks[1], rows, size, HAS_BIAS=has_bias, **_settings(rows, tiling)
+    )
     return outs
 
 
-def gated_linear(
-    x: Tensor, gate: Tensor, up: Tensor, gelu: bool, block_n: int = BLOCK_N, block_k: int = BLOCK_K
-) -> Tensor:
-    """``silu(x @ gate.T) * (x @ up.T)``, or with the tanh form of GELU; ``[1, 1, K]`` to ``[1, 1, N]``."""
-    out = torch.empty(1, 1, gate.shape[0], dtype=x.dtype, device=x.device)
-    _gated_linear_kernel[(triton.cdiv(gate.shape[0], block_n),)](
-        x, gate, up, out, gate.shape[0], x.shape[-1], GELU=gelu, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor, gelu: bool, tiling: Tiling | None = None) -> Tensor:
+    """``silu(x @ gate.T) * (x @ up.T)``, or with the tanh form of GELU; ``[B, 1, K]`` to ``[B, 1, N]``."""
+    rows, size, count = x.shape[0], x.shape[-1], gate.shape[0]
+    tiling = tilings(rows)[0] if tiling is None else tiling
+    out = torch.empty(rows, 1, count, dtype=x.dtype, device=x.device)
+    _gated_linear_kernel[(triton.cdiv(count, tiling.block_n),)](
+        x, gate, up, out, count, rows, size, GELU=gelu, **_settings(rows, tiling)
     )
     return out
+
+
+def _settings(rows: int, tiling: Tiling) -> dict[str, int]:
+    return {
+        "BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
+        "BLOCK_N": tiling.block_n,
+        "BLOCK_K": tiling.block_k,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
