@@ -2,25 +2,20 @@
 
 A normalisation, a gated activation and a rotary embedding are recognised by what they have, not by
 what model they belong to, and each stand-in is first compared with the module's own code on random
-input. Products with weights have several stand-ins: the fastest on the device takes the place, if it
-is faster than the module itself. What is not recognised, or does not compute the same, stays as it is.
+input. What is not recognised, or does not compute the same, stays as it is.
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
-MOST_ROWS = 32
-"""Rows up to which products with weights are bound by reading these."""
-
-TILINGS = 2
-"""Tilings that are tried for each product."""
+MOST_ROWS = 1
+"""Rows up to which our products with weights are known to beat the library's; see docs/performance.md."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -48,7 +43,7 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
         # Whole modules come before their parts, which may be done already when their turn comes.
         for modules, makers in groups.values():
             left = [module for module in modules if "forward" not in module.__dict__]
-            make = _choice(left, makers, rows) if left else None
+            make = next((m for m in makers if _same(left[0], m, rows)), None) if left else None
             if make is None:
                 continue
             for module in left:
@@ -74,12 +69,12 @@ def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Maker]]]:
     elif hasattr(module, "down_proj") and _linears(module):
         makers: list[Maker] = [_gated(False), _gated(True)]
         if few and all(_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj")):
-            makers = [_GatedLinear(i, gelu) for i in range(TILINGS) for gelu in (False, True)] + makers
+            makers = [_gated_linear(False), _gated_linear(True), *makers]
         yield shapes, makers
     if few and all(_plain(getattr(module, name, None)) for name in PROJECTIONS):
-        yield (*shapes, PROJECTIONS), [_Linears(i, PROJECTIONS) for i in range(TILINGS)]
+        yield (*shapes, PROJECTIONS), [_linears_of(*PROJECTIONS)]
     elif few and _plain(module):
-        yield (type(module), *_shape(module)), [_Linears(i) for i in range(TILINGS)]
+        yield (type(module), *_shape(module)), [_linears_of()]
     if ROTARY in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):
         yield (type(module), ROTARY), [_rotary]
 
@@ -116,55 +111,13 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _choice(modules: list[nn.Module], makers: list[Maker], rows: int) -> Maker | None:
-    """Whose stand-ins compute the same as these modules, which are of one kind, and take the least time."""
-    same = [make for make in makers if _same(modules[0], make, rows)]
-    if not any(isinstance(make, _Timed) for make in same) or not next(modules[0].parameters()).is_cuda:
-        return same[0] if same else None
-    # Several modules, lest weights that stay in the cache be what is timed.
-    some = modules[:8]
-    parts = [part for module in some for part in same[0](module)]
-    # The same tensor for all of them: parts with a joint stand-in have one input.
-    x = _input(parts[0], rows)
-    times: list[tuple[float, Maker | None]] = [(_seconds(parts, x), None)]
-    for make in same:
-        forwards = [forward for module in some for forward in make(module).values()]
-        times.append((_seconds(forwards, x), make))
-    return min(times, key=lambda pair: pair[0])[1]
-
-
-def _seconds(calls: Sequence[Callable[..., Any]], x: Tensor) -> float:
-    """Least time that the calls take one after the other, as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    stream: torch.cuda.Stream = torch.cuda.graph(graph).capture_stream  # type: ignore[assignment]
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call(x)
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for call in calls:
-                call(x)
-        finally:
-            graph.capture_end()
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)))
-    return min(times)
-
-
 def _same(module: nn.Module, make: Maker, rows: int) -> bool:
     """Whether stand-ins compute what the modules they stand for compute."""
     if make is _rotary:
         return _rotary_is_standard(module)
     try:
         return all(_close(forward(x), part(x)) for part, forward in make(module).items() for x in [_input(part, rows)])
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    except Exception:  # whatever keeps a stand-in from running, the module itself still runs
         return False
 
 
@@ -217,28 +170,11 @@ def _gated(gelu: bool) -> Maker:
     return make
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """Makes stand-ins that are worth it only if they are faster.
-
-    Attributes
-    ----------
-    tiling : int
-        Index into what `kernels.linear.tilings` gives for the number of rows.
-    """
-
-    tiling: int
-
-
-@dataclass(frozen=True)
-class _GatedLinear(_Timed):
+def _gated_linear(gelu: bool) -> Maker:
     """Both products and the activation in one launch."""
+    from refreekv.kernels import linear as kernels
 
-    gelu: bool
-
-    def __call__(self, module: Any) -> Forwards:
-        from refreekv.kernels import linear as kernels
-
+    def make(module: Any) -> Forwards:
         gate, up = module.gate_proj, module.up_proj
         if gate.bias is not None or up.bias is not None or gate.weight.shape != up.weight.shape:
             raise AttributeError("gate and up projection have biases or different shapes")
@@ -246,26 +182,23 @@ class _GatedLinear(_Timed):
         def forward(x: Tensor) -> Any:
             if not _few_rows(x):
                 return type(module).forward(module, x)
-            tiling = kernels.tilings(x.shape[0])[self.tiling]
-            return module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, self.gelu, tiling))
+            return module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, gelu))
 
         return {module: forward}
 
+    return make
 
-@dataclass(frozen=True)
-class _Linears(_Timed):
+
+def _linears_of(*names: str) -> Maker:
     """A linear layer, or several children of a module in one launch.
 
     The first child is asked for; the others' results are there when they are asked for with the
     same input.
     """
+    from refreekv.kernels import linear as kernels
 
-    names: tuple[str, ...] = ()
-
-    def __call__(self, module: Any) -> Forwards:
-        from refreekv.kernels import linear as kernels
-
-        parts = [getattr(module, name) for name in self.names] or [module]
+    def make(module: Any) -> Forwards:
+        parts = [getattr(module, name) for name in names] or [module]
         if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
             raise AttributeError("projections of different kinds")
         known: dict[str, Any] = {"input": None}
@@ -278,8 +211,7 @@ class _Linears(_Timed):
                     return nn.functional.linear(x, part.weight, part.bias)
                 if known["input"] is not x or index == 0:
                     weights, biases = [p.weight for p in parts], [p.bias for p in parts]
-                    tiling = kernels.tilings(x.shape[0])[self.tiling]
-                    known["outputs"] = kernels.linears(x.contiguous(), weights, biases, tiling)
+                    known["outputs"] = kernels.linears(x.contiguous(), weights, biases)
                     known["input"] = x
                 out: Tensor = known["outputs"][index]
                 return out
@@ -287,6 +219,8 @@ class _Linears(_Timed):
             return forward
 
         return {part: forward_of(index) for index, part in enumerate(parts)}
+
+    return make
 
 
 def _rotary(module: nn.Module) -> Forwards:
