@@ -461,6 +461,35 @@ def test_a_device_map_is_left_to_accelerate(folder, monkeypatch):
     assert Conversation(model, PRUNING, max_new_tokens=3).say(words(20, 1)).answer
 
 
+def test_parts_that_are_kept_elsewhere_answer_the_same(loaded, folder, tmp_path):
+    pytest.importorskip("accelerate")
+    # What accelerate does where a model is larger than its memory: every other layer comes from the disk when needed.
+    places = {f"model.layers.{at}": "disk" if at % 2 else "cpu" for at in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path)).eval()
+    assert next(model.model.layers[1].parameters()).device.type == "meta"
+    talks = [Conversation(given, PRUNING, max_new_tokens=5, chunk=16) for given in (
+        loaded, loading.Loaded("offloaded", model, loaded.tokenizer)
+    )]  # fmt: skip
+    for seed in (1, 2):
+        one, other = (talk.say(words(40, seed)) for talk in talks)
+        assert one.report == other.report
+    assert talks[0].tokens == talks[1].tokens
+
+
+def test_a_gpu_s_weights_go_through_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    from refreekv.cli.weights import quantization_config
+
+    cuda = torch.device("cuda")
+    assert quantization_config("auto", cuda, None) is None
+    assert quantization_config("int8", cuda, None).load_in_8bit
+    four = quantization_config("int4", cuda, torch.float16)
+    assert four.load_in_4bit
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
+
+
 def test_a_part_on_the_cpu_does_not_move_the_input():
     def device(**placed):
         return loading.Loaded("m", types.SimpleNamespace(hf_device_map=placed), None).device

@@ -278,7 +278,7 @@ class _Drawing(_Streaming):
     def on_read(self, read: int, total: int) -> None:
         before = len(self.chat.conversation.tokens)
         self._status = Status(before + total, note=f"reading {read:,} of {total:,} …" if read < total else "reading …")
-        self._draw(at_once=True)
+        self._draw()
 
     def on_text(self, text: str, tokens: int, seconds: float) -> None:
         self._open += printable(text)
@@ -289,6 +289,8 @@ class _Drawing(_Streaming):
             # A paragraph that would fill the screen: the lines it makes are whole, too.
             *done, last = Text(self._open).wrap(self.chat.console, self.chat.console.width)
             self._scroll("\n".join(line.plain for line in done), last.plain)
+        if time.perf_counter() - self._drawn < REFRESH:
+            return  # a report at every token would make a GPU wait for it
         report = self.chat.conversation.live_report
         rate = (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None
         self._status = Status(self._status.prompt_tokens, report, rate, "Ctrl-C stops")
@@ -307,10 +309,9 @@ class _Drawing(_Streaming):
         status = Text(said, style="dim", no_wrap=True, overflow="ellipsis")
         return Group(Text(self._open), status) if self._open else status
 
-    def _draw(self, *, at_once: bool = False) -> None:
-        if at_once or time.perf_counter() - self._drawn > REFRESH:
-            self._drawn = time.perf_counter()
-            self._live.update(self._shown(), refresh=True)
+    def _draw(self) -> None:
+        self._drawn = time.perf_counter()
+        self._live.update(self._shown(), refresh=True)
 
 
 @contextlib.contextmanager
