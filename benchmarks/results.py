@@ -5,12 +5,14 @@
 The page is written by hand but for what stands between a pair of marks such as
 ``<!-- begin MODEL:peers -->`` and ``<!-- end -->``; that is made here anew. ``MODEL`` is the
 results file's name up to its first dot. Figures are ``MODEL-frontier.svg`` and ``MODEL-length.svg``.
+``--compact DIR`` writes the runs without what the page does not need, small enough to be kept.
 Needs matplotlib (the extra ``report``).
 """
 
 import argparse
 import gzip
 import itertools
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +25,25 @@ from refreekv.evaluation.sweeps import FULL
 
 LENGTHS = (0, 512, 1024, 2048, 4096, 8192)
 """Bounds of the prompt lengths that are told apart, in tokens."""
+
+DEVELOPMENT = [
+    "2wikimqa-e",
+    "few-shot-arithmetic",
+    "gsm8k",
+    "hotpotqa:after",
+    "instructions",
+    "kv-retrieval-75",
+    "long-code",
+    "multi-key-retrieval",
+    "pg19",
+    "qasper-e",
+    "qmsum-meetings",
+    "question-after",
+    "ruler-niah-multikey-2",
+    "ruler-vt",
+    "system-prompt",
+]
+"""Families that `adaptive` was chosen on (docs/experiments.md)."""
 
 MARK = re.compile(r"(<!-- begin ([\w.-]+):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -65,6 +86,19 @@ def _read(path: Path) -> Any:
         return store.read(plain)
 
 
+def compact(path: Path, folder: Path) -> None:
+    """A results file without the shares of heads, gzipped; the same for the same content."""
+    plain = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = []
+    for line in plain.decode().splitlines():
+        data = json.loads(line)
+        data.pop("kept_heads", None)
+        lines.append(json.dumps(data, ensure_ascii=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{path.name.partition('.')[0]}.jsonl.gz"
+    target.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
 # -- tables -------------------------------------------------------------------------------
 
 
@@ -101,6 +135,18 @@ def peers(run: Run) -> str:
     ablations = set(sweeps.choose(suites=["paper-ablations"])) - set(sweeps.choose(suites=["peers"]))
     names = [name for name in run.rows if name not in ablations and name != FULL]
     return _policies(run, sorted(names, key=lambda name: (name.partition(":")[0], run.rows[name].budget)))
+
+
+def validation(run: Run) -> str:
+    """Policies at about three quarters, and adaptive ones, over the families that served no choice."""
+    rows = {
+        row.policy: row
+        for row in summary.summarize(one for one in run.records if one.family not in DEVELOPMENT).overall
+    }
+    on_grid = [name for name in run.adaptive if _on_grid(name)]
+    shown = [FULL, *on_grid, *(name for name in rows if name.endswith(":ratio=0.75") and _on_grid(name))]
+    found = sorted((rows[name] for name in shown if name in rows), key=lambda row: (row.policy != FULL, row.kl))
+    return table(summary.HEADINGS, [summary.cells(row) for row in found])
 
 
 def ablations(run: Run) -> str:
@@ -148,6 +194,7 @@ def lengths(run: Run) -> str:
 TABLES: dict[str, Callable[[Run], str]] = {
     "setup": setup,
     "peers": peers,
+    "validation": validation,
     "ablations": ablations,
     "families": families,
     "lengths": lengths,
@@ -181,8 +228,8 @@ def _axes(title: str) -> tuple[Any, Any]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "refreekv"  # the same file for the same numbers
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    mpl.rcParams |= {"svg.hashsalt": "refreekv", "svg.fonttype": "none"}  # the same file for the same numbers
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -191,15 +238,21 @@ def _axes(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _on_grid(name: str) -> bool:
+    """Whether a policy differs from its defaults in nothing but what moves its budget."""
+    base, _, parameters = name.partition(":")
+    moved = sweeps.GRIDS.get(base, "ratio").partition("=")[0]
+    return all(part.partition("=")[0] == moved for part in parameters.split(",") if part)
+
+
 def frontier(run: Run, path: Path) -> None:
     """Budget against KL, a line for each policy."""
     import matplotlib as mpl
 
     figure, axes = _axes(f"{run.setup['model']}: what is kept, and what that costs (n={run.rows[FULL].n})")
     groups: dict[str, list[summary.Row]] = {}
-    shown = set(sweeps.choose(suites=["peers"]))
     for name, row in run.rows.items():
-        if name != FULL and (name in shown or name.partition(":")[0] not in ("refreekv", "refreekv-heavy-hitter")):
+        if name != FULL and _on_grid(name):
             groups.setdefault(name.partition(":")[0], []).append(row)
     colours, markers = mpl.colormaps["tab20"].colors, "osD^v<>P*Xhp"
     ours = ("refreekv", "adaptive")
@@ -219,7 +272,7 @@ def frontier(run: Run, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("K/V kept, % of all layers, KV heads and positions (mean of families)")
     axes.set_ylabel("KL(full‖pruned), nats a token (mean of families)")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -230,7 +283,8 @@ def budget_by_length(run: Run, path: Path) -> None:
     figure, axes = _axes(f"{run.setup['model']}: what is kept, by prompt length")
     bounds = list(itertools.pairwise(LENGTHS))
     wanted = set(sweeps.choose(suites=["peers"]))
-    names = [name for name in run.adaptive if name in wanted]
+    # Where little was lost, or the one with its defaults.
+    names = [name for name in run.adaptive if name in wanted and (":" not in name or run.rows[name].kl < 0.25)]
     for index, name in enumerate(names):
         points = []
         for low, high in bounds:
@@ -248,7 +302,7 @@ def budget_by_length(run: Run, path: Path) -> None:
     axes.set_ylim(0, 102)
     axes.set_xlabel("tokens of the prompt (mean of each length class)")
     axes.set_ylabel("K/V kept, %")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -258,7 +312,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="results files")
     parser.add_argument("--page", type=Path, required=True)
     parser.add_argument("--figures", type=Path, required=True)
+    parser.add_argument("--compact", type=Path, metavar="DIR")
     arguments = parser.parse_args()
+    if arguments.compact is not None:
+        for path in arguments.runs:
+            compact(path, arguments.compact)
     runs = [Run(path) for path in arguments.runs]
     arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     arguments.figures.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ RATIOS = (0.2, 0.5, 0.75, 0.9)
 """Budgets that policies with one are compared at."""
 
 GRIDS = {
-    "adaptive": "constant=1e-4,2e-4,4e-4,1e-3,3e-3",
+    "adaptive": "constant=1e-4,2e-4,4e-4,8e-4,1.6e-3,3.2e-3",
     "gvote": "p=0.9,0.95,0.99",
     "refreekv": "threshold=0.001,0.01,0.05,0.1",
     "refreekv-heavy-hitter": "threshold=0.01,0.05,0.1",
