@@ -91,6 +91,8 @@ def test_summary_is_a_mean_over_families_with_the_worst_named():
     ]
     group = summarise("p", records)
     assert group.n == 4
+    changed = [replace(record, answer_nll_change=record.kl_mean) for record in records]
+    assert summarise("p", changed).answer_nll_change == pytest.approx((0.2 + 1.0) / 2)
     assert group.metrics["kl_mean"].value == pytest.approx((0.2 + 1.0) / 2)
     assert group.metrics["same_path"].value == pytest.approx((2 / 3 + 0) / 2)
     assert group.worst["kl_mean"][0] == "b"

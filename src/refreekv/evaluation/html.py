@@ -184,7 +184,13 @@ def summarise(policy: str, records: Sequence[FidelityRecord]) -> Group:
         found_worst = max(families, key=lambda group: _or_inf(sign * group.metrics[name].value))
         worst[name] = (found_worst.name, found_worst.metrics[name])
     macro = _estimates(means.mean(0), torch.stack(drawn).mean(0))
-    return replace(_group(policy, records, macro), worst=worst, families=tuple(families))
+    changes = [group.answer_nll_change for group in families if group.answer_nll_change is not None]
+    return replace(
+        _group(policy, records, macro),
+        answer_nll_change=mean(changes) if changes else None,
+        worst=worst,
+        families=tuple(families),
+    )
 
 
 def _group(name: str, records: Sequence[FidelityRecord], metrics: dict[str, Estimate]) -> Group:
