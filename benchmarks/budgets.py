@@ -1,54 +1,76 @@
-"""What policies keep by prompt length, for ``refreekv plan``: from the results of ``refreekv eval``.
+"""What policies keep by prompt length, for ``refreekv plan``: from results of the fidelity bench.
 
-    refreekv eval --model … --data-dir … --policy … --continuation 8 --show 0 --out results.jsonl
-    python benchmarks/budgets.py results.jsonl --machine "2-core CPU" --command "refreekv eval …"
+    python benchmarks/budgets.py                       # from benchmarks/runs, as committed
+    python benchmarks/budgets.py results.jsonl --out mine.json --machine "one RTX 4090" --command "refreekv eval …"
 
-writes ``src/refreekv/planner/budgets.json``. Policies and models that the file has already and the
-results have again are replaced; others stay.
+The first form writes ``src/refreekv/planner/budgets.json``; the second a file for ``--budgets``.
+Policies whose parameters fix a ratio or a size are left out, as nothing has to be measured there,
+and so are those with several parameters changed.
 """
 
 import argparse
-import datetime
-import json
+import gzip
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from refreekv.evaluation.store import read
+from refreekv.evaluation import store
 from refreekv.planner import budgets
 
-DEFAULT = Path(__file__).parents[1] / "src" / "refreekv" / "planner" / "budgets.json"
+HERE = Path(__file__).parent
+DEFAULT = HERE.parent / "src" / "refreekv" / "planner" / "budgets.json"
+FIXED = ("ratio=", "size=")
 
 
 def main() -> None:
     """Read the results, write the file, say what it holds of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="files that refreekv eval wrote")
+    parser.add_argument("results", type=Path, nargs="*", help="files of the bench, may be gzipped")
     parser.add_argument("--out", type=Path, default=DEFAULT)
-    parser.add_argument("--machine", required=True, help="what it ran on, in words")
-    parser.add_argument("--command", required=True, help="the command that made the results")
-    parser.add_argument("--date", default=datetime.datetime.now(datetime.UTC).date().isoformat())
-    parser.add_argument("--new", action="store_true", help="forget what the file holds")
+    parser.add_argument("--machine", help="what it ran on, if the results do not say")
+    parser.add_argument("--command", help="the command that made the results, if they do not say")
     options = parser.parse_args()
-
-    found: list[budgets.Measured] = []
-    for path in options.results:
-        results = read(path)
-        source = {
-            "command": options.command,
-            "date": options.date,
-            "machine": options.machine,
-            "dtype": results.setup.get("dtype"),
-            "refreekv": results.setup.get("refreekv"),
-        }
-        found += budgets.derive(results.records, source)
-    known: list[budgets.Measured] = []
-    if options.out.is_file() and not options.new:
-        known = budgets.read(json.loads(options.out.read_text(encoding="utf-8")))
-    again = {(one.policy, one.model) for one in found}
-    merged = [one for one in known if (one.policy, one.model) not in again] + found
-    options.out.write_text(json.dumps(budgets.write(merged), indent=1) + "\n", encoding="utf-8")
+    found = collect(options.results or sorted((HERE / "runs").glob("*.jsonl.gz")), options.machine, options.command)
+    options.out.write_text(budgets.dump(found), encoding="utf-8")
     for one in found:
         cells = (f"{b.start:,}+: {b.mean:.0%} [{b.low:.0%}, {b.high:.0%}] n={b.n}" for b in one.buckets)
         print(f"{one.policy} on {one.model}: {'; '.join(cells)}")
+
+
+def collect(paths: Sequence[Path], machine: str | None = None, command: str | None = None) -> list[budgets.Measured]:
+    """Measurements from files of results, each with what it says about itself."""
+    found: list[budgets.Measured] = []
+    for path in paths:
+        results = _read(path)
+        setup: dict[str, Any] = results.setup
+        environment = setup.get("environment", {})
+        plan = setup.get("plan")
+        source = {
+            "command": command
+            or (f"benchmarks/fidelity.py --plan benchmarks/plans/{plan}" if plan else "refreekv eval"),
+            "date": environment.get("date"),
+            "machine": machine or environment.get("device"),
+            "dtype": setup.get("dtype"),
+            "refreekv": setup.get("refreekv"),
+        }
+        records = [record for record in results.records if _is_measured(record.policy)]
+        found += budgets.derive(records, source)
+    return found
+
+
+def _is_measured(policy: str) -> bool:
+    """Policies with one parameter changed at most, and none that fixes what is kept."""
+    return "," not in policy and not any(fixed in policy for fixed in FIXED)
+
+
+def _read(path: Path) -> store.Results:
+    if path.suffix != ".gz":
+        return store.read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        plain.write_bytes(gzip.decompress(path.read_bytes()))
+        return store.read(plain)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def llama_file(tmp_path: Path) -> str:
 @pytest.fixture
 def own_budgets(tmp_path: Path) -> str:
     file = tmp_path / "budgets.json"
-    file.write_text(json.dumps(budgets.write([measured_on("one", 0.5, "refreekv:threshold=0.02")])))
+    file.write_text(budgets.dump([measured_on("one", 0.5, "refreekv:threshold=0.02")]))
     return str(file)
 
 

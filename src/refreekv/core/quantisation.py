@@ -7,7 +7,7 @@ policy keeps: nothing is ever quantised twice.
 The formats are plain torch. The cache layers that libraries offer hold rectangles ``[B, H,
 n, D]`` and quantise all of a layer again whenever it has grown, which ragged rows and
 further turns do not allow; and torchao's public integer formats keep zero exactly, which
-keys do not need: the same bits spent on a group's true range lose a third less
+keys do not need: the same bits are better spent on a group's true range
 (docs/quantisation.md).
 """
 

@@ -49,7 +49,7 @@ class Measured:
     model : str
         The model's name.
     source : dict
-        Command, date, machine, versions, task families.
+        Command, date, machine, versions, number of task families.
     buckets : tuple of Bucket
         By prompt length.
     """
@@ -88,14 +88,18 @@ class Expected:
     size: int | None = None
 
     def budget(self, prompt: int) -> float:
-        """Share of a prompt that is kept; of several models, the one that keeps most speaks."""
+        """Share of a prompt that is kept: the mean over the measured prompts of its length, whatever the model."""
         if prompt < 1:
             return 1.0
         if self.ratio is not None:
             return self.ratio
         if self.size is not None:
             return min(1.0, self.size / prompt)
-        return max(one.bucket(prompt).mean for one in self.measured)
+        buckets = [one.bucket(prompt) for one in self.measured if one.covers(prompt)]
+        if not buckets:
+            # Of each model the nearest length, and then the one that keeps most.
+            return max(one.bucket(prompt).mean for one in self.measured)
+        return sum(bucket.n * bucket.mean for bucket in buckets) / sum(bucket.n for bucket in buckets)
 
     def is_extrapolated(self, prompt: int) -> bool:
         """Whether no prompt of this length was measured."""
@@ -132,7 +136,8 @@ def expected(policy: Any, model: str, known: Sequence[Measured] | None = None) -
 
 def _cite(one: Measured) -> str:
     count = sum(bucket.n for bucket in one.buckets)
-    return f"measured on {one.model}, n={count}, {one.source.get('date', 'no date')} ({one.source.get('command', '')})"
+    about = one.source
+    return f"measured on {one.model}, n={count}, {about.get('machine')}, {about.get('date')} ({about.get('command')})"
 
 
 def load() -> list[Measured]:
@@ -157,9 +162,10 @@ def read(data: Mapping[str, Any]) -> list[Measured]:
     ]
 
 
-def write(measured: Iterable[Measured]) -> dict[str, Any]:
-    """The JSON form of measurements."""
-    return {"schema": SCHEMA, "measured": [asdict(one) for one in measured]}
+def dump(measured: Iterable[Measured]) -> str:
+    """The text of a file of measurements, a line for each."""
+    lines = ",\n".join(json.dumps(asdict(one)) for one in measured)
+    return f'{{"schema": {SCHEMA}, "measured": [\n{lines}\n]}}\n'
 
 
 def derive(records: Iterable[Any], source: Mapping[str, Any], *, seed: int = 0) -> list[Measured]:
@@ -197,6 +203,6 @@ def derive(records: Iterable[Any], source: Mapping[str, Any], *, seed: int = 0) 
             numbers = (round(float(x), 4) for x in (shares.mean(), low, high, shares.max()))
             buckets.append(Bucket(start, stop, len(shares), *numbers))
         if buckets:
-            about = {**source, "families": sorted(families[policy, model])}
+            about = {**source, "families": len(families[policy, model])}
             found.append(Measured(policy, model, about, tuple(buckets)))
     return found

@@ -276,6 +276,10 @@ def _notes(
         )
     if expected is not None and expected.is_extrapolated(load.prompt):
         notes.append(f"No prompt of {load.prompt:,} tokens was measured: the nearest measured length speaks for it.")
+    if expected is not None and expected.measured:
+        notes.append(
+            "Expected is what was measured on other prompts and maybe other models; the worst case is the limit."
+        )
     if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
         notes.append(
             "One request alone: a prompt read in chunks is held in full until its end, so pruning makes no longer "
