@@ -1,7 +1,7 @@
 """Task scores of real models with full and pruned caches, and the page of docs that shows them.
 
-    python benchmarks/task_scores.py MODEL --data-dir DIR --out smollm2.jsonl [--batch-size 16]
-    python benchmarks/task_scores.py --page docs/results-tasks.md smollm2.jsonl gemma3.jsonl
+    python benchmarks/task_scores.py MODEL --data-dir DIR --out smollm2-tasks.jsonl [--batch-size 16]
+    python benchmarks/task_scores.py --page docs/results-tasks.md benchmarks/runs/*-tasks.jsonl.gz
 
 MODEL is a .gguf file, a checkpoint's folder or a hub id. The first form may be stopped and
 started again. On the page a task counts where the full cache's answers are better than chance:
@@ -12,7 +12,9 @@ given to another sample, lies above zero.
 import argparse
 import contextlib
 import datetime
+import gzip
 import platform
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -137,8 +139,11 @@ class Model:
 
 
 def read(path: Path) -> Model:
-    """Results of one model."""
-    results = read_records(path, TaskRecord)
+    """Results of one model; the file may be gzipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        plain.write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+        results = read_records(plain, TaskRecord)
     table: dict[str, dict[str, FamilyResult]] = {}
     for row in task_tables.summarise(results.records)[0]:
         table.setdefault(row.family, {})[row.policy] = row
@@ -156,7 +161,7 @@ def page(models: Sequence[Model], files: Sequence[Path]) -> str:
     parts = [INTRODUCTION.strip()]
     for model in models:
         parts += _sections(model)
-    names = " ".join(path.name for path in files)
+    names = " ".join(path.as_posix() for path in files)
     parts.append(f"Made by `python benchmarks/task_scores.py --page docs/results-tasks.md {names}`.")
     return "\n\n".join(parts) + "\n"
 
