@@ -154,6 +154,27 @@ def test_it_runs_as_many_requests_as_vllm_did(path):
             assert totals.preemptions == real["preemptions"]
 
 
+ADMISSION = json.loads((Path(__file__).parent / "fixtures" / "vllm_admission.json").read_text())
+
+
+@pytest.mark.parametrize("measured", ADMISSION["runs"], ids=lambda one: one["policy"])
+def test_the_admission_benchmark(measured):
+    """What benchmarks/vllm_admission.py measured: a real model, 40 requests at once, 48 new tokens each."""
+    entry = 30 * 2 * 3 * 64 * 4  # layers, keys and values, KV heads, head size, bytes of float32
+    blocks = (measured["kv_mib"] << 20) // entry // 32 - 1
+
+    def blocks_for(prompt: int, output: int, complete: bool) -> int:
+        held = round(measured["kept_share"] * prompt) + output if complete else prompt
+        return -(-held // 32)
+
+    (output,) = measured["output_tokens"]
+    lengths = [300 + 700 * (index * 17 % 40) // 40 for index in range(measured["requests"])]
+    requests = [Request(0.0, length, output) for length in lengths]
+    totals = run(Engine(blocks, blocks_for, one_second, 2048, 64), requests).totals
+    assert totals.running_steps / totals.steps == pytest.approx(measured["mean_running"], rel=0.02)  # asked: 15%
+    assert totals.steps == pytest.approx(measured["steps"], rel=0.02)
+
+
 def test_runs_of_vllm_are_there():
     assert len(MEASURED) == 2
 
