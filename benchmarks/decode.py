@@ -28,7 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 import refreekv
 from devices import copy_bandwidth, header
 from overhead import SHAPES
-from refreekv.cache.pruning import AttentionCall
+from refreekv.cache.calls import AttentionCall
 from refreekv.core.selection import Selection
 from refreekv.engines.attachment import Attachment
 from refreekv.policies import LayerView, Policy

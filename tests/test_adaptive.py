@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import models
 import refreekv
 from refreekv import policies
-from refreekv.cache.pruning import AttentionCall, Entries, Queries, layer_view
+from refreekv.cache.calls import AttentionCall, Entries, Queries
+from refreekv.cache.pruning import layer_view
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
 from refreekv.engines.attachment import Attachment
 from refreekv.engines.copying import _KNOWN, copy_scores

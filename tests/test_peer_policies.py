@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from peer_reference import FREE, JOINT, SLOW, Held, make, spread
 from refreekv import policies
-from refreekv.cache.pruning import AttentionCall, Entries, Queries, decide, layer_view
+from refreekv.cache.calls import AttentionCall, Entries, Queries
+from refreekv.cache.pruning import decide, layer_view
 from refreekv.core import scores as core_scores
 from refreekv.core.budget import fill_evenly
 from refreekv.core.probes import attention_rows, causal_visibility

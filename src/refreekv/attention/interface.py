@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreekv.attention.ragged import AttentionFunction, ragged_attention
+from refreekv.cache.calls import AttentionCall
 from refreekv.cache.layer import TAG, ReFreeKVLayer
-from refreekv.cache.pruning import AttentionCall
 
 PREFIX = "refreekv_"
 

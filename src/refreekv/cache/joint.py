@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from refreekv.cache.pruning import AttentionCall, Decision, Entries, layer_view
+from refreekv.cache.calls import AttentionCall, Entries
+from refreekv.cache.pruning import Decision, layer_view
 from refreekv.core.selection import Selection
 from refreekv.policies import LayerScores
 from refreekv.policies.joint import JointPolicy

@@ -10,19 +10,21 @@ Lengths are logical everywhere outside: positions, masks and `get_seq_length` co
 tokens ever seen, so that rotary positions stay true whatever is evicted.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from refreekv.cache.calls import AttentionCall, Entries, Queries
 from refreekv.cache.columns import Columns
 from refreekv.cache.compaction import compacted, takes_arena
 from refreekv.cache.masks import mask_for_columns, valid_columns
 from refreekv.cache.prompt import PromptState
-from refreekv.cache.pruning import AttentionCall, Decision, Entries, KeptRow, Queries, decide
+from refreekv.cache.pruning import Decision, KeptRow, decide
+from refreekv.cache.records import RowRecord, after_crop, after_pruning
 from refreekv.core.arena import KVArena
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.ragged import RaggedKV
@@ -30,31 +32,6 @@ from refreekv.policies.joint import JointPolicy
 
 TAG = "_refreekv_layer"
 """Attribute that leads from a key tensor handed to the model back to its layer."""
-
-
-@dataclass(frozen=True)
-class RowRecord:
-    """What was decided for one row of one layer when its prompt ended.
-
-    Attributes
-    ----------
-    tokens : int
-        Real tokens seen up to there, over all turns; padding not counted.
-    kept : tuple of int
-        Entries kept of them: one number for all KV heads together, or one for each.
-    cut : int or None
-        Position from which on every token is kept, for selections that have one.
-    metric : float or None
-        The criterion's value at what was kept.
-    reasons : dict
-        Why entries stay, to the share of the row's entries that do for it.
-    """
-
-    tokens: int
-    kept: tuple[int, ...]
-    cut: int | None = None
-    metric: float | None = None
-    reasons: Mapping[str, float] = field(default_factory=dict)
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -283,18 +260,7 @@ class ReFreeKVLayer(DynamicLayer):
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
         self._unsettled = False
         chosen = [row for decision in decisions for row in decision.rows()]
-        # Counted on the first KV head: all of them have seen the same tokens.
-        evicted = [record.tokens - record.kept[0] for record in self.records] or [0] * len(chosen)
-        self.records = [
-            RowRecord(
-                tokens=row.entries[0] + gone,
-                kept=row.columns.counts,
-                cut=None if row.cut is None else row.cut + gone,
-                metric=row.metric,
-                reasons=row.reasons,
-            )
-            for row, gone in zip(chosen, evicted, strict=True)
-        ]
+        self.records = after_pruning(self.records, chosen)
         if self.kv_dtype is None and self._in_place(chosen, behind):
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
@@ -362,16 +328,7 @@ class ReFreeKVLayer(DynamicLayer):
         assert self.ragged is not None
         if length < self._pruned_length:
             self._columns = [columns.below(length) for columns in self._columns]
-            removed = self._pruned_length - length
-            self.records = [
-                replace(
-                    record,
-                    tokens=max(record.tokens - removed, *columns.counts),
-                    kept=columns.counts,
-                    cut=None if record.cut is None else min(record.cut, max(record.tokens - removed, 0)),
-                )
-                for record, columns in zip(self.records, self._columns, strict=True)
-            ]
+            self.records = after_crop(self.records, self._columns, self._pruned_length - length)
             self._pruned_length = length
         rest = length - self._pruned_length
         heads = self.ragged.kv_heads

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from refreekv.cache.calls import AttentionCall, Entries
 from refreekv.cache.columns import Columns
 from refreekv.core.probes import attention_rows
 from refreekv.core.reductions import ProbeReductions
@@ -20,140 +21,6 @@ from refreekv.policies import LayerView, Policy, ProbePlan
 
 REASON = "reason:"
 """What the names of reasons begin with among a decision's numbers."""
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one attention call used, as far as a probe must repeat it.
-
-    Attributes
-    ----------
-    query : Tensor
-        ``[B, H, q, D]``, position-encoded.
-    mask : Tensor or None
-        The mask over logical columns, in one of the forms of `masks.valid_columns`.
-    scaling, softcap, sink_logits
-        As in `core.probes.attention_rows`.
-    """
-
-    query: Tensor
-    mask: Tensor | None
-    scaling: float | None = None
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Prompt entries of some rows of a batch, as one layer stores them.
-
-    Attributes
-    ----------
-    keys, values : Tensor
-        ``[B, H_kv, n, D]``.
-    valid : Tensor or None
-        Boolean ``[B, n]``, False at padding; ``[B, H_kv, n]`` where heads that hold
-        different numbers of entries are padded to one length; None if there is no padding.
-    columns : Tensor
-        Integer ``[n]``: the logical column of each entry, which says what queries see it.
-    queries : Queries
-        The last queries of the prompt.
-    settled : Tensor or None
-        Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None
-    columns: Tensor
-    queries: "Queries"
-    settled: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Prompt queries of a batch, oldest first.
-
-    A later turn of a padded batch has its padding in the middle, where it may be of any
-    length: the last real queries of two rows need not be in the same columns.
-
-    Attributes
-    ----------
-    states : Tensor
-        ``[B, H, r, D]``, position-encoded.
-    columns : Tensor
-        Integer ``[B | 1, r]``: their logical columns.
-    real : Tensor or None
-        Boolean ``[B | 1, r]``, False at padding; None if there is none.
-    ordinals : Tensor
-        Integer ``[B | 1, r]``: how many real queries of the prompt are before each. The last
-        one is always right; so is that of every real query.
-    """
-
-    states: Tensor
-    columns: Tensor
-    real: Tensor | None
-    ordinals: Tensor
-
-    @classmethod
-    def of_call(cls, states: Tensor, first: int, valid: Tensor | None, earlier: "Queries | None" = None) -> "Queries":
-        """The queries ``[B, H, q, D]`` of a call whose first column is ``first``; ``valid`` is ``[B, columns]``.
-
-        ``earlier`` are queries of the same prompt before the call.
-        """
-        stop = first + states.shape[2]
-        columns = torch.arange(first, stop, device=states.device)[None]
-        real = None if valid is None else valid[:, first:stop]
-        ordinals = columns - first if real is None else real.cumsum(1) - 1
-        if earlier is not None:
-            ordinals = ordinals + earlier.ordinals[:, -1:] + 1
-        return cls(states, columns, real, ordinals)
-
-    def after(self, earlier: "Queries | None") -> "Queries":
-        """These, with earlier ones in front."""
-        if earlier is None:
-            return self
-        states = torch.cat([earlier.states, self.states], dim=2)
-        if earlier.real is None and self.real is None:
-            columns, ordinals = (
-                torch.cat([getattr(earlier, name), getattr(self, name)], dim=1) for name in ("columns", "ordinals")
-            )
-            return Queries(states, columns, None, ordinals)
-        both, batch = (earlier, self), states.shape[0]
-        columns = torch.cat([part.columns.expand(batch, -1) for part in both], dim=1)
-        ordinals = torch.cat([part.ordinals.expand(batch, -1) for part in both], dim=1)
-        real = [torch.ones_like(p.columns, dtype=torch.bool) if p.real is None else p.real for p in both]
-        return Queries(states, columns, torch.cat([part.expand(batch, -1) for part in real], dim=1), ordinals)
-
-    def planned(self, plan: ProbePlan) -> "Queries":
-        """The real ones that a plan asks for, with padding in front where a row has fewer."""
-        if self.real is None and not plan.spread:
-            last = slice(-plan.rows, None)
-            return Queries(self.states[:, :, last], self.columns[:, last], None, self.ordinals[:, last])
-        seen = self.ordinals[:, -1:] + 1
-        wanted = self.ordinals >= seen - plan.rows
-        if plan.spread:
-            powers = 2 ** torch.arange(32, device=seen.device)
-            step = 2 ** (seen // powers > plan.spread).sum(1, keepdim=True)
-            wanted = wanted | ((self.ordinals + 1) % step == 0)
-        if self.real is not None:
-            wanted = wanted & self.real
-        batch, heads, _, dim = self.states.shape
-        index = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, -plan.count :]
-        states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
-        columns, ordinals = (
-            numbers.expand(len(index), -1).gather(1, index) for numbers in (self.columns, self.ordinals)
-        )
-        return Queries(states, columns, wanted.gather(1, index), ordinals)
-
-    def row(self, index: int) -> "Queries":
-        """Those of one row."""
-
-        def of(numbers: Tensor) -> Tensor:
-            return numbers if numbers.shape[0] == 1 else numbers[index : index + 1]
-
-        real = None if self.real is None else of(self.real)
-        return Queries(self.states[index : index + 1], of(self.columns), real, of(self.ordinals))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from refreekv.cache.calls import AttentionCall, Entries, Queries
 from refreekv.cache.columns import Columns
-from refreekv.cache.pruning import AttentionCall, Entries, KeptRow, Queries, layer_view, select
+from refreekv.cache.pruning import KeptRow, layer_view, select
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 

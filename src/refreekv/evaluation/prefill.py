@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from refreekv import policies
 from refreekv.cache import PrunedCache, ReFreeKVLayer
+from refreekv.cache.calls import AttentionCall
 from refreekv.cache.prompt import PromptState
-from refreekv.cache.pruning import AttentionCall, Decision, KeptRow
+from refreekv.cache.pruning import Decision, KeptRow
 from refreekv.core.quantisation import KVDtype
 from refreekv.engines.copying import copy_scores
 from refreekv.evaluation.choosing import capture, choose, plans_of
