@@ -80,8 +80,8 @@ def evaluate(
 ) -> None:
     """Measure fidelity: how far policies take the model from its own full-cache answers.
 
-    One prefill a sample for all policies; each policy's physically pruned cache then reads the
-    full cache's answer. The full cache itself, run a second time, is the noise floor.
+    One prefill a sample for all policies; each then reads the full cache's answer over what it
+    keeps of the prompt. The full cache itself, run a second time, is the noise floor.
     """
     if tasks:
         from refreekv.cli.commands.tasks import Request, score_tasks
