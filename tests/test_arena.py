@@ -155,3 +155,11 @@ def test_gathered_from_dense_without_another_copy(tail):
     for head in range(2):
         assert torch.equal(arena.segments(0)[0][head], keys[0, head][wanted[head]])
         assert torch.equal(arena.segments(0)[1][head], values[0, head][wanted[head]])
+
+
+def test_how_many_sequences_fit_at_half_the_budget():
+    """Room included: 8 KV heads of 128 in bfloat16, 8,192 tokens, 32 layers, 24 GB of K/V."""
+    empty = torch.empty(0, 128, dtype=torch.bfloat16)
+    kept = 32 * KVArena.like(empty, empty, [(4096,) * 8]).nbytes
+    full = 32 * 2 * 8 * 8192 * 128 * 2
+    assert int(24e9 // kept) >= 1.9 * int(24e9 // full)

@@ -81,9 +81,10 @@ class RaggedKV:
         """Boolean ``[kv_heads, L]``, False where `rows` padded a head of this row; None if it padded none."""
         if self.even(row):
             return None
-        lengths = torch.tensor(self.lengths[row], device=self.keys.device)
         longest = max(self.lengths[row])
-        return torch.arange(longest, device=self.keys.device) >= longest - lengths[:, None]
+        places = torch.arange(longest, device=self.keys.device)
+        # Numbers become arguments of launches: a copy of a list would make the host wait for the device.
+        return torch.stack([places >= longest - length for length in self.lengths[row]])
 
     def append(self, keys: Tensor, values: Tensor) -> "RaggedKV":
         """A new storage with ``[B, kv_heads, q, D]`` new entries at the segments' ends."""

@@ -78,7 +78,7 @@ def _reduce_kernel(
     scaling, softcap,
     sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sv_b, sv_h,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Peak, mean and sum of squares of one block of keys over all rows."""
     pair = tl.program_id(1).to(tl.int64)
@@ -92,31 +92,35 @@ def _reduce_kernel(
     oldest = tl.min(tl.where(inside, column, 2147483647))
     if HAS_VALID:
         inside = inside & (tl.load(valid + batch * sv_b + kv_head * sv_h + n, inside, 0) != 0)
-    peak = tl.zeros([BLOCK_N], tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    count = tl.zeros([BLOCK_N], tl.int32)
-    for start in range(0, rows, BLOCK_M):
+    # The first query that counts any of these keys; with queries in order the work starts there.
+    every = tl.arange(0, BLOCK_P)
+    columns_of = tl.load(query_columns + batch * sc_b + every, every < probes, -1)
+    first = tl.min(tl.where(columns_of >= oldest + distance, every, probes), 0)
+    counting = (columns_of[:, None] >= column[None, :] + distance) & inside[None, :]
+    count = group * tl.sum(counting.to(tl.int32), 0)
+    # Reduced over rows once, at the end: reductions across warps in each step would be what takes time.
+    peak = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first * group // BLOCK_M * BLOCK_M, rows, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         real = row < rows
         probe, head = row // group, kv_head * group + row % group
         at = tl.load(query_columns + batch * sc_b + probe, real, -1)
-        if tl.max(at) >= oldest + distance:
-            lines = query + batch * sq_b + head * sq_h + probe.to(tl.int64) * sq_k
-            q = tl.load(lines[:, None] + d[None, :], real[:, None] & (d < HEAD)[None, :], 0.0)
-            whole = tl.load(denominators + pair * rows + row, real, float("inf"))
-            logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
-            counted = real[:, None] & inside[None, :] & (column[None, :] + distance <= at[:, None])
-            # Only what is visible is exponentiated: a hidden logit may lie far above the denominator.
-            p = tl.exp2(tl.where(counted, logits - whole[:, None], float("-inf")))
-            peak = tl.maximum(peak, tl.max(p, 0))
-            total += tl.sum(p, 0)
-            squares += tl.sum(p * p, 0)
-            count += tl.sum(counted.to(tl.int32), 0)
+        lines = query + batch * sq_b + head * sq_h + probe.to(tl.int64) * sq_k
+        q = tl.load(lines[:, None] + d[None, :], real[:, None] & (d < HEAD)[None, :], 0.0)
+        whole = tl.load(denominators + pair * rows + row, real, float("inf"))
+        logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
+        counted = real[:, None] & inside[None, :] & (column[None, :] + distance <= at[:, None])
+        # Only what is visible is exponentiated: a hidden logit may lie far above the denominator.
+        p = tl.exp2(tl.where(counted, logits - whole[:, None], float("-inf")))
+        peak = tl.maximum(peak, p)
+        total += p
+        squares += p * p
     out = pair * length + n
-    tl.store(peak_out + out, peak, n < length)
-    tl.store(mean_out + out, total / tl.maximum(count, 1).to(tl.float32), n < length)
-    tl.store(squares_out + out, squares, n < length)
+    tl.store(peak_out + out, tl.max(peak, 0), n < length)
+    tl.store(mean_out + out, tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32), n < length)
+    tl.store(squares_out + out, tl.sum(squares, 0), n < length)
 
 
 def launch_probe_reductions(
@@ -185,6 +189,6 @@ def launch_probe_reductions(
     peak, mean, squares = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(3))
     _reduce_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
         *inputs, whole.contiguous(), peak, mean, squares, probes, group, length, kv_heads, rows, distance,
-        scaling, cap, *strides, **settings,
+        scaling, cap, *strides, BLOCK_P=triton.next_power_of_2(max(probes, 2)), **{**settings, "num_warps": 8},
     )  # fmt: skip
     return peak, mean, squares
