@@ -60,7 +60,8 @@ def probe_reductions(
         Integer ``[B | 1, k]``: the logical column of each query.
     columns : Tensor, optional
         Integer ``[n]``: the logical column of each key, ascending; ``0 .. n-1`` if None. A query
-        sees the keys whose column is not above its own.
+        sees the keys whose column is not above its own, all of which are among the first
+        ``column + 1`` keys.
     valid : Tensor, optional
         Boolean ``[B, n]`` or ``[B, H_kv, n]``, False at padding, which no query sees.
     query_real : Tensor, optional

@@ -49,9 +49,8 @@ def _denominator_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     stop = tl.minimum(first + split_keys, length)
-    newest = tl.max(at)
-    if not HAS_COLUMNS:
-        stop = tl.minimum(stop, newest + 1)
+    # A key is never in a column before its index: what follows the newest query is hidden from all.
+    stop = tl.minimum(stop, tl.max(at) + 1)
     for start in range(first, stop, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < stop
