@@ -28,8 +28,8 @@ class GVote(Policy):
     Projecting is linear, so that drawing queries themselves is the same; but which rotation (or norm)
     a model applies is nothing a policy can know. So mean and covariance here, the whole one, are those
     of the last ``window`` queries, rotated as they are: the queries to come are next to them.
-    As this was written from the paper's text and its reviews, without code of its authors, other details may
-    differ, too. The newest token stays in any case.
+    This was written from the paper's abstract and published summaries of its method; there is no code of its
+    authors to compare with, and other details may differ, too. The newest token stays in any case.
 
     Parameters
     ----------
