@@ -10,6 +10,7 @@ from small_model import document, load, options
 arguments = options("Summaries of documents of different length in one batch.").parse_args()
 model, tokenizer = load(arguments.model)
 tokenizer.padding_side = "left"
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 policy = {"policy": refreekv.policies.parse(arguments.policy)} if arguments.policy else {}
 
 documents = [document(1_200), document(3_000, skip=2), document(5_000, skip=4)]
