@@ -55,6 +55,25 @@ def test_cuda_gives_what_the_cpu_gives(name, parameters, lengths, chunk):
     assert outcome[0][2] < outcome[1][2] <= outcome[0][2] + 16 * segments * entry
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8:recent=8", "int8:recent=8", "int4:recent=8"])
+@pytest.mark.parametrize(("name", "parameters"), POLICIES[:3], ids=lambda p: p if isinstance(p, str) else "")
+def test_quantised_storage_is_that_of_the_cpu(name, parameters, kv_dtype):
+    model = build("llama")
+    ids, mask = prompts((52, 40, 29, 47), seed=3)
+    outcome = []
+    for device in ("cpu", "cuda"):
+        own = copy.deepcopy(model).to(device)
+        with refreekv.compress(own, name, kv_dtype=kv_dtype, **parameters) as kv:
+            out = own.generate(
+                ids.to(device), attention_mask=mask.to(device), max_new_tokens=12, do_sample=False,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            outcome.append((out.logits[1].cpu(), kv.report.bytes_after))
+    assert outcome[0][1] == outcome[1][1]
+    # An element half-way between two codes may be rounded to the other side.
+    torch.testing.assert_close(outcome[0][0], outcome[1][0], atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_probe_rows_equal_float64(dtype):
     query = torch.randn(2, 8, 3, 64, dtype=dtype, device="cuda")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import refreekv
 from driving import POLICIES, PRUNING, RAGGED, Uneven, feed, greedy, prefill, storage_bytes, tensors_of
 from models import build, prompts
-from refreekv import KVDtype, ReFreeKVCache
+from refreekv import KVDtype, ReFreeKVCache, policies
 from refreekv.cache.columns import Columns
 from refreekv.cache.quantised import FLUSH, QuantisedKV
 from refreekv.core.ragged import RaggedKV
@@ -305,6 +305,38 @@ def test_generate_chunks_beams_and_crop(model, kind):
     assert cache.get_seq_length() == max(RAGGED) - 20
     cache.reset()
     assert cache.report.bytes_after == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_again_while_the_answer_grows(llama, kind):
+    ids, mask = prompts(RAGGED, seed=6)
+    number = KVDtype(kind, recent=4)
+    stored, plain = (
+        ReFreeKVCache(llama, "streaming-llm", size=20, kv_dtype=one, decode_interval=3) for one in (number, None)
+    )
+    for cache in (stored, plain):
+        greedy(llama, ids, mask, cache, steps=12)
+    # Beside keys and values such a layer remembers the last queries, for the next look.
+    for layer, said in zip(stored.pruned_layers, stored.report.prunable, strict=True):
+        assert said.bytes_after == storage_bytes(tensors_of_storage(layer.ragged))
+    assert [layer.ragged.lengths for layer in stored.pruned_layers] == [
+        layer.ragged.lengths for layer in plain.pruned_layers
+    ]
+    assert max(max(row) for layer in stored.pruned_layers for row in layer.ragged.lengths) <= 20 + 3
+    assert stored.report.bytes_after < plain.report.bytes_after
+
+
+def test_every_policy_can_store_quantised(llama):
+    ids, mask = prompts((70, 40), seed=6)
+    for name in policies.available():
+        parameters = {"ratio": 0.5} if name in ("streaming-llm", "snapkv", "h2o", "tova", "knorm", "keydiff") else {}
+        try:
+            cache = ReFreeKVCache(llama, name, kv_dtype="int8:recent=8", **parameters)
+        except (TypeError, ValueError):
+            cache = ReFreeKVCache(llama, name, kv_dtype="int8:recent=8", ratio=0.5)
+        greedy(llama, ids, mask, cache, steps=3)
+        check_bytes(cache)
+        assert all(isinstance(layer.ragged, QuantisedKV) for layer in cache.pruned_layers), name
 
 
 def test_bytes_at_a_length_where_they_matter():
