@@ -22,6 +22,17 @@ function sum(layers) {
   return sums;
 }
 
+// Rows of the map, a share for each position; they only change with the head.
+let rows = [], rowsOf = null;
+function mapRows() {
+  if (rowsOf !== headChoice.value) {
+    rowsOf = headChoice.value;
+    const all = rowsOf === "all" ? data.heads : 1;
+    rows = data.layers.map((_, layer) => sum([layer]).map((value) => value / all));
+  }
+  return rows;
+}
+
 function draw() {
   const chosen = Number(layerChoice.value), every = data.layers.map((_, at) => at);
   const layers = chosen === 0 ? every : [chosen - 1];
@@ -38,11 +49,7 @@ function draw() {
   $("#reasons").replaceChildren($("#reasons").firstElementChild, ...Object.entries(reasons)
     .map(([name, part]) => html("span", {}, `${name} `, html("b", {}, share(part)))));
   tokens.shade(counts, most);
-  const rows = every.map((layer) => {
-    const row = sum([layer]), all = headChoice.value === "all" ? data.heads : 1;
-    return row.map((value) => value / all);
-  });
-  tokens.draw(rows, length, chosen === 0 ? null : chosen - 1);
+  tokens.draw(mapRows(), length, chosen === 0 ? null : chosen - 1);
   for (const row of $$("table.layers tbody tr")) row.classList.toggle("chosen", Number(row.dataset.layer) === chosen);
 }
 
