@@ -13,7 +13,7 @@ from command_line import runner
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import serve_command
-from refreekv.engines.vllm.refusals import SUPPORTED, check_layers, check_version
+from refreekv.engines.vllm.refusals import SUPPORTED, check_heads, check_layers, check_settings, check_version
 from refreekv.engines.vllm.rounding import GroupCut, decide_group
 from refreekv.engines.vllm.tables import compact_tables
 
@@ -93,6 +93,68 @@ def test_versions_and_layers():
         check_layers({"a": object(), "b": object()}, ["a"], 1)
     with pytest.raises(ValueError, match=r"choose one of \[1, 2, 3, 6\]"):
         check_layers(dict.fromkeys("abcdef"), list("abcdef"), 4)
+
+
+def _config(**changes):
+    """A vLLM configuration that the plugin can serve, as far as it looks, with changes by dotted name."""
+    parts = {
+        "kv_transfer_config": {
+            "kv_connector": "RefreekvConnector",
+            "kv_connector_extra_config": {"policy": "refreekv", "layers_per_group": 1},
+        },
+        "model_config": {"use_mla": False, "runner_type": "generate", "is_encoder_decoder": False},
+        "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None, "kv_sharing_fast_prefill": False},
+        "parallel_config": {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
+        "device_config": {"device_type": "cpu"},
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            parts[section][field] = value
+    whole = {"speculative_config": None, "use_v2_model_runner": False}
+    whole |= {name: value for name, value in changes.items() if "__" not in name}
+    return SimpleNamespace(**{name: SimpleNamespace(**fields) for name, fields in parts.items()}, **whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kv_transfer_config__kv_connector": "NixlConnector"}, "one KV connector for itself.*'NixlConnector'"),
+        ({"kv_transfer_config__kv_connector": "MultiConnector"}, "one KV connector for itself"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"policy": "cake:ratio=0.5"}}, "seen all layers"),
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__runner_type": "pooling"}, "models that generate"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"cache_config__kv_offloading_size": 4}, "KV offloading"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "share another layer's KV cache"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__use_ubatching": True}, "micro-batching"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "not 'eagle'"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
+        ({"device_config__device_type": "cuda"}, "on CPUs so far"),
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_configurations_that_cannot_be_served(changes, sentence):
+    assert check_settings(_config()) == PluginOptions()
+    with pytest.raises(ValueError, match=sentence):
+        check_settings(_config(**changes))
+
+
+def test_heads_that_would_count_twice():
+    model = SimpleNamespace(get_total_num_kv_heads=lambda: 3)
+    check_heads(model, 1)
+    check_heads(model, 3)
+    with pytest.raises(ValueError, match="3 KV heads to be split evenly over 2"):
+        check_heads(model, 2)
 
 
 def test_serve_prints_the_command(capsys):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from refreekv.engines.vllm.config import CONNECTOR, PluginOptions
+from refreekv.engines.vllm.launch import installed_version
 from refreekv.policies import Policy
 from refreekv.policies.joint import JointPolicy
 
@@ -30,9 +31,12 @@ def check_policy(policy: Policy) -> None:
 
 def check_config(vllm_config: Any) -> PluginOptions:
     """The plugin's options in a vLLM configuration that it can serve; ValueError otherwise."""
-    import vllm
+    check_version(installed_version() or "none")
+    return check_settings(vllm_config)
 
-    check_version(vllm.__version__)
+
+def check_settings(vllm_config: Any) -> PluginOptions:
+    """`check_config` without the version."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector != CONNECTOR:
         name = None if transfer is None else transfer.kv_connector
@@ -91,6 +95,11 @@ def _refusals(config: Any) -> list[tuple[bool, str]]:
         (
             bool(cache.kv_sharing_fast_prefill),
             "refreekv cannot prune layers that share another layer's KV cache; leave out --kv-sharing-fast-prefill",
+        ),
+        (
+            config.device_config.device_type != "cpu",
+            f"refreekv supports vLLM on CPUs so far, and this is {config.device_config.device_type}: its attention "
+            f"backends there have not been tried with pruned block tables",
         ),
         (
             bool(config.use_v2_model_runner),
