@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="take prompts from longbench_*.jsonl in this folder")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=48, help="tokens that each request generates")
-    parser.add_argument("--kv-mib", type=int, default=320)
+    parser.add_argument("--kv-mib", type=int, default=160)
     parser.add_argument("--policy", nargs="+", default=POLICIES)
     parser.add_argument("--json", metavar="FILE", help="add the results to this file")
     arguments = parser.parse_args()
