@@ -33,7 +33,10 @@ class Reclaimer:
         """Take hold of the managers, one a group, and the pool they share."""
         for manager in managers:
             if not isinstance(manager, PrunedAttentionManager):
-                raise ValueError(f"every KV cache group must be pruned by refreekv, got a {type(manager).__name__}")
+                raise ValueError(
+                    f"the workers report KV caches that refreekv does not prune ({type(manager).__name__}): start vLLM "
+                    f"through `refreekv serve`, or with --worker-cls as it prints it"
+                )
             manager.ledger = self.ledger
         self._managers, self._pool = tuple(managers), pool
 
