@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,6 +188,44 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(caplog, steps):
     assert len(reasons) == 2
     assert "DynamicSlidingWindowLayer" in reasons[0]
     assert "model.layers.1.mlp has forward hooks" in reasons[1]
+
+
+def test_threads_that_share_a_model_take_turns(llama, steps):
+    prompts_of = [prompts((40 + 7 * n,), seed=n)[0] for n in range(3)]
+
+    def answer(ids, arena):
+        cache = refreekv.ReFreeKVCache(llama, "streaming-llm", ratio=0.5)
+        cache.state.arena = arena
+        return llama.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+
+    wanted = [answer(ids, None) for ids in prompts_of]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda ids: answer(ids, True), prompts_of))
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert steps == {"made": 1, "run": 3 * 29}
+
+
+def test_a_copy_of_an_attached_model_runs_itself(llama, steps):
+    ids, _ = prompts((40,), seed=1)
+    cache = refreekv.ReFreeKVCache(llama)
+    cache.state.arena = True
+    llama.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert (other(ids).logits == 0).all()
+    assert (llama(ids).logits != 0).any()
+
+
+def test_a_model_whose_capture_fails_goes_on_eagerly(llama, monkeypatch, caplog):
+    def broken(*args):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(decoding.Step, "__init__", broken)
+    ids, mask = prompts((40,), seed=1)
+    with caplog.at_level(logging.WARNING, logger="refreekv"):
+        both_ways(build("llama", attention="sdpa"), ids, mask)
+    assert "TypeError: no such argument" in caplog.text
 
 
 def test_eager_on_request(llama, steps):

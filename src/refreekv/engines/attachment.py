@@ -3,7 +3,8 @@
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from transformers import GenerationMixin, PreTrainedModel
@@ -34,8 +35,9 @@ class Attachment:
 
     Changed are: the name of the attention implementation in the configurations of its
     attention modules; a forward hook before and one after the model; and ``generate``,
-    shadowed on the instance so that a cache learns where the prompt ends, and ``forward``, so
-    that a captured step can take its place. All of it goes back when the last user detaches.
+    shadowed on the instance so that a cache learns where the prompt ends; while that runs, also
+    ``forward``, so that a captured step can take its place. All of it goes back when the last
+    user detaches.
 
     Attributes
     ----------
@@ -51,6 +53,8 @@ class Attachment:
         self._hooks: list[Any] = []
         self._signature = inspect.signature(model.forward)
         self._decoder = Decoder(model)
+        self._generating = 0
+        self._shadowed_forward: Any = None
 
     @classmethod
     def attach(cls, model: PreTrainedModel) -> "Attachment":
@@ -90,8 +94,6 @@ class Attachment:
         generate: Callable[..., Any] | None = getattr(model, "generate", None)
         if generate is not None:
             model.__dict__["generate"] = self._wrap_generate(generate)
-        self._shadowed_forward = model.__dict__.get("forward")
-        model.__dict__["forward"] = self._wrap_forward(model.forward)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -103,9 +105,6 @@ class Attachment:
         self.model.__dict__.pop("generate", None)
         if self._shadowed is not None:
             self.model.__dict__["generate"] = self._shadowed
-        self.model.__dict__.pop("forward", None)
-        if self._shadowed_forward is not None:
-            self.model.__dict__["forward"] = self._shadowed_forward
         self._decoder.close()
         for config, name in self._implementations:
             config._attn_implementation = {"": name}
@@ -121,6 +120,28 @@ class Attachment:
         return [config for config in found.values() if not (config._attn_implementation or "").startswith(PREFIX)]
 
     # -- forward --------------------------------------------------------------------------
+
+    @contextmanager
+    def _captured_steps(self) -> Iterator[None]:
+        """Within, captured steps may stand in for the model's forward.
+
+        Not longer than that: a copy of the model that is made meanwhile would run the original.
+        """
+        own = self.model.__dict__
+        with _lock:
+            self._generating += 1
+            if self._generating == 1:
+                self._shadowed_forward = own.get("forward")
+                own["forward"] = self._wrap_forward(self.model.forward)
+        try:
+            yield
+        finally:
+            with _lock:
+                self._generating -= 1
+                if self._generating == 0:
+                    del own["forward"]
+                    if self._shadowed_forward is not None:
+                        own["forward"] = self._shadowed_forward
 
     def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -207,7 +228,7 @@ class Attachment:
             if not isinstance(cache, PrunedCache):
                 return generate(*args, **kwargs)
             try:
-                with cache.state.until(_prompt_end(given), generating=True):
+                with self._captured_steps(), cache.state.until(_prompt_end(given), generating=True):
                     return generate(*args, **kwargs)
             finally:
                 self._observe(cache)

@@ -6,7 +6,9 @@ of `kernels.table` instead, through which any cache's arenas are reached. So a g
 the model and the batch size alone: not on lengths, not on the cache.
 """
 
+import copy
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -111,6 +113,7 @@ class Step:
         self._next = -1
         self._out: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._capture()
 
@@ -181,6 +184,12 @@ class Step:
         ``length`` is the cache's logical length before the token. From one token to the next of the
         same cache positions grow by one: they are copied for the first one only.
         """
+        if ids.is_cuda:
+            # Another thread may have used the step on a stream of its own.
+            stream = torch.cuda.current_stream(ids.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
         self.ids.copy_(ids)
         if length != self._next:
             self.positions.copy_(positions)
@@ -194,13 +203,21 @@ class Step:
 
 
 class Decoder:
-    """Decides, call by call, whether a captured step can do it. One a model."""
+    """Decides, call by call, whether a captured step can do it. One a model.
+
+    Threads that generate on one model share its steps and take turns.
+    """
 
     def __init__(self, model: nn.Module):
         self._model = model
+        self._lock = threading.Lock()
         self._steps: dict[Any, Step] = {}
         self._refused: dict[Any, str] = {}
         self._logged: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
+        """One of its own for the copied model: graphs have the original's addresses in them."""
+        return Decoder(copy.deepcopy(self._model, memo))
 
     def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of ``forward(**kwargs)`` from a captured step; None if it has to run itself."""
@@ -231,14 +248,16 @@ class Decoder:
             raise UncapturableError("positions have more than one number a token")
         layers = self._layers(cache)
         arenas: list[KVArena] = [layer.ragged for layer in layers]  # type: ignore[misc]
-        step = self._step_for(forward, cache, ids.shape[0], arenas)
-        for layer in layers:
-            layer.reserve(1)
-        out = step(ids, positions, length)
+        with self._lock:
+            step = self._step_for(forward, ids.shape[0], arenas)
+            for layer in layers:
+                layer.reserve(1)
+            out = step(ids, positions, length)
+            # The next call overwrites the logits.
+            logits = out.logits.clone()
         for layer in layers:
             layer.note_appended(1)
-        # The next call overwrites the logits.
-        return type(out)(logits=out.logits.clone(), past_key_values=cache)
+        return type(out)(logits=logits, past_key_values=cache)
 
     def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
         layers: list[ReFreeKVLayer] = []
@@ -250,7 +269,7 @@ class Decoder:
             layers.append(layer)
         return layers
 
-    def _step_for(self, forward: Callable[..., Any], cache: PrunedCache, batch: int, arenas: list[KVArena]) -> Step:
+    def _step_for(self, forward: Callable[..., Any], batch: int, arenas: list[KVArena]) -> Step:
         segments = [batch * arena.kv_heads for arena in arenas]
         key = (batch, tuple(segments), arenas[0].keys.dtype)
         if key in self._refused:
@@ -258,17 +277,18 @@ class Decoder:
         step = self._steps.get(key)
         if step is not None and step.owned_by(arenas):
             return step
+        self._check_model()
         if step is not None and step.weights != fingerprint(self._model):
             step.release()
             step = None
         if step is None:
-            self._check_model()
             try:
                 step = Step(self._model, forward, batch, segments)
-            except (RuntimeError, UncapturableError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._refused[key] = f"its forward cannot be captured: {str(error).strip().splitlines()[0]}"
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever it is, eager decoding goes on
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._refused[key] = f"its forward cannot be captured: {what}"
                 raise UncapturableError(self._refused[key]) from error
             self._steps[key] = step
         step.adopt(arenas)

@@ -19,8 +19,10 @@ __all__ = ["ProbeReductions", "append", "available", "gather", "move", "probe_re
 
 @functools.cache
 def available() -> bool:
-    """Whether Triton is installed and a CUDA device is there to run its kernels."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed and a CUDA device is there to run its kernels: compute capability 8.0 or more."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def probe_reductions(
