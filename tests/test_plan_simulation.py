@@ -157,7 +157,7 @@ def test_it_runs_as_many_requests_as_vllm_did(path):
 ADMISSION = json.loads((Path(__file__).parent / "fixtures" / "vllm_admission.json").read_text())
 
 
-@pytest.mark.parametrize("measured", ADMISSION["runs"], ids=lambda one: one["policy"])
+@pytest.mark.parametrize("measured", ADMISSION["runs"], ids=lambda one: f"{one['policy']}-{one['kv_mib']}")
 def test_the_admission_benchmark(measured):
     """What benchmarks/vllm_admission.py measured: a real model, 40 requests at once, 48 new tokens each."""
     entry = 30 * 2 * 3 * 64 * 4  # layers, keys and values, KV heads, head size, bytes of float32
@@ -171,8 +171,10 @@ def test_the_admission_benchmark(measured):
     lengths = [300 + 700 * (index * 17 % 40) // 40 for index in range(measured["requests"])]
     requests = [Request(0.0, length, output) for length in lengths]
     totals = run(Engine(blocks, blocks_for, one_second, 2048, 64), requests).totals
-    assert totals.running_steps / totals.steps == pytest.approx(measured["mean_running"], rel=0.02)  # asked: 15%
-    assert totals.steps == pytest.approx(measured["steps"], rel=0.02)
+    # Asked: 15%. Of a pruned run the mean share is known, not each request's.
+    tolerance = 0.01 if measured["kept_share"] == 1 else 0.05
+    assert totals.running_steps / totals.steps == pytest.approx(measured["mean_running"], rel=tolerance)
+    assert totals.steps == pytest.approx(measured["steps"], rel=tolerance)
 
 
 def test_runs_of_vllm_are_there():
