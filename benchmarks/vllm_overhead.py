@@ -51,7 +51,7 @@ def timed(owner, name, into):
 
 def measure(folder, running, steps, *, pruned, layers_per_group=1, policy="refreekv:threshold=0.5,frozen_layers=0"):
     """Median milliseconds of each part over the decode steps of ``running`` requests."""
-    kv_mib = 16 + running * LAYERS * (PROMPT + steps + 64) * 2 * 2 * 32 * 4 // 2**20
+    kv_mib = 16 + running * LAYERS * (PROMPT + steps + 128) * 2 * 2 * 32 * 4 // 2**20
     with engine(
         folder,
         policy,
@@ -63,7 +63,7 @@ def measure(folder, running, steps, *, pruned, layers_per_group=1, policy="refre
         skip_tokenizer_init=True,
     ) as vllm:
         for index in range(running):
-            vllm.add(f"r{index}", [(index * 7 + place * 13) % 500 + 3 for place in range(PROMPT)], steps + 8)
+            vllm.add(f"r{index}", [(index * 7 + place * 13) % 500 + 3 for place in range(PROMPT)], steps + 60)
         while any(request.num_output_tokens < 2 for request in vllm.scheduler.requests.values()):
             vllm.step(check=False)
         runner = vllm.core.model_executor.driver_worker.worker.model_runner
