@@ -6,6 +6,10 @@ import torch
 
 import numpy_reference as slow
 import refreekv
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.encoding import Encoded
+from refreekv.evaluation.fidelity import Bench, Job
+from refreekv.evaluation.samples import Sample
 
 pytestmark = pytest.mark.real_model
 
@@ -99,3 +103,27 @@ def test_nothing_evicted_is_the_full_cache(smollm2, prompt):
         with refreekv.compress(model, "refreekv", threshold=0.0):
             same = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(full, same)
+
+
+def test_bench_equals_runs_of_each_policy_alone(smollm2, prompt):
+    """On real weights and text, in float32: what the bench reads through masks is what pruned caches give."""
+    model, tokenizer = smollm2
+    ids, steps = prompt["input_ids"][:, :320], 6
+    specs = ["refreekv:threshold=0.05", "adaptive:constant=0.003,min_length=64", "cake:ratio=0.3", "gvote:p=0.9"]
+    chosen = sweeps.choose(specs)
+    one = Job(Sample("1", "text", ""), Encoded(ids[0].tolist(), [], [], ""), {"full": None, **chosen})
+    (records,) = Bench(model, tokenizer, "SmolLM2", continuation=steps).measure([one])
+    assert records[0].kl_max < 1e-5
+    with torch.inference_mode():
+        path = model.generate(ids, max_new_tokens=steps, do_sample=False, repetition_penalty=1.0)[:, 320:]
+        full = model(torch.cat([ids, path], 1)).logits[0, -steps:].double().log_softmax(-1)
+        for record in records[1:]:
+            cache = refreekv.ReFreeKVCache(model, chosen[record.policy])
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            assert record.budget == pytest.approx(cache.report.budget, abs=1e-4)
+            assert record.budget < 0.95
+            with cache.decoding():
+                positions = torch.arange(320, 320 + path.shape[1])[None]
+                pruned = model(path, past_key_values=cache, position_ids=positions).logits[0].double().log_softmax(-1)
+            kl = (full.exp() * (full - pruned)).sum(-1)
+            assert record.kl_mean == pytest.approx(kl.mean().item(), abs=1e-4)
