@@ -8,7 +8,7 @@ import pytest
 
 from command_line import Outcome, runner
 from refreekv.planner import budgets
-from test_plan import DEEPSEEK_V3, GEMMA_12B, LLAMA, measured_on
+from test_plan import GEMMA_12B, LATENT, LLAMA, measured_on
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_no_expected_row_without_a_measurement(run, llama_file):
 
 def test_latent_caches_and_windows_are_named(run, tmp_path):
     for name, config, words in (
-        ("deepseek", DEEPSEEK_V3, "pruning does not apply"),
+        ("deepseek", LATENT, "pruning does not apply"),
         ("gemma", GEMMA_12B, "only full-attention layers are pruned"),
     ):
         file = tmp_path / f"{name}.json"
