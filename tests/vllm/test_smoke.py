@@ -1,4 +1,4 @@
-"""A few short prompts through everything at once: the part of test_tokens.py that CI has time for."""
+"""A few short prompts through everything at once: test_tokens.py in a minute."""
 
 import pytest
 
@@ -7,9 +7,10 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 from helpers import engine, make_prompts
 
 POSITION = "refreekv:probe_rows=32,probe_reduce=max,threshold=0.1"
-ADAPTIVE = pytest.param("adaptive:min_length=256,constant=0.02", marks=pytest.mark.vllm_full)
+ADAPTIVE = "adaptive:min_length=256,constant=0.02"
 
 
+@pytest.mark.vllm_full
 @pytest.mark.parametrize("policy", [POSITION, ADAPTIVE])
 def test_short_prompts(folder, reference, policy):
     prompts = make_prompts(reference.tokenizer, (300, 317, 352))
