@@ -6,6 +6,9 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 
 from helpers import engine
 
+# Some half a minute each on two cores: CI has the time for test_smoke.py only.
+pytestmark = pytest.mark.vllm_full
+
 POLICIES = {
     "position": "refreekv",
     "position-with-sinks": "refreekv:norm_includes_sinks=true",
