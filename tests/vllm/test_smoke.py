@@ -7,10 +7,9 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 from helpers import engine, make_prompts
 
 POSITION = "refreekv:probe_rows=32,probe_reduce=max,threshold=0.1"
-ADAPTIVE = "adaptive:min_length=256,constant=0.02"
+ADAPTIVE = pytest.param("adaptive:min_length=256,constant=0.02", marks=pytest.mark.vllm_full)
 
 
-@pytest.mark.vllm_full
 @pytest.mark.parametrize("policy", [POSITION, ADAPTIVE])
 def test_short_prompts(folder, reference, policy):
     prompts = make_prompts(reference.tokenizer, (300, 317, 352))
