@@ -26,7 +26,7 @@ POSITION, SCATTERED = "refreekv:threshold=0.3", "refreekv-heavy-hitter:threshold
         pytest.param(POSITION, True, id="position-async", marks=pytest.mark.vllm_full),
         pytest.param("refreekv:threshold=0.3,frozen_layers=0", False, id="one-group", marks=pytest.mark.vllm_full),
         pytest.param(SCATTERED, False, id="scattered-sync", marks=pytest.mark.vllm_full),
-        pytest.param(SCATTERED, True, id="scattered-async", marks=pytest.mark.vllm_full),
+        pytest.param(SCATTERED, True, id="scattered-async"),
     ],
 )
 def test_500_random_requests(tiny, request, policy, asynchronous):
