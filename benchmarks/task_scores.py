@@ -1,7 +1,7 @@
 """Task scores of real models with full and pruned caches, and the page of docs that shows them.
 
     python benchmarks/task_scores.py MODEL --data-dir DIR --out smollm2-tasks.jsonl [--batch-size 16]
-    python benchmarks/task_scores.py --page docs/results-tasks.md benchmarks/runs/*-tasks.jsonl.gz
+    python benchmarks/task_scores.py --page docs/results-tasks.md benchmarks/runs/tasks/*.jsonl.gz
 
 MODEL is a .gguf file, a checkpoint's folder or a hub id. The first form may be stopped and
 started again. On the page a task counts where the full cache's answers are better than chance:
@@ -152,7 +152,7 @@ def read(path: Path) -> Model:
 
 def _above_chance(records: Iterable[TaskRecord], task: str) -> bool:
     scores = {one.key[1:]: one.scores["score"] for one in records if one.family == task}
-    better = [score - scores[sample, CHANCE] for (sample, policy), score in scores.items() if policy == FULL]
+    better = [score - scores[sample, CHANCE] for (sample, policy), score in scores.items() if policy == FULL and (sample, CHANCE) in scores]
     return task_tables.bootstrap(better).low > 0
 
 
