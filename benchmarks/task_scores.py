@@ -152,7 +152,11 @@ def read(path: Path) -> Model:
 
 def _above_chance(records: Iterable[TaskRecord], task: str) -> bool:
     scores = {one.key[1:]: one.scores["score"] for one in records if one.family == task}
-    better = [score - scores[sample, CHANCE] for (sample, policy), score in scores.items() if policy == FULL and (sample, CHANCE) in scores]
+    better = [
+        score - scores[sample, CHANCE]
+        for (sample, policy), score in scores.items()
+        if policy == FULL and (sample, CHANCE) in scores
+    ]
     return task_tables.bootstrap(better).low > 0
 
 
