@@ -212,7 +212,9 @@ def test_what_copies_is_kept_whole_and_without_scores_heads_share():
     blind = policy.select(the_view(policy, keys, values, queries))
     assert torch.equal(blind.keep[:, 0], blind.keep[:, 1])
     assert not blind.keep.all()
-    one = policy.one_set().select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
+    one = dataclasses.replace(policy, shared=True).select(
+        the_view(policy, keys, values, queries, scores=torch.zeros(1, 2))
+    )
     each = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
     assert one.keep.shape[1] == 1
     assert torch.equal(one.keep[:, 0], each.keep.any(1))

@@ -1,6 +1,6 @@
 """The adaptive policy: keep what any query of the prompt needed, and let the heads that copy keep all."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -146,10 +146,6 @@ class Adaptive(Policy):
             "mass": window.peak >= at_mass,
             "copying": copying[..., None].expand(batch, -1, length),
         }
-
-    def one_set(self) -> "Adaptive":
-        """The same with one set of positions a layer."""
-        return replace(self, shared=True)
 
 
 def _check_number(name: str, value: object, below: float, meaning: str) -> None:
