@@ -183,6 +183,11 @@ def test_a_ready_policy_takes_no_parameters():
         policies.resolve(3)
 
 
+def test_a_name_may_bring_its_parameters():
+    assert policies.resolve("snapkv:ratio=0.25") == policies.create("snapkv", ratio=0.25)
+    assert policies.resolve("refreekv:threshold=0.5,sinks=8", threshold=0.05).threshold == 0.05
+
+
 def test_one_file_adds_a_policy():
     """What CONTRIBUTING promises: a dataclass, select, register."""
 

@@ -30,7 +30,8 @@ class ReFreeKVCache(PrunedCache):
     model : PreTrainedModel
         The model that the cache is for.
     policy : str or Policy
-        A policy or the name of one (see ``refreekv.policies.available()``).
+        A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
+        command line takes it: ``"snapkv:ratio=0.5"``.
     kv_dtype : str, KVDtype or None
         ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
         entries. None: in the model's precision.
@@ -163,7 +164,8 @@ def compress(
     model : PreTrainedModel
         A decoder-only model that goes through transformers' attention interface.
     policy : str or Policy
-        A policy or the name of one (see ``refreekv.policies.available()``).
+        A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
+        command line takes it: ``"snapkv:ratio=0.5"``.
     kv_dtype : str, KVDtype or None
         ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
         entries. None: in the model's precision.

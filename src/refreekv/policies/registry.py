@@ -74,11 +74,11 @@ def create(name: str, **parameters: Any) -> Policy:
     return cls(**parameters)
 
 
-def parse(spec: str) -> Policy:
+def parse(spec: str, **parameters: Any) -> Policy:
     """Make a policy from ``name`` or ``name:parameter=value,parameter=value``.
 
     The form that the command line takes. Values are read as integer, float, true/false
-    or, failing that, text.
+    or, failing that, text. Parameters given by name come before those in ``spec``.
 
     Examples
     --------
@@ -86,17 +86,17 @@ def parse(spec: str) -> Policy:
     8
     """
     name, _, rest = spec.partition(":")
-    parameters: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"policy parameter {item!r} in {spec!r} is not of the form name=value")
-        parameters[key.strip()] = _literal(value.strip())
-    return create(name.strip(), **parameters)
+        written[key.strip()] = _literal(value.strip())
+    return create(name.strip(), **(written | parameters))
 
 
 def resolve(policy: "str | Policy", **parameters: Any) -> Policy:
-    """Accept a policy or its name; parameters only go with a name."""
+    """Accept a policy, its name or what `parse` takes; parameters do not go with a ready policy."""
     if isinstance(policy, Policy):
         if parameters:
             raise TypeError(
@@ -106,7 +106,7 @@ def resolve(policy: "str | Policy", **parameters: Any) -> Policy:
         return policy
     if not isinstance(policy, str):
         raise TypeError(f"policy must be a name or a Policy, got {type(policy).__name__}")
-    return create(policy, **parameters)
+    return parse(policy, **parameters)
 
 
 def _literal(text: str) -> Any:
