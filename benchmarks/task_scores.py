@@ -1,23 +1,27 @@
 """Task scores of real models with full and pruned caches, and the page of docs that shows them.
 
-    python benchmarks/task_scores.py MODEL --data-dir DIR --out smollm2-tasks.jsonl [--batch-size 16]
+    python benchmarks/task_scores.py MODEL --data-dir DIR --plan benchmarks/plans/tasks-qwen.toml --out qwen.jsonl
     python benchmarks/task_scores.py --page docs/results-tasks.md benchmarks/runs/tasks/*.jsonl.gz
 
-MODEL is a .gguf file, a checkpoint's folder or a hub id. The first form may be stopped and
-started again. On the page a task counts where the full cache's answers are better than chance:
-where the 95 % interval of the difference to the score of the same answers, each taken as if
-given to another sample, lies above zero.
+MODEL is a .gguf file, a checkpoint's folder or a hub id. The first form may be stopped, also by
+``--time-limit``, and started again. Tasks take turns, so that a run cut short has seen all of
+them, and the page counts only samples that every policy has answered. On the page a task counts
+where the full cache's answers are better than chance: where the 95 % interval of the difference
+to the score of the same answers, each taken as if given to another sample, lies above zero.
 """
 
 import argparse
 import contextlib
 import datetime
 import gzip
+import itertools
 import platform
+import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +30,58 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import refreekv
-from refreekv import policies as registry
+from refreekv.engines.attachment import attached
 from refreekv.evaluation import sweeps, task_loading, task_tables
 from refreekv.evaluation.records import CHANCE, TaskRecord
 from refreekv.evaluation.runner import device_name
 from refreekv.evaluation.store import RecordFile, Results, read_records
 from refreekv.evaluation.sweeps import FULL
+from refreekv.evaluation.task_loading import BenchTask
 from refreekv.evaluation.task_tables import FamilyResult
-from refreekv.evaluation.tasks import Settings, plan, run
+from refreekv.evaluation.tasks import Plan, Settings, plan, run
 from refreekv.report import format_bytes
 
-POLICIES = (
-    *("refreekv", "refreekv-heavy-hitter", "adaptive"),
-    *("snapkv:ratio=0.5", "streaming-llm:ratio=0.5", "h2o:ratio=0.5"),
-)
+STARTED = time.monotonic()
 
-TASKS = (
-    # What small models can do, a few hundred to 6,500 tokens; the longest answers last.
-    *("niah:tokens=600", "niah:tokens=1500", "niah:tokens=3000", "2wikimqa-e", "qasper-e", "hotpotqa-original"),
-    *("multi-key-retrieval:tokens=1200,keys=8", "multi-value-retrieval:tokens=1200", "kv-retrieval-75"),
-    *("question-after:tokens=600", "ruler-niah-multikey-2", "ruler-niah-multikey-3", "ruler-vt", "ruler-cwe"),
-    *("ruler-fwe", "long-code:tokens=1500", "few-shot-arithmetic", "variable-tracking:tokens=1200", "truthfulqa"),
-    *("system-prompt:tokens=500", "instructions:tokens=500", "qmsum", "gsm8k"),
-    # Asked for, so that the page says what was not run.
-    *("gpqa", "coqa", "narrativeqa", "qasper", "2wikimqa", "musique", "multi-news", "triviaqa", "lcc"),
-    *("math500", "ifeval"),
-)
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: the contents of a plan file.
+
+    Attributes
+    ----------
+    tasks : list of str
+        As for ``refreekv tasks``, in the order of their turns.
+    policies : list of str
+        As for ``refreekv tasks``. The full cache is measured always.
+    samples : int
+        Of each task at most.
+    turn : int
+        Samples of a task in its turn, and prompts a batch.
+    max_tokens : int
+        Longer prompts are left out.
+    max_new_tokens : int or None
+        Limit of answers where a task's own is higher.
+    """
+
+    tasks: list[str]
+    policies: list[str]
+    samples: int = 20
+    turn: int = 10
+    max_tokens: int = 6500
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Wanted":
+        """The plan file with what the arguments put in place of it."""
+        wanted = cls(**tomllib.loads(args.plan.read_text(encoding="utf-8")))
+        return replace(
+            wanted,
+            tasks=args.tasks.split(";") if args.tasks else wanted.tasks,
+            policies=args.policy or wanted.policies,
+            samples=args.samples or wanted.samples,
+            turn=args.turn or wanted.turn,
+        )
 
 
 class TimeUp(Exception):  # noqa: N818 - no error
@@ -74,20 +104,17 @@ def load(place: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 def measure(args: argparse.Namespace) -> None:
     """Answer and score, into a results file."""
+    wanted = Wanted.of(args)
     model, tokenizer = load(args.model, args.device, args.dtype)
-    name = args.name or Path(args.model).stem
-    known = registry.available()
-    specs = args.policy or [spec for spec in POLICIES if spec.partition(":")[0] in known]
-    chosen = sweeps.choose(specs)
+    chosen = sweeps.choose(wanted.policies)
     found, missing = task_loading.load(
-        args.tasks.split(";") if args.tasks else TASKS,
-        tokenizer,
-        data_dir=args.data_dir,
-        limit=args.limit,
-        execute_code=args.execute_code,
+        wanted.tasks, tokenizer, data_dir=args.data_dir, limit=wanted.samples, execute_code=args.execute_code
     )
     settings = Settings(
-        name, max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens, batch_size=args.batch_size
+        args.name or Path(args.model).stem,
+        max_new_tokens=wanted.max_new_tokens,
+        max_tokens=wanted.max_tokens,
+        batch_size=wanted.turn,
     )
     planned = plan(model, tokenizer, found, settings)
     setup = {
@@ -100,26 +127,50 @@ def measure(args: argparse.Namespace) -> None:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "batch": wanted.turn,
             "not_run": missing,
             "left_out": len(planned.left_out),
         },
     }
     policies = {spec: str(policy) for spec, policy in chosen.items()}
-    ends = time.monotonic() + args.time_limit
+    print(f"{planned.count} samples of {len(found)} tasks, {time.monotonic() - STARTED:.0f} s to get there", flush=True)
+    for name, why in missing.items():
+        print(f"not run: {name}: {why}")
 
     def check(count: int) -> None:
         del count
-        if time.monotonic() > ends:
+        if time.monotonic() - STARTED > args.time_limit:
             raise TimeUp
 
-    with RecordFile(args.out, setup, policies, TaskRecord) as results, contextlib.suppress(TimeUp):
-        for bench in found:
+    with (
+        RecordFile(args.out, setup, policies, TaskRecord) as results,
+        attached(model),  # so that graphs of decoding steps are captured once, not once a turn
+        contextlib.suppress(TimeUp),
+    ):
+        for bench, turn in turns(planned, found, wanted.turn):
             start, before = time.monotonic(), len(results.results.records)
-            records = run(model, tokenizer, [bench], planned, chosen, settings, results, progress=check)
+            records = run(model, tokenizer, [bench], turn, chosen, settings, results, progress=check)
             took, made = time.monotonic() - start, len(results.results.records) - before
             scores = {one.policy: one.score for one in task_tables.summarise(records)[0]}
             line = ", ".join(f"{policy} {100 * score.mean:.1f}" for policy, score in scores.items() if score)
-            print(f"{bench.name}: {line} ({made} answers, {took:.0f} s)", flush=True)
+            print(f"{bench.name}: {line} ({made} answers, {took:.1f} s)", flush=True)
+
+
+def turns(planned: Plan, found: Sequence[BenchTask], size: int) -> Iterator[tuple[BenchTask, Plan]]:
+    """A few samples of each task, then a few more of each, until all had their turn."""
+    left = {}
+    for bench in found:
+        documents = list(planned.documents[bench.name])
+        if bench.indices is not None:
+            # Datasets may be sorted; what we generate goes round depths and kinds.
+            random.Random(bench.name).shuffle(documents)
+        # No turn of one: chance takes an answer to another sample.
+        ends = list(range(size, len(documents) - 1, size))
+        left[bench.name] = [documents[start:end] for start, end in itertools.pairwise([0, *ends, len(documents)])]
+    for number in range(max(map(len, left.values()), default=0)):
+        for bench in found:
+            if number < len(left[bench.name]):
+                yield bench, Plan({bench.name: left[bench.name][number]})
 
 
 # -- the page -----------------------------------------------------------------------------
@@ -144,10 +195,20 @@ def read(path: Path) -> Model:
         plain = Path(folder) / path.stem
         plain.write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
         results = read_records(plain, TaskRecord)
+    results.records = answered_by_all(results.records)
     table: dict[str, dict[str, FamilyResult]] = {}
     for row in task_tables.summarise(results.records)[0]:
         table.setdefault(row.family, {})[row.policy] = row
     return Model(results, table)
+
+
+def answered_by_all(records: Sequence[TaskRecord]) -> list[TaskRecord]:
+    """Without the samples that a run cut short has asked some policies only."""
+    policies = {one.policy for one in records} - {CHANCE}
+    asked: dict[tuple[str, str], set[str]] = {}
+    for one in records:
+        asked.setdefault(one.key[:2], set()).add(one.policy)
+    return [one for one in records if policies <= asked[one.key[:2]]]
 
 
 def _above_chance(records: Iterable[TaskRecord], task: str) -> bool:
@@ -286,14 +347,15 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write this page from results files, and measure nothing")
     parser.add_argument("--out", type=Path, help="results file")
     parser.add_argument("--data-dir", type=Path, help="local JSONL in place of the hub")
+    parser.add_argument("--plan", type=Path, help="a TOML file with the fields of Wanted")
     parser.add_argument("--name", help="what to call the model")
-    parser.add_argument("--tasks", help="tasks, separated by semicolons")
-    parser.add_argument("--policy", action="append", help="a policy; may be repeated")
-    parser.add_argument("--limit", type=int, default=40, help="samples of a task")
-    parser.add_argument("--max-tokens", type=int, default=6500, help="leave out longer prompts")
-    parser.add_argument("--max-new-tokens", type=int, help="limit of answers; each task's own by default")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="stop after so many seconds")
+    parser.add_argument("--tasks", help="in place of the plan's, separated by semicolons")
+    parser.add_argument("--policy", action="append", help="in place of the plan's; may be repeated")
+    parser.add_argument("--samples", type=int, help="in place of the plan's")
+    parser.add_argument("--turn", type=int, help="in place of the plan's")
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), help="stop so many seconds after the start, loading included"
+    )
     parser.add_argument("--execute-code", action="store_true", help="run HumanEval's answers in a sandbox")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
@@ -301,8 +363,8 @@ def main() -> None:
     if args.page:
         files = [Path(name) for name in args.model]
         args.page.write_text(page([read(path) for path in files], files), encoding="utf-8")
-    elif len(args.model) != 1 or not args.out:
-        parser.error("give one model and --out, or --page and results files")
+    elif len(args.model) != 1 or not args.out or not args.plan:
+        parser.error("give one model, --plan and --out, or --page and results files")
     else:
         args.model = args.model[0]
         measure(args)

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 import refreekv
 from models import VOCAB, build
+from refreekv.engines import decoding
+from refreekv.engines.attachment import attached
+from refreekv.evaluation import generation
 from refreekv.evaluation.generation import Prompt, answer
 from refreekv.policies import create
 
@@ -92,3 +95,38 @@ def test_greedy_whatever_the_model_says(tiny, tokenizer):
     finally:
         tiny.generation_config.update(**before)
     assert given.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("question", [0, 1, 9])
+def test_answers_are_decoded_through_captured_steps(tiny, tokenizer, question, monkeypatch):
+    class InArenas(refreekv.ReFreeKVCache):
+        """As on CUDA."""
+
+        def __init__(self, *args, **parameters):
+            super().__init__(*args, **parameters)
+            self.state.arena = True
+
+    prompts = [Prompt(ids(length, length), ids(question, 90)) for length in (30, 44)]
+    batches = [[prompt] for prompt in prompts] if question else [prompts]
+    given = {}
+    made, run = decoding.Step.__init__, decoding.Step.__call__
+    steps = {"made": 0, "run": 0}
+
+    def count(name, function):
+        def counted(*args):
+            steps[name] += 1
+            return function(*args)
+
+        return counted
+
+    monkeypatch.setattr(decoding.Step, "__init__", count("made", made))
+    monkeypatch.setattr(decoding.Step, "__call__", count("run", run))
+    for kind in (refreekv.ReFreeKVCache, InArenas):
+        monkeypatch.setattr(generation, "ReFreeKVCache", kind)
+        with attached(tiny):
+            answers = [one for batch in batches for one in answer(tiny, tokenizer, batch, HALF, max_new_tokens=8)]
+        # Storage with room to grow holds more bytes.
+        given[kind] = [(one.tokens, one.budget, one.bytes_full) for one in answers]
+    assert given[InArenas] == given[refreekv.ReFreeKVCache]
+    # The first new token is the prompt's own; a question of one token is a step as well.
+    assert steps == {"made": 1, "run": (7 + (question == 1)) * len(batches)}

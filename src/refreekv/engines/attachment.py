@@ -122,7 +122,7 @@ class Attachment:
     # -- forward --------------------------------------------------------------------------
 
     @contextmanager
-    def _captured_steps(self) -> Iterator[None]:
+    def captured_steps(self) -> Iterator[None]:
         """Within, captured steps may stand in for the model's forward.
 
         Not longer than that: a copy of the model that is made meanwhile would run the original.
@@ -228,7 +228,7 @@ class Attachment:
             if not isinstance(cache, PrunedCache):
                 return generate(*args, **kwargs)
             try:
-                with self._captured_steps(), cache.state.until(_prompt_end(given), generating=True):
+                with self.captured_steps(), cache.state.until(_prompt_end(given), generating=True):
                     return generate(*args, **kwargs)
             finally:
                 self._observe(cache)
@@ -240,6 +240,16 @@ class Attachment:
         config = given.get("generation_config") or self.model.generation_config
         value = given.get(name)
         return getattr(config, name, None) if value is None else value
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[Attachment]:
+    """Within, refreekv stays in the model, and captured steps with it, whatever caches come and go."""
+    attachment = Attachment.attach(model)
+    try:
+        yield attachment
+    finally:
+        attachment.detach()
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from refreekv import ReFreeKVCache
+from refreekv.engines.attachment import attached
 from refreekv.evaluation.decoding import stop_tokens, until_stop
 from refreekv.policies import Policy
 
@@ -96,14 +97,13 @@ def answer(
     generate = type(model).generate
     if policy is None:
         output = generate(model, ids, attention_mask=mask, **options)
-    elif not asked:
-        with cache.prompt_until(ids.shape[1]):
-            output = generate(model, ids, attention_mask=mask, **options)
     else:
-        end = len(prompts[0].context)
-        with cache.prompt_until(end):
-            model(ids[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        with cache.decoding():
+        end = ids.shape[1]
+        if asked:
+            with cache.prompt_until(len(prompts[0].context)):
+                model(ids[:, : len(prompts[0].context)], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            end = 0  # the question is no prompt: it is not compressed
+        with attached(model) as attachment, attachment.captured_steps(), cache.state.until(end, generating=True):
             output = generate(model, ids, attention_mask=mask, **options)
     stops = stop_tokens(model)
     rows = [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]

@@ -181,7 +181,6 @@ def _what_it_has(benchmark: Benchmark) -> str:
 def _benchmark(
     name: str, benchmark: Benchmark, catalogue: _Catalogue, data_dir: Path | None, seed: int, *, after: bool
 ) -> Any:
-    _check_requirement(benchmark)
     files = " and ".join(benchmark.files)
     changes = dict(benchmark.config)
     if data_dir is not None:
@@ -194,6 +193,7 @@ def _benchmark(
         changes["custom_dataset"] = lambda **_: {benchmark.split: _dataset(rows)}
     elif not benchmark.hub:
         raise DataMissing(f"this dataset is not on the hub in this form: give --data-dir with {files}")
+    _check_requirement(benchmark)  # may take a download, so only for what is there
     task = _constructed(benchmark.base, changes, catalogue, seed, f"give --data-dir with {files}")
     if after:
         _ask_after(task, benchmark)

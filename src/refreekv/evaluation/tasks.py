@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from refreekv.engines.attachment import attached
 from refreekv.evaluation.lm_eval_model import CompressedLM, Measured
 from refreekv.evaluation.records import CHANCE, Key, TaskRecord
 from refreekv.evaluation.store import RecordFile
@@ -188,7 +189,8 @@ def run(
     """
     wanted: dict[str, Policy] = {FULL: create(FULL), **{spec: one for spec, one in policies.items() if spec != FULL}}
     known = {record.key: record for record in results.results.records}
-    with quiet_lm_eval():
+    # Attached all the while: a graph of a decoding step is captured once, not once a batch.
+    with quiet_lm_eval(), attached(model):
         models = {
             spec: CompressedLM(model, policy, tokenizer=tokenizer, batch_size=settings.batch_size)
             for spec, policy in wanted.items()
