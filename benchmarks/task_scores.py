@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import gzip
 import itertools
+import logging
 import platform
 import random
 import tempfile
@@ -37,7 +38,7 @@ from refreekv.evaluation.runner import device_name
 from refreekv.evaluation.store import RecordFile, Results, read_records
 from refreekv.evaluation.sweeps import FULL
 from refreekv.evaluation.task_loading import BenchTask
-from refreekv.evaluation.task_tables import FamilyResult
+from refreekv.evaluation.task_tables import Estimate, FamilyResult
 from refreekv.evaluation.tasks import Plan, Settings, plan, run
 from refreekv.report import format_bytes
 
@@ -104,6 +105,7 @@ def load(place: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 def measure(args: argparse.Namespace) -> None:
     """Answer and score, into a results file."""
+    logging.basicConfig()  # warnings go to where stderr is now: lm-eval is kept quiet later
     wanted = Wanted.of(args)
     model, tokenizer = load(args.model, args.device, args.dtype)
     chosen = sweeps.choose(wanted.policies)
@@ -252,7 +254,7 @@ def _sections(model: Model) -> list[str]:
         f"## {setup['model']}\n\n{setup['dtype']}, {env['device']}, torch {env['torch']}, transformers "
         f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}."
     )
-    parts = [_totals, _tasks, _needles]
+    parts = [_totals, _tasks, _needles] if useful else []
     return [head, *filter(None, (part(model, useful, policies) for part in parts)), _rest(model, useful)]
 
 
@@ -260,20 +262,49 @@ def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str
     lines = [
         f"Over the {len(useful)} tasks above chance, each counting the same:",
         "",
-        "| policy | kept | K/V bytes | mean change | worst task | same answer | tasks worse, established |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        "| policy | kept | K/V bytes | mean change | of the full score | worst task | same answer "
+        "| tasks worse, established |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     for policy in policies:
         rows = [model.table[task][policy] for task in useful]
-        changes = [(row.change.mean, row) for row in rows if row.change]
-        worst = min(changes, key=lambda pair: pair[0])[1]
+        shares = {task: _share(model.table[task], policy) for task in useful}
+        worst = min(useful, key=lambda task: shares[task])
+        mean = _shares_interval(model, useful, policy)
         kept, full = sum(row.bytes_kept for row in rows), sum(row.bytes_full for row in rows)
         lines.append(
             f"| `{policy}` | {_mean(row.budget for row in rows):.0%} | {format_bytes(kept)} of {format_bytes(full)} "
-            f"| {100 * _mean(change for change, _ in changes):+.1f} | {worst.family}: {_change(worst)} "
+            f"| {100 * _mean(row.change.mean for row in rows if row.change):+.1f} "
+            f"| {mean.mean:.1%} [{mean.low:.1%}, {mean.high:.1%}] "
+            f"| {worst}: {shares[worst]:.1%}, {_change(model.table[worst][policy])} "
             f"| {_mean(row.same for row in rows):.0%} | {sum(row.change.high < 0 for row in rows if row.change)} |"
         )
     return "\n".join(lines)
+
+
+def _share(rows: dict[str, FamilyResult], policy: str) -> float:
+    """A policy's score on a task as a share of the full cache's."""
+    score, full = rows[policy].score, rows[FULL].score
+    assert score is not None
+    assert full is not None  # the task is above chance
+    return score.mean / full.mean
+
+
+def _shares_interval(model: Model, useful: Sequence[str], policy: str) -> Estimate:
+    """Mean share of the full cache's score over tasks; bootstrapped over the samples of each."""
+    scores = {one.key: one.scores["score"] for one in model.results.records}
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for task in useful:
+        samples = [sample for family, sample, who in scores if family == task and who == FULL]
+        full, own = (
+            torch.tensor([scores[task, sample, who] for sample in samples], dtype=torch.float64)
+            for who in (FULL, policy)
+        )
+        chosen = torch.randint(len(samples), (task_tables.DRAWS, len(samples)), generator=generator)
+        draws.append(1 + (own - full)[chosen].mean(-1) / full.mean())
+    low, high = torch.stack(draws).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(_mean(_share(model.table[task], policy) for task in useful), low, high)
 
 
 def _tasks(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:

@@ -81,6 +81,9 @@ def test_a_batch_gives_what_each_row_gives(tiny, tokenizer, policy):
     alone = [answer(tiny, tokenizer, [prompt], policy, max_new_tokens=6)[0] for prompt in prompts]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     assert [one.budget for one in together] == pytest.approx([one.budget for one in alone])
+    # Padding is nobody's.
+    assert [one.bytes_full for one in together] == [one.bytes_full for one in alone]
+    assert [one.bytes_kept for one in together] == [one.bytes_kept for one in alone]
     with pytest.raises(ValueError, match="one by one"):
         answer(tiny, tokenizer, [replace(prompts[0], question=[5]), prompts[1]], policy, max_new_tokens=2)
 

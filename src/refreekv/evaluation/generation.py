@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from refreekv import ReFreeKVCache
 from refreekv.engines.attachment import attached
@@ -107,7 +107,8 @@ def answer(
             output = generate(model, ids, attention_mask=mask, **options)
     stops = stop_tokens(model)
     rows = [until_stop(row, stops) for row in output[:, ids.shape[1] :].tolist()]
-    return [Answer(row, *held(cache, index)) for index, row in enumerate(rows)]
+    padding = (ids.shape[1] - mask.sum(-1)).tolist()
+    return [Answer(row, *held(cache, index, padding[index])) for index, row in enumerate(rows)]
 
 
 class _Stop(StoppingCriteria):
@@ -146,11 +147,16 @@ def _padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[
     return ids, mask
 
 
-def held(cache: Any, row: int) -> tuple[float, int, int]:
-    """Budget, and bytes of a full cache and of this one, for one row."""
-    if not isinstance(cache, ReFreeKVCache):
-        held = sum(tensor[row].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-        return 1.0, held, held
-    rows = [layer.rows[row] for layer in cache.report.prunable]
-    budget = sum(one.budget for one in rows) / len(rows)
-    return budget, sum(one.bytes_before for one in rows), sum(one.bytes_after for one in rows)
+def held(cache: Any, row: int, padding: int = 0) -> tuple[float, int, int]:
+    """Budget, and bytes of a full cache and of this one, for one row of whose columns ``padding`` are none."""
+    if isinstance(cache, ReFreeKVCache):
+        report = cache.report
+        rows = [layer.rows[row] for layer in report.prunable]
+        budget = sum(one.budget for one in rows) / len(rows)
+        full = sum(one.bytes_before for one in rows) * (report.tokens - padding) // report.tokens
+        return budget, full, sum(one.bytes_after for one in rows)
+    # Layers with a window hold no more than that, and are none of a policy's.
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    parts = [part for layer in layers for part in (layer.keys, layer.values) if part is not None]
+    full = sum(part[row, :, padding:].nbytes for part in parts)
+    return 1.0, full, full
