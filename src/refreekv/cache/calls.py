@@ -46,6 +46,8 @@ class Entries:
         The last queries of the prompt.
     settled : Tensor or None
         Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
+    in_place : bool
+        Whether ``keys`` and ``values`` are the storage itself, in which an entry can be replaced.
     """
 
     keys: Tensor
@@ -54,6 +56,7 @@ class Entries:
     columns: Tensor
     queries: "Queries"
     settled: Tensor | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)

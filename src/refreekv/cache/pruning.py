@@ -16,6 +16,7 @@ from refreekv.cache.columns import Columns
 from refreekv.core.probes import attention_rows
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.core.stand_ins import StandIns, put
 from refreekv.kernels import probe_reductions
 from refreekv.policies import LayerView, Policy, ProbePlan
 
@@ -135,7 +136,23 @@ def decide(
     if policy.freezes(layer):
         return Decision(entries, None)
     view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
-    return Decision(entries, select(policy, view))
+    selection = select(policy, view)
+    if isinstance(selection, Selection) and selection.stand_ins is not None and entries.in_place:
+        selection = replace_entries(entries, selection, selection.stand_ins)
+    return Decision(entries, selection)
+
+
+def replace_entries(entries: Entries, selection: Selection, chosen: StandIns) -> Selection:
+    """Write the stand-ins over entries that go, and keep these."""
+    put(chosen, entries.keys, entries.values)
+    kv_heads = entries.keys.shape[1]
+    keep = selection.keep.scatter(-1, chosen.columns, selection.keep.gather(-1, chosen.columns) | chosen.real)
+    everything: int | Tensor = entries.keys.shape[2] * kv_heads
+    if entries.valid is not None:
+        valid = entries.valid if entries.valid.dim() == 3 else entries.valid[:, None].expand(-1, kv_heads, -1)
+        everything = valid.sum((1, 2)).clamp_min(1)
+    share = chosen.real.sum((1, 2)) / everything
+    return replace(selection, keep=keep, reasons={**selection.reasons, "stand-ins": share})
 
 
 def layer_view(
@@ -160,9 +177,13 @@ def layer_view(
     )
     if plan.reduced:
         window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0)
-        return replace(
+        view = replace(
             view, window=window, spread=_reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance)
         )
+        if not plan.queries or not plan.rows or call.softcap is not None:
+            return view
+        last = entries.queries.planned(ProbePlan(rows=plan.rows))
+        return replace(view, queries=_scaled(last.states, call), asked=last.real)
     rows, visible, queries = _probe(plan, call, entries)
     return replace(view, rows=rows, visible=visible, queries=queries)
 
@@ -222,8 +243,12 @@ def _probe(
     )
     if not plan.queries:
         return rows, visible, None
-    scaling = queries.states.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    return rows, visible, queries.states.float() * scaling
+    return rows, visible, _scaled(queries.states, call)
+
+
+def _scaled(queries: Tensor, call: AttentionCall) -> Tensor:
+    scaling = queries.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    return queries.float() * scaling
 
 
 def _check_shape(policy: Policy, keep: Tensor, keys: Tensor) -> None:

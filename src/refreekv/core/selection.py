@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from refreekv.core.stand_ins import StandIns
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -30,11 +32,14 @@ class Selection:
     reasons : dict
         Names of reasons to ``[B]``: the share of the real entries that stay for each. An entry may
         have several.
+    stand_ins : StandIns or None
+        Entries to store in the places of some that ``keep`` evicts; with as many KV heads as the keys.
     """
 
     keep: Tensor
     metric: Tensor | None = None
     reasons: Mapping[str, Tensor] = field(default_factory=dict)
+    stand_ins: StandIns | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from refreekv.cache.calls import AttentionCall, Entries, Queries
 from refreekv.cache.columns import Columns
 from refreekv.cache.pruning import KeptRow, layer_view, select
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.core.stand_ins import StandIns
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 
 ROWS = {"cuda": 2**28, "cpu": 2**24}
@@ -61,12 +62,16 @@ class Choice:
         By layer, boolean ``[P, H_kv, n]``; None if all policies keep everything.
     alike : list of set of str
         By layer, the policies whose KV heads all keep the same positions.
+    stand_ins : list of dict
+        By layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks
+        do not show these.
     """
 
     names: dict[str, int]
     length: int
     masks: list[Tensor | None]
     alike: list[set[str]]
+    stand_ins: list[dict[str, StandIns]]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
         """The mask of one layer for some policies, in their order."""
@@ -75,6 +80,17 @@ class Choice:
             return mask
         return mask[[self.names[name] for name in names]]
 
+    def standing(self, layer: int, names: Sequence[str]) -> StandIns | None:
+        """Stand-ins of some policies, in their order, a row each; None if none has any."""
+        there = self.stand_ins[layer]
+        like = next((there[name] for name in names if name in there), None)
+        if like is None:
+            return None
+        most = max(one.columns.shape[-1] for one in there.values())
+        nothing = StandIns(*(part.new_zeros(1, part.shape[1], 0, *part.shape[3:]) for part in like))
+        rows = [StandIns(*(_filled(part, most) for part in there.get(name, nothing))) for name in names]
+        return StandIns(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
     def counts(self, names: Sequence[str]) -> list[list[list[int]]]:
         """Entries kept, by policy, layer and KV head (one number where heads are alike)."""
         masks = [self.keep(layer, names) for layer in range(len(self.masks))]
@@ -82,6 +98,10 @@ class Choice:
         device = next((mask.device for mask in masks if mask is not None), torch.device("cpu"))
         everything = torch.full((len(names), 1), self.length, device=device)
         numbers = [everything if mask is None else mask.sum(-1).to(device) for mask in masks]
+        for number, standing in zip(numbers, self.stand_ins, strict=True):
+            for row, name in enumerate(names):
+                if name in standing:
+                    number[row] += standing[name].real.sum(-1)[0].to(device)
         table = torch.cat(numbers, dim=1).tolist()
         found = []
         for name, row in zip(names, table, strict=True):
@@ -92,15 +112,29 @@ class Choice:
 
     def rows(self, layer: int, names: Sequence[str]) -> list[KeptRow]:
         """What policies keep of one layer as a cache layer takes it; waits for the device."""
-        mask = self.keep(layer, names)
+        mask, standing = self.keep(layer, names), self.stand_ins[layer]
         if mask is None:
             return [KeptRow(Columns.of_ranges((0, self.length)), (self.length,))] * len(names)
         found = []
         for name, heads in zip(names, mask, strict=True):
             distinct = heads[:1] if name in self.alike[layer] else heads
+            if name in standing:
+                distinct = distinct.scatter(-1, *_taken(standing[name], distinct))
             columns = tuple(head.nonzero()[:, 0].int() for head in distinct)
             found.append(KeptRow(Columns(heads=columns), (self.length,) * len(columns)))
         return found
+
+
+def _filled(part: Tensor, count: int) -> Tensor:
+    """``[1, H_kv, m, …]`` with zeros up to ``count``."""
+    more = part.new_zeros(1, part.shape[1], count - part.shape[2], *part.shape[3:])
+    return torch.cat([part, more], dim=2)
+
+
+def _taken(standing: StandIns, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns ``[H_kv, m]`` of stand-ins, and whether they are kept with these."""
+    columns = standing.columns[0]
+    return columns, keep.gather(-1, columns) | standing.real[0]
 
 
 def plans_of(asked: Iterable[Policy | None], length: int) -> list[ProbePlan]:
@@ -140,12 +174,14 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     """
     masks: list[Tensor | None] = []
     alike: list[set[str]] = []
+    standing: list[dict[str, StandIns]] = []
     noted: dict[str, list[LayerScores]] = {}
     while len(masks) < len(layers):
         group = _group(layers[len(masks) :])
-        kept, same = _choose(asked, group, len(masks), len(layers), noted)
+        kept, same, stands = _choose(asked, group, len(masks), len(layers), noted)
         masks += kept
         alike += same
+        standing += stands
     names = {name: row for row, name in enumerate(asked)}
     for name, scores in noted.items():
         policy = asked[name]
@@ -156,7 +192,7 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
             mask[names[name]] = selection.keep[0]
             if selection.keep.shape[1] > 1:
                 alike[layer].discard(name)
-    return Choice(names, layers[0].keys.shape[2], masks, alike)
+    return Choice(names, layers[0].keys.shape[2], masks, alike, standing)
 
 
 def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
@@ -176,8 +212,8 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 
 def _choose(
     asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
-) -> tuple[list[Tensor | None], list[set[str]]]:
-    """Masks ``[P, H_kv, n]`` of some layers, the first of which is number ``start``, and whose heads are alike.
+) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, StandIns]]]:
+    """Of some layers, the first of which is number ``start``: masks ``[P, H_kv, n]``, whose heads are alike, stand-ins.
 
     Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
     their masks keep everything.
@@ -200,13 +236,20 @@ def _choose(
     shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
     alike = [shared | {name for name in asked if at < frozen[name]} for at in range(count)]
     if all(one is None for one in chosen.values()) and not noted:
-        return [None] * count, alike
+        return [None] * count, alike, [{} for _ in group]
     real = torch.ones(count, length, dtype=torch.bool, device=group[0].keys.device)
     masks = torch.stack([mask.expand(count, kv_heads, length) for mask in _masks(list(chosen.values()), real)])
     for row, name in enumerate(asked):
         if chosen[name] is not None and frozen[name]:
             masks[row, : frozen[name]] = True
-    return list(masks.unbind(1)), alike
+    standing = {
+        name: one.stand_ins for name, one in chosen.items() if isinstance(one, Selection) and one.stand_ins is not None
+    }
+    by_layer = [
+        {name: StandIns(*(part[at : at + 1] for part in one)) for name, one in standing.items() if at >= frozen[name]}
+        for at in range(count)
+    ]
+    return list(masks.unbind(1)), alike, by_layer
 
 
 def _views(

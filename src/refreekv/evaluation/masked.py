@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from refreekv.cache.layer import TAG
 from refreekv.core.probes import wide_product
+from refreekv.core.stand_ins import StandIns
 
 LOGITS = {"cuda": 2**28, "cpu": 2**24}
 """Attention logits (float32) over the prompt that exist at once, by kind of device."""
@@ -30,10 +31,13 @@ class MaskedLayer(DynamicLayer):
         ``[1, H_kv, n, D]``.
     keep : Tensor or None
         Boolean ``[P, H_kv, n]``, a row each; None: all see everything.
+    standing : StandIns or None
+        ``[P, H_kv, m]``: entries of each row's own, seen beside what it keeps.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None):
+    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, standing: StandIns | None = None):
         super().__init__()
+        self._standing = standing
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self._hidden = None if keep is None else ~keep
@@ -96,6 +100,13 @@ class MaskedLayer(DynamicLayer):
         assert self.values is not None
         query, key, value = query[rows], key[rows], value[rows]
         count, heads, queries, dim = query.shape
+        future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
+        hidden = future.repeat(heads // key.shape[1], 1)
+        if self._standing is not None:
+            _, more_keys, more_values, real = (part[rows] for part in self._standing)
+            key, value = torch.cat([more_keys, key], dim=2), torch.cat([more_values, value], dim=2)
+            absent = ~real[:, :, None].expand(-1, -1, len(hidden), -1)
+            hidden = torch.cat([absent, hidden.expand(*absent.shape[:2], -1, -1)], dim=-1)
         kv_heads, length = key.shape[1], self.keys.shape[2]
         group = heads // kv_heads
         grouped = query.reshape(count, kv_heads, group * queries, dim)
@@ -109,8 +120,7 @@ class MaskedLayer(DynamicLayer):
             own = own.div_(softcap).tanh_().mul_(softcap)
         if self._hidden is not None:
             before.masked_fill_(self._hidden[rows].transpose(0, 1)[:, :, None], float("-inf"))
-        future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
-        own = own.masked_fill_(future.repeat(group, 1), float("-inf"))
+        own = own.masked_fill_(hidden if hidden.dim() == 2 else hidden.transpose(0, 1), float("-inf"))
 
         largest = torch.maximum(before.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
         if sink is not None:

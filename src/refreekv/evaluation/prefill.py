@@ -22,6 +22,7 @@ from refreekv.cache.calls import AttentionCall
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import Decision, KeptRow
 from refreekv.core.quantisation import KVDtype
+from refreekv.core.stand_ins import StandIns, put
 from refreekv.engines.copying import copy_scores
 from refreekv.evaluation.choosing import capture, choose, plans_of
 from refreekv.evaluation.stored import format_of, kept_bytes, stored_layer
@@ -55,13 +56,22 @@ class _BranchLayer(ReFreeKVLayer):
 
     @classmethod
     def of(
-        cls, shared: _CapturingLayer, kept: list[KeptRow], state: PromptState, kv_dtype: KVDtype | None
+        cls,
+        shared: _CapturingLayer,
+        kept: list[KeptRow],
+        state: PromptState,
+        kv_dtype: KVDtype | None,
+        standing: StandIns | None,
     ) -> "_BranchLayer":
         layer = cls(shared.index, shared.ordinal, state, kv_dtype)
         keys, values = shared.dense
         layer.lazy_initialization(keys, values)
         # Views: what no row drops anything of is copied by the first `update` only.
-        layer.keys, layer.values = (entries.expand(len(kept), -1, -1, -1) for entries in (keys, values))
+        keys, values = (entries.expand(len(kept), -1, -1, -1) for entries in (keys, values))
+        if standing is not None:
+            keys, values = keys.clone(), values.clone()
+            put(standing, keys, values)
+        layer.keys, layer.values = keys, values
         layer._length = shared.get_seq_length()
         layer._settle([_Known(kept)], behind=0)
         return layer
@@ -174,7 +184,11 @@ class SharedPrefill:
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, _CapturingLayer):
                 cache.layers[index] = stored_layer(
-                    *layer.dense, self._choice.keep(layer.ordinal, names), names, self._asked
+                    *layer.dense,
+                    self._choice.keep(layer.ordinal, names),
+                    names,
+                    self._asked,
+                    self._choice.standing(layer.ordinal, names),
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
@@ -216,7 +230,11 @@ class SharedPrefill:
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, _CapturingLayer):
                 cache.layers[index] = _BranchLayer.of(
-                    layer, self._choice.rows(layer.ordinal, names), cache.state, number
+                    layer,
+                    self._choice.rows(layer.ordinal, names),
+                    cache.state,
+                    number,
+                    self._choice.standing(layer.ordinal, names),
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))

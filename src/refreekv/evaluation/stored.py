@@ -14,6 +14,7 @@ from torch import Tensor
 from refreekv import policies
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.core.stand_ins import StandIns
 from refreekv.evaluation.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 
@@ -100,9 +101,18 @@ class StoredLayer(MaskedLayer):
         Boolean ``[P, H_kv, n]``: what each row keeps; None: everything.
     numbers : sequence of KVDtype or None
         The format of each row.
+    standing : StandIns or None
+        As in `MaskedLayer`.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, numbers: Sequence[KVDtype | None]):
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        keep: Tensor | None,
+        numbers: Sequence[KVDtype | None],
+        standing: StandIns | None = None,
+    ):
         kinds = sorted({number for number in numbers if number is not None}, key=str)
         self._prompt = keys.shape[2]
         if keep is None:
@@ -111,6 +121,7 @@ class StoredLayer(MaskedLayer):
             torch.cat([keys, *(_stored(keys, kind) for kind in kinds)], dim=2),
             torch.cat([values, *(_stored(values, kind) for kind in kinds)], dim=2),
             torch.stack([_visible(row, number, kinds) for row, number in zip(keep, numbers, strict=True)]),
+            None if standing is None else _standing_stored(standing, numbers),
         )
 
     def get_seq_length(self) -> int:
@@ -119,18 +130,33 @@ class StoredLayer(MaskedLayer):
 
 
 def stored_layer(
-    keys: Tensor, values: Tensor, keep: Tensor | None, names: Sequence[str], asked: Mapping[str, Policy | None]
+    keys: Tensor,
+    values: Tensor,
+    keep: Tensor | None,
+    names: Sequence[str],
+    asked: Mapping[str, Policy | None],
+    standing: StandIns | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
     numbers = [format_of(asked[name]) for name in names]
     if not any(numbers):
-        return MaskedLayer(keys, values, keep)
-    return StoredLayer(keys, values, keep, numbers)
+        return MaskedLayer(keys, values, keep, standing)
+    return StoredLayer(keys, values, keep, numbers, standing)
 
 
 def _stored(entries: Tensor, number: KVDtype) -> Tensor:
     """Entries ``[1, H_kv, n, D]`` as a format gives them back."""
     return number.encode(entries.reshape(-1, entries.shape[-1])).decode().view_as(entries)
+
+
+def _standing_stored(standing: StandIns, numbers: Sequence[KVDtype | None]) -> StandIns:
+    """Stand-ins as each row's format gives them back."""
+
+    def stored(entries: Tensor) -> Tensor:
+        rows = zip(entries.split(1), numbers, strict=True)
+        return torch.cat([row if number is None else _stored(row, number) for row, number in rows])
+
+    return standing._replace(keys=stored(standing.keys), values=stored(standing.values))
 
 
 def _visible(keep: Tensor, number: KVDtype | None, kinds: Sequence[KVDtype]) -> Tensor:

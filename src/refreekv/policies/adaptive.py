@@ -10,8 +10,12 @@ from refreekv.core.budget import newest
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import Selection, sink_mask
+from refreekv.core.stand_ins import StandIns, stand_ins
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
+
+STAND_IN_STEP = 4
+"""One in so many of the window's queries says what the stand-ins are to be."""
 
 
 @register("adaptive")
@@ -35,6 +39,9 @@ class Adaptive(Policy):
       The score is a property of the model, measured once on random tokens (`refreekv.engines.copying`).
     - It is a sink, among the newest ``window`` positions, or was kept at an earlier prompt's end.
 
+    What a head evicts all the same gets little attention each, but some together: ``stand_ins`` entries
+    take its place (`refreekv.core.stand_ins`), at the end of the first prompt of a conversation.
+
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
 
@@ -57,6 +64,8 @@ class Adaptive(Policy):
         Share of its mean attention that a head may lose.
     copying : float
         Copy score, in [0, 1], from which on a head keeps everything. Above 1: none does.
+    stand_ins : int
+        Entries of each head that stand in for all that it evicts. 0: none.
     min_length : int
         Tokens under which a prompt is kept whole.
     shared : bool
@@ -74,6 +83,7 @@ class Adaptive(Policy):
     follow: int = 40
     lost_mass: float = 0.1
     copying: float = 0.1
+    stand_ins: int = 4
     min_length: int = 512
     shared: bool = False
     frozen_layers: int | Literal["all"] = 0
@@ -81,7 +91,14 @@ class Adaptive(Policy):
     reads_copy_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, minimum in (("sinks", 0), ("window", 1), ("spread", 1), ("follow", 0), ("min_length", 0)):
+        for name, minimum in (
+            ("sinks", 0),
+            ("window", 1),
+            ("spread", 1),
+            ("follow", 0),
+            ("stand_ins", 0),
+            ("min_length", 0),
+        ):
             check_count(name, getattr(self, name), minimum=minimum)
         _check_number("constant", self.constant, 1.0, "the influence on a layer's output under which nothing is kept")
         _check_number("hit", self.hit, 1.0, "an attention probability")
@@ -94,7 +111,7 @@ class Adaptive(Policy):
     def probe_plan(self, n: int) -> ProbePlan:
         if self.constant == 0 or n < self.min_length:
             return ProbePlan()
-        return ProbePlan(rows=self.window, spread=self.spread, reduced=True, distance=self.window)
+        return ProbePlan(rows=self.window, spread=self.spread, reduced=True, distance=self.window, queries=True)
 
     def select(self, view: LayerView) -> Selection | None:
         if view.window is None or view.spread is None:
@@ -123,7 +140,23 @@ class Adaptive(Policy):
             keep = torch.zeros_like(keep).scatter(-1, order, keep)
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
-        return Selection(keep, metric=lost, reasons=dict(zip(reasons, shares.unbind(0), strict=True)))
+        reason = dict(zip(reasons, shares.unbind(0), strict=True))
+        return Selection(keep, metric=lost, reasons=reason, stand_ins=self._stand_ins(view, keep))
+
+    def _stand_ins(self, view: LayerView, keep: Tensor) -> StandIns | None:
+        alike = self.shared or view.copy_scores is None
+        if self.stand_ins == 0 or alike or view.queries is None:
+            return None
+        some = slice(STAND_IN_STEP - 1, None, STAND_IN_STEP)
+        return stand_ins(
+            view.queries[:, :, some],
+            view.keys,
+            view.values,
+            view.real_heads & ~keep,
+            count=self.stand_ins,
+            real=None if view.valid is None else view.real_heads,
+            asked=None if view.asked is None else view.asked[:, some],
+        )
 
     def _reasons(
         self, view: LayerView, real: Tensor, window: ProbeReductions, spread: ProbeReductions

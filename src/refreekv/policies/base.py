@@ -76,8 +76,11 @@ class LayerView:
         Boolean ``[B | 1, k, n]`` (or ``[B, H, k, n]``): the keys each probed query sees, none for
         a query at padding; None means all.
     queries : Tensor or None
-        ``[B, H, k, D]`` float32: the queries behind ``rows``, position-encoded and scaled, so that
-        their products with keys are attention logits; None if the plan did not ask for them.
+        ``[B, H, k, D]`` float32: the queries behind ``rows`` or ``window``, position-encoded and scaled, so
+        that their products with keys are attention logits; None if the plan did not ask for them, or if
+        more than a product makes a logit (soft capping).
+    asked : Tensor or None
+        Boolean ``[B | 1, k]``, False where one of ``queries`` is padding; None means none is.
     window, spread : ProbeReductions or None
         Of a reduced plan, in place of ``rows``: what the last queries and those spread over the
         prompt gave each position.
@@ -98,6 +101,7 @@ class LayerView:
     layers: int
     visible: Tensor | None = None
     queries: Tensor | None = None
+    asked: Tensor | None = None
     window: ProbeReductions | None = None
     spread: ProbeReductions | None = None
     heads: int = 0
