@@ -14,11 +14,12 @@ import platform
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import refreekv
+from checkpoints import load
 from refreekv.evaluation import families
 
 
@@ -37,25 +38,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
-    path = Path(arguments.model)
-    source = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    where = str(path.parent) if source else arguments.model
-    extra = {"quantization_config": GgufConfig(dequantize=True)} if source else {}
-    tokenizer = AutoTokenizer.from_pretrained(where, **source)
-    config = AutoConfig.from_pretrained(where, **source)
-    if arguments.stretch:
-        known = config.max_position_embeddings
-        config.rope_parameters = {
-            **(config.rope_parameters or {}),
-            "rope_type": "yarn",
-            "factor": arguments.stretch,
-            "original_max_position_embeddings": known,
-        }
-        config.max_position_embeddings = int(known * arguments.stretch)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, config=config, dtype=getattr(torch, arguments.dtype), **source, **extra
-    )
-    model = model.to(arguments.device).eval()
+    def stretch(config: Any) -> None:
+        if arguments.stretch:
+            known = config.max_position_embeddings
+            config.rope_parameters = {
+                **(config.rope_parameters or {}),
+                "rope_type": "yarn",
+                "factor": arguments.stretch,
+                "original_max_position_embeddings": known,
+            }
+            config.max_position_embeddings = int(known * arguments.stretch)
+
+    model, tokenizer, model_name = load(arguments.model, arguments.device, arguments.dtype, stretch)
     texts = families.load(arguments.family, data_dir=arguments.data_dir, limit=arguments.texts)
     rows = []
     print("policy        text   tokens  budget      s", flush=True)
@@ -75,7 +69,7 @@ def main() -> None:
                 print(f"{spec:12}  {number:4}  {length:6}  {budget:6.3f}  {seconds:5.1f}", flush=True)
     if arguments.out:
         setup = {
-            "model": path.name,
+            "model": model_name,
             "stretch": arguments.stretch,
             "family": arguments.family,
             "dtype": arguments.dtype,

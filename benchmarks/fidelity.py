@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import checkpoints
 from refreekv.evaluation import runner, store, summary, sweeps
 from refreekv.evaluation.encoding import encode
 from refreekv.evaluation.fidelity import Bench
@@ -74,27 +75,17 @@ class NumberTokenizer:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """Model, tokenizer and name."""
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.random:
-        config = LlamaConfig(**SHAPES[arguments.random], max_position_embeddings=32768, tie_word_embeddings=True)
-        config.eos_token_id = None
-        torch.manual_seed(arguments.seed)
-        torch.set_default_dtype(dtype)
-        with torch.device(arguments.device):
-            model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
-        model.generation_config.eos_token_id = None
-        return model, NumberTokenizer(), f"{arguments.random}, random weights"
-    place, common, of_model = Path(arguments.model), {}, {}
-    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
-    if files:
-        place = files[0].parent
-        common["gguf_file"] = files[0].name
-        of_model["quantization_config"] = GgufConfig(dequantize=True)
-    source = str(place) if files else arguments.model
-    tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **of_model)
-    return model.to(arguments.device).eval(), tokenizer, files[0].name if files else place.name
+    if not arguments.random:
+        return checkpoints.load(arguments.model, arguments.device, arguments.dtype)
+    config = LlamaConfig(**SHAPES[arguments.random], max_position_embeddings=32768, tie_word_embeddings=True)
+    config.eos_token_id = None
+    torch.manual_seed(arguments.seed)
+    torch.set_default_dtype(getattr(torch, arguments.dtype))
+    with torch.device(arguments.device):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    return model, NumberTokenizer(), f"{arguments.random}, random weights"
 
 
 def samples_of(arguments: argparse.Namespace, plan: "Plan", tokenizer: Any) -> list[Sample]:

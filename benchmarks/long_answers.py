@@ -17,24 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers import DynamicCache
 
 import refreekv
+from checkpoints import load
 from refreekv.evaluation import families
 
 STEP = 64
 """Tokens in one call; intervals are multiples."""
-
-
-def load(place: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, from a .gguf file, a folder or the hub."""
-    path = Path(place)
-    source: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    where = str(path.parent) if source else place
-    extra = {"quantization_config": GgufConfig(dequantize=True)} if source else {}
-    tokenizer = AutoTokenizer.from_pretrained(where, **source)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **source, **extra)
-    return tokenizer, model.to(device).eval()
 
 
 @torch.inference_mode()
@@ -69,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
-    tokenizer, model = load(arguments.model, arguments.device, arguments.dtype)
+    model, tokenizer, model_name = load(arguments.model, arguments.device, arguments.dtype)
     policy = refreekv.policies.parse(arguments.policy)
     size = arguments.prompt + arguments.answer
     runs: dict[str, int | None] = {"prompt only": None}
@@ -100,7 +90,7 @@ def main() -> None:
                 )
     header = {
         "policy": str(policy),
-        "model": Path(arguments.model).name,
+        "model": model_name,
         "samples": len({row["sample"] for row in rows}),
         "prompt": arguments.prompt,
         "answer": arguments.answer,

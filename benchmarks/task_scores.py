@@ -24,13 +24,12 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import refreekv
+from checkpoints import load
 from refreekv.engines.attachment import attached
 from refreekv.evaluation import sweeps, task_loading, task_tables
 from refreekv.evaluation.records import CHANCE, TaskRecord
@@ -89,31 +88,17 @@ class TimeUp(Exception):  # noqa: N818 - no error
     """The run's time is over; its file holds all that was done."""
 
 
-def load(place: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    path = Path(place)
-    options: dict[str, Any] = {}
-    if path.suffix == ".gguf":
-        place, options["gguf_file"] = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    if options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), tokenizer
-
-
 def measure(args: argparse.Namespace) -> None:
     """Answer and score, into a results file."""
     logging.basicConfig()  # warnings go to where stderr is now: lm-eval is kept quiet later
     wanted = Wanted.of(args)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer, model_name = load(args.model, args.device, args.dtype)
     chosen = sweeps.choose(wanted.policies)
     found, missing = task_loading.load(
         wanted.tasks, tokenizer, data_dir=args.data_dir, limit=wanted.samples, execute_code=args.execute_code
     )
     settings = Settings(
-        args.name or Path(args.model).stem,
+        args.name or model_name.removesuffix(".gguf"),
         max_new_tokens=wanted.max_new_tokens,
         max_tokens=wanted.max_tokens,
         batch_size=wanted.turn,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton runs kernels in its interpreter; it asks when it is imported, which others do first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Benchmarks import each other, as scripts do; behind all else, for names like models are the tests' own.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 pytest.register_assert_rewrite("driving")
 

@@ -32,16 +32,8 @@ class ReFreeKVCache(PrunedCache):
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype : str, KVDtype or None
-        ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, but for the newest
-        entries. None: in the model's precision.
-    decode : str
-        How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
-        in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason
-        that is logged. On the CPU there is nothing to capture.
-    decode_interval : int or None
-        Generated tokens after which the policy looks again, so that long answers stop growing the
-        cache; None: only prompts are pruned.
+    kv_dtype, decode, decode_interval
+        As for `compress`.
     **parameters
         Parameters of a policy given by name.
 

@@ -1,0 +1,28 @@
+"""Models of the benchmarks: a .gguf file, a folder with one or with a checkpoint, or a hub id."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+def load(
+    place: str, device: str, dtype: str, change: Callable[[Any], None] = lambda config: None
+) -> tuple[Any, Any, str]:
+    """A model, its tokenizer and its name; ``change`` may alter the configuration in place before."""
+    path = Path(place)
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    source: dict[str, Any] = {}
+    unpacked: dict[str, Any] = {}
+    if files:
+        place, source["gguf_file"] = str(files[0].parent), files[0].name
+        unpacked["quantization_config"] = GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(place, **source)
+    config = AutoConfig.from_pretrained(place, **source)
+    change(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        place, config=config, dtype=getattr(torch, dtype), **source, **unpacked
+    )
+    return model.to(torch.device(device)).eval(), tokenizer, files[0].name if files else path.name
