@@ -222,11 +222,12 @@ INTRODUCTION = """
 # Task scores
 
 Greedy answers, generated with the physically pruned cache, through lm-eval's tasks and our generated families
-(`refreekv tasks --list`). Points of 100. Brackets are 95 % bootstrap intervals of the mean paired difference to the
-full cache, over samples; a difference whose interval holds zero is not established at this n. *Chance* is the full
-cache's answers, each scored as if it were given to another sample; a task counts only where the full cache is better
-than that. These are very small models: what they cannot do with a full cache says nothing here, and larger models keep
-more.
+(`refreekv tasks --list`). Points of 100. Brackets are 95 % bootstrap intervals over samples, of the mean paired
+difference to the full cache or of the mean share of its score; a difference whose interval holds zero is not
+established at this n. *Chance* is the full cache's answers, each scored as if it were given to another sample; a task
+counts only where the full cache is better than that. The full cache is that of transformers; `adaptive:constant=0`
+keeps everything as well, but goes through refreekv's own kernels: what it differs by is no effect of pruning.
+*Same answer*: to the letter. These are small models: what they cannot do with a full cache says nothing here.
 Fidelity, which needs no skill of the model, is on [the page of results](results.md).
 """
 
@@ -237,7 +238,8 @@ def _sections(model: Model) -> list[str]:
     policies = [name for name in model.results.policies if all(name in model.table[task] for task in useful)]
     head = (
         f"## {setup['model']}\n\n{setup['dtype']}, {env['device']}, torch {env['torch']}, transformers "
-        f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}."
+        f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}; {env['batch']} prompts a batch. "
+        f"Parameters: {', '.join(f'`{model.results.policies[name]}`' for name in policies)}."
     )
     parts = [_totals, _tasks, _needles] if useful else []
     return [head, *filter(None, (part(model, useful, policies) for part in parts)), _rest(model, useful)]
