@@ -89,6 +89,14 @@ def test_for_many_queries_most_of_what_is_lost_comes_back():
     assert (with_them - full).square().mean() < 0.5 * (without - full).square().mean()
 
 
+def test_queries_may_lie_in_memory_as_models_leave_them():
+    """Heads inside of positions: what rotary embeddings return of projections."""
+    queries, keys, values, evicted = a_layer(6)
+    apart = queries.transpose(1, 2).contiguous().transpose(1, 2)
+    for one, other in zip(*(stand_ins(q, keys, values, evicted, count=2) for q in (queries, apart)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_padding_changes_nothing():
     queries, keys, values, evicted = a_layer(3)
     alone = stand_ins(queries, keys, values, evicted, count=3)

@@ -79,7 +79,7 @@ def stand_ins(
     StandIns
     """
     batch, kv_heads, _, _ = keys.shape
-    grouped = queries.view(batch, kv_heads, -1, queries.shape[-1])
+    grouped = queries.reshape(batch, kv_heads, -1, queries.shape[-1])
     logits = wide_product(grouped.to(keys.dtype), keys)
     if real is not None:
         logits.masked_fill_(~real[:, :, None], float("-inf"))
