@@ -115,6 +115,7 @@ def measure(args: argparse.Namespace) -> None:
             "python": platform.python_version(),
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
             "batch": wanted.turn,
+            "asked": [bench.name for bench in found],
             "not_run": missing,
             "left_out": len(planned.left_out),
         },
@@ -227,6 +228,7 @@ difference to the full cache or of the mean share of its score; a difference who
 established at this n. *Chance* is the full cache's answers, each scored as if it were given to another sample; a task
 counts only where the full cache is better than that. The full cache is that of transformers; `adaptive:constant=0`
 keeps everything as well, but goes through refreekv's own kernels: what it differs by is no effect of pruning.
+K/V bytes are those held at the end of the answer, room to grow into included.
 *Same answer*: to the letter. These are small models: what they cannot do with a full cache says nothing here.
 Fidelity, which needs no skill of the model, is on [the page of results](results.md).
 """
@@ -239,7 +241,7 @@ def _sections(model: Model) -> list[str]:
     head = (
         f"## {setup['model']}\n\n{setup['dtype']}, {env['device']}, torch {env['torch']}, transformers "
         f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}; {env['batch']} prompts a batch. "
-        f"Parameters: {', '.join(f'`{model.results.policies[name]}`' for name in policies)}."
+        f"By default, {', '.join(f'`{model.results.policies[name]}`' for name in policies if ':' not in name)}."
     )
     parts = [_totals, _tasks, _needles] if useful else []
     return [head, *filter(None, (part(model, useful, policies) for part in parts)), _rest(model, useful)]
@@ -338,7 +340,11 @@ def _rest(model: Model, useful: Sequence[str]) -> str:
         if task not in useful and CHANCE in rows
     ]
     text = f"Measured, but not above chance with the full cache: {', '.join(weak) or 'none'}."
-    missing = model.results.setup["environment"]["not_run"]
+    env = model.results.setup["environment"]
+    late = [name for name in env["asked"] if name not in model.table]
+    if late:
+        text += f" Not reached within the time of the run: {', '.join(late)}."
+    missing = env["not_run"]
     if missing:
         text += f" Not run, for their data or permission was missing: {', '.join(missing)}."
     return text

@@ -71,14 +71,15 @@ def test_tasks_take_turns_and_a_cut_run_goes_on(model, tmp_path, monkeypatch, ca
 def test_page(model, tmp_path, monkeypatch):
     made = run(monkeypatch, model, tmp_path / "run.jsonl")
 
-    def write(score):
+    def write(score, **more):
         path = tmp_path / "scored.jsonl"
+        setup = {**made.setup, "environment": {**made.setup["environment"], **more}}
         path.unlink(missing_ok=True)
         records = [
             TaskRecord.from_dict({**one.to_dict(), "scores": {"score": score(one, index)}})
             for index, one in enumerate(made.records)
         ]
-        with driver.RecordFile(path, made.setup, made.policies, TaskRecord) as file:
+        with driver.RecordFile(path, setup, made.policies, TaskRecord) as file:
             file.append(records)
         page = tmp_path / "page.md"
         monkeypatch.setattr(sys, "argv", ["task_scores", str(path), "--page", str(page)])
@@ -98,8 +99,10 @@ def test_page(model, tmp_path, monkeypatch):
     assert "| 100% |" in floor
     assert "| +0.0 | 100.0% [100.0%, 100.0%] |" in floor
     assert "missing: gpqa" in text
+    assert "Not reached" not in text
     assert "| niah:depths=2,tokens=60 | `full` | 100 | 100 |" in text
 
-    text = write(lambda one, index: 0.0)
+    text = write(lambda one, index: 0.0, asked=["niah:depths=2,tokens=60", "gsm8k"])
+    assert "Not reached within the time of the run: gsm8k." in text
     assert "above chance, each" not in text
     assert "not above chance with the full cache: niah:depths=2,tokens=60 (0.0, chance 0.0, n = 5)" in text

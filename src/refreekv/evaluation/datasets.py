@@ -233,7 +233,7 @@ DATASETS: dict[str, Dataset] = {
             None,
             readers.kv_retrieval,
             "share_found",
-            64,
+            128,  # a sentence around a UUID, of a token a digit
             splits=True,
         )
         for pairs in (75, 140)

@@ -165,7 +165,8 @@ def _needle(
         f"{stress_text.paragraphs(rng, filler)}\n\n"
         f"What is the secret number that {person} engraved on the {thing} in {city}? Answer with the number only."
     )
-    extra = {"depth": depth, "length": length, "max_new_tokens": 24}
+    # Small models say the whole sentence again.
+    extra = {"depth": depth, "length": length, "max_new_tokens": 48}
     return _sample(prompt, [number], extra=extra)
 
 
