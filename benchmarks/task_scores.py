@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> None:
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
             "batch": wanted.turn,
             "asked": [bench.name for bench in found],
-            "not_run": missing,
+            "not_run": list(missing),
             "left_out": len(planned.left_out),
         },
     }
@@ -223,13 +223,17 @@ INTRODUCTION = """
 # Task scores
 
 Greedy answers, generated with the physically pruned cache, through lm-eval's tasks and our generated families
-(`refreekv tasks --list`). Points of 100. Brackets are 95 % bootstrap intervals over samples, of the mean paired
-difference to the full cache or of the mean share of its score; a difference whose interval holds zero is not
-established at this n. *Chance* is the full cache's answers, each scored as if it were given to another sample; a task
-counts only where the full cache is better than that. The full cache is that of transformers; `adaptive:constant=0`
-keeps everything as well, but goes through refreekv's own kernels: what it differs by is no effect of pruning.
-K/V bytes are those held at the end of the answer, room to grow into included.
-*Same answer*: to the letter. These are small models: what they cannot do with a full cache says nothing here.
+(`refreekv tasks --list`). Points of 100. These are small models: what they cannot do with a full cache says nothing.
+
+- Brackets are 95 % bootstrap intervals over samples, of the mean paired difference to the full cache or of the mean
+  share of its score; a difference whose interval holds zero is not established at this n. Where no sample changed the
+  interval is a point, which says less than it seems: 10 samples without a change leave room for a quarter that do.
+- *Chance* is the full cache's answers, each scored as if it were given to another sample; a task counts only where the
+  full cache is better than that.
+- The full cache is that of transformers. `adaptive:constant=0` keeps everything as well, but goes through refreekv's
+  own kernels: what it differs by is no effect of pruning.
+- K/V bytes are those held at the end of the answer, room to grow into included. *Same answer*: to the letter.
+
 Fidelity, which needs no skill of the model, is on [the page of results](results.md).
 """
 
@@ -243,6 +247,8 @@ def _sections(model: Model) -> list[str]:
         f"{env['transformers']}, refreekv {setup['refreekv']}, {env['date']}; {env['batch']} prompts a batch. "
         f"By default, {', '.join(f'`{model.results.policies[name]}`' for name in policies if ':' not in name)}."
     )
+    if "note" in env:
+        head += f" {env['note']}"
     parts = [_totals, _tasks, _needles] if useful else []
     return [head, *filter(None, (part(model, useful, policies) for part in parts)), _rest(model, useful)]
 
@@ -252,8 +258,8 @@ def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str
         f"Over the {len(useful)} tasks above chance, each counting the same:",
         "",
         "| policy | kept | K/V bytes | mean change | of the full score | worst task | same answer "
-        "| tasks worse, established |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+        "| samples worse, better | tasks worse, established |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|",
     ]
     for policy in policies:
         rows = [model.table[task][policy] for task in useful]
@@ -266,7 +272,8 @@ def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str
             f"| {100 * _mean(row.change.mean for row in rows if row.change):+.1f} "
             f"| {mean.mean:.1%} [{mean.low:.1%}, {mean.high:.1%}] "
             f"| {worst}: {shares[worst]:.1%}, {_change(model.table[worst][policy])} "
-            f"| {_mean(row.same for row in rows):.0%} | {sum(row.change.high < 0 for row in rows if row.change)} |"
+            f"| {_mean(row.same for row in rows):.0%} | {_worse_and_better(model, useful, policy)} "
+            f"| {sum(row.change.high < 0 for row in rows if row.change)} |"
         )
     return "\n".join(lines)
 
@@ -277,6 +284,12 @@ def _share(rows: dict[str, FamilyResult], policy: str) -> float:
     assert score is not None
     assert full is not None  # the task is above chance
     return score.mean / full.mean
+
+
+def _worse_and_better(model: Model, useful: Sequence[str], policy: str) -> str:
+    scores = {one.key: one.scores["score"] for one in model.results.records if one.family in useful}
+    changes = [scores[family, sample, policy] - score for (family, sample, who), score in scores.items() if who == FULL]
+    return f"{sum(one < 0 for one in changes)}, {sum(one > 0 for one in changes)} of {len(changes)}"
 
 
 def _shares_interval(model: Model, useful: Sequence[str], policy: str) -> Estimate:

@@ -95,8 +95,9 @@ def test_page(model, tmp_path, monkeypatch):
     assert "Over the 2 tasks above chance" in text
     row = next(line for line in text.splitlines() if line.startswith("| `streaming-llm:ratio=0.5` "))
     assert "| -37.5 | 62.5% [62.5%, 62.5%] | niah:depths=2,tokens=60: 50.0%, -50.0 [-50.0, -50.0] |" in row
+    assert "| 10, 0 of 10 | 2 |" in row
     floor = next(line for line in text.splitlines() if line.startswith("| `adaptive:constant=0` "))
-    assert "| 100% |" in floor
+    assert "| 100% | 0, 0 of 10 | 0 |" in floor
     assert "| +0.0 | 100.0% [100.0%, 100.0%] |" in floor
     assert "missing: gpqa" in text
     assert "Not reached" not in text
