@@ -4,7 +4,8 @@
 
 The page is written by hand but for what stands between a pair of marks such as
 ``<!-- begin MODEL:peers -->`` and ``<!-- end -->``; that is made here anew. ``MODEL`` is the
-results file's name up to its first dot. Figures are ``MODEL-frontier.svg`` and ``MODEL-length.svg``.
+results file's name up to its first dot. Figures are ``MODEL-frontier.svg`` and ``MODEL-length.svg``;
+those that the page shows are drawn.
 ``--compact DIR`` writes the runs without what the page does not need, small enough to be kept.
 Needs matplotlib (the extra ``report``).
 """
@@ -23,8 +24,25 @@ from refreekv.evaluation import store, summary, sweeps
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.sweeps import FULL
 
-LENGTHS = (0, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Bounds of the prompt lengths that are told apart, in tokens."""
+
+SHORT = (
+    *(
+        FULL,
+        "adaptive",
+        "adaptive:constant=0.0016",
+        "cake:ratio=0.75",
+        "cake:ratio=0.9",
+        "snapkv:ratio=0.5",
+        "snapkv:ratio=0.75",
+    ),
+    *("h2o:ratio=0.5", "refreekv", "refreekv:probe_rows=32,probe_reduce=max"),
+)
+"""Policies of the short table."""
+
+LONG = 4096
+"""Tokens from which on a prompt is long there."""
 
 DEVELOPMENT = [
     "2wikimqa-e",
@@ -137,6 +155,27 @@ def peers(run: Run) -> str:
     return _policies(run, sorted(names, key=lambda name: (name.partition(":")[0], run.rows[name].budget)))
 
 
+def short(run: Run) -> str:
+    """The default and what it is most often compared with, few columns."""
+    rows = []
+    for name in (name for name in SHORT if name in run.rows):
+        row = run.rows[name]
+        long = [one.budget for one in run.of(name) if one.prompt_tokens >= LONG]
+        rows.append(
+            [
+                "full cache, run twice" if name == FULL else f"`{name}`",
+                f"{row.budget:.0%}",
+                f"{sum(long) / len(long):.0%}" if long else "–",
+                summary.nats(row.kl),
+                f"{summary.nats(row.worst_kl)} {row.worst_family}",
+                f"{row.same_path:.0%}",
+            ]
+        )
+    count = sum(one.prompt_tokens >= LONG for one in run.of(FULL))
+    headings = ["policy", "kept", f"kept of {LONG:,}+ tokens (n={count})", "mean KL", "worst family", "same path"]
+    return table(headings, rows)
+
+
 def validation(run: Run) -> str:
     """Policies at about three quarters, and adaptive ones, over the families that served no choice."""
     rows = {
@@ -173,7 +212,8 @@ def families(run: Run) -> str:
 
 def lengths(run: Run) -> str:
     """Budget and KL of adaptive policies by prompt length."""
-    bounds = list(itertools.pairwise(LENGTHS))
+    tokens = [record.prompt_tokens for record in run.of(FULL)]
+    bounds = [(low, high) for low, high in itertools.pairwise(LENGTHS) if any(low <= n < high for n in tokens)]
     wanted = set(sweeps.choose(suites=["peers"]))
     rows = []
     for name in (name for name in run.adaptive if name in wanted):
@@ -186,13 +226,14 @@ def lengths(run: Run) -> str:
             else:
                 cells.append("–")
         rows.append(cells)
-    counts = [sum(low <= record.prompt_tokens < high for record in run.of(FULL)) for low, high in bounds]
+    counts = [sum(low <= n < high for n in tokens) for low, high in bounds]
     headings = [f"{low:,}–{high - 1:,} tokens, n={n}" for (low, high), n in zip(bounds, counts, strict=True)]
     return table(["policy: budget / mean KL", *headings], rows)
 
 
 TABLES: dict[str, Callable[[Run], str]] = {
     "setup": setup,
+    "short": short,
     "peers": peers,
     "validation": validation,
     "ablations": ablations,
@@ -320,9 +361,12 @@ def main() -> None:
     runs = [Run(path) for path in arguments.runs]
     arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     arguments.figures.mkdir(parents=True, exist_ok=True)
+    page = arguments.page.read_text(encoding="utf-8")
     for run in runs:
-        frontier(run, arguments.figures / f"{run.name}-frontier.svg")
-        budget_by_length(run, arguments.figures / f"{run.name}-length.svg")
+        for kind, draw in (("frontier", frontier), ("length", budget_by_length)):
+            path = arguments.figures / f"{run.name}-{kind}.svg"
+            if path.name in page:
+                draw(run, path)
 
 
 if __name__ == "__main__":

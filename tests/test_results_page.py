@@ -49,17 +49,18 @@ def run(tmp_path_factory):
 def test_marked_parts_are_made_anew_and_the_rest_stays(run, tmp_path, monkeypatch):
     page, figures = tmp_path / "page.md", tmp_path / "figures"
     parts = "\n".join(f"<!-- begin model:{name} -->\nstale part\n<!-- end -->" for name in results.TABLES)
-    page.write_text(f"# By hand\n\nbefore\n{parts}\nafter\n")
+    shown = "figures/model-frontier.svg figures/model-length.svg"
+    page.write_text(f"# By hand\n\nbefore\n{parts}\n{shown}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["results", str(run), "--page", str(page), "--figures", str(figures)])
     for _ in range(2):  # and again from its own output
         results.main()
         text = page.read_text()
         assert text.startswith("# By hand\n\nbefore\n<!-- begin model:setup -->\n\n- Model: tiny model, float32")
-        assert text.endswith("<!-- end -->\nafter\n")
+        assert text.endswith(f"<!-- end -->\n{shown}\nafter\n")
         assert "stale part" not in text
     assert "4 of 2 families, prompts of 30 to 600 tokens" in text
     lines = text.splitlines()
-    (row,) = [line for line in lines if line.startswith("| refreekv |") and line.count("|") == 7]
+    (row,) = [line for line in lines if line.startswith("| refreekv |") and line.count("|") == 4]
     assert " n=2 | " in next(line for line in lines if line.startswith("| policy: budget / mean KL"))
     measured = results.Run(run)
     for tokens, cell in zip((30, 600), (row.split("|")[2], row.split("|")[3]), strict=True):
