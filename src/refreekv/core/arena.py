@@ -106,6 +106,11 @@ class KVArena(RaggedKV):
         self._lengths = lengths
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads of each row. Does not settle lengths: it is asked for at each token."""
+        return len(self._lengths[0])
+
+    @property
     def freed(self) -> list[bool]:
         """Which rows were freed."""
         return [room < 0 for room in self._room]
