@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from refreekv import kernels
 from refreekv.core.selection import (
     CutSelection,
     check_threshold,
@@ -63,6 +64,11 @@ class ReFreeKV(Policy):
     def select(self, view: LayerView) -> CutSelection | None:
         if self.threshold == 0:
             return None
+        if self.probe_reduce == "mean" and view.valid is None and view.keys.is_cuda and kernels.available():
+            from refreekv.kernels.cut import launch_cut
+
+            cut, loss = launch_cut(view.mean_row, self.sinks, self.threshold, self.norm_includes_sinks)
+            return CutSelection(cut, self.sinks, metric=loss)
         measure = uni_metric_cut_and_loss if self.probe_reduce == "mean" else uni_metric_cut_of_worst
         cut, loss = measure(
             view.mean_row if self.probe_reduce == "mean" else view.probe,
