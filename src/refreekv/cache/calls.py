@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from refreekv.policies import ProbePlan
+from refreekv.policies.base import spread_step
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Entries:
         different numbers of entries are padded to one length; None if there is no padding.
     columns : Tensor
         Integer ``[n]``: the logical column of each entry, which says what queries see it.
+    gapless : bool
+        Whether the columns are ``0 .. n-1``.
     queries : Queries
         The last queries of the prompt.
     settled : Tensor or None
@@ -57,6 +60,7 @@ class Entries:
     queries: "Queries"
     settled: Tensor | None = None
     in_place: bool = False
+    gapless: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,15 @@ class Queries:
     ordinals : Tensor
         Integer ``[B | 1, r]``: how many real queries of the prompt are before each. The last
         one is always right; so is that of every real query.
+    whole : bool
+        Whether these are all queries of a prompt, or a turn, without padding.
     """
 
     states: Tensor
     columns: Tensor
     real: Tensor | None
     ordinals: Tensor
+    whole: bool = False
 
     @classmethod
     def of_call(cls, states: Tensor, first: int, valid: Tensor | None, earlier: "Queries | None" = None) -> "Queries":
@@ -96,7 +103,7 @@ class Queries:
         ordinals = columns - first if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
-        return cls(states, columns, real, ordinals)
+        return cls(states, columns, real, ordinals, whole=real is None and earlier is None)
 
     def after(self, earlier: "Queries | None") -> "Queries":
         """These, with earlier ones in front."""
@@ -119,6 +126,11 @@ class Queries:
         if self.real is None and not plan.spread:
             last = slice(-plan.rows, None)
             return Queries(self.states[:, :, last], self.columns[:, last], None, self.ordinals[:, last])
+        if self.whole and not plan.rows:
+            # Every step-th of all: views, and no number that is on the device only.
+            each = spread_step(plan.spread, self.states.shape[2])
+            some = slice(each - 1, None, each)
+            return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some])
         seen = self.ordinals[:, -1:] + 1
         wanted = self.ordinals >= seen - plan.rows
         if plan.spread:

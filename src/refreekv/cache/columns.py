@@ -67,8 +67,11 @@ class Columns:
         return self.counts * kv_heads if len(self.counts) == 1 else self.counts
 
     def owned(self) -> "Columns":
-        """The same with int32 indices in storage of their own."""
-        return Columns(self.ranges, tuple(head.to(torch.int32, copy=True) for head in self.heads))
+        """The same with int32 indices in storage of their own, one for all heads."""
+        if not self.heads:
+            return self
+        together = torch.cat([head.to(torch.int32) for head in self.heads])
+        return Columns(heads=together.split([len(head) for head in self.heads]))
 
     def extended(self, start: int, stop: int) -> "Columns":
         """With the range ``start .. stop - 1`` behind."""

@@ -234,7 +234,11 @@ class ReFreeKVLayer(DynamicLayer):
             keys, values = self.dense
             columns = torch.arange(end, device=keys.device)
             settled = (columns < self._settled_length)[None, None] if self._settled_length else None
-            return [Entries(keys[:, :, :end], values[:, :, :end], valid, columns, queries, settled, in_place=True)]
+            return [
+                Entries(
+                    keys[:, :, :end], values[:, :, :end], valid, columns, queries, settled, in_place=True, gapless=True
+                )
+            ]
         parts = []
         for row, (keys, values) in enumerate(self.ragged.rows()):
             stored = keys.shape[1] - behind

@@ -16,8 +16,8 @@ from refreekv.cache.columns import Columns
 from refreekv.core.probes import attention_rows
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.stand_ins import StandIns, put
-from refreekv.kernels import probe_reductions
+from refreekv.core.stand_ins import StandIns
+from refreekv.kernels import kept_first, probe_reductions, put_stand_ins
 from refreekv.policies import LayerView, Policy, ProbePlan
 
 REASON = "reason:"
@@ -56,35 +56,40 @@ class Decision:
         self._batch, _, self._length, _ = entries.keys.shape
         self._selection = selection
         self._order: Tensor | None = None
-        numbers: dict[str, Tensor] = {}
+        # Names, and a column ``[B, .]`` for each: few tensors, as each is a launch or two.
+        numbers: list[tuple[list[str], Tensor]] = []
         if selection is not None and selection.metric is not None:
-            numbers["metric"] = selection.metric
-        if isinstance(selection, Selection):
-            numbers |= {REASON + name: share for name, share in selection.reasons.items()}
+            numbers.append((["metric"], selection.metric[:, None]))
+        if isinstance(selection, Selection) and selection.reasons:
+            numbers.append(
+                ([REASON + name for name in selection.reasons], torch.stack([*selection.reasons.values()], 1))
+            )
         if isinstance(selection, CutSelection) and entries.valid is None:
-            numbers["cut"] = selection.cut
+            numbers.append((["cut"], selection.cut[:, None]))
         elif selection is not None or entries.valid is not None:
-            numbers |= self._general(selection, entries)
-        self._names = list(numbers)
-        self._numbers = _ToHost(torch.stack([n.double() for n in numbers.values()])) if numbers else None
+            numbers += self._general(selection, entries)
+        self._names = [name for names, _ in numbers for name in names]
+        self._numbers = _ToHost(torch.cat([n.double() for _, n in numbers], 1)) if numbers else None
 
-    def _general(self, selection: Selection | CutSelection | None, entries: Entries) -> dict[str, Tensor]:
+    def _general(self, selection: Selection | CutSelection | None, entries: Entries) -> list[tuple[list[str], Tensor]]:
         """Order the kept entries first, whatever the selection and the padding look like."""
-        valid = entries.valid
+        valid, numbers = entries.valid, []
         if valid is None:
-            valid = torch.ones(self._batch, self._length, dtype=torch.bool, device=entries.keys.device)
-        numbers = {}
-        if isinstance(selection, CutSelection):
-            keep = selection.mask(valid)
-            columns = torch.arange(self._length, device=valid.device)
-            numbers["cut"] = (valid & (columns < selection.cut[:, None])).sum(-1)
-        if valid.dim() == 2:
-            valid = valid[:, None]
-        if not isinstance(selection, CutSelection):
-            keep = valid if selection is None else selection.keep & valid
-        numbers["ends_real"] = valid[:, :, -1].all(-1)
-        self._order = _kept_first(keep)
-        return numbers | _columns_of("real", valid.sum(-1)) | _columns_of("kept", keep.sum(-1))
+            assert isinstance(selection, Selection)
+            keep = selection.keep
+        else:
+            if isinstance(selection, CutSelection):
+                keep = selection.mask(valid)
+                columns = torch.arange(self._length, device=valid.device)
+                numbers.append((["cut"], (valid & (columns < selection.cut[:, None])).sum(-1, keepdim=True)))
+            if valid.dim() == 2:
+                valid = valid[:, None]
+            if not isinstance(selection, CutSelection):
+                keep = valid if selection is None else selection.keep & valid
+            numbers.append((["ends_real"], valid[:, :, -1].all(-1, keepdim=True)))
+            numbers.append(_numbered("real", valid.sum(-1)))
+        self._order, kept = kept_first(keep)
+        return [*numbers, _numbered("kept", kept)]
 
     def rows(self) -> list[KeptRow]:
         """The answer, a row each; waits for it if need be.
@@ -94,7 +99,8 @@ class Decision:
         ValueError
             Right-padded prompts.
         """
-        table = dict(zip(self._names, self._numbers.wait(), strict=True)) if self._numbers is not None else {}
+        columns = zip(*self._numbers.wait(), strict=True) if self._numbers is not None else ()
+        table = dict(zip(self._names, columns, strict=True))
         if not all(table.get("ends_real", [])):
             raise ValueError(
                 "the last column of the prompt is padding: refreekv probes the last prompt token, so batches must be "
@@ -144,9 +150,8 @@ def decide(
 
 def replace_entries(entries: Entries, selection: Selection, chosen: StandIns) -> Selection:
     """Write the stand-ins over entries that go, and keep these."""
-    put(chosen, entries.keys, entries.values)
+    keep = put_stand_ins(chosen, entries.keys, entries.values, selection.keep)
     kv_heads = entries.keys.shape[1]
-    keep = selection.keep.scatter(-1, chosen.columns, selection.keep.gather(-1, chosen.columns) | chosen.real)
     everything: int | Tensor = entries.keys.shape[2] * kv_heads
     if entries.valid is not None:
         valid = entries.valid if entries.valid.dim() == 3 else entries.valid[:, None].expand(-1, kv_heads, -1)
@@ -176,10 +181,9 @@ def layer_view(
         settled=entries.settled,
     )
     if plan.reduced:
-        window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0)
-        view = replace(
-            view, window=window, spread=_reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance)
-        )
+        window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)
+        spread = _reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance, plan.spread_sums)
+        view = replace(view, window=window, spread=spread)
         if not plan.queries or not plan.rows or call.softcap is not None:
             return view
         last = entries.queries.planned(ProbePlan(rows=plan.rows))
@@ -188,7 +192,9 @@ def layer_view(
     return replace(view, rows=rows, visible=visible, queries=queries)
 
 
-def _reductions(plan: ProbePlan, call: AttentionCall, entries: Entries, distance: int) -> ProbeReductions | None:
+def _reductions(
+    plan: ProbePlan, call: AttentionCall, entries: Entries, distance: int, sums: bool
+) -> ProbeReductions | None:
     """What the planned queries gave each position; their rows never exist together."""
     if not plan.count:
         return None
@@ -197,13 +203,14 @@ def _reductions(plan: ProbePlan, call: AttentionCall, entries: Entries, distance
         queries.states,
         entries.keys,
         query_columns=queries.columns,
-        columns=entries.columns,
+        columns=None if entries.gapless else entries.columns,
         valid=entries.valid,
         query_real=queries.real,
         scaling=call.scaling,
         distance=distance,
         softcap=call.softcap,
         sink_logits=call.sink_logits,
+        sums=sums,
     )
 
 
@@ -260,18 +267,9 @@ def _check_shape(policy: Policy, keep: Tensor, keys: Tensor) -> None:
         )
 
 
-def _columns_of(name: str, numbers: Tensor) -> dict[str, Tensor]:
-    """The columns of ``[B, G]`` under names of their own."""
-    return {f"{name}{group}": column for group, column in enumerate(numbers.unbind(-1))}
-
-
-def _kept_first(keep: Tensor) -> Tensor:
-    """Indices of the True entries of ``[B, G, n]`` in ascending order, then anything; no host wait."""
-    length = keep.shape[-1]
-    slot = torch.where(keep, keep.cumsum(-1) - 1, length)
-    index = torch.arange(length, device=keep.device).expand_as(keep)
-    order = torch.zeros(*keep.shape[:-1], length + 1, dtype=torch.long, device=keep.device)
-    return order.scatter_(-1, slot, index)[..., :length]
+def _numbered(name: str, numbers: Tensor) -> tuple[list[str], Tensor]:
+    """A name for each column of ``[B, G]``."""
+    return [f"{name}{group}" for group in range(numbers.shape[1])], numbers
 
 
 class _ToHost:

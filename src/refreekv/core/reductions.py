@@ -6,6 +6,7 @@ and how the squares add up, for each KV head. This is the plain version that com
 rows a few queries at a time; `refreekv.kernels` has the same function for CUDA.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ QUERY_CHUNK = 16
 class ProbeReductions(NamedTuple):
     """What probe queries gave each position: ``[B, H_kv, n]`` float32 each.
 
+    Mean and squares are None where nobody asked for sums.
+
     Attributes
     ----------
     peak : Tensor
@@ -31,8 +34,14 @@ class ProbeReductions(NamedTuple):
     """
 
     peak: Tensor
-    mean: Tensor
-    squares: Tensor
+    mean: Tensor | None
+    squares: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "ProbeReductions":
+        """The same with every tensor changed."""
+        peak, mean, squares = (None if part is None else change(part) for part in self)
+        assert peak is not None
+        return ProbeReductions(peak, mean, squares)
 
 
 def probe_reductions(
@@ -47,6 +56,7 @@ def probe_reductions(
     distance: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    sums: bool = True,
 ) -> ProbeReductions:
     """Per-position peak, mean and sum of squares of the probes' attention.
 
@@ -73,6 +83,8 @@ def probe_reductions(
         runs over all that the query sees in any case.
     softcap, sink_logits
         As in `core.probes.attention_rows`.
+    sums : bool
+        Whether mean and squares are wanted beside the peak.
 
     Returns
     -------
@@ -106,7 +118,7 @@ def probe_reductions(
         total += rows.sum(2)
         squares += rows.square().sum(2)
         seen += counted.reshape(batch, kv_heads, -1, length).sum(2)
-    return ProbeReductions(peak, total / seen.clamp_min(1), squares)
+    return ProbeReductions(peak, total / seen.clamp_min(1), squares) if sums else ProbeReductions(peak, None, None)
 
 
 def check_heads(heads: int, kv_heads: int) -> None:

@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from refreekv.core import reductions
+from refreekv.core import stand_ins as stand_ins_in_torch
 from refreekv.core.reductions import ProbeReductions
-from refreekv.kernels import ops
+from refreekv.core.stand_ins import StandIns
+from refreekv.kernels import ops, reference
 
-__all__ = ["ProbeReductions", "append", "available", "gather", "move", "probe_reductions", "ragged_decode"]
+__all__ = [
+    "ProbeReductions",
+    "append",
+    "available",
+    "gather",
+    "kept_first",
+    "move",
+    "probe_reductions",
+    "put_stand_ins",
+    "ragged_decode",
+    "stand_ins",
+]
 
 
 @functools.cache
@@ -37,18 +50,20 @@ def probe_reductions(
     distance: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    sums: bool = True,
 ) -> ProbeReductions:
     """Per-position peak, mean and sum of squares of the probes' attention, ``[B, H_kv, n]`` float32 each.
 
     Parameters, results and errors are those of `core.reductions.probe_reductions`, which this is on
     the CPU. On CUDA two kernels read the keys once each, and no row is ever written out: memory is
-    the three results and one float32 a query, head and split of the keys.
+    the results and one float32 a query, head and split of the keys.
     """
     reductions.check_heads(query.shape[1], key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     extra = (columns, valid, query_real, scaling, distance, softcap, sink_logits)
     if key.is_cuda and available():
-        return ProbeReductions(*ops.probe_reductions_op(query, key, query_columns, *extra))
+        peak, mean, squares = ops.probe_reductions_op(query, key, query_columns, *extra, sums)
+        return ProbeReductions(peak, mean, squares) if sums else ProbeReductions(peak, None, None)
     return reductions.probe_reductions(
         query,
         key,
@@ -60,7 +75,63 @@ def probe_reductions(
         distance=distance,
         softcap=softcap,
         sink_logits=sink_logits,
+        sums=sums,
     )
+
+
+def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the kept entries are. The host does not wait for it.
+
+    Parameters
+    ----------
+    keep : Tensor
+        Boolean ``[B, G, n]``.
+
+    Returns
+    -------
+    order, counts : Tensor
+        int32 ``[B, G, n]``, the indices of the True entries in ascending order and then anything; and
+        how many they are, ``[B, G]``.
+    """
+    if keep.is_cuda and available():
+        from refreekv.kernels.needs import launch_kept_first
+
+        return launch_kept_first(keep)
+    return reference.kept_first(keep)
+
+
+def stand_ins(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    *,
+    count: int,
+    real: Tensor | None = None,
+    asked: Tensor | None = None,
+) -> StandIns:
+    """Entries that stand in for all that is not kept.
+
+    Parameters, results and meaning are those of `core.stand_ins.stand_ins`, but ``keep``: boolean
+    ``[B, H_kv, n]``, whose opposite that takes.
+    """
+    rows = queries.shape[1] // keys.shape[1] * queries.shape[2]
+    if keys.is_cuda and available() and real is None and asked is None and count <= 16 and rows <= 128:
+        from refreekv.kernels.standing_in import launch_stand_ins
+
+        return launch_stand_ins(queries, keys, values, keep, count)
+    gone = ~keep if real is None else real & ~keep
+    return stand_ins_in_torch.stand_ins(queries, keys, values, gone, count=count, real=real, asked=asked)
+
+
+def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+    """Write stand-ins over the entries ``[B, H_kv, n, D]`` whose places they take; what is kept with them."""
+    if keys.is_cuda and available():
+        from refreekv.kernels.standing_in import launch_put
+
+        return launch_put(chosen, keys, values, keep)
+    stand_ins_in_torch.put(chosen, keys, values)
+    return keep.scatter(-1, chosen.columns, keep.gather(-1, chosen.columns) | chosen.real)
 
 
 def append(keys: Tensor, values: Tensor, table: Tensor) -> None:

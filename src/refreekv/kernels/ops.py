@@ -26,9 +26,10 @@ def probe_reductions_op(
     distance: int,
     softcap: float | None,
     sink_logits: Tensor | None,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`core.reductions.probe_reductions` as an operator."""
-    peak, mean, squares = reductions.probe_reductions(
+    """`core.reductions.probe_reductions` as an operator; what is not asked for is empty."""
+    found = reductions.probe_reductions(
         query,
         key,
         query_columns=query_columns,
@@ -39,7 +40,9 @@ def probe_reductions_op(
         distance=distance,
         softcap=softcap,
         sink_logits=sink_logits,
+        sums=sums,
     )
+    peak, mean, squares = (key.new_empty(0, dtype=torch.float32) if part is None else part for part in found)
     return peak, mean, squares
 
 
@@ -52,7 +55,8 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @probe_reductions_op.register_fake
 def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    peak, mean, squares = (key.new_empty(key.shape[:3], dtype=torch.float32) for _ in range(3))
+    shapes = [key.shape[:3], *[key.shape[:3] if rest[-1] else (0,)] * 2]
+    peak, mean, squares = (key.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return peak, mean, squares
 
 

@@ -1,10 +1,16 @@
 """Probe reductions in Triton: attention of many queries, reduced per position while keys stream by.
 
-Two kernels. The first finds each query's softmax denominator, split along the keys. The second
-takes a block of keys, holds it, runs all queries that can see it past it, and writes three
-numbers a key. No row ever leaves the chip. The query heads of one KV head are rows of one
-matrix, so that each key is read once for all of them, in each of the two kernels.
+Three kernels. The first finds each query's softmax denominator over one split of the keys, the
+second joins the splits. The third takes a block of keys, holds it, runs all queries that can see it
+past it, and writes up to three numbers a key. No row ever leaves the chip. The query heads of one KV
+head are rows of one matrix, so that each key is read once for all of them, in the first kernel and
+in the third.
+
+Most blocks of queries see a block of keys either whole or not at all: loops are in two parts, of
+which one compares no columns.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,11 +32,49 @@ def _capped(logits, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _logits(q, k, scaling, softcap, HAS_CAP: tl.constexpr):
+    product = tl.dot(q, k, input_precision="ieee")
+    return _capped(product * scaling, softcap, True) if HAS_CAP else product * (scaling * LOG2E)
+
+
+@triton.jit
+def _exponentials(
+    q, at, keys, columns, shown, start, stop, highest, total, scaling, softcap, sk_n,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Rows' running maximum and sum of exponentials, taken on over the keys from ``start`` to ``stop``."""
+    d = tl.arange(0, BLOCK_D)
+    for first in range(start, stop, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        lines = keys + n.to(tl.int64)[None, :] * sk_n + d[:, None]
+        if MASKED:
+            inside = n < stop
+            k = tl.load(lines, inside[None, :] & (d < HEAD)[:, None], 0.0)
+        elif HEAD == BLOCK_D:
+            k = tl.load(lines)
+        else:
+            k = tl.load(lines, (d < HEAD)[:, None], 0.0)
+        logits = _logits(q, k, scaling, softcap, HAS_CAP)
+        if MASKED:
+            column = tl.load(columns + n, inside, 0) if HAS_COLUMNS else n
+            if HAS_VALID:
+                inside = inside & (tl.load(shown + n, inside, 0) != 0)
+            logits = tl.where(inside[None, :] & (column[None, :] <= at[:, None]), logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # A row that has seen nothing yet: keep its exponentials away from inf - inf.
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        highest = higher
+    return highest, total
+
+
+@triton.jit
 def _denominator_kernel(
     query, key, query_columns, columns, valid, out,
     probes, group, length, kv_heads, split_keys, rows,
     scaling, softcap,
-    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sv_b, sv_h,
+    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
@@ -43,31 +87,84 @@ def _denominator_kernel(
     probe, head = row // group, kv_head * group + row % group
     d = tl.arange(0, BLOCK_D)
     real = row < rows
-    at = tl.load(query_columns + batch * sc_b + probe, real, -1)
+    at = tl.load(query_columns + batch * sc_b + probe * sc_k, real, -1).to(tl.int32)
     lines = query + batch * sq_b + head * sq_h + probe.to(tl.int64) * sq_k
     q = tl.load(lines[:, None] + d[None, :], real[:, None] & (d < HEAD)[None, :], 0.0)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     stop = tl.minimum(first + split_keys, length)
     # A key is never in a column before its index: what follows the newest query is hidden from all.
-    stop = tl.minimum(stop, tl.max(at) + 1)
-    for start in range(first, stop, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < stop
-        line = key + batch * sk_b + kv_head * sk_h + n.to(tl.int64) * sk_n
-        k = tl.load(line[None, :] + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
-        if HAS_VALID:
-            inside = inside & (tl.load(valid + batch * sv_b + kv_head * sv_h + n, inside, 0) != 0)
-        column = tl.load(columns + n, n < stop, 0) if HAS_COLUMNS else n
-        logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
-        logits = tl.where(inside[None, :] & (column[None, :] <= at[:, None]), logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen nothing yet: keep its exponentials away from inf - inf.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        highest = higher
+    stop = tl.maximum(tl.minimum(stop, tl.max(at) + 1), first)
+    keys = key + batch * sk_b + kv_head * sk_h
+    shown = valid + batch * sv_b + kv_head * sv_h
+    clear = first
+    if not HAS_VALID and not HAS_COLUMNS:
+        # What all rows see: up to the oldest query.
+        oldest = tl.min(tl.where(real, at, 2147483647))
+        clear += tl.maximum(tl.minimum(stop, oldest + 1) - first, 0) // BLOCK_N * BLOCK_N
+        highest, total = _exponentials(
+            q, at, keys, columns, shown, first, clear, highest, total, scaling, softcap, sk_n,
+            HEAD, BLOCK_D, BLOCK_N, False, HAS_VALID, HAS_COLUMNS, HAS_CAP,
+        )  # fmt: skip
+    highest, total = _exponentials(
+        q, at, keys, columns, shown, clear, stop, highest, total, scaling, softcap, sk_n,
+        HEAD, BLOCK_D, BLOCK_N, True, HAS_VALID, HAS_COLUMNS, HAS_CAP,
+    )  # fmt: skip
     result = tl.where(total > 0, highest + tl.log2(total), float("-inf"))
     tl.store(out + (pair * tl.num_programs(1) + tl.program_id(1)) * rows + row, result, real)
+
+
+@triton.jit
+def _join_kernel(partial, sinks, out, splits, rows, group, kv_heads, BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """Denominators of whole rows from those of the splits, and of the learned sink if there is one."""
+    pair = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = row < rows
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        highest = tl.load(sinks + pair % kv_heads * group + row % group, real, 0.0).to(tl.float32) * LOG2E
+    total = tl.where(highest == float("-inf"), 0.0, 1.0)
+    for split in range(splits):
+        part = tl.load(partial + (pair * splits + split) * rows + row, real, float("-inf"))
+        higher = tl.maximum(highest, part)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(highest - base) + tl.exp2(part - base)
+        highest = higher
+    tl.store(out + pair * rows + row, tl.where(total > 0, highest + tl.log2(total), float("-inf")), real)
+
+
+@triton.jit
+def _past(
+    k, column, query, query_columns, denominators, start, stop, peak, total, squares,
+    rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Run the rows from ``start`` to ``stop`` past a block of keys. The peak is one of logarithms."""
+    d = tl.arange(0, BLOCK_D)
+    for first in range(start, stop, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        # Behind the last row stands that row again, under a denominator that leaves nothing of it.
+        at_row = tl.minimum(row, rows - 1)
+        probe, head = at_row // group, first_head + at_row % group
+        lines = query + head * sq_h + probe.to(tl.int64) * sq_k
+        if HEAD == BLOCK_D:
+            q = tl.load(lines[None, :] + d[:, None])
+        else:
+            q = tl.load(lines[None, :] + d[:, None], (d < HEAD)[:, None], 0.0)
+        whole = tl.load(denominators + row, row < rows, float("inf"))
+        # Keys times queries, and not the other way round: what is reduced then lies within few threads.
+        share = _logits(k, q, scaling, softcap, HAS_CAP) - whole[None, :]
+        if MASKED:
+            at = tl.load(query_columns + probe * sc_k).to(tl.int32)
+            # A hidden logit may lie far above the denominator: it must not be exponentiated.
+            share = tl.where((row < rows)[None, :] & (column[:, None] + distance <= at[None, :]), share, float("-inf"))
+        peak = tl.maximum(peak, tl.max(share, 1))
+        if SUMS:
+            p = tl.exp2(share)
+            total += tl.sum(p, 1)
+            squares += tl.sum(p * p, 1)
+    return peak, total, squares
 
 
 @triton.jit
@@ -75,51 +172,71 @@ def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out, squares_out,
     probes, group, length, kv_heads, rows, distance,
     scaling, softcap,
-    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sv_b, sv_h,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
+    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    SUMS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Peak, mean and sum of squares of one block of keys over all rows."""
+    """Peak, and with ``SUMS`` mean and sum of squares, of one block of keys over all rows."""
     pair = tl.program_id(1).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     inside = n < length
     line = key + batch * sk_b + kv_head * sk_h + n.to(tl.int64) * sk_n
-    k = tl.load(line[None, :] + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
+    k = tl.load(line[:, None] + d[None, :], inside[:, None] & (d < HEAD)[None, :], 0.0)
     column = tl.load(columns + n, inside, 0) if HAS_COLUMNS else n
     oldest = tl.min(tl.where(inside, column, 2147483647))
+    newest = tl.max(tl.where(inside, column, 0))
     if HAS_VALID:
         inside = inside & (tl.load(valid + batch * sv_b + kv_head * sv_h + n, inside, 0) != 0)
-    # The first query that counts any of these keys; with queries in order the work starts there.
+    # The first query that counts any of these keys, and the first from which on all count all of them.
     every = tl.arange(0, BLOCK_P)
-    columns_of = tl.load(query_columns + batch * sc_b + every, every < probes, -1)
-    first = tl.min(tl.where(columns_of >= oldest + distance, every, probes), 0)
-    counting = (columns_of[:, None] >= column[None, :] + distance) & inside[None, :]
-    count = group * tl.sum(counting.to(tl.int32), 0)
-    # Reduced over rows once, at the end: reductions across warps in each step would be what takes time.
-    peak = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(first * group // BLOCK_M * BLOCK_M, rows, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        real = row < rows
-        probe, head = row // group, kv_head * group + row % group
-        at = tl.load(query_columns + batch * sc_b + probe, real, -1)
-        lines = query + batch * sq_b + head * sq_h + probe.to(tl.int64) * sq_k
-        q = tl.load(lines[:, None] + d[None, :], real[:, None] & (d < HEAD)[None, :], 0.0)
-        whole = tl.load(denominators + pair * rows + row, real, float("inf"))
-        logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
-        counted = real[:, None] & inside[None, :] & (column[None, :] + distance <= at[:, None])
-        # Only what is visible is exponentiated: a hidden logit may lie far above the denominator.
-        p = tl.exp2(tl.where(counted, logits - whole[:, None], float("-inf")))
-        peak = tl.maximum(peak, p)
-        total += p
-        squares += p * p
+    at = tl.load(query_columns + batch * sc_b + every * sc_k, every < probes, -1).to(tl.int32)
+    first = tl.min(tl.where((at >= oldest + distance) & (every < probes), every, probes), 0)
+    clear = tl.max(tl.where((at < newest + distance) & (every < probes), every + 1, 0), 0)
+    start = first * group // BLOCK_M * BLOCK_M
+    middle = tl.minimum(tl.maximum((clear * group + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
+    peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total, squares = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    queries, first_head = query + batch * sq_b, kv_head * group
+    at_columns, whole = query_columns + batch * sc_b, denominators + pair * rows
+    peak, total, squares = _past(
+        k, column, queries, at_columns, whole, start, middle, peak, total, squares,
+        rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
+    )  # fmt: skip
+    peak, total, squares = _past(
+        k, column, queries, at_columns, whole, middle, rows, peak, total, squares,
+        rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
+    )  # fmt: skip
     out = pair * length + n
-    tl.store(peak_out + out, tl.max(peak, 0), n < length)
-    tl.store(mean_out + out, tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32), n < length)
-    tl.store(squares_out + out, tl.sum(squares, 0), n < length)
+    # Padding took part like any key, as keys do not touch each other; nothing of it is given out.
+    tl.store(peak_out + out, tl.where(inside, tl.exp2(peak), 0.0), n < length)
+    if SUMS:
+        counting = (at[:, None] >= column[None, :] + distance) & (every < probes)[:, None]
+        count = tl.maximum(group * tl.sum(counting.to(tl.int32), 0), 1).to(tl.float32)
+        tl.store(mean_out + out, tl.where(inside, total / count, 0.0), n < length)
+        tl.store(squares_out + out, tl.where(inside, squares, 0.0), n < length)
+
+
+class Tile(NamedTuple):
+    """Rows and keys of a block, warps, stages of software pipelining."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
+    """Of the denominators and of the reductions."""
+    if query.dtype == torch.float32:
+        return Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
+    if block_d > 128:
+        return Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)
+    # What was fastest on an H100, by a few percent.
+    return (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2)) if sums else (Tile(64, 64, 4, 3), Tile(64, 128, 8, 2))
 
 
 def launch_probe_reductions(
@@ -133,8 +250,13 @@ def launch_probe_reductions(
     distance: int,
     softcap: float | None,
     sink_logits: Tensor | None,
+    sums: bool = True,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run both kernels; parameters as in `core.reductions.probe_reductions`, without defaults."""
+    """Run the kernels; parameters as in `core.reductions.probe_reductions`, without defaults.
+
+    Without ``sums`` the last two results are empty. ``tiles`` is there to be measured.
+    """
     batch, heads, probes, head_size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -145,49 +267,50 @@ def launch_probe_reductions(
         key = key.contiguous()
     # A query at padding stands before every key.
     at = query_columns if query_real is None else query_columns.where(query_real, -1)
-    at = at.expand(batch, probes).to(torch.int32).contiguous()
+    at = at.expand(batch, probes)
     shown = None
     if valid is not None:
         shown = (valid[:, None] if valid.dim() == 2 else valid).expand(batch, kv_heads, length).contiguous()
         shown = shown.view(torch.uint8)
     place = None if columns is None else columns.to(torch.int32)
     block_d = max(16, triton.next_power_of_2(head_size))
-    block_m, block_n = min(64, max(16, triton.next_power_of_2(rows))), 64
-    wide = query.dtype == torch.float32 or block_d > 128
-    if wide:
-        block_m, block_n = min(block_m, 32), 32
-    blocks = triton.cdiv(rows, block_m)
+    few = max(16, triton.next_power_of_2(rows))
+    one, two = (tile._replace(block_m=min(tile.block_m, few)) for tile in tiles or tiles_for(query, block_d, sums))
+    blocks = triton.cdiv(rows, one.block_m)
     # Enough programs to fill the device several times over, each with enough keys to be worth it.
     splits = max(1, min(triton.cdiv(1024, batch * kv_heads * blocks), triton.cdiv(length, 512)))
-    split_keys = triton.cdiv(triton.cdiv(length, splits), block_n) * block_n
+    split_keys = triton.cdiv(triton.cdiv(length, splits), one.block_n) * one.block_n
     splits = triton.cdiv(length, split_keys)
     partial = query.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
-    strides = (*query.stride()[:3], *key.stride()[:3], at.stride(0))
+    strides = (*query.stride()[:3], *key.stride()[:3], *at.stride())
     strides += (0, 0) if shown is None else shown.stride()[:2]
     settings = {
         "HEAD": head_size,
         "BLOCK_D": block_d,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
         "HAS_VALID": shown is not None,
         "HAS_COLUMNS": place is not None,
         "HAS_CAP": softcap is not None,
-        "num_warps": 4,
     }
     inputs = (query, key, at, at if place is None else place, at if shown is None else shown)
     cap = 1.0 if softcap is None else softcap
     _denominator_kernel[(blocks, splits, batch * kv_heads)](
-        *inputs, partial, probes, group, length, kv_heads, split_keys, rows, scaling, cap, *strides, **settings
-    )
-    whole = partial[:, :, 0] if splits == 1 else torch.logsumexp(partial * 0.6931471805599453, 2) / 0.6931471805599453
-    if sink_logits is not None:
-        sink = sink_logits.float().view(1, kv_heads, 1, group) * 1.4426950408889634
-        whole = torch.logaddexp2(whole.view(batch, kv_heads, probes, group), sink).flatten(2)
-    # A query that saw nothing has no denominator; nothing it sees is counted either.
+        *inputs, partial, probes, group, length, kv_heads, split_keys, rows, scaling, cap, *strides,
+        BLOCK_M=one.block_m, BLOCK_N=one.block_n, num_warps=one.warps, num_stages=one.stages, **settings,
+    )  # fmt: skip
+    whole = partial
+    if splits > 1 or sink_logits is not None:
+        whole = query.new_empty(batch, kv_heads, rows, dtype=torch.float32)
+        sinks = partial if sink_logits is None else sink_logits.contiguous()
+        _join_kernel[(triton.cdiv(rows, 128), batch * kv_heads)](
+            partial, sinks, whole, splits, rows, group, kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
+        )
     shape = (batch, kv_heads, length)
-    peak, mean, squares = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(3))
-    _reduce_kernel[(triton.cdiv(length, block_n), batch * kv_heads)](
-        *inputs, whole.contiguous(), peak, mean, squares, probes, group, length, kv_heads, rows, distance,
-        scaling, cap, *strides, BLOCK_P=triton.next_power_of_2(max(probes, 2)), **{**settings, "num_warps": 8},
+    peak, mean, squares = (
+        torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums, sums)
+    )
+    _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
+        *inputs, whole, peak, mean, squares, probes, group, length, kv_heads, rows, distance, scaling, cap, *strides,
+        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(probes, 2)), SUMS=sums,
+        num_warps=two.warps, num_stages=two.stages, **settings,
     )  # fmt: skip
     return peak, mean, squares

@@ -6,6 +6,15 @@ from torch import Tensor
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE, entries
 
 
+def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.kept_first`."""
+    length = keep.shape[-1]
+    slot = torch.where(keep, keep.cumsum(-1) - 1, length)
+    index = torch.arange(length, dtype=torch.int32, device=keep.device).expand_as(keep)
+    order = torch.zeros(*keep.shape[:-1], length + 1, dtype=torch.int32, device=keep.device)
+    return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
+
+
 def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     """`kernels.append`."""
     kv_heads, tokens = keys.shape[1:3]

@@ -6,16 +6,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from refreekv import kernels
 from refreekv.core.budget import newest
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import Selection, sink_mask
-from refreekv.core.stand_ins import StandIns, stand_ins
+from refreekv.core.stand_ins import StandIns
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
 STAND_IN_STEP = 4
 """One in so many of the window's queries says what the stand-ins are to be."""
+
+REASONS = ("sinks", "recent", "window", "spread", "following", "mass", "copying", "settled")
+"""Why positions stay; the last one on later turns only."""
 
 
 @register("adaptive")
@@ -111,18 +115,29 @@ class Adaptive(Policy):
     def probe_plan(self, n: int) -> ProbePlan:
         if self.constant == 0 or n < self.min_length:
             return ProbePlan()
-        return ProbePlan(rows=self.window, spread=self.spread, reduced=True, distance=self.window, queries=True)
+        return ProbePlan(
+            rows=self.window,
+            spread=self.spread,
+            reduced=True,
+            distance=self.window,
+            spread_sums=False,
+            queries=self.stand_ins > 0,
+        )
 
     def select(self, view: LayerView) -> Selection | None:
         if view.window is None or view.spread is None:
             return None
+        by_head = view.copy_scores is not None and not self.shared
+        if by_head and view.valid is None and view.keys.is_cuda and kernels.available():
+            return self.select_fused(view)
         real, window, spread = view.real_heads, view.window, view.spread
         order = None
         if view.valid is not None:
             # Padding may lie between two turns: neighbours are the entries next to each other without it.
             order = real.to(torch.uint8).argsort(dim=-1, stable=True)
             real = real.gather(-1, order)
-            window, spread = (ProbeReductions(*(part.gather(-1, order) for part in of)) for of in (window, spread))
+            index = order
+            window, spread = (of.each(lambda part: part.gather(-1, index)) for of in (window, spread))
         peak = window.peak
         reasons = self._reasons(view, real, window, spread)
         keep = torch.stack(list(reasons.values())).any(0)
@@ -148,15 +163,44 @@ class Adaptive(Policy):
         if self.stand_ins == 0 or alike or view.queries is None:
             return None
         some = slice(STAND_IN_STEP - 1, None, STAND_IN_STEP)
-        return stand_ins(
+        return kernels.stand_ins(
             view.queries[:, :, some],
             view.keys,
             view.values,
-            view.real_heads & ~keep,
+            keep,
             count=self.stand_ins,
             real=None if view.valid is None else view.real_heads,
             asked=None if view.asked is None else view.asked[:, some],
         )
+
+    def select_fused(self, view: LayerView) -> Selection:
+        """`select` in two launches, for prompts without padding whose copy scores are known."""
+        from refreekv.kernels.needs import launch_needs
+
+        assert view.window is not None
+        assert view.window.mean is not None
+        assert view.spread is not None
+        assert view.copy_scores is not None
+        unit = self.constant * view.heads**0.5
+        keep, numbers = launch_needs(
+            view.window.peak,
+            view.window.mean,
+            view.spread.peak,
+            view.copy_scores.to(view.keys.device),
+            view.settled,
+            sinks=self.sinks,
+            recent=self.window,
+            follow=self.follow,
+            unit=unit,
+            spread_unit=unit * self.spread_factor,
+            hit=self.hit,
+            share=1.0 - self.lost_mass,
+            copying=self.copying,
+        )
+        *shares, lost = numbers.unbind(1)
+        names = REASONS if view.settled is not None else REASONS[:-1]
+        reasons = dict(zip(names, shares, strict=False))
+        return Selection(keep, metric=lost / view.heads**0.5, reasons=reasons, stand_ins=self._stand_ins(view, keep))
 
     def _reasons(
         self, view: LayerView, real: Tensor, window: ProbeReductions, spread: ProbeReductions
@@ -166,6 +210,7 @@ class Adaptive(Policy):
         if view.copy_scores is None:
             unit /= 2
         batch, kv_heads, length = real.shape
+        assert window.mean is not None
         at_mass = peak_level_of_share(window.peak, window.mean.masked_fill(~real, 0.0), 1.0 - self.lost_mass)
         copying = torch.zeros(1, kv_heads, dtype=torch.bool, device=real.device)
         if view.copy_scores is not None:

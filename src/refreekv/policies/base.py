@@ -15,6 +15,14 @@ from refreekv.core.scores import mean_over_visible_rows
 from refreekv.core.selection import CutSelection, Selection
 
 
+def spread_step(spread: int, prompt: int) -> int:
+    """The smallest power of two of which ``n`` tokens hold no more than ``spread``."""
+    step = 1
+    while prompt // step > spread:
+        step *= 2
+    return step
+
+
 @dataclass(frozen=True)
 class ProbePlan:
     """Which attention rows a policy wants to see.
@@ -37,6 +45,8 @@ class ProbePlan:
     distance : int
         Of a reduced plan: the spread queries count for positions at least so far before them only.
         What a token's neighbours see in it says nothing about what is needed later.
+    spread_sums : bool
+        Of a reduced plan: whether of the spread queries mean and squares are wanted beside the peak.
     """
 
     rows: int = 0
@@ -44,6 +54,7 @@ class ProbePlan:
     queries: bool = False
     reduced: bool = False
     distance: int = 0
+    spread_sums: bool = True
 
     @property
     def count(self) -> int:

@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 from refreekv.core.probes import attention_rows
-from refreekv.core.reductions import ProbeReductions, probe_reductions
+from refreekv.core.reductions import probe_reductions
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
+from refreekv.policies.base import spread_step
 
 Gather = Callable[[Tensor, int], Tensor]
 """Joins the heads of all tensor-parallel ranks along a dimension."""
-
-
-def spread_step(spread: int, prompt: int) -> int:
-    """The smallest power of two of which ``n`` tokens hold no more than ``spread``."""
-    step = 1
-    while prompt // step > spread:
-        step *= 2
-    return step
 
 
 def probed_positions(plan: ProbePlan, prompt: int) -> Tensor:
@@ -176,5 +169,5 @@ def _reduced(
             softcap=layer.softcap,
             sink_logits=layer.sinks,
         )
-        shown[name] = ProbeReductions(*(gather(part, 1) for part in reductions))
+        shown[name] = reductions.each(lambda part: gather(part, 1))
     return shown

@@ -1,0 +1,196 @@
+"""What the adaptive policy keeps, and the order of kept entries, each in a launch or two instead of dozens.
+
+The judges are `policies.adaptive` and `reference.kept_first`, in plain torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.core.neighbours import LEVELS
+
+BLOCK = 1024
+NEVER = tl.constexpr(-(2**30))
+LOST = tl.constexpr(8)
+"""Where among a chunk's numbers the highest peak is that is not kept; before it the reasons, in the policy's order."""
+
+
+@triton.jit
+def _level(exponent):
+    """``2 ** -exponent``, exactly."""
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[pair, chunk, level]``: the chunk's mass that peaks at a power of two or above; all of it in the last."""
+    chunk, chunks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n = chunk * BLOCK + tl.arange(0, BLOCK)
+    p = tl.load(peak + pair * length + n, n < length, -1.0)
+    m = tl.load(mass + pair * length + n, n < length, 0.0)
+    exponent = tl.arange(0, 32)
+    least = tl.where(exponent <= LEVELS, _level(exponent), -1.0)
+    held = tl.sum(tl.where(p[None, :] >= least[:, None], m[None, :], 0.0), 1)
+    tl.store(out + (pair * chunks + chunk) * 32 + exponent, held)
+
+
+@triton.jit
+def _needs_kernel(
+    peak, spread, masses, scores, settled, keep_out, stats_out,
+    length, kv_heads, ss_b, st_b, st_h, sinks, recent, follow, chunks,
+    unit, spread_unit, hit, share, copying,
+    LEVELS: tl.constexpr, HAS_SETTLED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, head = pair // kv_heads, pair % kv_heads
+    # The highest power of two at which the share of the mass is held.
+    exponent, part = tl.arange(0, 32), tl.arange(0, BLOCK_C)
+    lines = masses + (pair * chunks + part)[:, None] * 32 + exponent[None, :]
+    held = tl.sum(tl.load(lines, (part < chunks)[:, None], 0.0), 0)
+    whole = tl.max(tl.where(exponent == 31, held, 0.0), 0)
+    missing = tl.sum(((held < whole * share) & (exponent <= LEVELS)).to(tl.int32), 0)
+    at_mass = tl.where(missing <= LEVELS, _level(missing), 0.0)
+
+    start = chunk * BLOCK
+    n = start + tl.arange(0, BLOCK)
+    inside, first, last = n < length, n >= 1, n + 1 < length
+    peak += pair * length
+    spread += pair * length
+    here, left = tl.load(peak + n, inside, -1.0), tl.load(peak + n - 1, inside & first, -1.0)
+    around = tl.maximum(tl.maximum(here, left), tl.load(peak + n + 1, last, -1.0))
+    far = tl.maximum(tl.load(spread + n, inside, -1.0), tl.load(spread + n - 1, inside & first, -1.0))
+    far = tl.maximum(far, tl.load(spread + n + 1, last, -1.0))
+    # The newest hit before each position: within the chunk, or among the last ones before it.
+    before = start - 1 - tl.arange(0, BLOCK_F)
+    found = tl.load(peak + before, before >= 0, -1.0)
+    carried = tl.max(tl.where((before >= 0) & (found >= hit), before, NEVER), 0)
+    latest = tl.associative_scan(tl.where(first & (left >= hit), n - 1, NEVER), 0, _larger)
+    latest = tl.maximum(latest, carried)
+
+    why_sinks, why_recent = n < sinks, n >= length - recent
+    why_window, why_spread = around >= unit, far >= spread_unit
+    why_following = (latest >= 0) & (latest >= n - follow)
+    why_mass = here >= at_mass
+    why_copying = tl.load(scores + batch * ss_b + head + n * 0) >= copying
+    keep = why_sinks | why_recent | why_window | why_spread | why_following | why_mass | why_copying
+    out = stats_out + (pair * chunks + chunk) * 16
+    if HAS_SETTLED:
+        why_settled = tl.load(settled + batch * st_b + head * st_h + n, inside, 0) != 0
+        keep = keep | why_settled
+        tl.store(out + 7, tl.sum((why_settled & inside).to(tl.float32), 0))
+    tl.store(out + 0, tl.sum((why_sinks & inside).to(tl.float32), 0))
+    tl.store(out + 1, tl.sum((why_recent & inside).to(tl.float32), 0))
+    tl.store(out + 2, tl.sum((why_window & inside).to(tl.float32), 0))
+    tl.store(out + 3, tl.sum((why_spread & inside).to(tl.float32), 0))
+    tl.store(out + 4, tl.sum((why_following & inside).to(tl.float32), 0))
+    tl.store(out + 5, tl.sum((why_mass & inside).to(tl.float32), 0))
+    tl.store(out + 6, tl.sum((why_copying & inside).to(tl.float32), 0))
+    tl.store(out + LOST, tl.max(tl.where(inside & (keep == 0), here, 0.0), 0))
+    tl.store(keep_out + pair * length + n, keep.to(tl.uint8), inside)
+
+
+@triton.jit
+def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
+    """All chunks of all heads of a row together: sums, as shares of its entries, and the largest of what is lost."""
+    row, which, some = tl.program_id(0), tl.arange(0, 16), tl.arange(0, BLOCK)
+    total, highest = tl.zeros([16], tl.float32), tl.zeros([16], tl.float32)
+    for start in range(0, lines, BLOCK):
+        line = (start + some)[:, None]
+        part = tl.load(stats + (row * lines + line) * 16 + which[None, :], line < lines, 0.0)
+        total += tl.sum(part, 0)
+        highest = tl.maximum(highest, tl.max(part, 0))
+    tl.store(out + row * 16 + which, tl.where(which == LOST, highest, total * share))
+
+
+def launch_needs(
+    peak: Tensor,
+    mass: Tensor,
+    spread: Tensor,
+    scores: Tensor,
+    settled: Tensor | None,
+    *,
+    sinks: int,
+    recent: int,
+    follow: int,
+    unit: float,
+    spread_unit: float,
+    hit: float,
+    share: float,
+    copying: float,
+) -> tuple[Tensor, Tensor]:
+    """The adaptive policy's choice for prompts without padding.
+
+    Parameters
+    ----------
+    peak, mass, spread : Tensor
+        ``[B, H_kv, n]`` float32: the window's peaks and means, and the peaks of the spread queries.
+    scores : Tensor
+        ``[B | 1, H_kv]`` float32 copy scores.
+    settled : Tensor or None
+        Boolean ``[1, 1 | H_kv, n]``.
+    sinks, recent, follow, unit, spread_unit, hit, share, copying
+        As in `policies.adaptive`; ``share`` is what each head has to keep of its mean attention.
+
+    Returns
+    -------
+    keep : Tensor
+        Boolean ``[B, H_kv, n]``.
+    numbers : Tensor
+        ``[B, 9]`` float32: the shares of the entries that stay for each reason (the last one of meaning
+        with ``settled`` only), and the highest peak that is not kept.
+    """
+    batch, kv_heads, length = peak.shape
+    chunks, pairs = triton.cdiv(length, BLOCK), batch * kv_heads
+    masses = torch.empty(pairs, chunks, 32, dtype=torch.float32, device=peak.device)
+    stats = torch.empty(batch, kv_heads * chunks, 16, dtype=torch.float32, device=peak.device)
+    numbers = torch.empty(batch, 16, dtype=torch.float32, device=peak.device)
+    keep = torch.empty(batch, kv_heads, length, dtype=torch.bool, device=peak.device)
+    peak, mass, spread = peak.contiguous(), mass.contiguous(), spread.contiguous()
+    _mass_kernel[(chunks, pairs)](peak, mass, masses, length, LEVELS=LEVELS, BLOCK=BLOCK, num_warps=8)
+    places = None if settled is None else settled.expand(batch, kv_heads, length).view(torch.uint8)
+    _needs_kernel[(chunks, pairs)](
+        peak, spread, masses, scores, keep if places is None else places, keep.view(torch.uint8), stats,
+        length, kv_heads, scores.stride(0) if scores.shape[0] > 1 else 0,
+        *((0, 0) if places is None else places.stride()[:2]), sinks, recent, follow, chunks,
+        unit, spread_unit, hit, share, copying,
+        LEVELS=LEVELS, HAS_SETTLED=places is not None, BLOCK=BLOCK, BLOCK_F=triton.next_power_of_2(max(follow, 1)),
+        BLOCK_C=triton.next_power_of_2(chunks), num_warps=8,
+    )  # fmt: skip
+    _tally_kernel[(batch,)](stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64)
+    return keep, numbers[:, :9]
+
+
+@triton.jit
+def _order_kernel(keep, order, counts, length, BLOCK: tl.constexpr):
+    chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    keep += line * length
+    place = tl.arange(0, BLOCK)
+    # Counted anew by each program: a few bytes an entry, in place of a launch that adds up.
+    before = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, chunk * BLOCK, BLOCK):
+        before += tl.load(keep + first + place).to(tl.int32)
+    n = chunk * BLOCK + place
+    here = tl.load(keep + n, n < length, 0).to(tl.int32)
+    earlier = tl.sum(before, 0)
+    tl.store(order + line * length + earlier + tl.cumsum(here, 0) - 1, n, here != 0)
+    if chunk == tl.num_programs(0) - 1:
+        tl.store(counts + line, earlier + tl.sum(here, 0))
+
+
+def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.kept_first`."""
+    keep = keep.contiguous()
+    length = keep.shape[-1]
+    order = torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
+    counts = torch.empty(keep.shape[:-1], dtype=torch.int32, device=keep.device)
+    block = 2048
+    _order_kernel[(triton.cdiv(length, block), counts.numel())](
+        keep.view(torch.uint8), order, counts, length, BLOCK=block, num_warps=8
+    )
+    return order, counts
