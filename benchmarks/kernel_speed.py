@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from devices import copy_bandwidth, device_seconds, header
-from refreekv import kernels
+from refreekv import kernels, policies
 from refreekv.core.arena import KVArena
 from refreekv.core.probes import attention_rows
+from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.kernels import fused, linear
+from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
+from refreekv.policies import LayerView
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 TYPE = torch.bfloat16
@@ -100,25 +103,40 @@ def storage_kernels() -> list[tuple[str, dict[str, float]]]:
 
 
 def probe_kernels() -> list[tuple[str, dict[str, float]]]:
-    """Probe reductions, beside the rows of the last queries in torch."""
+    """Probe reductions, beside the rows of the last queries in torch; and what a policy makes of them."""
     rows = []
     for length in (8192, 32768):
-        keys = [random(1, KV_HEADS, length, SIZE) for _ in range(4)]
-        for name, probes in (("64 last", torch.arange(length - 64, length)), ("64 last, 256 spread", None)):
-            if probes is None:
-                step = length // 256
-                probes = torch.cat([torch.arange(step - 1, length, step), torch.arange(length - 64, length)])
-                probes = probes.sort().values
-            at = probes[None].cuda()
-            query = random(1, HEADS, len(probes), SIZE)
+        # Keys and queries as a projection leaves them.
+        keys = [random(1, length, KV_HEADS, SIZE).transpose(1, 2) for _ in range(4)]
+        queries, columns = random(1, length, HEADS, SIZE).transpose(1, 2), torch.arange(length, device="cuda")
+        each = length // 256
+        last, spread = slice(-64, None), slice(each - 1, None, each)
+        for name, part, distance, sums in (("64 last", last, 0, True), ("256 spread, peaks only", spread, 64, False)):
 
-            def call(key, query=query, at=at):
-                return lambda: kernels.probe_reductions(query, key, query_columns=at, distance=64)
+            def call(key, part=part, distance=distance, sums=sums, queries=queries, columns=columns):
+                return lambda: kernels.probe_reductions(
+                    queries[:, :, part], key, query_columns=columns[None, part], distance=distance, sums=sums
+                )
 
             seconds = device_seconds([call(key) for key in keys], 10)
             rows.append((f"probe reductions, {name}, {length} keys", {"us": seconds * 1e6}))
-        seconds = device_seconds([lambda k=key, q=query: attention_rows(q[:, :, -64:], k) for key in keys], 10)
+        seconds = device_seconds([lambda k=key, q=queries: attention_rows(q[:, :, -64:], k) for key in keys], 10)
         rows.append((f"  rows of 64 queries in torch, {length} keys", {"us": seconds * 1e6}))
+        peak, mean, far = (torch.rand(1, KV_HEADS, length, device="cuda") ** 20 for _ in range(3))
+        view = LayerView(
+            keys[0], keys[0], None, None, 0, 1, heads=HEADS, copy_scores=torch.zeros(1, KV_HEADS, device="cuda"),
+            window=kernels.ProbeReductions(peak, mean, None), spread=kernels.ProbeReductions(far, None, None),
+        )  # fmt: skip
+        row = torch.rand(1, HEADS, 1, length, device="cuda").softmax(-1)
+        calls = {
+            "adaptive's choice": lambda v=view: policies.create("adaptive").select(v),
+            "entries of 8 heads listed": lambda p=peak: kernels.kept_first(p > 1e-3),
+            "the Uni-Metric's cut": lambda r=row: launch_cut(r[:, :, 0], 4, 0.3, False),
+            "  the same in torch": lambda r=row: uni_metric_cut_and_loss(
+                r[:, :, 0], sinks=4, threshold=0.3, includes_sinks=False
+            ),
+        }
+        rows += [(f"{n}, {length} keys", {"us": device_seconds([c], 10, rounds=5) * 1e6}) for n, c in calls.items()]
     return rows
 
 
@@ -176,6 +194,7 @@ def main() -> None:
     """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--parts", default="decode,storage,probe,small,products", help="of all that is measured")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -212,21 +231,23 @@ def main() -> None:
                     except Exception as error:  # a setting that the device has no room for
                         print(f"decode {name} {settings}: {type(error).__name__}")
                         break
-    else:
+    wanted = [] if arguments.tune else arguments.parts.split(",")
+    if "decode" in wanted:
         for batch, length in ((1, 8192), (1, 32768), (16, 8192), (16, 2048), (32, 8192)):
             show(f"decode attention {batch} x {length}", decode_attention(batch, [(length,) * KV_HEADS] * batch))
         show("decode attention 16 x 8192 mean, uniform 10-100%", decode_attention(16, ragged(16, 8192, 0.1, 1.0)))
         show("decode attention 16 x 8192 mean, one head of 8 full", decode_attention(16, [(32768,) + (4681,) * 7] * 16))
         for size in (64, 80, 96, 256):
             show(f"decode attention 16 x 8192, head size {size}", decode_attention(16, equal, size))
-        for part in (
-            storage_kernels,
-            probe_kernels,
-            small_kernels,
-            *(lambda b=b: products(b, [None]) for b in (1, 16, 32)),
-        ):
-            for name, result in part():
-                show(name, result)
+    parts = {
+        "storage": [storage_kernels],
+        "probe": [probe_kernels],
+        "small": [small_kernels],
+        "products": [lambda b=b: products(b, [None]) for b in (1, 16, 32)],
+    }
+    for part in [part for name, some in parts.items() if name in wanted for part in some]:
+        for name, result in part():
+            show(name, result)
     if arguments.json:
         with open(arguments.json, "w") as file:  # noqa: PTH123
             json.dump({"setup": header(), "copy_bandwidth": bandwidth, "rows": rows}, file, indent=1)
