@@ -130,3 +130,18 @@ def test_the_function_goes_through_the_kernel_on_cuda():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 query heads cannot share 2 KV heads"):
         probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), query_columns=torch.tensor([[8]]))
+
+
+@pytest.mark.parametrize("which", [launch_probe_reductions, reductions.probe_reductions])
+def test_peaks_alone(which, device):
+    query, key = torch.randn(2, 4, 9, 64, device=device).half(), torch.randn(2, 2, 200, 64, device=device).half()
+    # Every other query of a longer prompt: views, as policies hand them over.
+    at = torch.arange(18, device=device)[None, 1::2] * 11
+    whole = reductions.probe_reductions(query, key, query_columns=at, distance=5)
+    if which is launch_probe_reductions:
+        peak, *rest = which(query, key, at, None, None, None, 0.125, 5, None, None, False)
+        assert [part.numel() for part in rest] == [0, 0]
+    else:
+        peak, *rest = which(query, key, query_columns=at, distance=5, sums=False)
+        assert rest == [None, None]
+    torch.testing.assert_close(peak, whole.peak, atol=1e-6, rtol=2e-3)
