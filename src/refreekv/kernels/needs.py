@@ -1,4 +1,4 @@
-"""What the adaptive policy keeps, and the order of kept entries, each in a launch or two instead of dozens.
+"""What the adaptive policy keeps, and the order of kept entries, in three launches and one instead of dozens.
 
 The judges are `policies.adaptive` and `reference.kept_first`, in plain torch.
 """

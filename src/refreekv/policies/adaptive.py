@@ -174,7 +174,7 @@ class Adaptive(Policy):
         )
 
     def select_fused(self, view: LayerView) -> Selection:
-        """`select` in two launches, for prompts without padding whose copy scores are known."""
+        """`select` in three launches, for prompts without padding whose copy scores are known."""
         from refreekv.kernels.needs import launch_needs
 
         assert view.window is not None
