@@ -38,6 +38,9 @@ def slow(queries, keys, values, evicted, count):
         mean_key, mean_query = inside @ keys[part], weight @ queries
         along, missing = queries @ mean_query, np.log(sums) - queries @ mean_key
         step = (weight * along * missing).sum() / (weight * along**2).sum()
+        for one, over in zip(along, missing, strict=True):
+            if one > 0:
+                step = min(step, (over + np.log(2.0)) / one)
         found.append((part[int(inside.argmax())], mean_key + step * mean_query, inside @ values[part]))
     return found
 
@@ -75,6 +78,22 @@ def test_for_a_single_query_nothing_is_lost():
     with_it = attention(queries, keys, values, (~evicted).scatter(-1, made.columns, made.real))
     torch.testing.assert_close(with_it, full, atol=1e-5, rtol=1e-5)
     assert (without - full).abs().max() > 0.05
+
+
+def test_no_query_gives_a_stand_in_much_more_than_what_it_stands_for():
+    """Not even one that is unlike the others, whom a fit to the mean would serve badly."""
+    queries, keys, values, evicted = a_layer(11, batch=1, heads=1, kv_heads=1, probes=8, dim=16)
+    queries[:, :, 0] *= 2
+    made = stand_ins(queries, keys, values, evicted, count=1)
+    logits = (queries @ keys.transpose(2, 3))[0, 0]
+    sums = logits.masked_fill(~evicted[0], -torch.inf).logsumexp(-1)
+    weight = (sums - logits.logsumexp(-1)).softmax(0)
+    asked = queries[0, 0]
+    towards = asked @ (weight @ asked) > 0
+    over = (asked @ made.keys[0, 0, 0] - sums)[towards]
+    assert over.max() < np.log(2.0) + 1e-4
+    # The bound is what stopped it: the best fit alone goes beyond.
+    assert over.max() > np.log(2.0) - 1e-4
 
 
 def test_for_many_queries_most_of_what_is_lost_comes_back():

@@ -11,6 +11,7 @@ Nothing else in the cache has to know: a stand-in takes the place of one of the 
 that it stands in for.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from refreekv.core.probes import wide_product
 
 TINY = 1e-30
 """Under any sum of exponentials that matters next to their largest term."""
+
+TOO_MUCH = 2.0
+"""How many times its part's sum a stand-in may get from a query. Too little is what eviction does anyway; too much hides what stays."""
 
 
 class StandIns(NamedTuple):
@@ -56,7 +60,8 @@ def stand_ins(
     The evicted entries of a head are divided by position into ``count`` parts of equal size, so that
     those of one part are alike in how far away they are. For a part with the sums ``s_q = sum_i exp(q·k_i)``
     and queries weighted by the share of their attention that it gets, the key is ``k̄ + c q̄``: the mean
-    key, moved along the mean query as far as brings ``q·k`` closest to ``log s_q`` in the squared mean.
+    key, moved along the mean query as far as brings ``q·k`` closest to ``log s_q`` in the squared mean,
+    but no further than to where the first query gives it `TOO_MUCH` times ``s_q``.
     One step along one direction, as later queries share the mean and not the rest.
 
     Parameters
@@ -105,6 +110,8 @@ def stand_ins(
     along = grouped @ mean_query.transpose(2, 3)
     missing = wanted - grouped @ mean_key.transpose(2, 3)
     step = (weight * along * missing).sum(2) / (weight * along.square()).sum(2).clamp_min(TINY)
+    furthest = torch.where((weight > 0) & (along > TINY), (missing + math.log(TOO_MUCH)) / along, float("inf"))
+    step = torch.minimum(step, furthest.amin(2))
     key = mean_key + step[..., None] * mean_query
     filled = members.any(2)
     columns = torch.where(filled, inside.argmax(-1), keys.shape[2] - 1)
