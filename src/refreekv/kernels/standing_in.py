@@ -4,6 +4,7 @@ The judges are `core.stand_ins.stand_ins` and `put`. Keys are read twice and val
 attention, which the torch version writes out several times, never leave the chip.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.stand_ins import TINY, StandIns
+from refreekv.core.stand_ins import TINY, TOO_MUCH, StandIns
 
 CHUNK = 64
 """Entries that one program looks at."""
@@ -166,7 +167,7 @@ def _means_kernel(
 @triton.jit
 def _finish_kernel(
     query, key_sums, value_sums, weight, wanted, best_share, best_place, keys_out, values_out, columns_out, real_out,
-    length, kv_heads, group, rows, chunks, tiny, sq_b, sq_h, sq_k,
+    length, kv_heads, group, rows, chunks, tiny, slack, sq_b, sq_h, sq_k,
     HEAD: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -193,6 +194,8 @@ def _finish_kernel(
     missing = tl.load(wanted + (pair * M + p) * R + row) - tl.sum(q * key[None, :], 1)
     missing = tl.where(row < rows, missing, 0.0)
     step = tl.sum(weights * along * missing, 0) / tl.maximum(tl.sum(weights * along * along, 0), tiny)
+    bounds = (weights > 0) & (along > tiny)
+    step = tl.minimum(step, tl.min(tl.where(bounds, (missing + slack) / tl.where(bounds, along, 1.0), float("inf")), 0))
     out = pair * M + p
     kind = keys_out.dtype.element_ty
     tl.store(keys_out + out * HEAD + d, (key + step * mean_query).to(kind), d < HEAD)
@@ -259,7 +262,7 @@ def launch_stand_ins(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor
     )  # fmt: skip
     _finish_kernel[(count, pairs)](
         queries, key_sums, value_sums, weight, wanted, best, place, found.keys, found.values, found.columns,
-        found.real.view(torch.uint8), *numbers, chunks, TINY, *strides[:3],
+        found.real.view(torch.uint8), *numbers, chunks, TINY, math.log(TOO_MUCH), *strides[:3],
         HEAD=head, VALUE=value, DV=dv, BLOCK_C=64, num_warps=8, **sizes,
     )  # fmt: skip
     return found
