@@ -95,7 +95,7 @@ def main() -> None:
         "prompt": arguments.prompt,
         "answer": arguments.answer,
         "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }

@@ -23,7 +23,10 @@ TINY = 1e-30
 """Under any sum of exponentials that matters next to their largest term."""
 
 TOO_MUCH = 2.0
-"""How many times its part's sum a stand-in may get from a query. Too little is what eviction does anyway; too much hides what stays."""
+"""How many times its part's sum a stand-in may get from a query.
+
+Too little is what eviction does anyway; too much hides what stays.
+"""
 
 
 class StandIns(NamedTuple):
