@@ -356,7 +356,7 @@ def _rest(model: Model, useful: Sequence[str]) -> str:
     env = model.results.setup["environment"]
     late = [name for name in env["asked"] if name not in model.table]
     if late:
-        text += f" Not reached within the time of the run: {', '.join(late)}."
+        text += f" Not reached by the run: {', '.join(late)}."
     missing = env["not_run"]
     if missing:
         text += f" Not run, for their data or permission was missing: {', '.join(missing)}."

@@ -104,6 +104,6 @@ def test_page(model, tmp_path, monkeypatch):
     assert "| niah:depths=2,tokens=60 | `full` | 100 | 100 |" in text
 
     text = write(lambda one, index: 0.0, asked=["niah:depths=2,tokens=60", "gsm8k"])
-    assert "Not reached within the time of the run: gsm8k." in text
+    assert "Not reached by the run: gsm8k." in text
     assert "above chance, each" not in text
     assert "not above chance with the full cache: niah:depths=2,tokens=60 (0.0, chance 0.0, n = 5)" in text
