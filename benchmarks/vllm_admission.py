@@ -2,12 +2,13 @@
 
     python benchmarks/vllm_admission.py MODEL_FOLDER --data-dir DIR
 
-40 requests of mixed length arrive at once and generate a fixed number of tokens each. Nothing
+80 requests of mixed length arrive at once and generate a fixed number of tokens each. Nothing
 here is a time: the scheduler's decisions are counted, so a busy machine changes no number.
 
     running       requests that run, mean over all steps until the last one has ended
     saturated     the same over the steps in which others still wait
-    steps         engine steps
+    free          share of the pool that is free in those steps: too little for the prompt that is next
+    steps         engine steps, and how many of them drain the queue: nobody waits any more
     preemptions   requests thrown out for want of memory, and computed again
     tokens/step   prompt and generated tokens computed, a step
     kept          share of the prompts that the blocks still hold after pruning, mean over requests
@@ -57,7 +58,7 @@ def data_prompts(folder: str, tokenizer, wanted: list[int]) -> list[list[int]]:
 
 def measure(folder: str, prompts: list[list[int]], tokens: int, kv_mib: int, policy: str | None) -> dict:
     """One run; ``policy`` None is stock vLLM."""
-    running, saturated, computed, preempted = [], [], [], {}
+    running, saturated, free, computed, preempted = [], [], [], [], {}
     with engine(
         folder, policy or "refreekv", pruned=policy is not None, kv_mib=kv_mib, max_model_len=2048, max_num_seqs=64
     ) as vllm:
@@ -73,6 +74,7 @@ def measure(folder: str, prompts: list[list[int]], tokens: int, kv_mib: int, pol
             computed.append(output.total_num_scheduled_tokens)
             if vllm.scheduler.waiting:
                 saturated.append(count)
+                free.append(vllm.pool.get_num_free_blocks() / vllm.pool.num_gpu_blocks)
             preempted.update({r.request_id: r.num_preemptions for r in vllm.scheduler.requests.values()})
             return output
 
@@ -88,7 +90,9 @@ def measure(folder: str, prompts: list[list[int]], tokens: int, kv_mib: int, pol
         "requests": len(prompts),
         "mean_running": sum(running) / len(running),
         "mean_running_saturated": sum(saturated) / max(1, len(saturated)),
+        "free_saturated": sum(free) / max(1, len(free)),
         "steps": len(running),
+        "drain_steps": len(running) - len(saturated),
         "preemptions": sum(preempted.values()),
         "tokens_per_step": sum(computed) / len(computed),
         "kept_share": sum(r["kept_share"] for r in reports) / len(reports) if reports else 1.0,
@@ -102,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder of SmolLM2 or another small model")
     parser.add_argument("--data-dir", help="take prompts from longbench_*.jsonl in this folder")
-    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=48, help="tokens that each request generates")
     parser.add_argument("--kv-mib", type=int, default=160)
     parser.add_argument("--policy", nargs="+", default=POLICIES)
@@ -124,7 +128,8 @@ def main() -> None:
         print(
             f"{found['policy']:36s} running {found['mean_running']:6.2f} "
             f"({gain:4.2f}x, target {0.85 / found['kept_share']:4.2f}x)  "
-            f"saturated {found['mean_running_saturated']:6.2f}  steps {found['steps']:4d}  "
+            f"saturated {found['mean_running_saturated']:6.2f}  free {found['free_saturated']:.3f}  "
+            f"steps {found['steps']:4d} (drain {found['drain_steps']})  "
             f"preemptions {found['preemptions']:3d}  tokens/step {found['tokens_per_step']:6.1f}  "
             f"kept {found['kept_share']:.3f}  output {found['output_tokens']}",
             flush=True,

@@ -180,4 +180,8 @@ def test_serve_refuses(capsys):
 def test_the_command_carries_the_options_as_json():
     command = serve_command("m", PluginOptions("snapkv:ratio=0.5", 3), ["--port", "1"])
     config = json.loads(command[command.index("--kv-transfer-config") + 1])
-    assert config["kv_connector_extra_config"] == {"policy": "snapkv:ratio=0.5", "layers_per_group": 3}
+    assert config["kv_connector_extra_config"] == {
+        "policy": "snapkv:ratio=0.5",
+        "layers_per_group": 3,
+        "log_requests": False,
+    }

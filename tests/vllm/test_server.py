@@ -19,11 +19,12 @@ from helpers import story  # noqa: E402
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """Base URL of a running `refreekv serve`."""
+    """Base URL and log file of a running `refreekv serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "refreekv", "serve", str(folder), "--policy", "refreekv:threshold=0.02"]
+    command += ["--log-requests"]
     command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--block-size", "32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -32,7 +33,7 @@ def server(folder, tmp_path_factory):
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", log
         finally:
             process.terminate()
             process.wait(60)
@@ -52,7 +53,7 @@ def _wait(url, process, log, seconds=240):
 
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=120, max_retries=0)
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=120, max_retries=0)
 
 
 def ask(client, seed, sentences=11, **more):
@@ -99,21 +100,49 @@ def test_bad_requests_and_after(client):
     assert ask(client, 4).usage.completion_tokens == 12
 
 
+def test_streamed_requests_are_logged(client, server):
+    before = server[1].read_text()
+    *_, last = ask(client, 40, stream=True, stream_options={"include_usage": True})
+    time.sleep(1)
+    (line,) = [line for line in server[1].read_text()[len(before) :].splitlines() if "kept_share" in line]
+    assert last.id in line
+    assert f"'prompt_tokens': {last.usage.prompt_tokens}" in line
+
+
 def test_metrics(client, server):
     before = _series(server)
     answer = ask(client, 50)
     time.sleep(1)
     after = _series(server)
-    assert after["pruned_requests_total"] == before["pruned_requests_total"] + 1
-    assert after["prompt_tokens_total"] == before["prompt_tokens_total"] + answer.usage.prompt_tokens
+    gained = {name: after[name] - before[name] for name in after}
+    assert gained["pruned_requests_total"] == gained["kept_share_count"] == 1
+    assert gained["prompt_tokens_total"] == answer.usage.prompt_tokens
     freed = answer.model_extra["kv_transfer_params"]["refreekv"]["blocks_freed"]
-    assert after["blocks_returned_total"] == before["blocks_returned_total"] + freed
-    assert after["kept_share_count"] == before["kept_share_count"] + 1
-    assert after["metric_sum"] > before["metric_sum"]
+    assert gained["blocks_returned_total"] == freed > 0
+    assert gained["metric_sum"] > 0
+    assert not any(count for name, count in gained.items() if name.startswith("refusals"))
+
+
+def test_refusals_are_counted_by_reason(client, server):
+    before = _series(server)
+    client.completions.create(model="smol", prompt="One word", max_tokens=4)  # less than a block
+    client.completions.create(model="smol", prompt=story(60, 11), max_tokens=1)  # ends with its prompt
+    time.sleep(1)
+    after = _series(server)
+    gained = {name: after[name] - before[name] for name in after}
+    assert gained["refusals_total:ended"] == 1
+    assert gained["refusals_total:policy"] + gained["refusals_total:rounding"] == 1
+    assert gained["pruned_requests_total"] == gained["blocks_returned_total"] == 0
 
 
 def _series(server):
-    """Our series by name, from /metrics."""
-    with urllib.request.urlopen(f"{server}/metrics") as response:
+    """Our series from /metrics by name, and by reason where they have one."""
+    with urllib.request.urlopen(f"{server[0]}/metrics") as response:
         text = response.read().decode()
-    return {name: float(value) for name, value in re.findall(r"^vllm:refreekv_(\w+)\{[^}]*\} (\S+)$", text, re.M)}
+    found = re.findall(r"^vllm:refreekv_(\w+)\{([^}]*)\} (\S+)$", text, re.M)
+    reasons = [re.search(r'reason="(\w+)"', labels) for _, labels, _ in found]
+    return {
+        name + (f":{reason[1]}" if reason else ""): float(value)
+        for (name, _, value), reason in zip(found, reasons, strict=True)
+        if not name.endswith("_created")
+    }

@@ -24,6 +24,9 @@ def serve(
             help="Layers that share a block table, and keep the union of what each would. 1 saves most memory.",
         ),
     ] = 1,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do not run it.")] = False,
 ) -> None:
     """Serve a model with vLLM and a compressed KV cache.
@@ -35,7 +38,7 @@ def serve(
     from refreekv.engines.vllm.refusals import check_policy, check_version
 
     with refusals():
-        options = PluginOptions(policy, layers_per_group)
+        options = PluginOptions(policy, layers_per_group, log_requests)
         check_policy(options.build())
         command = serve_command(model, options, context.args)
         if not dry_run:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from refreekv.policies import Policy
-from refreekv.policies.base import check_count
+from refreekv.policies.base import check_count, check_flag
 from refreekv.policies.registry import parse
 
 CONNECTOR = "RefreekvConnector"
@@ -25,14 +25,18 @@ class PluginOptions:
     layers_per_group : int
         Consecutive layers that share one block table. They keep the union of what each of
         them would keep. 1 saves most; more layers cost the scheduler less.
+    log_requests : bool
+        Whether a line of vLLM's log says of each finished request what was kept.
     """
 
     policy: str = "refreekv"
     layers_per_group: int = 1
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         parse(self.policy)
         check_count("layers_per_group", self.layers_per_group, minimum=1)
+        check_flag("log_requests", self.log_requests)
 
     @classmethod
     def of(cls, vllm_config: Any) -> "PluginOptions":

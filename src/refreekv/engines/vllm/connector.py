@@ -3,12 +3,16 @@
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.logger import init_logger
 
 from refreekv.engines.vllm import metrics, refusals
 from refreekv.engines.vllm.coordinator import LeadingCoordinator
 from refreekv.engines.vllm.messages import StepOrders, WorkerNews
 from refreekv.engines.vllm.reclaim import Reclaimer
 from refreekv.engines.vllm.state import WorkerState
+
+# A child of vLLM's logger, for its format and level.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
@@ -19,7 +23,7 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any):
-        refusals.check_config(vllm_config)
+        self._log_requests = refusals.check_config(vllm_config).log_requests
         super().__init__(vllm_config, role, kv_cache_config)
         self.reclaimer = Reclaimer() if role is KVConnectorRole.SCHEDULER else None
         self.state: WorkerState | None = None
@@ -64,8 +68,11 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Blocks may be freed at once; the response tells what was kept."""
-        return False, self._scheduler_side().finish(request.request_id)
+        """Blocks may be freed at once; the response (and the log, if asked for) tells what was kept."""
+        report = self._scheduler_side().finish(request.request_id)
+        if self._log_requests and report is not None:
+            logger.info("Request %s: %s", request.request_id, report)
+        return False, report and {"refreekv": report}
 
     def get_kv_connector_stats(self) -> metrics.PruningStats | None:
         """Counts since the last call (the scheduler's side keeps them)."""

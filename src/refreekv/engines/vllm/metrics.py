@@ -9,17 +9,24 @@ from refreekv.engines.vllm.messages import Verdict
 
 COUNTS = {
     "pruned_requests": "Requests of which a part of the prompt was evicted.",
-    "whole_requests": "Requests of which the policy kept the whole prompt.",
     "prompt_tokens": "Prompt tokens that a policy has looked at.",
     "blocks_returned": "KV cache blocks given back to the pool at the end of a prompt.",
 }
+
+REASONS = ("policy", "rounding", "ended")
+"""Why nothing of a request was evicted: the policy kept its whole prompt; what the policy gave up fills no
+block; the request ended before its blocks could go back (after one token, or aborted)."""
 
 _KEPT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _METRIC = (1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
 
 def _empty() -> dict[str, Any]:
-    return {**dict.fromkeys(COUNTS, 0), "kept_share": [], "metric": []}
+    return {**dict.fromkeys(COUNTS, 0), **dict.fromkeys(map(_refusal, REASONS), 0), "kept_share": [], "metric": []}
+
+
+def _refusal(reason: str) -> str:
+    return f"refusals_{reason}"
 
 
 @dataclass
@@ -32,13 +39,19 @@ class PruningStats(KVConnectorStats):
         """A prompt has ended; ``first``: not a repetition after a preemption."""
         if not first:
             return
-        pruned = any(group.freed or group.copies for group in verdict.groups)
-        self.data["pruned_requests" if pruned else "whole_requests"] += 1
+        if any(group.freed for group in verdict.groups):
+            self.data["pruned_requests"] += 1
+        else:
+            self.count_refusal("policy" if set(verdict.selected) == {verdict.prompt} else "rounding")
         self.data["prompt_tokens"] += verdict.prompt
         self.data["kept_share"].append(sum(verdict.kept) / (len(verdict.kept) * verdict.prompt))
         metrics = [metric for metric in verdict.metrics if metric is not None]
         if metrics:
             self.data["metric"].append(max(metrics))
+
+    def count_refusal(self, reason: str) -> None:
+        """Nothing of a request was evicted, for one of `REASONS`."""
+        self.data[_refusal(reason)] += 1
 
     def count_blocks(self, blocks: int) -> None:
         """Blocks came back."""
@@ -58,6 +71,7 @@ class PruningStats(KVConnectorStats):
         """One number each, for the log."""
         kept = self.data["kept_share"]
         numbers: dict[str, int | float] = {name: self.data[name] for name in COUNTS}
+        numbers["refusals"] = sum(self.data[_refusal(reason)] for reason in REASONS)
         if kept:
             numbers["mean_kept_share"] = round(sum(kept) / len(kept), 4)
         return numbers
@@ -94,15 +108,26 @@ class PruningMetrics(KVConnectorPromMetrics):
             labelnames=labelnames,
             buckets=_METRIC,
         )
+        refusals = self._counter_cls(
+            name="vllm:refreekv_refusals",
+            documentation=(
+                "Requests of which nothing was evicted: the policy kept all (policy), no block came free (rounding), "
+                "or the request ended first (ended)."
+            ),
+            labelnames=[*labelnames, "reason"],
+        )
         self._series = {
-            engine: {name: metric.labels(*values) for name, metric in made.items()}
+            engine: {
+                **{name: metric.labels(*values) for name, metric in made.items()},
+                **{_refusal(reason): refusals.labels(*values, reason) for reason in REASONS},
+            }
             for engine, values in per_engine_labelvalues.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add an interval's counts."""
         series = self._series[engine_idx]
-        for name in COUNTS:
+        for name in (*COUNTS, *map(_refusal, REASONS)):
             series[name].inc(transfer_stats_data[name])
         for name in ("kept_share", "metric"):
             for value in transfer_stats_data[name]:

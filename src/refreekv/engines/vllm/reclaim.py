@@ -92,20 +92,21 @@ class Reclaimer:
         return StepOrders(list(scheduler_output.finished_req_ids), preempted, copies)
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
-        """Close a request's account; what its response says under ``kv_transfer_params``."""
+        """Close a request's account; what its response says, if its prompt has ended."""
         entry = self.ledger.close(request_id)
-        if entry is None or entry.verdict is None:
+        if entry is None:
             return None
         verdict = entry.verdict
+        if verdict is None:
+            self._stats.count_refusal("ended")
+            return None
         metrics = [metric for metric in verdict.metrics if metric is not None]
         return {
-            "refreekv": {
-                "prompt_tokens": verdict.prompt,
-                "kept_share": sum(verdict.kept) / (len(verdict.kept) * verdict.prompt),
-                "selected_share": sum(verdict.selected) / (len(verdict.selected) * verdict.prompt),
-                "blocks_freed": entry.freed,
-                "metric": max(metrics) if metrics else None,
-            }
+            "prompt_tokens": verdict.prompt,
+            "kept_share": sum(verdict.kept) / (len(verdict.kept) * verdict.prompt),
+            "selected_share": sum(verdict.selected) / (len(verdict.selected) * verdict.prompt),
+            "blocks_freed": entry.freed,
+            "metric": max(metrics) if metrics else None,
         }
 
     def take_stats(self) -> PruningStats | None:
