@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from refreekv import policies
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection
+from refreekv.engines.copying import tokens_said_twice
 from refreekv.policies import LayerView
 
 CHUNK = 256
@@ -48,6 +49,8 @@ class PlainModel:
             folder, dtype=torch.float32, attn_implementation="plain_reference"
         ).eval()
         self._prefills: dict[tuple[int, ...], Prefill] = {}
+        self._copy_scores: list[torch.Tensor] = []
+        self._answers: dict[object, list[int]] = {}
 
     def _attend(self, module, query, key, value, attention_mask, scaling, **_):
         """Causal attention of the last ``q`` entries; no mask is needed, whatever a layer holds."""
@@ -85,6 +88,21 @@ class PlainModel:
         return self._prefills[key]
 
     @torch.inference_mode()
+    def copy_scores(self):
+        """By layer, how much each KV head looks from a token's second saying to what followed the first."""
+        if not self._copy_scores:
+            ids, count = tokens_said_twice(self.model.config)
+            full, n = self.prefill(ids), len(ids)
+            asked = torch.arange(n - count, n - 1)
+            for keys, queries in zip(full.keys, full.queries, strict=True):
+                group = queries.shape[0] // keys.shape[1]
+                logits = queries[:, asked] @ keys[0].repeat_interleave(group, 0).transpose(-1, -2)
+                rows = logits.masked_fill(torch.arange(n) > asked[:, None], float("-inf")).softmax(-1)
+                copied = rows[:, torch.arange(count - 1), asked - count + 1].mean(-1)
+                self._copy_scores.append(copied.view(-1, group).amax(-1))
+        return self._copy_scores
+
+    @torch.inference_mode()
     def selections(self, ids, policy):
         """What the policy selects in each layer, by this file's own attention rows; None keeps all."""
         full, n = self.prefill(ids), len(ids)
@@ -107,7 +125,10 @@ class PlainModel:
                 visible = torch.arange(n) <= torch.tensor(wanted)[:, None]
                 rows = logits.masked_fill(~visible, float("-inf")).softmax(-1)[None]
                 visible, probed = visible[None], probed[None]
-            view = LayerView(keys, values, None, rows, index, layers, visible, probed, window, spread, queries.shape[0])
+            scores = self.copy_scores()[index][None] if policy.reads_copy_scores else None
+            view = LayerView(
+                keys, values, None, rows, index, layers, visible, probed, window, spread, queries.shape[0], scores
+            )
             found.append(policy.select(view))
         return found
 
@@ -124,6 +145,13 @@ class PlainModel:
     def generate(self, ids, policy, tokens=16, block=32, layers_per_group=1):
         """Greedy tokens after the policy's evictions, rounded to blocks."""
         policy = policies.registry.parse(policy) if isinstance(policy, str) else policy
+        # Many tests ask for the same answers.
+        asked = (tuple(ids), policy, tokens, block, layers_per_group)
+        if asked not in self._answers:
+            self._answers[asked] = self._generate(ids, policy, tokens, block, layers_per_group)
+        return self._answers[asked]
+
+    def _generate(self, ids, policy, tokens, block, layers_per_group):
         full = self.prefill(ids)
         cache = DynamicCache()
         for index, positions in enumerate(self.kept(ids, policy, block, layers_per_group)):

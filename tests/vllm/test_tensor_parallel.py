@@ -11,7 +11,14 @@ from helpers import engine, tiny_model
 pytestmark = pytest.mark.vllm_full
 
 
-@pytest.mark.parametrize("policy", ["refreekv:threshold=0.3", "refreekv-heavy-hitter:threshold=0.3"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "refreekv:threshold=0.3",
+        "refreekv-heavy-hitter:threshold=0.3",
+        "adaptive:min_length=64,window=16,constant=0.2,lost_mass=0.9,hit=0.9",
+    ],
+)
 def test_two_ranks_equal_one(tmp_path, policy):
     folder = tiny_model(tmp_path, layers=4, heads=4, kv_heads=2)
     rng = random.Random(3)

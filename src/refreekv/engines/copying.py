@@ -11,6 +11,7 @@ tells them apart.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +50,29 @@ def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
-class _CopyProbe(Policy):
-    """Prunes nothing; takes down how much each head copies."""
+class CopyProbe(Policy):
+    """Prunes nothing; takes down how much each head copies when `tokens_said_twice` are the prompt.
+
+    Parameters
+    ----------
+    tokens : int
+        How many distinct tokens are said twice.
+    scores : list of Tensor
+        Filled layer by layer with ``[H_kv]``.
+    """
 
     tokens: int = 0
     scores: list[Tensor] = field(default_factory=list)
 
     def probe_plan(self, n: int) -> ProbePlan:
+        """The queries of the second saying."""
         del n
-        # The last saying of all tokens but the last, whose successor nobody knows.
         return ProbePlan(rows=self.tokens)
 
     def select(self, view: LayerView) -> Selection | None:
+        """Take down the layer's scores; keep everything."""
         rows, kv_heads = view.probe[0], view.keys.shape[1]
+        # Not the last token, whose successor nobody knows.
         asked = torch.arange(self.tokens - 1, device=rows.device)
         followed = asked + rows.shape[-1] - 2 * self.tokens + 1
         copied = rows[:, asked, followed].mean(-1)
@@ -69,17 +80,37 @@ class _CopyProbe(Policy):
         return None
 
 
+def tokens_said_twice(config: Any, most: int = TOKENS) -> tuple[list[int], int]:
+    """A prompt of random tokens that are said twice, after the model's first token if it has one.
+
+    Parameters
+    ----------
+    config : transformers configuration
+        Of the model's text decoder.
+    most : int
+        Most distinct tokens.
+
+    Returns
+    -------
+    list of int
+        The prompt, the same on every machine.
+    int
+        How many distinct tokens it says twice.
+    """
+    vocabulary = int(config.vocab_size)
+    count = min(most, vocabulary // 2)
+    # Drawn on the CPU with a seed of their own.
+    drawn = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    begin = config.bos_token_id
+    first = [begin] if isinstance(begin, int) and 0 <= begin < vocabulary else []
+    return [*first, *drawn, *drawn], count
+
+
 @torch.no_grad()
 def _measure(model: PreTrainedModel) -> list[Tensor]:
-    text = model.config.get_text_config(decoder=True)
-    vocabulary = int(text.vocab_size)
-    count = min(TOKENS, vocabulary // 2)
-    # The same tokens on every machine: drawn on the CPU with a seed of their own.
-    drawn = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:count]
-    begin = text.bos_token_id
-    first = [begin] if isinstance(begin, int) and 0 <= begin < vocabulary else []
-    ids = torch.tensor([[*first, *drawn.tolist(), *drawn.tolist()]], device=model.device)
-    probe = _CopyProbe(tokens=count)
+    prompt, count = tokens_said_twice(model.config.get_text_config(decoder=True))
+    ids = torch.tensor([prompt], device=model.device)
+    probe = CopyProbe(tokens=count)
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
         model(input_ids=ids, past_key_values=cache, use_cache=True)

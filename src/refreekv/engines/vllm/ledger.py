@@ -49,11 +49,14 @@ class Ledger:
             return None
         return entry
 
-    def is_whole(self, request_id: str) -> bool:
-        """Whether the prompt has ended and nothing of it was evicted, in any layer."""
-        entry = self.entries.get(request_id)
-        return (
-            entry is not None
-            and entry.verdict is not None
-            and not any(group.freed or group.copies for group in entry.verdict.groups)
-        )
+    def untouched(self, request: Any, tokens: int) -> int:
+        """How many of a request's first ``tokens`` tokens were computed without any eviction before them.
+
+        Until the verdict is in, the prompt's. Afterwards all, if nothing was evicted, else those of
+        the prompt that the verdict was about: a session that goes on calls all that it holds its prompt.
+        """
+        entry = self.entries.get(request.request_id)
+        verdict = entry.verdict if entry is not None else None
+        if verdict is None:
+            return min(tokens, int(request.num_prompt_tokens))
+        return min(tokens, verdict.prompt) if any(group.freed for group in verdict.groups) else tokens

@@ -45,19 +45,18 @@ class PrunedAttentionManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full blocks to the prefix cache, those of generated tokens only if nothing was evicted."""
-        super().cache_blocks(request, self._cacheable(request, num_tokens), *args, **kwargs)
+        super().cache_blocks(request, self._untouched(request, num_tokens), *args, **kwargs)
 
     def offers(self, request: Any, num_tokens: int) -> bool:
         """Whether `cache_blocks` would offer a block that is not offered yet."""
         cached: int = self.num_cached_block.get(request.request_id, 0)
         if num_tokens // self.block_size <= cached:
             return False
-        return bool(self._cacheable(request, num_tokens) // self.block_size > cached)
+        return bool(self._untouched(request, num_tokens) // self.block_size > cached)
 
-    def _cacheable(self, request: Any, num_tokens: int) -> int:
-        if num_tokens > request.num_prompt_tokens and not (self.ledger and self.ledger.is_whole(request.request_id)):
-            return int(request.num_prompt_tokens)
-        return num_tokens
+    def _untouched(self, request: Any, num_tokens: int) -> int:
+        assert self.ledger is not None, "the connector has not bound the block managers yet"
+        return self.ledger.untouched(request, num_tokens)
 
     def free_range(self, request_id: str, start: int, stop: int) -> int:
         """Give table entries ``start … stop - 1`` back to the pool; how many were."""

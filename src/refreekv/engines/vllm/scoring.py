@@ -72,6 +72,8 @@ class LayerFacts:
         Cap on the logits, if any.
     sinks : Tensor or None
         Learned sink logits ``[H]``, if any.
+    copy_scores : Tensor or None
+        ``[H_kv]`` over all ranks, where the policy reads them.
     """
 
     index: int
@@ -79,6 +81,7 @@ class LayerFacts:
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    copy_scores: Tensor | None = None
 
     @classmethod
     def of(cls, impl: Any, index: int, layers: int) -> "LayerFacts":
@@ -129,7 +132,8 @@ def select(
         heads = queries.shape[1]
     whole_keys, whole_values = gather(keys, 1), gather(values, 1)
     heads *= whole_keys.shape[1] // keys.shape[1]
-    view = LayerView(whole_keys, whole_values, None, None, layer.index, layer.layers, heads=heads)
+    scores = None if layer.copy_scores is None else layer.copy_scores[None]
+    view = LayerView(whole_keys, whole_values, None, None, layer.index, layer.layers, heads=heads, copy_scores=scores)
     return policy.select(replace(view, **shown))
 
 

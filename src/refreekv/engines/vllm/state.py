@@ -1,6 +1,7 @@
 """What a worker knows of its requests, and what it does before and after a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,28 @@ class WorkerState:
         runner: RunnerV1,
         gather: Callable[[Tensor, int], Tensor],
     ):
-        self.policy, self.layers, self.groups, self.runner, self.gather = policy, layers, groups, runner, gather
+        self.policy, self.groups, self.runner, self.gather = policy, groups, runner, gather
         first = next(iter(layers.values())).module
         self.layout = PagedLayout(first.impl, first, first.kv_cache)
         self.requests: dict[str, Tracked] = {}
-        self._by_group: list[list[Layer]] = [[] for _ in range(groups)]
-        for layer in layers.values():
-            self._by_group[layer.group].append(layer)
+        self._set_layers(layers)
         self._open = False
         self._step: Step | None = None
+
+    def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
+        """Show policies from now on how much each KV head of each layer copies."""
+        self._set_layers(
+            {
+                name: replace(layer, facts=replace(layer.facts, copy_scores=scores[layer.facts.index]))
+                for name, layer in self.layers.items()
+            }
+        )
+
+    def _set_layers(self, layers: dict[str, Layer]) -> None:
+        self.layers = layers
+        self._by_group: list[list[Layer]] = [[] for _ in range(self.groups)]
+        for layer in layers.values():
+            self._by_group[layer.group].append(layer)
 
     def begin_step(self, orders: StepOrders) -> None:
         """Before vLLM takes up a scheduler's output."""

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from refreekv.engines.vllm import backend, refusals
+from refreekv.engines.vllm.calibration import measure_copy_scores
 from refreekv.engines.vllm.connector import RefreekvConnector
 from refreekv.engines.vllm.runner import PrunedCPUModelRunner, RunnerV1
 from refreekv.engines.vllm.scoring import LayerFacts
@@ -79,6 +80,14 @@ class RefreekvCPUWorker(CPUWorker):
                 for builder in group.metadata_builders:
                     assert isinstance(builder, backend.PrunedMetadataBuilder)
                     builder.state = state
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM, after measuring the model's copy scores if the policy reads them."""
+        if self._policy.reads_copy_scores:
+            state = self.model_runner.state
+            assert state is not None
+            state.know_copy_scores(measure_copy_scores(self.model_runner, state, self.vllm_config))
+        return super().compile_or_warm_up_model()
 
 
 def _alone(tensor: Tensor, dim: int) -> Tensor:

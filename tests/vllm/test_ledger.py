@@ -1,0 +1,24 @@
+"""What may be offered to the prefix cache."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
+
+from refreekv.engines.vllm.ledger import Ledger
+from refreekv.engines.vllm.messages import GroupVerdict, Verdict
+
+
+@pytest.mark.parametrize(("freed", "offered"), [(0, 300), (2, 100)])
+def test_tokens_after_an_eviction_are_not_offered(freed, offered):
+    ledger = Ledger()
+    request = SimpleNamespace(request_id="r", num_prompt_tokens=100)
+    ledger.open(request)
+    assert ledger.untouched(request, 64) == 64
+    assert ledger.untouched(request, 120) == 100
+    ledger.entries["r"].verdict = Verdict("r", 0, 100, (100,), (100,), (None,), (GroupVerdict(1, 1 + freed),))
+    assert ledger.untouched(request, 64) == 64
+    # A streaming session that goes on: its answer and new input count as prompt now.
+    request.num_prompt_tokens = 280
+    assert ledger.untouched(request, 300) == offered
