@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_admission.py MODEL_FOLDER --data-dir DIR
 
-80 requests of mixed length arrive at once and generate a fixed number of tokens each. Nothing
+40 requests of mixed length, or as many as asked for, arrive at once and generate a fixed number of tokens each. Nothing
 here is a time: the scheduler's decisions are counted, so a busy machine changes no number.
 
     running       requests that run, mean over all steps until the last one has ended
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder of SmolLM2 or another small model")
     parser.add_argument("--data-dir", help="take prompts from longbench_*.jsonl in this folder")
-    parser.add_argument("--requests", type=int, default=80)
+    parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=48, help="tokens that each request generates")
     parser.add_argument("--kv-mib", type=int, default=160)
     parser.add_argument("--policy", nargs="+", default=POLICIES)

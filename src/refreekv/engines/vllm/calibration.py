@@ -29,9 +29,10 @@ def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> li
     vllm_config : VllmConfig
         vLLM's configuration.
     """
-    model = vllm_config.model_config
+    model, blocks = vllm_config.model_config, runner.kv_cache_config.num_blocks
     # Where not even this prompt fits, prompts are so short that the scores decide little: fewer tokens will do.
-    prompt, count = tokens_said_twice(model.hf_text_config, min(TOKENS, (model.max_model_len - 2) // 2))
+    room = min(model.max_model_len, (blocks - 1) // state.groups * state.layout.block)
+    prompt, count = tokens_said_twice(model.hf_text_config, min(TOKENS, (room - 1) // 2))
     probe = CopyProbe(tokens=count)
     policy, state.policy = state.policy, probe
     try:
