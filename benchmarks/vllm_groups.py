@@ -3,7 +3,7 @@
     python benchmarks/vllm_groups.py MODEL_FOLDER --data-dir DIR
 
 Needs no vLLM: `tests/vllm/plain_reference.py` computes in transformers what the plugin's tests
-compare with. Every fifth row of LongBench's Qasper and 2WikiMQA, cut to one length.
+compare with. Every fifth row of LongBench's Qasper and 2WikiMQA that is long enough, cut to one length.
 """
 
 import argparse
@@ -32,9 +32,11 @@ def main() -> None:
     files = [Path(arguments.data_dir) / f"longbench_{name}.jsonl" for name in ("qasper", "2wikimqa")]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     prompts = []
-    for row in rows[::5][: arguments.prompts]:
+    for row in rows[::5]:
         question = model.tokenizer(f"\n\nQuestion: {row['input']}\nAnswer:")["input_ids"]
-        prompts.append(model.tokenizer(row["context"])["input_ids"][: arguments.tokens - len(question)] + question)
+        ids = model.tokenizer(row["context"])["input_ids"][: arguments.tokens - len(question)] + question
+        if len(ids) == arguments.tokens and len(prompts) < arguments.prompts:
+            prompts.append(ids)
     for text in arguments.policy:
         for group in arguments.layers_per_group:
             kept = [model.kept(ids, parse(text), 32, group) for ids in prompts]

@@ -127,6 +127,7 @@ def engine(folder, policy="refreekv", *, layers_per_group=1, pruned=True, kv_mib
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from refreekv.engines.vllm.config import PluginOptions
@@ -152,6 +153,8 @@ def engine(folder, policy="refreekv", *, layers_per_group=1, pruned=True, kv_mib
     llm = None
     try:
         llm = LLMEngine.from_vllm_config(config)
+        # Each engine registers vLLM's CPU kernels anew, and that stumbles over numba, which n-gram speculation loads.
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
         yield Engine(llm, pruned)
     finally:
         if llm is not None:

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.vllm_full
     [
         "refreekv:threshold=0.3",
         "refreekv-heavy-hitter:threshold=0.3",
-        "adaptive:min_length=64,window=16,constant=0.2,lost_mass=0.9,hit=0.9",
+        "adaptive:min_length=64,window=16,constant=0.3,lost_mass=0.99,hit=0.9,copying=0.0055",
     ],
 )
 def test_two_ranks_equal_one(tmp_path, policy):
     folder = tiny_model(tmp_path, layers=4, heads=4, kv_heads=2)
     rng = random.Random(3)
-    prompts = [[rng.randrange(512) for _ in range(length)] for length in (90, 200, 333)]
+    prompts = [[rng.randrange(512) for _ in range(length)] for length in (150, 200, 333)]
     found = {}
     for ranks in (1, 2):
         options = {"tensor_parallel_size": ranks, "skip_tokenizer_init": True, "max_model_len": 512, "kv_mib": 8}
