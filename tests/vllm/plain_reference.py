@@ -127,7 +127,18 @@ class PlainModel:
                 visible, probed = visible[None], probed[None]
             scores = self.copy_scores()[index][None] if policy.reads_copy_scores else None
             view = LayerView(
-                keys, values, None, rows, index, layers, visible, probed, window, spread, queries.shape[0], scores
+                keys,
+                values,
+                None,
+                rows,
+                index,
+                layers,
+                visible=visible,
+                queries=probed,
+                window=window,
+                spread=spread,
+                heads=queries.shape[0],
+                copy_scores=scores,
             )
             found.append(policy.select(view))
         return found
