@@ -134,6 +134,7 @@ def test_fidelity_needs_no_terminal_packages(tmp_path):
         "sys.argv = ['fidelity', '--random', 'tiny', '--text-tokens', '40', '--limit', '2', '--continuation', '3',\n"
         "    '--device', 'cpu', '--dtype', 'float32', '--policy', 'streaming-llm:ratio=0.5',\n"
         f"    '--out', {out!r}]\n"
+        f"sys.path.insert(0, {str(Path(script).parent)!r})\n"  # as for any script that Python is given
         "import runpy\n"
         f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
