@@ -9,8 +9,6 @@ and so are those with several parameters changed.
 """
 
 import argparse
-import gzip
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ def collect(paths: Sequence[Path], machine: str | None = None, command: str | No
     """Measurements from files of results, each with what it says about itself."""
     found: list[budgets.Measured] = []
     for path in paths:
-        results = _read(path)
+        results = store.read(path)
         setup: dict[str, Any] = results.setup
         environment = setup.get("environment", {})
         plan = setup.get("plan")
@@ -62,15 +60,6 @@ def collect(paths: Sequence[Path], machine: str | None = None, command: str | No
 def _is_measured(policy: str) -> bool:
     """Policies with one parameter changed at most, and none that fixes what is kept."""
     return "," not in policy and not any(fixed in policy for fixed in FIXED)
-
-
-def _read(path: Path) -> store.Results:
-    if path.suffix != ".gz":
-        return store.read(path)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / path.stem
-        plain.write_bytes(gzip.decompress(path.read_bytes()))
-        return store.read(plain)
 
 
 if __name__ == "__main__":

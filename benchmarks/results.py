@@ -15,7 +15,6 @@ import gzip
 import itertools
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.name = path.name.partition(".")[0]
-        results = _read(path)
+        results = store.read(path)
         self.setup = results.setup
         self.records: list[FidelityRecord] = [one for one in results.records if isinstance(one, FidelityRecord)]
         if not self.records:
@@ -95,20 +94,10 @@ class Run:
         return [name for name in self.rows if name != FULL and not any(word in name for word in fixed)]
 
 
-def _read(path: Path) -> Any:
-    if path.suffix != ".gz":
-        return store.read(path)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / path.stem
-        plain.write_bytes(gzip.decompress(path.read_bytes()))
-        return store.read(plain)
-
-
 def compact(path: Path, folder: Path) -> None:
     """A results file without the shares of heads, gzipped; the same for the same content."""
-    plain = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     lines = []
-    for line in plain.decode().splitlines():
+    for line in store.contents(path).decode().splitlines():
         data = json.loads(line)
         data.pop("kept_heads", None)
         lines.append(json.dumps(data, ensure_ascii=False) + "\n")

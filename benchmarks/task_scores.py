@@ -13,12 +13,10 @@ to the score of the same answers, each taken as if given to another sample, lies
 import argparse
 import contextlib
 import datetime
-import gzip
 import itertools
 import logging
 import platform
 import random
-import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,10 +177,7 @@ class Model:
 
 def read(path: Path) -> Model:
     """Results of one model; the file may be gzipped."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / path.stem
-        plain.write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-        results = read_records(plain, TaskRecord)
+    results = read_records(path, TaskRecord)
     results.records = answered_by_all(results.records)
     table: dict[str, dict[str, FamilyResult]] = {}
     for row in task_tables.summarise(results.records)[0]:

@@ -7,6 +7,7 @@ when the process died: it is cut off when the file is opened again, and measured
 """
 
 import contextlib
+import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -70,14 +71,19 @@ def read(path: Path) -> Results[FidelityRecord]:
 
 
 def read_records(path: Path, record: type[R]) -> Results[R]:
-    """Read a results file of one kind of record; a last line that was not finished is left out.
+    """Read a results file of one kind of record, may be gzipped; a last line that was not finished is left out.
 
     Raises
     ------
     ValueError
         The file is not one of refreekv's, or one of another kind.
     """
-    return _parse(path, path.read_bytes(), record)[0]
+    return _parse(path, contents(path), record)[0]
+
+
+def contents(path: Path) -> bytes:
+    """What a results file holds; its name ends in ``.gz`` if it is gzipped."""
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def _parse(path: Path, content: bytes, kind: type[R]) -> tuple[Results[R], int]:
