@@ -101,11 +101,11 @@ class MaskedLayer(DynamicLayer):
         query, key, value = query[rows], key[rows], value[rows]
         count, heads, queries, dim = query.shape
         future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
-        hidden = future.repeat(heads // key.shape[1], 1)
+        hidden = future.repeat(heads // key.shape[1], 1)[None, None]
         if self._standing is not None:
             _, more_keys, more_values, real = (part[rows] for part in self._standing)
             key, value = torch.cat([more_keys, key], dim=2), torch.cat([more_values, value], dim=2)
-            absent = ~real[:, :, None].expand(-1, -1, len(hidden), -1)
+            absent = ~real[:, :, None].expand(-1, -1, hidden.shape[2], -1)
             hidden = torch.cat([absent, hidden.expand(*absent.shape[:2], -1, -1)], dim=-1)
         kv_heads, length = key.shape[1], self.keys.shape[2]
         group = heads // kv_heads
@@ -120,7 +120,7 @@ class MaskedLayer(DynamicLayer):
             own = own.div_(softcap).tanh_().mul_(softcap)
         if self._hidden is not None:
             before.masked_fill_(self._hidden[rows].transpose(0, 1)[:, :, None], float("-inf"))
-        own = own.masked_fill_(hidden if hidden.dim() == 2 else hidden.transpose(0, 1), float("-inf"))
+        own = own.masked_fill_(hidden.transpose(0, 1), float("-inf"))
 
         largest = torch.maximum(before.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
         if sink is not None:

@@ -147,7 +147,7 @@ class Adaptive(Policy):
             reasons["settled"] = settled if order is None else settled.gather(-1, order)
             keep = keep | reasons["settled"]
         keep = (keep | short) & real
-        if self.shared or view.copy_scores is None:
+        if not by_head:
             keep = keep.any(1, keepdim=True).expand_as(keep) & real
         lost = peak.masked_fill(keep, 0.0).amax((1, 2)) / view.heads**0.5
         shares = (torch.stack(list(reasons.values())) & real).sum((2, 3)) / real.sum((1, 2)).clamp_min(1)
@@ -156,11 +156,11 @@ class Adaptive(Policy):
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
         reason = dict(zip(reasons, shares.unbind(0), strict=True))
-        return Selection(keep, metric=lost, reasons=reason, stand_ins=self._stand_ins(view, keep))
+        standing = self._stand_ins(view, keep) if by_head else None
+        return Selection(keep, metric=lost, reasons=reason, stand_ins=standing)
 
     def _stand_ins(self, view: LayerView, keep: Tensor) -> StandIns | None:
-        alike = self.shared or view.copy_scores is None
-        if self.stand_ins == 0 or alike or view.queries is None:
+        if self.stand_ins == 0 or view.queries is None:
             return None
         some = slice(STAND_IN_STEP - 1, None, STAND_IN_STEP)
         return kernels.stand_ins(
