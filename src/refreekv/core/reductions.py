@@ -115,9 +115,10 @@ def probe_reductions(
         counted = counted.expand(batch, heads, -1, -1)
         rows = rows.masked_fill_(~counted, 0.0).view(batch, kv_heads, -1, length)
         peak = torch.maximum(peak, rows.amax(2))
-        total += rows.sum(2)
-        squares += rows.square().sum(2)
-        seen += counted.reshape(batch, kv_heads, -1, length).sum(2)
+        if sums:
+            total += rows.sum(2)
+            squares += rows.square().sum(2)
+            seen += counted.reshape(batch, kv_heads, -1, length).sum(2)
     return ProbeReductions(peak, total / seen.clamp_min(1), squares) if sums else ProbeReductions(peak, None, None)
 
 
