@@ -43,6 +43,9 @@ SHORT = (
 LONG = 4096
 """Tokens from which on a prompt is long there."""
 
+BYTES = ((512, LONG), (LONG, 12288), (12288, 32768))
+"""Bounds of the prompt lengths whose bytes are told apart, in tokens."""
+
 DEVELOPMENT = [
     "2wikimqa-e",
     "few-shot-arithmetic",
@@ -220,6 +223,63 @@ def lengths(run: Run) -> str:
     return table(["policy: budget / mean KL", *headings], rows)
 
 
+def paths(run: Run) -> str:
+    """Unchanged paths against the noise floor's, sample by sample."""
+    floor = {(record.family, record.sample): record.same_path for record in run.of(FULL)}
+    rows = []
+    for name, row in sorted(run.rows.items(), key=lambda item: -item[1].budget):
+        differences: dict[str, list[float]] = {}
+        for record in run.of(name):
+            change = 100.0 * (record.same_path - floor[record.family, record.sample])
+            differences.setdefault(record.family, []).append(change)
+        means = {family: sum(values) / len(values) for family, values in differences.items()}
+        interval = summary.bootstrap(differences) or (0.0, 0.0)
+        worst = min(means, key=means.__getitem__)
+        change = "–", "–"
+        if name != FULL:
+            mean = sum(means.values()) / len(means)
+            change = f"{mean:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]", f"{means[worst]:+.0f} {worst}"
+        shown = "full cache, run twice" if name == FULL else f"`{name}`"
+        kl = f"{summary.nats(row.kl)}", f"{summary.nats(row.worst_kl)} {row.worst_family}"
+        rows.append([shown, f"{row.budget:.0%}", *kl, f"{row.same_path:.1%}", *change])
+    headings = [
+        "policy",
+        "kept",
+        "mean KL",
+        "worst family",
+        "same path",
+        "points to the floor [95%]",
+        "its worst family",
+    ]
+    return table(headings, rows)
+
+
+def stored(run: Run) -> str:
+    """Bytes of K/V in place of entries: what number formats add."""
+    rows = []
+    for name, row in run.rows.items():
+        shares = {
+            bound: [one.bytes_kept / one.bytes_full for one in run.of(name) if _between(one, bound)] for bound in BYTES
+        }
+        rows.append(
+            [
+                "full cache, run twice" if name == FULL else f"`{name}`",
+                f"{row.budget:.0%}",
+                *(f"{sum(some) / len(some):.0%}" if some else "–" for some in shares.values()),
+                summary.nats(row.kl),
+                f"{summary.nats(row.worst_kl)} {row.worst_family}",
+                f"{row.same_path:.0%}",
+            ]
+        )
+    counts = [sum(_between(one, bound) for one in run.of(FULL)) for bound in BYTES]
+    bounds = [f"bytes, {low:,}–{high - 1:,} tokens (n={n})" for (low, high), n in zip(BYTES, counts, strict=True)]
+    return table(["policy", "entries", *bounds, "mean KL", "worst family", "same path"], rows)
+
+
+def _between(record: FidelityRecord, bounds: tuple[int, int]) -> bool:
+    return bounds[0] <= record.prompt_tokens < bounds[1]
+
+
 TABLES: dict[str, Callable[[Run], str]] = {
     "setup": setup,
     "short": short,
@@ -228,6 +288,8 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "ablations": ablations,
     "families": families,
     "lengths": lengths,
+    "paths": paths,
+    "stored": stored,
 }
 
 

@@ -76,3 +76,31 @@ def test_a_page_that_asks_for_what_is_not_there(run):
     for mark in ("other:peers", "model:nothing"):
         with pytest.raises(SystemExit, match=f"the page asks for {mark}"):
             results.fill(f"<!-- begin {mark} -->\n<!-- end -->", [results.Run(run)])
+
+
+def test_paths_are_compared_with_the_noise_floor_sample_by_sample(run):
+    measured = results.Run(run)
+    floor = {(one.family, one.sample): one.same_path for one in measured.of("full")}
+    for line in results.paths(measured).splitlines()[2:]:
+        name = line.split("|")[1].strip().strip("`")
+        if name == "full cache, run twice":
+            assert "| – | – |" in line
+            continue
+        changes = {"short": [], "long": []}
+        for one in measured.of(name):
+            changes[one.family].append(100 * (one.same_path - floor[one.family, one.sample]))
+        mean = sum(sum(some) / len(some) for some in changes.values()) / 2
+        assert line.split("|")[6].strip().startswith(f"{mean:+.1f} [")
+        worst = min(changes, key=lambda family: sum(changes[family]))
+        assert line.split("|")[7].strip() == f"{sum(changes[worst]) / 2:+.0f} {worst}"
+
+
+def test_bytes_are_shares_of_the_full_cache_by_length(run):
+    measured = results.Run(run)
+    lines = results.stored(measured).splitlines()
+    assert "bytes, 512–4,095 tokens (n=2) | bytes, 4,096–12,287 tokens (n=0)" in lines[0]
+    for line in lines[2:]:
+        name = line.split("|")[1].strip().strip("`").replace("full cache, run twice", "full")
+        some = [one.bytes_kept / one.bytes_full for one in measured.of(name) if one.family == "long"]
+        assert [cell.strip() for cell in line.split("|")[3:6]] == [f"{sum(some) / 2:.0%}", "–", "–"]
+    assert any(" 50% |" in line for line in lines if "snapkv" in line)
