@@ -20,6 +20,7 @@ import torch
 
 import refreekv
 from checkpoints import load
+from refreekv.cache.naming import NAME
 from refreekv.evaluation import families
 
 
@@ -62,7 +63,7 @@ def main() -> None:
                 start = time.perf_counter()
                 cache = refreekv.ReFreeKVCache(model, refreekv.policies.parse(spec))
                 with torch.inference_mode():
-                    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                    model(input_ids=ids, **{NAME: cache}, logits_to_keep=1)
                 budget = cache.report.budget
                 seconds = time.perf_counter() - start
                 rows.append({"policy": spec, "text": number, "tokens": length, "budget": budget})

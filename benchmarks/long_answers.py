@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 import refreekv
 from checkpoints import load
+from refreekv.cache.naming import NAME
 from refreekv.evaluation import families
 
 STEP = 64
@@ -32,10 +33,10 @@ def read(model: Any, ids: torch.Tensor, prompt: int, cache: Any) -> tuple[torch.
     """Log-probabilities after each token behind the prompt, and K/V bytes held after each call."""
     pruned = type(cache) is not DynamicCache
     with cache.prompt_until(prompt) if pruned else torch.no_grad():
-        model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids[:, :prompt], **{NAME: cache}, logits_to_keep=1)
         lines, held = [], []
         for start in range(prompt, ids.shape[1], STEP):
-            logits = model(input_ids=ids[:, start : start + STEP], past_key_values=cache).logits[0]
+            logits = model(input_ids=ids[:, start : start + STEP], **{NAME: cache}).logits[0]
             lines.append(logits.float().log_softmax(-1))
             if pruned:
                 held.append(cache.report.bytes_after)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fidelity import load
+from refreekv.cache.naming import NAME
 from refreekv.core.quantisation import KVDtype
 from refreekv.evaluation import families
 from refreekv.evaluation.encoding import encode
@@ -111,12 +112,12 @@ def main() -> None:
 def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[str, float]:
     """Mean KL of each way on one prompt."""
     cache = DynamicCache(config=model.config)
-    logits = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
+    logits = model(torch.tensor([ids]), **{NAME: cache}, logits_to_keep=1).logits
     prompt = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
     path = []
     for _ in range(continuation):
         path.append(int(logits[0, -1].argmax()))
-        logits = model(torch.tensor([[path[-1]]]), past_key_values=cache).logits
+        logits = model(torch.tensor([[path[-1]]]), **{NAME: cache}).logits
 
     def read(keys_as: Callable[[Tensor], Tensor], values_as: Callable[[Tensor], Tensor]) -> Tensor:
         other = DynamicCache(config=model.config)
@@ -127,7 +128,7 @@ def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[s
                 for way, part in zip((keys_as, values_as), entries, strict=True)
             ]
             other.update(*stored, index)
-        return model(torch.tensor([path]), past_key_values=other).logits
+        return model(torch.tensor([path]), **{NAME: other}).logits
 
     reference = read(lambda entries: entries, lambda entries: entries)[0]
     return {way: float(divergence(reference, read(*ways))[0].mean()) for way, (_, *ways) in WAYS.items()}

@@ -1,6 +1,7 @@
 """The captured step and the arena, run on the CPU without a graph: the plain cache is the judge."""
 
 import copy
+import functools
 import gc
 import logging
 import weakref
@@ -248,14 +249,60 @@ def test_fused_stand_ins_compute_the_same_and_leave_no_trace(name, rows):
     state = {n: dict(vars(m)) for n, m in model.named_modules()}
     with torch.no_grad(), fusion.fused(model, rows) as count:
         after = model(ids).logits
+        assert all("forward" in vars(layer.self_attn) for layer in model.model.layers)
     # Two norms a layer and the last one, the attention's rotary embedding, and a dense MLP.
-    expected = 2 * 4 + 1 + 4 * (name != "phi3") + 4 * (name != "mixtral")
+    expected = 2 * 4 + 1 + 4 + 4 * (name != "mixtral")
     if rows == 1:
         # Projections, three of them jointly but in Phi-3, and the output layer.
         expected += 4 * (2 if name == "phi3" else 4) + 4 * (name != "mixtral") + 1
     assert count >= expected
     assert {n: dict(vars(m)) for n, m in model.named_modules()} == state
     assert (after - before).norm() <= 2e-2 * before.norm()
+
+
+def test_what_decorates_a_forward_stays_around_its_stand_in(monkeypatch):
+    pytest.importorskip("triton")
+    calls = []
+
+    def counting(name):
+        def decorator(function):
+            @functools.wraps(function)
+            def counted(*args, **kwargs):
+                calls.append(name)
+                return function(*args, **kwargs)
+
+            return counted
+
+        return decorator
+
+    model = build("llama", attention="sdpa").half()
+    ids = prompts((1,), seed=4)[0]
+    before = model(ids).logits
+    attention = type(model.model.layers[0].self_attn)
+    monkeypatch.setattr(attention, "forward", counting("outer")(counting("inner")(attention.forward)))
+    with torch.no_grad(), fusion.fused(model, 1):
+        assert "forward" in vars(model.model.layers[0].self_attn)
+        monkeypatch.setattr(attention, "forward", None)  # nobody needs it any longer
+        after = model(ids).logits
+    assert calls == ["outer", "inner"] * 4
+    assert (after - before).norm() <= 2e-2 * before.norm()
+
+
+def test_a_decorator_that_cannot_be_rebuilt_is_left_alone(monkeypatch):
+    pytest.importorskip("triton")
+    model = build("llama", attention="sdpa").half()
+    attention = type(model.model.layers[0].self_attn)
+    plain = attention.forward
+    held = {"function": plain}  # in no variable of its own
+
+    @functools.wraps(plain)
+    def opaque(*args, **kwargs):
+        return held["function"](*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", opaque)
+    with torch.no_grad(), fusion.fused(model, 1) as count:
+        assert count > 0
+        assert "forward" not in vars(model.model.layers[0].self_attn)
 
 
 def test_a_module_that_computes_something_else_keeps_its_own_code():

@@ -21,6 +21,7 @@ import refreekv
 from driving import PRUNING, generate, state_of
 from models import build
 from refreekv import ReFreeKVCache
+from refreekv.cache.naming import cache_given
 
 # -- calls and caches ------------------------------------------------------------------------------
 
@@ -147,13 +148,13 @@ class _OwnAttention(torch.nn.Module):
         super().__init__()
         self.inner, self.config, self.layer_idx = inner, inner.config, inner.layer_idx
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, **kwargs):
         batch, length, _ = hidden_states.shape
         heads = [
             proj(hidden_states).view(batch, length, -1, self.inner.head_dim).transpose(1, 2)
             for proj in (self.inner.q_proj, self.inner.k_proj, self.inner.v_proj)
         ]
-        keys, values = past_key_values.update(heads[1], heads[2], self.layer_idx)
+        keys, values = cache_given(kwargs).update(heads[1], heads[2], self.layer_idx)
         output = torch.nn.functional.scaled_dot_product_attention(heads[0], keys, values, enable_gqa=True)
         return self.inner.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), None
 

@@ -232,17 +232,20 @@ class Conversation:
 
     def _read(self, cache: refreekv.ReFreeKVCache, prompt: list[int], listener: Listener) -> bool:
         """Feed all but the last chunk of what is new; False if it was stopped."""
+        from refreekv.cache.naming import cache_argument
+
         model: Any = self.loaded.model
         held = _length(cache)
         ids = torch.tensor([prompt], device=self.loaded.device)
         total = len(prompt) - held
+        options = cache_argument(model.forward, cache)
         limit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         for start in range(held, len(prompt) - self.chunk, self.chunk):
             listener.on_read(start - held, total)
             if listener.stopped():
                 return False
             with cache.prompt_until(len(prompt)):
-                model(ids[:, start : start + self.chunk], past_key_values=cache, use_cache=True, **limit)
+                model(ids[:, start : start + self.chunk], use_cache=True, **options, **limit)
         listener.on_read(total, total)
         return not listener.stopped()
 
@@ -250,6 +253,8 @@ class Conversation:
         self, cache: refreekv.ReFreeKVCache, prompt: list[int], room: int, listener: Listener
     ) -> "_Answering":
         from transformers import StoppingCriteria, StoppingCriteriaList
+
+        from refreekv.cache.naming import NAME
 
         answering = _Answering(self.loaded.tokenizer, listener)
 
@@ -265,9 +270,9 @@ class Conversation:
             input_ids=torch.tensor([prompt], device=self.loaded.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.loaded.device),
             generation_config=self._settings(room),
-            past_key_values=cache,
             streamer=answering,
             stopping_criteria=StoppingCriteriaList([Stop()]),
+            **{NAME: cache},
         )
         return answering
 

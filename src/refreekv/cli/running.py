@@ -77,6 +77,8 @@ def generate(
     """
     import torch
 
+    from refreekv.cache.naming import NAME
+
     model: Any = loaded.model  # typed as a Module, whose attributes may all be tensors
     prompt_tokens = inputs["input_ids"].shape[1]
     settings = copy.deepcopy(model.generation_config)
@@ -89,7 +91,7 @@ def generate(
     clock = _Clock(on_token, stream)
     with torch.inference_mode(), quiet_transformers():
         begin = time.perf_counter()
-        output: Any = model.generate(**inputs, generation_config=settings, streamer=clock, past_key_values=cache)
+        output: Any = model.generate(**inputs, generation_config=settings, streamer=clock, **{NAME: cache})
     tokens = output.sequences[0, prompt_tokens:].tolist()
     first, steps = clock.times[0], [after - before for before, after in itertools.pairwise(clock.times)]
     return Run(
@@ -98,7 +100,7 @@ def generate(
         prefill_seconds=first - begin,
         decode_seconds=clock.times[-1] - first,
         token_seconds=statistics.median(steps) if steps else None,
-        kv_bytes=cache_bytes(output.past_key_values),
+        kv_bytes=cache_bytes(getattr(output, NAME)),
     )
 
 

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.attention.interface import PREFIX, twin
 from refreekv.cache import PrunedCache
+from refreekv.cache.naming import NAME, cache_given, name_among
 from refreekv.engines.copying import copy_scores
 from refreekv.engines.decoding import Decoder
 
@@ -154,14 +155,15 @@ class Attachment:
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check what a call brings, and give it a cache if it brings none."""
         given = _arguments(self._signature, args, kwargs)
-        cache = given.get("past_key_values")
+        cache = cache_given(given)
         if cache is None and self.sessions and self._uses_cache(given):
             cache = self.sessions[-1].new_cache()
             bound = self._signature.bind_partial(*args, **kwargs)
-            if "past_key_values" in self._signature.parameters:
-                bound.arguments["past_key_values"] = cache
+            name = name_among(self._signature.parameters)
+            if name in self._signature.parameters:
+                bound.arguments[name] = cache
             else:
-                bound.arguments["kwargs"] = {**bound.arguments.get("kwargs", {}), "past_key_values": cache}
+                bound.arguments["kwargs"] = {**bound.arguments.get("kwargs", {}), name: cache}
             args, kwargs = bound.args, bound.kwargs
         if not isinstance(cache, PrunedCache):
             if cache is not None and self.sessions:
@@ -188,7 +190,7 @@ class Attachment:
 
     def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Make sure that the model really went through the cache and through refreekv's attention."""
-        cache = _arguments(self._signature, args, kwargs).get("past_key_values")
+        cache = cache_given(_arguments(self._signature, args, kwargs))
         if not isinstance(cache, PrunedCache):
             return
         cache.state.check_reported()
@@ -214,7 +216,7 @@ class Attachment:
         @functools.wraps(generate)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given = _arguments(signature, args, kwargs)
-            cache = given.get("past_key_values")
+            cache = cache_given(given)
             if cache is None and self.sessions and self._option(given, "use_cache") is not False:
                 implementation = self._option(given, "cache_implementation")
                 if implementation not in (None, "dynamic"):
@@ -224,7 +226,7 @@ class Attachment:
                         "compress(model, kv_dtype='int4'))"
                     )
                 kwargs.pop("cache_implementation", None)
-                cache = kwargs["past_key_values"] = self.sessions[-1].new_cache()
+                cache = kwargs[NAME] = self.sessions[-1].new_cache()
             if not isinstance(cache, PrunedCache):
                 return generate(*args, **kwargs)
             try:
@@ -278,7 +280,7 @@ def _prompt_end(given: dict[str, Any]) -> int:
 
 def _foreign_cache(cache: object) -> TypeError:
     kind = type(cache).__name__
-    hint = "leave past_key_values out, or pass a refreekv.ReFreeKVCache"
+    hint = f"leave {NAME} out, or pass a refreekv.ReFreeKVCache"
     if isinstance(cache, Cache) and cache.is_compileable:
         return TypeError(f"a static cache ({kind}) has fixed shapes and cannot be pruned; {hint}")
     return TypeError(f"a {kind} passed inside refreekv.compress would not be pruned; {hint}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreekv.cache import PrunedCache
+from refreekv.cache.naming import cache_argument
 from refreekv.core.selection import Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
 
@@ -113,7 +114,7 @@ def _measure(model: PreTrainedModel) -> list[Tensor]:
     probe = CopyProbe(tokens=count)
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True)
     return probe.scores
 
 

@@ -22,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 from refreekv import kernels
 from refreekv.cache import PrunedCache
 from refreekv.cache.layer import TAG, ReFreeKVLayer
+from refreekv.cache.naming import NAME, NAMES, cache_argument, cache_given
 from refreekv.core.arena import KVArena
 from refreekv.engines.fusion import fused
 
@@ -30,8 +31,8 @@ logger = logging.getLogger("refreekv")
 DecodeMode = Literal["graph", "eager"]
 MODES = ("graph", "eager")
 
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
-_KNOWN |= {"logits_to_keep", "cache_position"}
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_KNOWN |= NAMES
 """Arguments of a forward that a captured one can do with."""
 
 
@@ -121,7 +122,7 @@ class Step:
         out = self._forward(
             input_ids=self.ids,
             position_ids=self.positions,
-            past_key_values=TableCache(self.tables),
+            **cache_argument(self._forward, TableCache(self.tables)),
             use_cache=True,
             return_dict=True,
         )
@@ -221,7 +222,7 @@ class Decoder:
 
     def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of ``forward(**kwargs)`` from a captured step; None if it has to run itself."""
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        cache, ids = cache_given(kwargs), kwargs.get("input_ids")
         if not isinstance(cache, PrunedCache) or ids is None or ids.shape[1] != 1 or cache.decode == "eager":
             return None
         first = cache.first
@@ -257,7 +258,7 @@ class Decoder:
             logits = out.logits.clone()
         for layer in layers:
             layer.note_appended(1)
-        return type(out)(logits=logits, past_key_values=cache)
+        return type(out)(logits=logits, **{NAME: cache})
 
     def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
         layers: list[ReFreeKVLayer] = []

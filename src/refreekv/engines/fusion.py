@@ -75,7 +75,7 @@ def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Maker]]]:
         yield (*shapes, PROJECTIONS), [_linears_of(*PROJECTIONS)]
     elif few and _plain(module):
         yield (type(module), *_shape(module)), [_linears_of()]
-    if ROTARY in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):
+    if ROTARY in getattr(getattr(_undecorated(type(module).forward)[-1], "__code__", None), "co_names", ()):
         yield (type(module), ROTARY), [_rotary]
 
 
@@ -224,10 +224,10 @@ def _linears_of(*names: str) -> Maker:
 
 
 def _rotary(module: nn.Module) -> Forwards:
-    """The module's own forward, to which the rotary function of its file is another one."""
+    """The module's own forward with its decorators, to which the rotary function of its file is another one."""
     from refreekv.kernels import fused as kernels
 
-    own: Any = type(module).forward
+    *decorators, own = _undecorated(type(module).forward)
     original = own.__globals__[ROTARY]
 
     def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
@@ -236,11 +236,34 @@ def _rotary(module: nn.Module) -> Forwards:
             return kernels.rotary(query, key, cos.contiguous(), sin.contiguous())
         return original(query, key, cos, sin, *rest, **named)
 
-    copy = types.FunctionType(
-        own.__code__, {**own.__globals__, ROTARY: rotary}, own.__name__, own.__defaults__, own.__closure__
-    )
-    copy.__kwdefaults__ = own.__kwdefaults__
-    return {module: types.MethodType(copy, module)}
+    copied = _copy(own, own.__closure__, {**own.__globals__, ROTARY: rotary})
+    inner = own
+    for decorator in reversed(decorators):
+        cells = (types.CellType(copied) if _holds(cell, inner) else cell for cell in decorator.__closure__)
+        copied, inner = _copy(decorator, tuple(cells), decorator.__globals__), decorator
+    return {module: types.MethodType(copied, module)}
+
+
+def _undecorated(function: Any) -> list[Any]:
+    """A function and what it decorates, outermost first, as far as decorators hold it in a variable of theirs."""
+    inner = getattr(function, "__wrapped__", None)
+    if any(_holds(cell, inner) for cell in getattr(function, "__closure__", None) or ()):
+        return [function, *_undecorated(inner)]
+    return [function]
+
+
+def _holds(cell: Any, function: Any) -> bool:
+    try:
+        return isinstance(function, types.FunctionType) and cell.cell_contents is function
+    except ValueError:  # an empty cell
+        return False
+
+
+def _copy(function: Any, closure: tuple[Any, ...] | None, names: dict[str, Any]) -> Any:
+    """A function with the same code and other variables."""
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _rotary_is_standard(module: nn.Module) -> bool:
@@ -248,7 +271,7 @@ def _rotary_is_standard(module: nn.Module) -> bool:
     from refreekv.kernels import fused as kernels
 
     parameter = next(module.parameters(), None)
-    original = type(module).forward.__globals__.get(ROTARY)
+    original = _undecorated(type(module).forward)[-1].__globals__.get(ROTARY)
     if parameter is None or original is None:
         return False
     query, key = (_random(parameter, 2, heads, 1, 64) for heads in (4, 2))

@@ -19,7 +19,7 @@ from refreekv.report import CompressionReport
 
 
 class ReFreeKVCache(PrunedCache):
-    """A cache to pass as ``past_key_values``, pruned at the end of each prompt.
+    """A cache to pass as ``past_key_values`` (from transformers 5.24 on: ``cache``), pruned at the end of each prompt.
 
     As long as such a cache lives, its model's attention is routed through refreekv
     (results for other caches are unchanged); when the last one is gone the model is as

@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from refreekv import ReFreeKVCache
+from refreekv.cache.naming import NAME, cache_argument
 from refreekv.engines.attachment import attached
 from refreekv.evaluation.decoding import stop_tokens, until_stop
 from refreekv.policies import Policy
@@ -89,7 +90,7 @@ def answer(
         raise ValueError("prompts with a question that comes later are answered one by one")
     cache: Any = DynamicCache(config=model.config) if policy is None else ReFreeKVCache(model, policy)
     settings = _greedy(model, tokenizer, max_new_tokens)
-    options: dict[str, Any] = {"generation_config": settings, "past_key_values": cache}
+    options: dict[str, Any] = {"generation_config": settings, NAME: cache}
     ids, mask = _padded([prompt.context + prompt.question for prompt in prompts], settings.pad_token_id, model.device)
     if stop:
         options["stopping_criteria"] = StoppingCriteriaList([_Stop(tokenizer, ids.shape[1], stop)])
@@ -101,7 +102,8 @@ def answer(
         end = ids.shape[1]
         if asked:
             with cache.prompt_until(len(prompts[0].context)):
-                model(ids[:, : len(prompts[0].context)], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                context = ids[:, : len(prompts[0].context)]
+                model(context, **cache_argument(model.forward, cache), use_cache=True, logits_to_keep=1)
             end = 0  # the question is no prompt: it is not compressed
         with attached(model) as attachment, attachment.captured_steps(), cache.state.until(end, generating=True):
             output = generate(model, ids, attention_mask=mask, **options)

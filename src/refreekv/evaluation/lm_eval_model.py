@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError(f"lm-eval tasks need lm-eval ({error}); run: pip install 'refreekv[eval]'") from error
 
 import refreekv
+from refreekv.cache.naming import cache_argument
 from refreekv.evaluation.encoding import MARK
 from refreekv.evaluation.generation import Answer, Prompt, answer, held
 from refreekv.evaluation.sweeps import FULL
@@ -282,7 +283,7 @@ class CompressedLM(HFLM):
     def _forward(self, tokens: list[int], cache: refreekv.ReFreeKVCache, *, keep: int) -> Tensor:
         """Logits ``[q, V]`` of new tokens; ``keep`` as ``logits_to_keep``."""
         ids = torch.tensor([tokens], device=self.device)
-        output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        output = self.model(ids, **cache_argument(self.model.forward, cache), use_cache=True, logits_to_keep=keep)
         logits: Tensor = output.logits[0]
         return logits
 

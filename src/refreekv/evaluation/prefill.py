@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from refreekv import policies
 from refreekv.cache import PrunedCache, ReFreeKVLayer
 from refreekv.cache.calls import AttentionCall
+from refreekv.cache.naming import cache_argument
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import Decision, KeptRow
 from refreekv.core.quantisation import KVDtype
@@ -318,9 +319,8 @@ def forward(
 def call(model: Any, ids: Tensor, cache: Any, *, positions: Tensor, mask: Tensor | None, keep: int) -> Tensor:
     """One forward pass; logits of the last ``keep`` tokens only, where the model can leave the others out."""
     limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **limit
-    )
+    stored = cache_argument(model.forward, cache)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **stored, **limit)
     logits: Tensor = output.logits[:, -keep:]
     return logits
 

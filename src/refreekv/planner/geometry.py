@@ -181,10 +181,12 @@ def _run(text: Any) -> list[LayerKV]:
     import torch
     from transformers import DynamicCache
 
+    from refreekv.cache.naming import cache_argument
+
     built = skeleton(text).eval()
     cache = DynamicCache(config=text)
     with torch.device("meta"), torch.no_grad():
-        built(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
+        built(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), **cache_argument(built.forward, cache), use_cache=True)
     latent = bool(getattr(text, "kv_lora_rank", None))
     found = [_layer(layer, latent) for layer in cache.layers]
     return [layer for layer in found if layer.elements or layer.state_bytes]

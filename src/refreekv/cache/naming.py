@@ -1,0 +1,35 @@
+"""What calls and outputs of a model name the cache: ``past_key_values``, or ``cache`` from transformers 5.24 on.
+
+There transformers still takes the old name, with a warning; code that came with a checkpoint may
+know no other.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+_OLD = "past_key_values"
+
+NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else _OLD
+"""The name in `generate`, in outputs and in the models of the transformers that is installed."""
+
+NAMES = frozenset({NAME, _OLD})
+"""All names that a caller may use."""
+
+
+def name_among(parameters: Collection[str]) -> str:
+    """The name that a forward with these parameters takes."""
+    return _OLD if _OLD in parameters else NAME
+
+
+def cache_argument(forward: Callable[..., Any], cache: object) -> dict[str, Any]:
+    """The keyword argument that hands ``cache`` to a model's forward."""
+    return {name_among(inspect.signature(forward).parameters): cache}
+
+
+def cache_given(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call by name; None if there is none."""
+    cache = arguments.get(NAME)
+    return arguments.get(_OLD) if cache is None else cache
