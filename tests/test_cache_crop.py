@@ -8,6 +8,7 @@ import reference
 from driving import RAGGED, Uneven, check_bytes, feed, greedy, kv_bytes, prefill
 from models import VOCAB, build, prompts
 from refreekv import ReFreeKVCache
+from refreekv.cache.accounting import entry_bytes
 
 
 def test_crop_undoes_decoding(llama, new_cache):
@@ -78,7 +79,7 @@ def test_crop_then_a_new_prompt_is_pruned_again(llama):
     for layer in cache.report.prunable:
         assert layer.rows[0].kept == 20
         assert layer.rows[0].prompt_length == 55
-        assert layer.bytes_after == 20 * cache.layers[0].entry_bytes
+        assert layer.bytes_after == 20 * entry_bytes(cache.layers[0])
 
 
 @pytest.mark.parametrize(("remove", "kept"), [(7, 13), (20, 4), (30, 4), (47, 3)])

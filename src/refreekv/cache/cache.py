@@ -5,16 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from refreekv.cache.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.cache.layer import ReFreeKVLayer
 from refreekv.cache.prompt import PromptState
 from refreekv.core.quantisation import KVDtype
 from refreekv.policies import Policy
 from refreekv.policies.base import check_count
-from refreekv.report import CompressionReport, LayerReport, RowReport
+from refreekv.report import CompressionReport
 
 
 class PrunedCache(DynamicCache):
@@ -167,42 +167,16 @@ class PrunedCache(DynamicCache):
             policy=str(self.policy),
             tokens=self.get_seq_length(self.pruned_layers[0].index),
             layers=tuple(
-                _layer_report(index, self.kinds[index], layer)
+                layer_report(index, self.kinds[index], layer)
                 for index, layer in enumerate(self.layers)
                 if isinstance(layer, CacheLayerMixin)
             ),
-            index_bytes=sum(layer.index_bytes for layer in self.pruned_layers),
+            index_bytes=sum(index_bytes(layer) for layer in self.pruned_layers),
             kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
-            padded_bytes=max(layer.padded_bytes for layer in self.pruned_layers),
+            padded_bytes=max(padded_bytes(layer) for layer in self.pruned_layers),
         )
 
 
 def _kind(layer: object) -> str:
     """What a model without named layer types would call a layer."""
     return "full_attention" if type(layer) is DynamicLayer else "sliding_attention"
-
-
-def _layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
-    if not isinstance(layer, ReFreeKVLayer):
-        held = sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
-        return LayerReport(index, kind, (), bytes_before=held, bytes_after=held)
-    rows = tuple(
-        RowReport(
-            prompt_length=record.tokens,
-            kept_heads=record.kept,
-            cut=record.cut,
-            metric=record.metric,
-            reasons=dict(record.reasons),
-            bytes_before=layer.get_seq_length() * layer.entry_bytes,
-            bytes_after=held,
-        )
-        for record, held in zip(layer.records, layer.row_bytes(), strict=False)
-    )
-    held = layer.held_bytes
-    full = layer.batch * layer.get_seq_length() * layer.entry_bytes
-    return LayerReport(index, kind, rows, bytes_before=full, bytes_after=held)
-
-
-def _storage_bytes(tensor: Tensor | None) -> int:
-    """What a tensor really holds on to: its whole storage, not only the part it views."""
-    return 0 if tensor is None else tensor.untyped_storage().nbytes()

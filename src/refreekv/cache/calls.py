@@ -1,10 +1,13 @@
 """What a layer hands over when its prompt ends: the attention call, the stored entries, the queries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from refreekv.cache.columns import Columns
+from refreekv.core.ragged import RaggedKV
 from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
 
@@ -61,6 +64,52 @@ class Entries:
     settled: Tensor | None = None
     in_place: bool = False
     gapless: bool = False
+
+    @classmethod
+    def of_dense(
+        cls, keys: Tensor, values: Tensor, valid: Tensor | None, queries: "Queries", settled: int
+    ) -> "Entries":
+        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``settled`` are an earlier prompt's."""
+        columns = torch.arange(keys.shape[2], device=keys.device)
+        earlier = (columns < settled)[None, None] if settled else None
+        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True)
+
+    @classmethod
+    def of_ragged(
+        cls,
+        storage: RaggedKV,
+        columns: Sequence[Columns],
+        behind: int,
+        valid: Tensor | None,
+        queries: "Queries",
+        pruned: int,
+        settled: int,
+    ) -> "list[Entries]":
+        """A batch's row by row, without the last ``behind`` entries of each.
+
+        ``columns`` are those of each row's entries, of which the ones before ``pruned`` went through a
+        pruning, and the ones before ``settled`` were there at an earlier prompt's end.
+        """
+        parts = []
+        for row, (keys, values) in enumerate(storage.rows()):
+            stored = keys.shape[1] - behind
+            real = None
+            # Heads may hold different columns, but only of those before any of these queries.
+            held = columns[row].padded(keys.device)[:, :stored]
+            if valid is not None:
+                # Padding was dropped by the last pruning; only what came after it can hold any.
+                real = valid[row][held.long()] | (held < pruned)
+            uneven = storage.visible(row)
+            if uneven is not None:
+                real = uneven[:, :stored] if real is None else real & uneven[:, :stored]
+                real = real[None]
+            elif real is not None:
+                real = real[:1]
+            earlier = (held < settled)[None] if settled else None
+            parts.append(
+                cls(keys[None, :, :stored], values[None, :, :stored], real, held[0], queries.row(row), earlier)
+            )
+        return parts
 
 
 @dataclass(frozen=True)

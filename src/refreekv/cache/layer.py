@@ -24,6 +24,7 @@ from refreekv.cache.compaction import compacted, takes_arena
 from refreekv.cache.masks import mask_for_columns, valid_columns
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import Decision, KeptRow, decide
+from refreekv.cache.queries import HeldQueries
 from refreekv.cache.records import RowRecord, after_crop, after_pruning
 from refreekv.core.arena import KVArena
 from refreekv.core.quantisation import KVDtype
@@ -50,6 +51,9 @@ class ReFreeKVLayer(DynamicLayer):
         How what is kept is stored; None: in the precision it came in.
     records : list of RowRecord
         Outcome of the last pruning, one a row; empty before the first.
+    kept_columns : list of Columns
+        Logical columns of what the last pruning kept, a row each. The entries after it have the
+        columns from the logical length it was made at on, without a gap.
     """
 
     def __init__(self, index: int, ordinal: int, state: PromptState, kv_dtype: KVDtype | None = None):
@@ -64,16 +68,12 @@ class ReFreeKVLayer(DynamicLayer):
         self.ragged: RaggedKV | None = None
         self.records: list[RowRecord] = []
         self._length = 0
-        self._queries: Queries | None = None
+        self._queries = HeldQueries()
         self._unsettled = False
-        # Logical columns of what the last pruning kept, a row each. Entries after it are
-        # the columns from _pruned_length on, without a gap.
-        self._columns: list[Columns] = []
+        self.kept_columns: list[Columns] = []
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._settled_length = 0
-        # Queries of generated tokens, where these are pruned, too.
-        self._generated: list[Tensor] = []
 
     # -- what the model calls -------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def columns(self, row: int) -> Columns:
         """Logical columns of the stored entries of ``row``; only when ragged."""
-        return self._columns[row].extended(self._pruned_length, self._length)
+        return self.kept_columns[row].extended(self._pruned_length, self._length)
 
     def row_mask(self, mask: Tensor, row: int, heads: int) -> Tensor:
         """The part of a mask over logical columns that concerns the stored entries of ``row``."""
@@ -166,41 +166,24 @@ class ReFreeKVLayer(DynamicLayer):
         before = self._length - call.query.shape[2]
         behind = self.state.tokens_behind(before, self._length)
         if behind is not None:
-            self._generated.clear()
             self._prune(call, behind)
             self._settled_length = self._length - behind
         elif self.state.continues(self._length):
-            self._remember(call, before)
+            if not self.state.policy.freezes(self.ordinal):
+                plan = self.state.policy.probe_plan(self._length)
+                self._queries = self._queries.with_chunk(call, before, self._length, plan)
         elif self.state.decode_interval is not None:
-            self._decoded(call, self.state.decode_interval)
-
-    def _remember(self, call: AttentionCall, before: int) -> None:
-        if self.state.policy.freezes(self.ordinal):
-            return
-        plan = self.state.policy.probe_plan(self._length)
-        if plan.count:
-            # The last query in any case: it says how many there were.
-            plan = replace(plan, rows=max(plan.rows, 1))
-            valid = valid_columns(call.mask, call.query.shape[2] - 1, call.query.shape[0], self._length)
-            known = Queries.of_call(call.query, before, valid, self._queries).planned(plan)
-            known = known.after(self._queries).planned(plan)
-            # A copy: a view would keep the whole chunk's queries alive.
-            self._queries = replace(known, states=known.states.clone())
-
-    def _decoded(self, call: AttentionCall, interval: int) -> None:
-        """Prune again when enough tokens were generated: with their queries as the probes."""
-        self._generated.append(call.query)
-        if sum(query.shape[2] for query in self._generated) >= interval:
-            queries = torch.cat(self._generated, dim=2)
-            self._generated.clear()
-            self._prune(replace(call, query=queries), behind=0)
+            self._queries = self._queries.with_generated(call.query)
+            if self._queries.generated_tokens >= self.state.decode_interval:
+                # Their queries are the probes.
+                self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
 
     # -- pruning --------------------------------------------------------------------------
 
     def _prune(self, call: AttentionCall, behind: int) -> None:
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         policy, parts = self.state.policy, self._entries(call, behind)
-        self._queries = None
+        self._queries = HeldQueries()
         self.state.news = True
         if isinstance(policy, JointPolicy):
 
@@ -229,36 +212,14 @@ class ReFreeKVLayer(DynamicLayer):
         end = self._length - behind
         new = call.query.shape[2] - behind
         valid = valid_columns(call.mask, -1 - behind, call.query.shape[0], end)
-        queries = Queries.of_call(call.query[:, :, :new], end - new, valid, self._queries).after(self._queries)
+        held = self._queries.prompt
+        queries = Queries.of_call(call.query[:, :, :new], end - new, valid, held).after(held)
         if self.ragged is None:
             keys, values = self.dense
-            columns = torch.arange(end, device=keys.device)
-            settled = (columns < self._settled_length)[None, None] if self._settled_length else None
-            return [
-                Entries(
-                    keys[:, :, :end], values[:, :, :end], valid, columns, queries, settled, in_place=True, gapless=True
-                )
-            ]
-        parts = []
-        for row, (keys, values) in enumerate(self.ragged.rows()):
-            stored = keys.shape[1] - behind
-            real = None
-            # Heads may hold different columns, but only of those before any of these queries.
-            columns = self.columns(row).padded(keys.device)[:, :stored]
-            if valid is not None:
-                # Padding was dropped by the last pruning; only what came after it can hold any.
-                real = valid[row][columns.long()] | (columns < self._pruned_length)
-            uneven = self.ragged.visible(row)
-            if uneven is not None:
-                real = uneven[:, :stored] if real is None else real & uneven[:, :stored]
-                real = real[None]
-            elif real is not None:
-                real = real[:1]
-            settled = (columns < self._settled_length)[None] if self._settled_length else None
-            parts.append(
-                Entries(keys[None, :, :stored], values[None, :, :stored], real, columns[0], queries.row(row), settled)
-            )
-        return parts
+            return [Entries.of_dense(keys[:, :, :end], values[:, :, :end], valid, queries, self._settled_length)]
+        columns = [self.columns(row) for row in range(self.batch)]
+        bounds = self._pruned_length, self._settled_length
+        return Entries.of_ragged(self.ragged, columns, behind, valid, queries, *bounds)
 
     def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
@@ -274,7 +235,7 @@ class ReFreeKVLayer(DynamicLayer):
         ]
         source = self.dense if self.ragged is None else self.ragged
         storage = compacted(source, [kept.columns for kept in chosen], columns, behind, self.state, self.kv_dtype)
-        self._columns, self._pruned_length = columns, self._length - behind
+        self.kept_columns, self._pruned_length = columns, self._length - behind
         self._store(storage)
 
     def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
@@ -312,14 +273,11 @@ class ReFreeKVLayer(DynamicLayer):
         if remove == 0:
             return
         length = self._length - remove
-        self._queries = None  # of a prompt that is not to go on
         if length == 0:
             self.reset()
             return
+        self._queries = self._queries.cropped(remove)
         self._settled_length = min(self._settled_length, length)
-        if self._generated:
-            queries = torch.cat(self._generated, dim=2)
-            self._generated = [queries[:, :, : max(queries.shape[2] - remove, 0)]]
         if self.ragged is None:
             super().crop(-remove)
             # A copy, as the view that is left would hold on to what was removed.
@@ -331,12 +289,12 @@ class ReFreeKVLayer(DynamicLayer):
     def _crop_ragged(self, length: int) -> None:
         assert self.ragged is not None
         if length < self._pruned_length:
-            self._columns = [columns.below(length) for columns in self._columns]
-            self.records = after_crop(self.records, self._columns, self._pruned_length - length)
+            self.kept_columns = [columns.below(length) for columns in self.kept_columns]
+            self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
             self._pruned_length = length
-        rest = length - self._pruned_length
-        heads = self.ragged.kv_heads
-        self._store(self.ragged.truncate([[n + rest for n in columns.for_heads(heads)] for columns in self._columns]))
+        rest, heads = length - self._pruned_length, self.ragged.kv_heads
+        lengths = [[kept + rest for kept in columns.for_heads(heads)] for columns in self.kept_columns]
+        self._store(self.ragged.truncate(lengths))
 
     def _take_rows(self, indices: Sequence[int]) -> None:
         """Put the rows ``indices`` of the batch, in that order, in place of the present ones."""
@@ -348,11 +306,11 @@ class ReFreeKVLayer(DynamicLayer):
             index = torch.tensor(indices, device=keys.device)
             self.keys, self.values = keys.index_select(0, index), values.index_select(0, index)
         else:
-            self._columns = [self._columns[row] for row in indices]
+            self.kept_columns = [self.kept_columns[row] for row in indices]
             self._store(self.ragged.select_rows(indices))
         if self.records:
             self.records = [self.records[row] for row in indices]
-        self._generated = [query[list(indices)] for query in self._generated]
+        self._queries = self._queries.of_rows(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put row ``beam_idx[i]`` at row ``i``, for beam search."""
@@ -370,7 +328,7 @@ class ReFreeKVLayer(DynamicLayer):
         """Not supported: storage moves when it is pruned."""
         raise NotImplementedError("a ReFreeKVCache cannot be offloaded to the CPU layer by layer")
 
-    # -- accounting -----------------------------------------------------------------------
+    # -- what is stored ---------------------------------------------------------------------
 
     @property
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -388,45 +346,8 @@ class ReFreeKVLayer(DynamicLayer):
         return self.dense[0].shape[0] if self._length else 0
 
     @property
-    def entry_bytes(self) -> int:
-        """K/V bytes of one token of one row, over all KV heads, in the precision of the model."""
-        if self._length == 0:
-            return 0
-        keys, values = self.dense if self.ragged is None else (self.ragged.keys, self.ragged.values)
-        return self.kv_heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-
-    @property
     def kv_heads(self) -> int:
         """KV heads of the layer; 0 before the first token."""
         if self._length == 0:
             return 0
         return self.ragged.kv_heads if self.ragged is not None else self.dense[0].shape[1]
-
-    def row_bytes(self) -> list[int]:
-        """K/V bytes held for each row."""
-        if self.ragged is not None:
-            return [self.ragged.row_nbytes(row) for row in range(self.batch)]
-        return [self._length * self.entry_bytes] * self.batch
-
-    @property
-    def held_bytes(self) -> int:
-        """K/V bytes that the layer's storages really hold on to."""
-        if self.ragged is not None:
-            return self.ragged.nbytes
-        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
-
-    @property
-    def padded_bytes(self) -> int:
-        """Bytes that attention copies for the length of a call, to give KV heads of different length one length."""
-        if self.ragged is None or isinstance(self.ragged, KVArena):
-            return 0
-        uneven = [max(lengths) for lengths in self.ragged.lengths if len(set(lengths)) > 1]
-        return sum(uneven) * self.entry_bytes
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of the indices that say which columns were kept, and of the arena's table."""
-        storages = (head.untyped_storage() for columns in self._columns for head in columns.heads)
-        table = self.ragged.table.nbytes if isinstance(self.ragged, KVArena) else 0
-        # Rows copied for beam search share one index.
-        return table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from refreekv import policies
 from refreekv.cache import PrunedCache, ReFreeKVLayer
+from refreekv.cache.accounting import entry_bytes
 from refreekv.cache.calls import AttentionCall
 from refreekv.cache.naming import cache_argument
 from refreekv.cache.prompt import PromptState
@@ -208,7 +209,7 @@ class SharedPrefill:
             if isinstance(layer, _CapturingLayer):
                 keys, values = layer.dense
                 sizes = keys.shape[-1], values.shape[-1]
-                full += self.length * layer.entry_bytes
+                full += self.length * entry_bytes(layer)
                 held += kept_bytes(next(counts), layer.kv_heads, sizes, keys.element_size(), number)
             else:
                 full += (other := _held(layer))
