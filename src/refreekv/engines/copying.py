@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from refreekv.cache import PrunedCache
 from refreekv.cache.naming import cache_argument
 from refreekv.core.selection import Selection
+from refreekv.engines import fingerprint
 from refreekv.policies import LayerView, Policy, ProbePlan
 
 TOKENS = 256
@@ -42,10 +43,10 @@ def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
     sequence of Tensor
         By full-attention layer, ``[H_kv]`` float32 in [0, 1].
     """
-    print_of_weights = _fingerprint(model)
+    weights = fingerprint.of_contents(model)
     known = _KNOWN.get(model)
-    if known is None or known[0] != print_of_weights:
-        known = (print_of_weights, tuple(_measure(model)))
+    if known is None or known[0] != weights:
+        known = (weights, tuple(_measure(model)))
         _KNOWN[model] = known
     return known[1]
 
@@ -116,11 +117,3 @@ def _measure(model: PreTrainedModel) -> list[Tensor]:
     with cache.prompt_until(ids.shape[1]):
         model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True)
     return probe.scores
-
-
-def _fingerprint(model: torch.nn.Module) -> object:
-    """What changes when weights are replaced or trained."""
-    return tuple(
-        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in model.parameters()
-    )

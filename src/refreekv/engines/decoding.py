@@ -24,6 +24,7 @@ from refreekv.cache import PrunedCache
 from refreekv.cache.layer import TAG, ReFreeKVLayer
 from refreekv.cache.naming import NAME, NAMES, cache_argument, cache_given
 from refreekv.core.arena import KVArena
+from refreekv.engines import fingerprint
 from refreekv.engines.fusion import fused
 
 logger = logging.getLogger("refreekv")
@@ -108,7 +109,7 @@ class Step:
             self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
             # Zero: no entries and no room, so that running it touches no memory.
             self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(segments))
-        self.weights = fingerprint(model)
+        self.weights = fingerprint.of_addresses(model)
         # Weak: a graph must not keep a finished answer's keys and values alive.
         self._owners: list[weakref.ref[KVArena]] = []
         self._next = -1
@@ -279,7 +280,7 @@ class Decoder:
         if step is not None and step.owned_by(arenas):
             return step
         self._check_model()
-        if step is not None and step.weights != fingerprint(self._model):
+        if step is not None and step.weights != fingerprint.of_addresses(self._model):
             step.release()
             step = None
         if step is None:
@@ -315,8 +316,3 @@ class Decoder:
         for step in self._steps.values():
             step.release()
         self._steps.clear()
-
-
-def fingerprint(model: nn.Module) -> int:
-    """A number that changes when weights move: a graph has their addresses in it."""
-    return hash(tuple(t.data_ptr() for part in (model.parameters(), model.buffers()) for t in part))
