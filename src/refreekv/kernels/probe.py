@@ -72,10 +72,10 @@ def _exponentials(
 @triton.jit
 def _denominator_kernel(
     query, key, query_columns, columns, valid, out,
-    probes, group, length, kv_heads, split_keys, rows,
+    probes, length, kv_heads, split_keys, rows,
     scaling, softcap,
     sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, split, row]``: log2 of the sum of exponentials over one split of the keys."""
@@ -84,7 +84,7 @@ def _denominator_kernel(
     first = tl.program_id(1) * split_keys
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Row = query * group + head of the group: rows that are near see nearly the same keys.
-    probe, head = row // group, kv_head * group + row % group
+    probe, head = row // GROUP, kv_head * GROUP + row % GROUP
     d = tl.arange(0, BLOCK_D)
     real = row < rows
     at = tl.load(query_columns + batch * sc_b + probe * sc_k, real, -1).to(tl.int32)
@@ -135,9 +135,9 @@ def _join_kernel(partial, sinks, out, splits, rows, group, kv_heads, BLOCK: tl.c
 
 @triton.jit
 def _past(
-    k, column, query, query_columns, denominators, start, stop, peak, total, squares,
-    rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    k, column, query, query_columns, denominators, start, stop, peak, total, squares, count,
+    rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Run the rows from ``start`` to ``stop`` past a block of keys. The peak is one of logarithms."""
@@ -146,7 +146,7 @@ def _past(
         row = first + tl.arange(0, BLOCK_M)
         # Behind the last row stands that row again, under a denominator that leaves nothing of it.
         at_row = tl.minimum(row, rows - 1)
-        probe, head = at_row // group, first_head + at_row % group
+        probe, head = at_row // GROUP, first_head + at_row % GROUP
         lines = query + head * sq_h + probe.to(tl.int64) * sq_k
         if HEAD == BLOCK_D:
             q = tl.load(lines[None, :] + d[:, None])
@@ -157,24 +157,28 @@ def _past(
         share = _logits(k, q, scaling, softcap, HAS_CAP) - whole[None, :]
         if MASKED:
             at = tl.load(query_columns + probe * sc_k).to(tl.int32)
+            counts = (row < rows)[None, :] & (column[:, None] + distance <= at[None, :])
             # A hidden logit may lie far above the denominator: it must not be exponentiated.
-            share = tl.where((row < rows)[None, :] & (column[:, None] + distance <= at[None, :]), share, float("-inf"))
+            share = tl.where(counts, share, float("-inf"))
+            if SUMS:
+                count += tl.sum(counts.to(tl.int32), 1)
         peak = tl.maximum(peak, tl.max(share, 1))
         if SUMS:
             p = tl.exp2(share)
             total += tl.sum(p, 1)
             squares += tl.sum(p * p, 1)
-    return peak, total, squares
+    return peak, total, squares, count
 
 
 @triton.jit
 def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out, squares_out,
-    probes, group, length, kv_heads, rows, distance,
+    probes, length, kv_heads, rows, distance,
     scaling, softcap,
     sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    SUMS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, SUMS: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Peak, and with ``SUMS`` mean and sum of squares, of one block of keys over all rows."""
     pair = tl.program_id(1).to(tl.int64)
@@ -194,39 +198,46 @@ def _reduce_kernel(
     at = tl.load(query_columns + batch * sc_b + every * sc_k, every < probes, -1).to(tl.int32)
     first = tl.min(tl.where((at >= oldest + distance) & (every < probes), every, probes), 0)
     clear = tl.max(tl.where((at < newest + distance) & (every < probes), every + 1, 0), 0)
-    start = first * group // BLOCK_M * BLOCK_M
-    middle = tl.minimum(tl.maximum((clear * group + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
+    start = first * GROUP // BLOCK_M * BLOCK_M
+    middle = tl.minimum(tl.maximum((clear * GROUP + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total, squares = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    queries, first_head = query + batch * sq_b, kv_head * group
+    count = tl.zeros([BLOCK_N], tl.int32)
+    queries, first_head = query + batch * sq_b, kv_head * GROUP
     at_columns, whole = query_columns + batch * sc_b, denominators + pair * rows
-    peak, total, squares = _past(
-        k, column, queries, at_columns, whole, start, middle, peak, total, squares,
-        rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
-        HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
+    peak, total, squares, count = _past(
+        k, column, queries, at_columns, whole, start, middle, peak, total, squares, count,
+        rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
     )  # fmt: skip
-    peak, total, squares = _past(
-        k, column, queries, at_columns, whole, middle, rows, peak, total, squares,
-        rows, group, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
-        HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
+    peak, total, squares, count = _past(
+        k, column, queries, at_columns, whole, middle, rows, peak, total, squares, count,
+        rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        GROUP, HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
     )  # fmt: skip
     out = pair * length + n
     # Padding took part like any key, as keys do not touch each other; nothing of it is given out.
     tl.store(peak_out + out, tl.where(inside, tl.exp2(peak), 0.0), n < length)
     if SUMS:
-        counting = (at[:, None] >= column[None, :] + distance) & (every < probes)[:, None]
-        count = tl.maximum(group * tl.sum(counting.to(tl.int32), 0), 1).to(tl.float32)
+        # All rows from the middle on count.
+        count = tl.maximum(count + rows - middle, 1).to(tl.float32)
         tl.store(mean_out + out, tl.where(inside, total / count, 0.0), n < length)
         tl.store(squares_out + out, tl.where(inside, squares, 0.0), n < length)
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a block, warps, stages of software pipelining."""
+    """Rows and keys of a block, warps, stages of software pipelining, most registers of a thread."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """How the kernel is compiled and launched."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
@@ -235,8 +246,9 @@ def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
         return Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
     if block_d > 128:
         return Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)
-    # What was fastest on an H100, by a few percent.
-    return (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2)) if sums else (Tile(64, 64, 4, 3), Tile(64, 128, 8, 2))
+    # What was fastest on an H100, by a few percent. With 128 registers a thread two blocks that sum fit a
+    # multiprocessor, and without a bound one: that is a fifth at 32,768 keys.
+    return (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3, 128)) if sums else (Tile(64, 64, 4, 3), Tile(64, 128, 4, 3))
 
 
 def launch_probe_reductions(
@@ -285,6 +297,7 @@ def launch_probe_reductions(
     strides = (*query.stride()[:3], *key.stride()[:3], *at.stride())
     strides += (0, 0) if shown is None else shown.stride()[:2]
     settings = {
+        "GROUP": group,
         "HEAD": head_size,
         "BLOCK_D": block_d,
         "HAS_VALID": shown is not None,
@@ -294,8 +307,8 @@ def launch_probe_reductions(
     inputs = (query, key, at, at if place is None else place, at if shown is None else shown)
     cap = 1.0 if softcap is None else softcap
     _denominator_kernel[(blocks, splits, batch * kv_heads)](
-        *inputs, partial, probes, group, length, kv_heads, split_keys, rows, scaling, cap, *strides,
-        BLOCK_M=one.block_m, BLOCK_N=one.block_n, num_warps=one.warps, num_stages=one.stages, **settings,
+        *inputs, partial, probes, length, kv_heads, split_keys, rows, scaling, cap, *strides,
+        BLOCK_M=one.block_m, BLOCK_N=one.block_n, **one.options, **settings,
     )  # fmt: skip
     whole = partial
     if splits > 1 or sink_logits is not None:
@@ -309,8 +322,8 @@ def launch_probe_reductions(
         torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums, sums)
     )
     _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
-        *inputs, whole, peak, mean, squares, probes, group, length, kv_heads, rows, distance, scaling, cap, *strides,
+        *inputs, whole, peak, mean, squares, probes, length, kv_heads, rows, distance, scaling, cap, *strides,
         BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(probes, 2)), SUMS=sums,
-        num_warps=two.warps, num_stages=two.stages, **settings,
+        **two.options, **settings,
     )  # fmt: skip
     return peak, mean, squares
