@@ -38,6 +38,14 @@ def available() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
+def _at_once(tensor: Tensor) -> bool:
+    """Whether to launch kernels without PyTorch's way to an operator, which costs the host more than the launches.
+
+    What is compiled needs operators.
+    """
+    return tensor.is_cuda and available() and not torch.compiler.is_compiling()
+
+
 def probe_reductions(
     query: Tensor,
     key: Tensor,
@@ -62,7 +70,12 @@ def probe_reductions(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     extra = (columns, valid, query_real, scaling, distance, softcap, sink_logits)
     if key.is_cuda and available():
-        peak, mean, squares = ops.probe_reductions_op(query, key, query_columns, *extra, sums)
+        if _at_once(key):
+            from refreekv.kernels.probe import launch_probe_reductions
+
+            peak, mean, squares = launch_probe_reductions(query, key, query_columns, *extra, sums)
+        else:
+            peak, mean, squares = ops.probe_reductions_op(query, key, query_columns, *extra, sums)
         return ProbeReductions(peak, mean, squares) if sums else ProbeReductions(peak, None, None)
     return reductions.probe_reductions(
         query,
@@ -144,7 +157,12 @@ def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     table : Tensor
         See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
     """
-    ops.append(keys, values, table)
+    if _at_once(keys):
+        from refreekv.kernels.storage import launch_append
+
+        launch_append(keys, values, table)
+    else:
+        ops.append(keys, values, table)
 
 
 def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: int, longest: int) -> None:
@@ -165,7 +183,12 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: i
     longest : int
         Entries of the longest segment.
     """
-    ops.gather(keys, values, table, spans, end, longest)
+    if _at_once(keys):
+        from refreekv.kernels.storage import launch_gather
+
+        launch_gather(keys, values, table, spans, end, longest)
+    else:
+        ops.gather(keys, values, table, spans, end, longest)
 
 
 def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, longest: int) -> None:
@@ -180,7 +203,12 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
     longest : int
         Entries of the longest segment.
     """
-    ops.move(source, target, key_bytes, value_bytes, longest)
+    if _at_once(source):
+        from refreekv.kernels.storage import launch_move
+
+        launch_move(source, target, key_bytes, value_bytes, longest)
+    else:
+        ops.move(source, target, key_bytes, value_bytes, longest)
 
 
 def ragged_decode(
