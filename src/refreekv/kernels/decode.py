@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels import early
 from refreekv.kernels.probe import LOG2E, _capped
 
 BLOCK_N = 64
@@ -38,8 +39,9 @@ def _decode_kernel(
     query, table, out, denominators,
     segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    early.in_turn(EARLY)
     program = tl.program_id(0)
     all_segments = tl.arange(0, BLOCK_S)
     held = _held(table, all_segments, segments, window)
@@ -105,9 +107,10 @@ def _join_kernel(
     partial, denominators, table, sinks, out,
     segments, kv_heads, group, window, programs,
     VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head: its partial results, weighted by their shares of the softmax."""
+    early.in_turn(EARLY)
     segment, head = tl.program_id(0), tl.program_id(1)
     all_segments = tl.arange(0, BLOCK_S)
     blocks = (_held(table, all_segments, segments, window) + BLOCK - 1) // BLOCK
@@ -178,6 +181,8 @@ def launch_ragged_decode(
     out = torch.empty(batch, 1, heads, value_size, dtype=query.dtype, device=query.device)
     block_s = triton.next_power_of_2(max(segments, 2))
     block_v = max(16, triton.next_power_of_2(value_size))
+    # Parts of a segment, if all are equally long: one round of loads, where rounds would wait for each other.
+    parts = min(64, max(16, triton.next_power_of_2(triton.cdiv(programs, segments) + 2)))
     window = max(window, 0)
     if stages is None:
         stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
@@ -186,12 +191,12 @@ def launch_ragged_decode(
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         HEAD=head_size, VALUE=value_size, BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_V=block_v,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **early.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
         partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
-        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=block, BLOCK_S=block_s, BLOCK_P=16,
-        HAS_SINKS=sinks is not None, num_warps=4,
+        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=block, BLOCK_S=block_s, BLOCK_P=parts,
+        HAS_SINKS=sinks is not None, num_warps=4, **early.options(batch, query),
     )  # fmt: skip
     return out
 

@@ -6,12 +6,14 @@ to fill the device, are one launch here, as are the two of a gated layer and its
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from refreekv.kernels import early
 
 
 @triton.jit
@@ -81,9 +83,10 @@ def _product(
 @triton.jit
 def _linear_kernel(
     x, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, blocks0, blocks1, rows, size,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Up to three products with one input; each program makes a few columns of one of them."""
+    early.in_turn(EARLY)
     block = tl.program_id(0)
     if block < blocks0:
         weight, bias, y, count = w0, b0, y0, n0
@@ -104,8 +107,9 @@ def _linear_kernel(
 @triton.jit
 def _gated_linear_kernel(
     x, gate, up, y, count, rows, size,
-    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    early.in_turn(EARLY)
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     kind = y.dtype.element_ty
     g = _product(x, gate, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
@@ -154,7 +158,7 @@ def linears(
     b = [*biases, *[biases[0]] * spare] if has_bias else w
     counts, blocks = [*counts, *[0] * spare], [*blocks, *[0] * spare]
     _linear_kernel[(sum(blocks),)](
-        x, *w, *b, *y, *counts, blocks[0], blocks[1], rows, size, HAS_BIAS=has_bias, **_settings(rows, tiling)
+        x, *w, *b, *y, *counts, blocks[0], blocks[1], rows, size, HAS_BIAS=has_bias, **_settings(x, tiling)
     )
     return outs
 
@@ -165,13 +169,15 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, gelu: bool, tiling: Tiling
     tiling = tiling_for(rows, 2 * count, x.element_size()) if tiling is None else tiling
     out = torch.empty(rows, 1, count, dtype=x.dtype, device=x.device)
     _gated_linear_kernel[(triton.cdiv(count, tiling.block_n),)](
-        x, gate, up, out, count, rows, size, GELU=gelu, **_settings(rows, tiling)
+        x, gate, up, out, count, rows, size, GELU=gelu, **_settings(x, tiling)
     )
     return out
 
 
-def _settings(rows: int, tiling: Tiling) -> dict[str, int]:
+def _settings(x: Tensor, tiling: Tiling) -> dict[str, Any]:
+    rows = x.shape[0]
     return {
+        **early.options(rows, x),
         "BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,

@@ -8,13 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels import early
+
 
 @triton.jit
 def _append_kernel(
     keys, values, table, tokens, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    early.in_turn(EARLY)
     segment = tl.program_id(0)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
@@ -97,6 +101,7 @@ def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
         HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
         BLOCK_T=1 if keys.shape[2] == 1 else 16, num_warps=1 if keys.shape[2] == 1 else 4,
+        **early.options(keys.shape[0] * keys.shape[2], keys),
     )  # fmt: skip
 
 

@@ -1,0 +1,40 @@
+"""Launches that begin while the kernel before them still runs: programmatic dependent launch, from Hopper on.
+
+A step of one row is some 400 short kernels, and about a microsecond lies between two of them. Kernels that begin
+early are in their places when the one before ends. With more rows this takes more than it gives: programs that
+begin early sit where there is room just then, and not spread out.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 1
+"""Of a batch whose kernels begin early."""
+
+
+@triton.jit
+def in_turn(EARLY: tl.constexpr):
+    """What a kernel of a step does first: waits for the one before to be over, and lets the next one begin.
+
+    Every kernel that is launched early has to: so whatever came before is over too, and its memory written.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def options(rows: int, like: Tensor) -> dict[str, Any]:
+    """How a kernel of a step of ``rows`` rows is launched, ``EARLY`` among it."""
+    if rows > MOST_ROWS or not like.is_cuda or not _possible(like.device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@functools.cache
+def _possible(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
