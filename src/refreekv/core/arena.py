@@ -198,6 +198,11 @@ class KVArena(RaggedKV):
         self._reallocate(self.lengths, [-1 if freed else room for freed in self.freed])
         return True
 
+    @property
+    def left(self) -> int:
+        """Entries that every segment of a row that was not freed has room for."""
+        return self._left
+
     def note_appended(self, tokens: int) -> None:
         """Count entries that somebody wrote through the table."""
         self._appended += tokens

@@ -102,7 +102,7 @@ class Step:
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], batch: int, segments: list[int]):
-        self.model, self._forward = model, forward
+        self.model, self.batch, self._forward = model, batch, forward
         device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -113,6 +113,7 @@ class Step:
         # Weak: a graph must not keep a finished answer's keys and values alive.
         self._owners: list[weakref.ref[KVArena]] = []
         self._next = -1
+        self._left = 0
         self._out: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -163,6 +164,14 @@ class Step:
         """Whether these are the arenas that the step reads and writes."""
         owners = self._owners
         return len(owners) == len(arenas) and all(o() is arena for o, arena in zip(owners, arenas, strict=True))
+
+    def has_room(self, length: int) -> bool:
+        """Whether the token at logical length ``length`` has room for sure: it is the next one, and was counted for."""
+        return length == self._next and self._left > 0
+
+    def note_room(self, arenas: list[KVArena]) -> None:
+        """Look how many tokens have room; while the device is busy, as this takes time at each token."""
+        self._left = min(arena.left for arena in arenas)
 
     def adopt(self, arenas: list[KVArena]) -> None:
         """Read and write these arenas from now on; their tables move here."""
@@ -215,6 +224,7 @@ class Decoder:
         self._lock = threading.Lock()
         self._steps: dict[Any, Step] = {}
         self._refused: dict[Any, str] = {}
+        self._last: Step | None = None
         self._logged: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
@@ -252,13 +262,15 @@ class Decoder:
         arenas: list[KVArena] = [layer.ragged for layer in layers]  # type: ignore[misc]
         with self._lock:
             step = self._step_for(forward, ids.shape[0], arenas)
-            for layer in layers:
-                layer.reserve(1)
+            if not step.has_room(length):
+                for layer in layers:
+                    layer.reserve(1)
             out = step(ids, positions, length)
             # The next call overwrites the logits.
             logits = out.logits.clone()
-        for layer in layers:
-            layer.note_appended(1)
+            for layer in layers:
+                layer.note_appended(1)
+            step.note_room(arenas)
         return type(out)(logits=logits, **{NAME: cache})
 
     def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
@@ -272,17 +284,21 @@ class Decoder:
         return layers
 
     def _step_for(self, forward: Callable[..., Any], batch: int, arenas: list[KVArena]) -> Step:
+        last = self._last
+        if last is not None and last.batch == batch and last.owned_by(arenas):
+            return last
         segments = [batch * arena.kv_heads for arena in arenas]
         key = (batch, tuple(segments), arenas[0].keys.dtype)
         if key in self._refused:
             raise UncapturableError(self._refused[key])
         step = self._steps.get(key)
         if step is not None and step.owned_by(arenas):
+            self._last = step
             return step
         self._check_model()
         if step is not None and step.weights != fingerprint.of_addresses(self._model):
             step.release()
-            step = None
+            step = self._last = None
         if step is None:
             try:
                 step = Step(self._model, forward, batch, segments)
@@ -294,6 +310,7 @@ class Decoder:
                 raise UncapturableError(self._refused[key]) from error
             self._steps[key] = step
         step.adopt(arenas)
+        self._last = step
         return step
 
     def _check_model(self) -> None:
@@ -316,3 +333,4 @@ class Decoder:
         for step in self._steps.values():
             step.release()
         self._steps.clear()
+        self._last = None
