@@ -2,15 +2,17 @@
 
     python benchmarks/overhead.py                       # CPU: SmolLM2-135M's shape
     python benchmarks/overhead.py --device cuda         # GPU: Llama-3-8B's shape
+    python benchmarks/overhead.py --device cuda --policies "refreekv:threshold=0.3;adaptive;adaptive:stand_ins=0"
 
 Random weights: the time does not depend on them. Their attention is nearly uniform, so
 the threshold is set to 0.3, at which such attention keeps about half of each layer: the
 pruning step really selects, gathers and frees.
 
-Per prompt length, medians of runs that take turns:
+Per prompt length, medians of runs that take turns, the full cache and all policies:
 
     full     one prefill into transformers' DynamicCache
     pruned   the same prefill into a pruned cache, all of refreekv included
+    extra    the median of the ratios pruned / full of the same turn
     step     the pruning steps alone (probe, select, compact; all layers), timed one by one
              with the device idle in between, host waits included
     peak     most memory above the model's during the prefill (CUDA only), and during the
@@ -122,8 +124,10 @@ def peak_of(call: Callable[[], object], cuda: bool) -> int | None:
 
 
 @torch.inference_mode()
-def measure(model, length: int, policy: refreekv.policies.Policy, repeats: int) -> dict[str, object]:
-    """All figures of one prompt length."""
+def measure(
+    model, length: int, policies: dict[str, refreekv.policies.Policy], repeats: int, step_repeats: int
+) -> list[dict[str, object]]:
+    """All figures of one prompt length; a row each policy."""
     device = model.device
     clock = Clock(device)
     ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
@@ -131,39 +135,52 @@ def measure(model, length: int, policy: refreekv.policies.Policy, repeats: int) 
     def run_full() -> object:
         return prefill(model, ids, DynamicCache(config=model.config))
 
-    def run_pruned() -> object:
+    def run_pruned(policy) -> object:
         return prefill(model, ids, refreekv.ReFreeKVCache(model, policy))
 
-    # These two are the warm-up as well.
-    with refreekv.compress(model, policy):
-        peak_pruned = peak_of(run_pruned, clock.cuda)
-        report = prefill(model, ids, None).past_key_values.report
+    # These are the warm-up as well.
+    peaks, reports, turns = {}, {}, {name: [] for name in policies}
+    for name, policy in policies.items():
+        # Inside compress, here and below, so that the model is prepared once and not in every run.
+        with refreekv.compress(model, policy):
+            run_pruned(policy)
+            peaks[name] = peak_of(lambda policy=policy: run_pruned(policy), clock.cuda)
+            reports[name] = prefill(model, ids, None).past_key_values.report
+    run_full()
     peak_full = peak_of(run_full, clock.cuda)
-    full, pruned, steps = [], [], []
+    full = []
     for _ in range(repeats):
         full.append(clock.time(run_full))
-        # Inside compress, so that the model is prepared once and not in every run.
-        with refreekv.compress(model, policy):
-            pruned.append(clock.time(run_pruned))
-            with Steps(clock) as step:
-                run_pruned()
+        for name, policy in policies.items():
+            with refreekv.compress(model, policy):
+                turns[name].append(clock.time(lambda policy=policy: run_pruned(policy)))
+    rows = []
+    for name, policy in policies.items():
+        steps = []
+        for _ in range(step_repeats):
+            with refreekv.compress(model, policy), Steps(clock) as step:
+                run_pruned(policy)
             steps.append(step.seconds)
-    row: dict[str, object] = {
-        "length": length,
-        "kept": report.budget,
-        "kv_bytes_full": report.bytes_before,
-        "kv_bytes_pruned": report.bytes_after,
-        "full_s": statistics.median(full),
-        "pruned_s": statistics.median(pruned),
-        "step_s": statistics.median(steps),
-        "full_spread": (max(full) - min(full)) / statistics.median(full),
-        "step_share": statistics.median(steps) / statistics.median(full),
-        "end_to_end": statistics.median(pruned) / statistics.median(full) - 1,
-        "n_by_n_bytes": length * length * model.dtype.itemsize,
-    }
-    if clock.cuda:
-        row |= {"peak_full": peak_full, "peak_pruned": peak_pruned, "peak_step": step.peak}
-    return row
+        report, pruned = reports[name], turns[name]
+        row: dict[str, object] = {
+            "policy": name,
+            "length": length,
+            "kept": report.budget,
+            "kv_bytes_full": report.bytes_before,
+            "kv_bytes_pruned": report.bytes_after,
+            "full_s": statistics.median(full),
+            "pruned_s": statistics.median(pruned),
+            "step_s": statistics.median(steps),
+            "full_all": full,
+            "pruned_all": pruned,
+            "step_share": statistics.median(steps) / statistics.median(full),
+            "end_to_end": statistics.median(one / other for one, other in zip(pruned, full, strict=True)) - 1,
+            "n_by_n_bytes": length * length * model.dtype.itemsize,
+        }
+        if clock.cuda:
+            row |= {"peak_full": peak_full, "peak_pruned": peaks[name], "peak_step": step.peak}
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -172,8 +189,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on CUDA, else smollm2-135m")
     parser.add_argument("--lengths", default="2048,8192,32768")
-    parser.add_argument("--policy", default="refreekv:threshold=0.3")
+    parser.add_argument("--policies", default="refreekv:threshold=0.3", help="separated by semicolons")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step-repeats", type=int, default=2, help="of the pruning steps alone")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -188,24 +206,27 @@ def main() -> None:
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     header = f"{shape}, bf16, random weights; {name}{threads}; torch {torch.__version__}; {date.today()}"
     print(header)
-    print(arguments.policy)
     columns = ["prompt", "kept", "full s", "pruned s", "extra", "step s", "step/full"]
     if device.type == "cuda":
         columns += ["peak full", "peak pruned", "peak step", "n x n"]
-    print(" ".join(f"{column:>11}" for column in columns))
+    print(" ".join(f"{column:>11}" for column in columns), "policy, all runs in ms")
+    policies = {name: refreekv.policies.parse(name) for name in arguments.policies.split(";")}
     rows = []
     for length in (int(part) for part in arguments.lengths.split(",")):
-        row = measure(model, length, refreekv.policies.parse(arguments.policy), arguments.repeats)
-        rows.append(row)
-        cells = [f"{row['length']}", f"{row['kept']:.1%}", f"{row['full_s']:.4f}", f"{row['pruned_s']:.4f}"]
-        cells += [f"{row['end_to_end']:+.2%}", f"{row['step_s']:.4f}", f"{row['step_share']:.2%}"]
-        if device.type == "cuda":
-            peaks = [row[key] for key in ("peak_full", "peak_pruned", "peak_step", "n_by_n_bytes")]
-            cells += [f"{peak / 2**20:.0f} MiB" for peak in peaks]
-        print(" ".join(f"{cell:>11}" for cell in cells), flush=True)
+        found = measure(model, length, policies, arguments.repeats, arguments.step_repeats)
+        rows += found
+        for row in found:
+            cells = [f"{row['length']}", f"{row['kept']:.1%}", f"{row['full_s']:.4f}", f"{row['pruned_s']:.4f}"]
+            cells += [f"{row['end_to_end']:+.2%}", f"{row['step_s']:.4f}", f"{row['step_share']:.2%}"]
+            if device.type == "cuda":
+                peaks = [row[key] for key in ("peak_full", "peak_pruned", "peak_step", "n_by_n_bytes")]
+                cells += [f"{peak / 2**20:.0f} MiB" for peak in peaks]
+            times = ", ".join(f"{1e3 * seconds:.0f}" for seconds in sorted(row["pruned_all"]))
+            print(" ".join(f"{cell:>11}" for cell in cells), row["policy"], times, flush=True)
+        print(f"{'':11} full: {', '.join(f'{1e3 * seconds:.0f}' for seconds in sorted(found[0]['full_all']))}")
     if arguments.json:
         with open(arguments.json, "w") as file:  # noqa: PTH123
-            json.dump({"setup": header, "policy": arguments.policy, "rows": rows}, file, indent=1)
+            json.dump({"setup": header, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
