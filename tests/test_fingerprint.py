@@ -40,8 +40,7 @@ def convert(model):
 def convert_in_place(model):
     """Numbers of another format at the old address."""
     norm = model.model.norm
-    norm.weight = torch.nn.Parameter(norm.weight.detach().view(torch.int32).view(torch.float32))
-    norm.weight.data = norm.weight.data.view(torch.bfloat16)
+    norm.weight = torch.nn.Parameter(norm.weight.detach().view(torch.int32), requires_grad=False)
 
 
 def rotate(model):
