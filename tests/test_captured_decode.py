@@ -1,11 +1,13 @@
 """The captured step and the arena, run on the CPU without a graph: the plain cache is the judge."""
 
+import contextlib
 import copy
 import functools
 import gc
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +229,35 @@ def test_a_model_whose_capture_fails_goes_on_eagerly(llama, monkeypatch, caplog)
     with caplog.at_level(logging.WARNING, logger="refreekv"):
         both_ways(build("llama", attention="sdpa"), ids, mask)
     assert "TypeError: no such argument" in caplog.text
+
+
+def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
+    """A dropped step's tables are others' memory at once: kernels that still read them would write anywhere."""
+    happened = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            happened.append(f"{self.name} waits for {other.name}")
+
+    def broken(step):
+        happened.append("kernels launched")
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    capture, current = Stream("capture"), Stream("current")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: SimpleNamespace(capture_stream=capture))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(decoding, "fused", lambda model, rows: contextlib.nullcontext())
+    monkeypatch.setattr(decoding.Step, "_warm_up", broken)
+    step = object.__new__(decoding.Step)
+    step.model, step.ids = None, torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        step._capture()
+    assert happened == ["capture waits for current", "kernels launched", "current waits for capture"]
 
 
 def test_eager_on_request(llama, steps):

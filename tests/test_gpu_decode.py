@@ -100,6 +100,37 @@ def test_what_cannot_be_captured_says_so_once_and_decodes(caplog):
     assert len([record for record in caplog.records if record.name == "refreekv"]) <= 2
 
 
+class SlowAndWaiting(torch.nn.Module):
+    """An embedding that is slow to begin, and waits for the device once it is not watched for the first time."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.weight, self.calls = embedding, embedding.weight, 0
+
+    def forward(self, ids):
+        if ids.shape[1] > 1:
+            return self.embedding(ids)
+        self.calls += 1
+        if self.calls <= 2:
+            torch.cuda._sleep(200_000_000)
+        found = self.embedding(ids)
+        if self.calls == 2:
+            found.sum().item()  # the second warm-up is where waiting is an error
+        return found
+
+
+@pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
+def test_what_a_refused_capture_launched_harms_nobody(lengths, captures):
+    model = build("llama", attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts(lengths, seed=3))
+    eager, _ = answers(model, ids, mask, "eager")
+    model.model.embed_tokens = SlowAndWaiting(model.model.embed_tokens)
+    refused, _ = answers(model, ids, mask, "graph")
+    assert len(captures) == 1
+    assert captures[0]._graph is None
+    assert torch.equal(eager.sequences, refused.sequences)
+
+
 def test_the_memory_of_an_answer_and_of_graphs_goes_away():
     model = build("llama", attention="sdpa").cuda()
     ids = prompts((2000,), seed=1)[0].cuda()

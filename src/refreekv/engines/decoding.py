@@ -137,13 +137,18 @@ class Step:
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
         stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
-        stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+        current = torch.cuda.current_stream(self.ids.device)
+        stream.wait_stream(current)
         with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
-            with torch.cuda.stream(stream):
-                self._warm_up()
+            try:
+                with torch.cuda.stream(stream):
+                    self._warm_up()
+            finally:
+                # If that failed the step is dropped, and what it is made of is free for others: not before the
+                # kernels that were launched are done with it.
+                current.wait_stream(stream)
             with capture:
                 self._out = self._run()
-        torch.cuda.current_stream(self.ids.device).wait_stream(stream)
         self._graph = graph
         if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
             raise UncapturableError("the model returns no logits")
