@@ -30,6 +30,7 @@ SHORT = (
     *(
         FULL,
         "adaptive",
+        "adaptive:constant=0.0004",
         "adaptive:constant=0.0016",
         "cake:ratio=0.75",
         "cake:ratio=0.9",
@@ -42,9 +43,6 @@ SHORT = (
 
 LONG = 4096
 """Tokens from which on a prompt is long there."""
-
-BYTES = ((512, LONG), (LONG, 12288), (12288, 32768))
-"""Bounds of the prompt lengths whose bytes are told apart, in tokens."""
 
 DEVELOPMENT = [
     "2wikimqa-e",
@@ -254,32 +252,6 @@ def paths(run: Run) -> str:
     return table(headings, rows)
 
 
-def stored(run: Run) -> str:
-    """Bytes of K/V in place of entries: what number formats add."""
-    rows = []
-    for name, row in run.rows.items():
-        shares = {
-            bound: [one.bytes_kept / one.bytes_full for one in run.of(name) if _between(one, bound)] for bound in BYTES
-        }
-        rows.append(
-            [
-                "full cache, run twice" if name == FULL else f"`{name}`",
-                f"{row.budget:.0%}",
-                *(f"{sum(some) / len(some):.0%}" if some else "–" for some in shares.values()),
-                summary.nats(row.kl),
-                f"{summary.nats(row.worst_kl)} {row.worst_family}",
-                f"{row.same_path:.0%}",
-            ]
-        )
-    counts = [sum(_between(one, bound) for one in run.of(FULL)) for bound in BYTES]
-    bounds = [f"bytes, {low:,}–{high - 1:,} tokens (n={n})" for (low, high), n in zip(BYTES, counts, strict=True)]
-    return table(["policy", "entries", *bounds, "mean KL", "worst family", "same path"], rows)
-
-
-def _between(record: FidelityRecord, bounds: tuple[int, int]) -> bool:
-    return bounds[0] <= record.prompt_tokens < bounds[1]
-
-
 TABLES: dict[str, Callable[[Run], str]] = {
     "setup": setup,
     "short": short,
@@ -289,7 +261,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "families": families,
     "lengths": lengths,
     "paths": paths,
-    "stored": stored,
 }
 
 

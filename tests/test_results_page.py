@@ -93,14 +93,3 @@ def test_paths_are_compared_with_the_noise_floor_sample_by_sample(run):
         assert line.split("|")[6].strip().startswith(f"{mean:+.1f} [")
         worst = min(changes, key=lambda family: sum(changes[family]))
         assert line.split("|")[7].strip() == f"{sum(changes[worst]) / 2:+.0f} {worst}"
-
-
-def test_bytes_are_shares_of_the_full_cache_by_length(run):
-    measured = results.Run(run)
-    lines = results.stored(measured).splitlines()
-    assert "bytes, 512–4,095 tokens (n=2) | bytes, 4,096–12,287 tokens (n=0)" in lines[0]
-    for line in lines[2:]:
-        name = line.split("|")[1].strip().strip("`").replace("full cache, run twice", "full")
-        some = [one.bytes_kept / one.bytes_full for one in measured.of(name) if one.family == "long"]
-        assert [cell.strip() for cell in line.split("|")[3:6]] == [f"{sum(some) / 2:.0%}", "–", "–"]
-    assert any(" 50% |" in line for line in lines if "snapkv" in line)

@@ -78,7 +78,7 @@ class Adaptive(Policy):
         Leading full-attention layers that are never pruned.
     """
 
-    constant: float = 4e-4
+    constant: float = 2e-4
     sinks: int = 4
     window: int = 64
     spread: int = 256
