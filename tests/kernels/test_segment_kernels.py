@@ -110,6 +110,14 @@ def check_decode(
     close(got, want)
 
 
+@pytest.mark.parametrize("block", [16, 32])
+def test_decode_blocks_of_smaller_gpus(block, dtype, close, device):
+    segments = Segments(LENGTHS["mixed"], (64, 64), dtype, device).fill()
+    arguments = (torch.randn(len(LENGTHS["mixed"]) // 2, 4, 1, 64, device=device).to(dtype), segments.table, 64, 0.2)
+    want = launch_ragged_decode(*arguments, 0, None, None)
+    close(launch_ragged_decode(*arguments, 0, None, None, block=block), want)
+
+
 def test_decode_reads_a_ring(dtype, close, device):
     """More entries written than there is room for: the last ones are there, in any order."""
     segments = Segments([50, 9], (64, 64), dtype, device, capacities=[32, 32])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refreekv.core.stand_ins import put, stand_ins
-from refreekv.kernels.standing_in import launch_put, launch_stand_ins
+from refreekv.kernels.standing_in import Tile, launch_put, launch_stand_ins
 
 CASES = {
     "plain": {},
@@ -39,6 +39,17 @@ def test_stand_ins(case, dtype, close, device):
     # Two entries may get as much but for a rounding: then either place is right.
     assert (got.columns == want.columns).float().mean() > 0.9
     assert not keep.gather(-1, got.columns).any()
+    close(got.values, want.values)
+    for mine, other in zip(got.keys.flatten(0, 2), want.keys.flatten(0, 2), strict=True):
+        assert (mine.double() - other.double()).norm() <= 3e-2 * other.double().norm()
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 2), Tile(16, 2)], ids=str)
+def test_tiles_of_smaller_gpus(tile, close, dtype, device):
+    queries, keys, values, keep, count = a_layer(device, dtype, head=80, length=1100)
+    got = launch_stand_ins(queries, keys, values, keep, count, tile)
+    want = stand_ins(queries, keys, values, ~keep, count=count)
+    assert (got.columns == want.columns).float().mean() > 0.9
     close(got.values, want.values)
     for mine, other in zip(got.keys.flatten(0, 2), want.keys.flatten(0, 2), strict=True):
         assert (mine.double() - other.double()).norm() <= 3e-2 * other.double().norm()

@@ -130,9 +130,10 @@ def stand_ins(
     """
     rows = queries.shape[1] // keys.shape[1] * queries.shape[2]
     if keys.is_cuda and available() and real is None and asked is None and count <= 16 and rows <= 128:
-        from refreekv.kernels.standing_in import launch_stand_ins
+        from refreekv.kernels.standing_in import launch_stand_ins, tile_for
 
-        return launch_stand_ins(queries, keys, values, keep, count)
+        if tile := tile_for(queries, keys, values):
+            return launch_stand_ins(queries, keys, values, keep, count, tile)
     gone = ~keep if real is None else real & ~keep
     return stand_ins_in_torch.stand_ins(queries, keys, values, gone, count=count, real=real, asked=asked)
 

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early
+from refreekv.kernels import early, room
 from refreekv.kernels.probe import LOG2E, _capped
 
 BLOCK_N = 64
-"""Keys of one block, the unit that work is shared out in."""
+"""Keys of one block, the unit that work is shared out in, where the device has the shared memory."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 3
 
@@ -158,7 +158,7 @@ def launch_ragged_decode(
     softcap: float | None,
     sinks: Tensor | None,
     programs: int | None = None,
-    block: int = BLOCK_N,
+    block: int | None = None,
     warps: int = 4,
     stages: int | None = None,
 ) -> Tensor:
@@ -186,11 +186,14 @@ def launch_ragged_decode(
     window = max(window, 0)
     if stages is None:
         stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
+    block_d, block_g = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(group))
+    if block is None:
+        block = _block_for(block_d, block_v, block_g, query.element_size(), stages, room.for_tiles(query.device))
     _decode_kernel[(programs,)](
         query, table, partial, denominators, segments, kv_heads, group, window, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        HEAD=head_size, VALUE=value_size, BLOCK_D=max(16, triton.next_power_of_2(head_size)), BLOCK_V=block_v,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
+        HEAD=head_size, VALUE=value_size, BLOCK_D=block_d, BLOCK_V=block_v,
+        BLOCK_G=block_g, BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
         num_warps=warps, num_stages=stages, **early.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
@@ -199,6 +202,16 @@ def launch_ragged_decode(
         HAS_SINKS=sinks is not None, num_warps=4, **early.options(batch, query),
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _block_for(block_d: int, block_v: int, block_g: int, bytes_each: int, stages: int, most: int) -> int:
+    """Keys of a block: `BLOCK_N`, or fewer where ``most`` bytes of shared memory are too few for so many."""
+    block = BLOCK_N
+    # Of each stage but one a block's keys and values; and the queries.
+    while block > 16 and ((stages - 1) * block * (block_d + block_v) + block_g * block_d) * bytes_each > most:
+        block //= 2
+    return block
 
 
 @functools.cache

@@ -6,7 +6,7 @@ one split of the keys, a chunk at a time, and keeps its sums on the chip until t
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.stand_ins import TINY, TOO_MUCH, StandIns
+from refreekv.kernels import room
 
-CHUNK = 64
-"""Entries that a program looks at together."""
-
-SPLIT = 8
-"""Chunks of a split: 8 heads of 8,192 entries are about a program a multiprocessor of an H100."""
+SPLIT = 512
+"""Entries of a split: 8 heads of 8,192 entries are about a program a multiprocessor of an H100."""
 
 WARPS = 4
 """Of a program that runs over a split."""
@@ -237,22 +235,47 @@ def _finish_kernel(
     tl.store(real_out + out, (best >= 0.0).to(tl.uint8))
 
 
-def launch_stand_ins(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, count: int) -> StandIns:
+class Tile(NamedTuple):
+    """Entries that a program looks at together, and stages of software pipelining."""
+
+    chunk: int
+    stages: int
+
+
+def tile_for(queries: Tensor, keys: Tensor, values: Tensor) -> Tile | None:
+    """The largest tile that the device's shared memory takes; None if it takes none."""
+    rows = _block(queries.shape[1] // keys.shape[1] * queries.shape[2])
+    head, value, size = _block(keys.shape[-1]), _block(values.shape[-1]), keys.element_size()
+    # The first one was measured on an H100, in bfloat16; the others are there to fit.
+    for tile in (Tile(64, 3), Tile(64, 2), Tile(32, 2), Tile(16, 2)):
+        # Of each stage but one the chunk's keys, values and weights; and the queries, which stay.
+        chunk = tile.chunk * ((head + value) * size + rows * 4)
+        if (tile.stages - 1) * chunk + rows * head * size <= room.for_tiles(keys.device):
+            return tile
+    return None
+
+
+def _block(count: int) -> int:
+    return max(16, int(triton.next_power_of_2(count)))
+
+
+def launch_stand_ins(
+    queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, count: int, tile: Tile | None = None
+) -> StandIns:
     """`core.stand_ins.stand_ins` of a prompt without padding; all but ``keep`` is evicted.
 
-    At most `MOST` of them, and 128 rows of queries a KV head.
+    At most `MOST` of them, 128 rows of queries a KV head, and only where there is a tile (`tile_for`).
     """
+    tile = tile or tile_for(queries, keys, values)
+    if tile is None:
+        raise ValueError(f"no tile of {keys.dtype} keys of {keys.shape[-1]} fits the device; use core.stand_ins")
     batch, heads, probes, head = queries.shape
     kv_heads, length, value = keys.shape[1], keys.shape[2], values.shape[-1]
-    group, pairs, chunks = heads // kv_heads, batch * kv_heads, triton.cdiv(length, CHUNK)
-    rows, splits = group * probes, triton.cdiv(chunks, SPLIT)
+    group, pairs, chunks = heads // kv_heads, batch * kv_heads, triton.cdiv(length, tile.chunk)
+    rows, splits = group * probes, triton.cdiv(length, SPLIT)
     like: dict[str, Any] = {"dtype": torch.float32, "device": keys.device}
-    sizes = {
-        "D": max(16, triton.next_power_of_2(head)),
-        "R": max(16, triton.next_power_of_2(rows)),
-        "M": count,
-    }
-    dv = max(16, triton.next_power_of_2(value))
+    sizes = {"D": _block(head), "R": _block(rows), "M": count}
+    dv = _block(value)
     before = torch.empty(pairs, chunks + 1, dtype=torch.int32, device=keys.device)
     highs = torch.empty(pairs, splits, sizes["R"], **like)
     sums = torch.empty(pairs, splits, count + 1, sizes["R"], **like)
@@ -271,8 +294,11 @@ def launch_stand_ins(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor
     keep = keep.contiguous().view(torch.uint8)
     numbers = (length, kv_heads, group, rows)
     strides = (*queries.stride()[:3], *keys.stride()[:3])
-    passing: dict[str, Any] = {"HEAD": head, "MOST": MOST, "CHUNK": CHUNK, "SPLIT": SPLIT, "num_warps": WARPS, **sizes}
-    _count_kernel[(pairs,)](keep, before, length, chunks, CHUNK=CHUNK, LINES=128, num_warps=8)
+    passing: dict[str, Any] = {
+        "HEAD": head, "MOST": MOST, "CHUNK": tile.chunk, "SPLIT": SPLIT // tile.chunk,
+        "num_warps": WARPS, "num_stages": tile.stages, **sizes,
+    }  # fmt: skip
+    _count_kernel[(pairs,)](keep, before, length, chunks, CHUNK=tile.chunk, LINES=128, num_warps=8)
     _sums_kernel[(splits, pairs)](
         queries, keys, keep, before, highs, sums, *numbers, chunks, count, *strides, **passing
     )

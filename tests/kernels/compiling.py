@@ -1,0 +1,94 @@
+"""Compiles what launchers launch, for GPUs that need not be there, and prints each kernel's shared memory.
+
+A process of its own: tests run Triton in its interpreter.
+"""
+
+import json
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from refreekv.kernels import room
+from refreekv.kernels.decode import launch_ragged_decode
+from refreekv.kernels.linear import gated_linear
+from refreekv.kernels.standing_in import launch_stand_ins
+
+LIMITS = {86: 101_376, 90: 232_448}
+"""Bytes of shared memory of a block, by compute capability (CUDA C++ Programming Guide)."""
+
+
+class Driver:
+    """The device that Triton asks for."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def no_assembly(*stage):
+    """Leave out what follows the layout of shared memory, which is half of the time."""
+    if not stage:
+        return "no assembly", "no assembly"
+    stages = stage[1]
+    stages["ptx"] = lambda source, metadata: metadata.update(name="kernel") or ""
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
+def stand_ins(dtype, heads, head_size):
+    keys = torch.zeros(1, 1, 100, head_size, dtype=dtype)
+    queries = torch.zeros(1, heads, 16, head_size, dtype=dtype)
+    launch_stand_ins(queries, keys, keys, torch.ones(1, 1, 100, dtype=torch.bool), 4)
+
+
+def decode(dtype, heads, head_size):
+    table = torch.zeros(1, 4, dtype=torch.int64)
+    launch_ragged_decode(torch.zeros(1, heads, 1, head_size, dtype=dtype), table, head_size, 1.0, 0, None, None)
+
+
+def linear(dtype, rows, size):
+    weight = torch.zeros(8192, size, dtype=dtype)
+    gated_linear(torch.zeros(rows, 1, size, dtype=dtype), weight, weight, False)
+
+
+CASES = [
+    (stand_ins, torch.float32, 6, 128),  # Qwen2.5-1.5B: did not fit an H100
+    (stand_ins, torch.bfloat16, 8, 128),
+    (stand_ins, torch.bfloat16, 8, 256),
+    (decode, torch.float32, 8, 256),
+    (linear, torch.bfloat16, 32, 256),
+]
+
+
+def main():
+    found, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, warmup, **options):
+        compiled = run(kernel, *args, warmup=True, **options)
+        name = f"{capability}: {launch.__name__} {dtype} {sizes} {kernel.__name__}"
+        found.append((name, compiled.metadata.shared, LIMITS[capability]))
+        return compiled
+
+    JITFunction.run = compile_only
+    knobs.runtime.add_stages_inspection_hook = no_assembly
+    room.bytes_of = lambda device: LIMITS[capability]
+    for capability in LIMITS:
+        triton.runtime.driver.set_active(Driver(capability))
+        for launch, dtype, *sizes in CASES:
+            launch(dtype, *sizes)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

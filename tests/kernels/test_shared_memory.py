@@ -1,0 +1,42 @@
+"""Kernels fit the shared memory of GPUs that are not here: launchers compile them for such, and run nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from refreekv.kernels import room
+from refreekv.kernels.standing_in import Tile, launch_stand_ins, tile_for
+
+
+def test_kernels_fit(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compiling.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name.split(":")[0] for name, _, _ in found} == {"86", "90"}
+    assert [line for line in found if line[1] > line[2]] == []
+
+
+def a_layer(heads, head_size, dtype):
+    keys = torch.zeros(1, 1, 100, head_size, dtype=dtype)
+    return torch.zeros(1, heads, 16, head_size, dtype=dtype), keys, keys
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_what_was_measured_on_an_h100_stays(heads, head_size):
+    assert tile_for(*a_layer(heads, head_size, torch.bfloat16)) == Tile(64, 3)
+
+
+def test_stand_ins_that_fit_nowhere(monkeypatch):
+    layer = a_layer(8, 256, torch.float32)
+    monkeypatch.setattr(room, "bytes_of", lambda device: 101_376)
+    assert tile_for(*layer) is None
+    with pytest.raises(ValueError, match="no tile"):
+        launch_stand_ins(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
