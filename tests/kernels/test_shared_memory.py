@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,3 +41,16 @@ def test_stand_ins_that_fit_nowhere(monkeypatch):
     assert tile_for(*layer) is None
     with pytest.raises(ValueError, match="no tile"):
         launch_stand_ins(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
+
+
+def test_the_limit_is_the_one_that_triton_knows(monkeypatch):
+    asked = []
+
+    def properties(index):
+        asked.append(index)
+        return {"max_shared_mem": 101_376}
+
+    utils = SimpleNamespace(get_device_properties=properties)
+    monkeypatch.setattr(room, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    assert room.bytes_of.__wrapped__(torch.device("cuda", 1)) == 101_376
+    assert asked == [1]

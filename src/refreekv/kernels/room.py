@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from triton.runtime import driver
 
 SPARE = 8_192
 """Bytes that Triton takes beyond a kernel's tiles: 4,160 at most were seen (3.9)."""
@@ -13,8 +14,9 @@ def bytes_of(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; in the interpreter as on an H100."""
     if device.type != "cuda":
         return 232_448
-    # PyTorch's stubs do not know of it.
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    # The number that Triton itself compares with; PyTorch does not give it in all versions.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def for_tiles(device: torch.device) -> int:
