@@ -70,12 +70,8 @@ def probe_reductions(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     extra = (columns, valid, query_real, scaling, distance, softcap, sink_logits)
     if key.is_cuda and available():
-        if _at_once(key):
-            from refreekv.kernels.probe import launch_probe_reductions
-
-            peak, mean, squares = launch_probe_reductions(query, key, query_columns, *extra, sums)
-        else:
-            peak, mean, squares = ops.probe_reductions_op(query, key, query_columns, *extra, sums)
+        reduce = ops.probe_reductions_on_cuda if _at_once(key) else ops.probe_reductions_op
+        peak, mean, squares = reduce(query, key, query_columns, *extra, sums)
         return ProbeReductions(peak, mean, squares) if sums else ProbeReductions(peak, None, None)
     return reductions.probe_reductions(
         query,
@@ -158,12 +154,7 @@ def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     table : Tensor
         See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
     """
-    if _at_once(keys):
-        from refreekv.kernels.storage import launch_append
-
-        launch_append(keys, values, table)
-    else:
-        ops.append(keys, values, table)
+    (ops.append_on_cuda if _at_once(keys) else ops.append)(keys, values, table)
 
 
 def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: int, longest: int) -> None:
@@ -184,12 +175,7 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: i
     longest : int
         Entries of the longest segment.
     """
-    if _at_once(keys):
-        from refreekv.kernels.storage import launch_gather
-
-        launch_gather(keys, values, table, spans, end, longest)
-    else:
-        ops.gather(keys, values, table, spans, end, longest)
+    (ops.gather_on_cuda if _at_once(keys) else ops.gather)(keys, values, table, spans, end, longest)
 
 
 def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, longest: int) -> None:
@@ -204,12 +190,7 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
     longest : int
         Entries of the longest segment.
     """
-    if _at_once(source):
-        from refreekv.kernels.storage import launch_move
-
-        launch_move(source, target, key_bytes, value_bytes, longest)
-    else:
-        ops.move(source, target, key_bytes, value_bytes, longest)
+    (ops.move_on_cuda if _at_once(source) else ops.move)(source, target, key_bytes, value_bytes, longest)
 
 
 def ragged_decode(

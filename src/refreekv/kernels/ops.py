@@ -47,7 +47,8 @@ def probe_reductions_op(
 
 
 @probe_reductions_op.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`probe_reductions_op` in Triton, without the operator around it."""
     from refreekv.kernels.probe import launch_probe_reductions
 
     return launch_probe_reductions(query, key, *rest)
@@ -67,7 +68,8 @@ def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
 
 
 @append.register_kernel("cuda")
-def _(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor) -> None:
+    """`append` in Triton, without the operator around it."""
     from refreekv.kernels.storage import launch_append
 
     launch_append(keys, values, table)
@@ -80,7 +82,8 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int,
 
 
 @gather.register_kernel("cuda")
-def _(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+def gather_on_cuda(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+    """`gather` in Triton, without the operator around it."""
     from refreekv.kernels.storage import launch_gather
 
     launch_gather(keys, values, table, spans, end, longest)
@@ -93,7 +96,8 @@ def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longe
 
 
 @move.register_kernel("cuda")
-def _(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
+def move_on_cuda(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
+    """`move` in Triton, without the operator around it."""
     from refreekv.kernels.storage import launch_move
 
     launch_move(source, target, key_bytes, value_bytes, longest)
