@@ -32,9 +32,9 @@ set -e
 root=$1; python=$2; shift 2
 mount --make-rprivate /
 mount -t tmpfs -o size=16m,mode=755 none "$root"
-mkdir "$root/work" "$root/dev"
-mount -t tmpfs -o size=16m,mode=755 none "$root/work"
-cat > "$root/work/program.py"
+mkdir "$root/cell" "$root/dev"
+mount -t tmpfs -o size=16m,mode=755 none "$root/cell"
+cat > "$root/cell/program.py"
 for place in "$@"; do
     if [ -L "$place" ]; then ln -s "$(readlink "$place")" "$root$place"; continue; fi
     mkdir -p "$root$place"
@@ -43,10 +43,10 @@ for place in "$@"; do
 done
 touch "$root/dev/null"; mount --bind /dev/null "$root/dev/null"
 mount -o remount,ro "$root"
-cd "$root/work"
+cd "$root/cell"
 exec chroot "$root" "$python" -I -S -B -c '
 import os, sys
-os.chdir("/work")
+os.chdir("/cell")
 source = open("program.py", encoding="utf-8").read()
 sys.argv = ["program.py"]
 exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
