@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import refreekv
 from command_line import SHAPE, runner
 from refreekv.cli import loading
+from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError
 from refreekv.cli.chatting import printable, stop_on_interrupt
-from refreekv.cli.conversation import Conversation, Listener, MessageError, Sampling
+from refreekv.cli.conversation import Conversation, MessageError, Sampling
 from test_cli_errors import assert_refused
 
 WORDS = [f"w{index}" for index in range(90)]

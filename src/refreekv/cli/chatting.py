@@ -16,8 +16,9 @@ from rich.text import Text
 
 import refreekv
 from refreekv.cli import prompts, views
+from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError, one_line
-from refreekv.cli.conversation import Conversation, Listener, MessageError, Turn
+from refreekv.cli.conversation import Conversation, MessageError, Turn
 from refreekv.report import CompressionReport, format_bytes
 
 PROMPT = "> "

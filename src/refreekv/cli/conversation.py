@@ -3,15 +3,14 @@
 import copy
 import inspect
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import refreekv
+from refreekv.cli.answering import Answering, Listener
 from refreekv.cli.app import UserError, one_line
-from refreekv.cli.detokenizing import Detokenizer
 from refreekv.cli.loading import Loaded, quiet_transformers
 
 _ANSWER = "\x02refreekv-answer\x03"
@@ -75,25 +74,6 @@ class Turn:
     def tokens_per_second(self) -> float | None:
         """Speed of decoding; None for an answer of one token."""
         return (self.answer_tokens - 1) / self.decode_seconds if self.answer_tokens > 1 else None
-
-
-@dataclass(frozen=True)
-class Listener:
-    """What wants to know how an answer comes along; every part may be left out.
-
-    Attributes
-    ----------
-    on_read : callable
-        ``(read, total)``: tokens of the message read so far.
-    on_text : callable
-        ``(text, tokens, seconds)``: new text, tokens so far, seconds since the first one.
-    stopped : callable
-        Whether to stop; asked after each chunk and each token.
-    """
-
-    on_read: Callable[[int, int], None] = lambda read, total: None
-    on_text: Callable[[str, int, float], None] = lambda text, tokens, seconds: None
-    stopped: Callable[[], bool] = lambda: False
 
 
 class Conversation:
@@ -249,14 +229,12 @@ class Conversation:
         listener.on_read(total, total)
         return not listener.stopped()
 
-    def _generate(
-        self, cache: refreekv.ReFreeKVCache, prompt: list[int], room: int, listener: Listener
-    ) -> "_Answering":
+    def _generate(self, cache: refreekv.ReFreeKVCache, prompt: list[int], room: int, listener: Listener) -> Answering:
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         from refreekv.cache.naming import NAME
 
-        answering = _Answering(self.loaded.tokenizer, listener)
+        answering = Answering(self.loaded.tokenizer, listener)
 
         class Stop(StoppingCriteria):
             def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -288,7 +266,7 @@ class Conversation:
             settings.pad_token_id = self.loaded.tokenizer.pad_token_id or 0  # one row: nothing is padded
         return settings
 
-    def _ended(self, answer: "_Answering", room: int) -> str:
+    def _ended(self, answer: Answering, room: int) -> str:
         if answer.tokens[-1] in self._stop_tokens:
             return "end"
         if answer.stopped:
@@ -370,33 +348,3 @@ def _restored(cache: refreekv.ReFreeKVCache, length: int) -> refreekv.ReFreeKVCa
     if _length(cache) > length:
         cache.crop(length - _length(cache))
     return cache
-
-
-class _Answering:
-    """The streamer of one answer: its tokens, their times, their text as it comes together."""
-
-    def __init__(self, tokenizer: Any, listener: Listener):
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self.stopped = False
-        self._text = Detokenizer(tokenizer, skip_special_tokens=True)
-        self._listener = listener
-        self._prompt_seen = False
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Take the prompt, which comes first and is passed over, or new tokens."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in tokens.flatten().tolist():
-            self.tokens.append(token)
-            self.times.append(time.perf_counter())
-            self._tell(self._text.add(token))
-
-    def end(self) -> None:
-        """Give out what is left of a character that was cut off."""
-        if rest := self._text.rest():
-            self._tell(rest)
-
-    def _tell(self, text: str) -> None:
-        self._listener.on_text(text, len(self.tokens), self.times[-1] - self.times[0])
