@@ -33,6 +33,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import refreekv
 from refreekv.cache import ReFreeKVLayer
+from refreekv.cache.naming import NAME
 
 SHAPES = {
     "smollm2-135m": {
@@ -105,7 +106,7 @@ class Steps:
 
 def prefill(model, ids, cache):
     """One forward over the whole prompt, logits of the last token only."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{NAME: cache})
 
 
 def peak_of(call: Callable[[], object], cuda: bool) -> int | None:
@@ -145,7 +146,7 @@ def measure(
         with refreekv.compress(model, policy):
             run_pruned(policy)
             peaks[name] = peak_of(lambda policy=policy: run_pruned(policy), clock.cuda)
-            reports[name] = prefill(model, ids, None).past_key_values.report
+            reports[name] = prefill(model, ids, None)[NAME].report
     run_full()
     peak_full = peak_of(run_full, clock.cuda)
     full = []

@@ -54,6 +54,7 @@ moves = st.lists(
         st.tuples(st.just("append"), st.integers(1, 30)),
         st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, max_size=4)),
         st.tuples(st.just("truncate"), st.integers(0, 50)),
+        st.tuples(st.just("drop"), st.integers(1, 20)),
         st.tuples(st.just("copy"), st.sampled_from(["deepcopy", "pickle"])),
     ),
     max_size=6,
@@ -78,6 +79,11 @@ def test_any_sequence_of_changes_is_that_of_the_exact_storage(lengths, steps):
         elif what == "truncate":
             wanted = [tuple(min(n, how + head) for head, n in enumerate(row)) for row in judge.lengths]
             judge, arena = judge.truncate(wanted), arena.truncate(wanted)
+        elif what == "drop":
+            how = min(how, *(n for row in judge.lengths for n in row))
+            if arena.drop(how):
+                judge = judge.truncate([[n - how for n in row] for row in judge.lengths])
+            assert arena.left <= room_for(arena.lengths) + 16
         else:
             before = arena
             arena = copy.deepcopy(arena) if how == "deepcopy" else pickle.loads(pickle.dumps(arena))
@@ -107,6 +113,24 @@ def test_room_is_at_most_three_percent():
     assert room_for([(5, 5)]) == 16
 
 
+def test_taking_back_much_gives_its_memory_back():
+    arena = KVArena.of(exact([(1000, 3000), (2000, 2000)]))
+    arena.append(*(torch.randn(2, 2, 300, size) for size in SIZES))
+    assert not arena.drop(290)
+    check_integrity(arena)
+    before = arena.keys.data_ptr()
+    assert arena.drop(10)
+    assert arena.keys.data_ptr() == before
+    assert arena.lengths == [(1290, 3290), (2290, 2290)]
+
+
+@pytest.mark.parametrize(("kept", "room"), [(4096, 16), (4080, 16), (4046, 50), (2048, 51)])
+def test_a_prompt_of_which_little_goes_comes_to_hold_no_more_than_it_had(kept, room):
+    keys, values = torch.randn(1, 2, 4096, 16), torch.randn(1, 2, 4096, 8)
+    arena = KVArena.gathered(keys, values, [(kept, kept)], [(0, 0, 4096 - kept)] * 2, 4096)
+    assert arena.capacities == [(kept + room,) * 2]
+
+
 def test_freed_rows_give_their_memory_back_and_take_nothing():
     arena, judge = KVArena.of(exact([(30, 20), (10, 40), (7, 7)])), exact([(30, 20), (10, 40), (7, 7)])
     bytes_before = arena.nbytes
@@ -126,6 +150,14 @@ def test_freed_rows_give_their_memory_back_and_take_nothing():
     keys, values = judge.segments(2)
     want = decode_segment(query[2, 2:, 0], keys[1], values[1], 0.25, None, None)
     torch.testing.assert_close(out[2, 0, 2:], want)
+    assert arena.drop(5)
+    check_integrity(arena)
+    shorter = arena.truncate([(9, 8), (7, 7), (6, 5)])
+    for some, expected in ((shorter, [(9, 8), (0, 0), (6, 5)]), (arena.select_rows([1, 2]), [(0, 0), (42, 42)])):
+        assert some.lengths == expected
+        check_integrity(some)
+        some.append(*(torch.randn(len(expected), 2, 1, size) for size in SIZES))
+        assert some.lengths[0 if some is not shorter else 1] == (0, 0)
     arena.free_rows([0, 1, 2])
     assert arena.nbytes == 0
     arena.append(torch.randn(3, 2, 1, 16), torch.randn(3, 2, 1, 8))

@@ -67,6 +67,27 @@ def test_a_captured_step_gives_the_tokens_of_eager_decoding(policy, lengths, cap
     assert torch.equal(plain.sequences, captured.sequences.cpu())
 
 
+@pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
+def test_an_answer_that_ends_early_leaves_the_cache_as_eager_decoding_does(lengths):
+    """Stop checks are read a token late: the token too many is taken back."""
+    model = build("llama", attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts(lengths, seed=3))
+    free, _ = answers(model, ids, mask, "eager")
+    ends = free.sequences[:, ids.shape[1] + 20].tolist()
+    outcome = []
+    for decode in ("eager", "graph"):
+        out, cache = answers(model, ids, mask, decode, eos_token_id=ends, pad_token_id=0)
+        held = [layer.ragged.lengths for layer in cache.pruned_layers]
+        for layer in cache.pruned_layers:
+            assert layer.ragged.table.tolist() == layer.ragged._lines()
+        more = torch.cat([out.sequences, torch.ones_like(ids[:, :5])], dim=1)
+        longer = torch.cat([mask, torch.ones_like(more[:, mask.shape[1] :])], dim=1)
+        again = model.generate(more, attention_mask=longer, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        outcome.append((out.sequences.tolist(), held, len(out.logits), again.tolist()))
+    assert outcome[0] == outcome[1]
+    assert len(outcome[0][0][0]) < ids.shape[1] + 60
+
+
 def test_one_capture_for_each_batch_size(captures):
     model = build("llama", attention="sdpa").cuda()
     with refreekv.compress(model, "streaming-llm", ratio=0.5) as kv:

@@ -292,6 +292,8 @@ class ReFreeKVLayer(DynamicLayer):
             self.kept_columns = [columns.below(length) for columns in self.kept_columns]
             self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
             self._pruned_length = length
+        elif isinstance(self.ragged, KVArena) and self.ragged.drop(self._length - length):
+            return
         rest, heads = length - self._pruned_length, self.ragged.kv_heads
         lengths = [[kept + rest for kept in columns.for_heads(heads)] for columns in self.kept_columns]
         self._store(self.ragged.truncate(lengths))

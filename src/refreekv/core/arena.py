@@ -6,7 +6,9 @@ table that kernels and CUDA graphs read. When the room is used up the layer move
 with room for about 2.5% more.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class KVArena(RaggedKV):
     Invariants: segment ``s`` has ``capacities[s]`` lines of the flat tensors, in order, and its entries
     are the first ``lengths[s]`` of them; the table says the same on the device. A row that was freed has
     no lines and takes nothing. Methods that change rows or lengths return a new arena, as those of
-    `RaggedKV` do; `append` and `free_rows` change this one.
+    `RaggedKV` do; `append`, `drop` and `free_rows` change this one.
 
     Attributes
     ----------
@@ -46,20 +48,37 @@ class KVArena(RaggedKV):
     def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
         super().__init__(keys, values, lengths)
         self._room = list(room)
-        self._left = min(room)
+        self._left = _least(room)
         self._appended = 0
-        self.table = _on_device(self._lines(), keys.device)
+        self._ready()
+
+    def _ready(self) -> None:
+        """Make what belongs to this process and device only."""
+        self.table = _on_device(self._lines(), self.keys.device)
+        self._lock = threading.RLock()
+        self._stream: torch.cuda.Stream | None = None
 
     # -- making one -------------------------------------------------------------------------
 
     @classmethod
     def like(
-        cls, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: int | None = None
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[tuple[int, ...]],
+        room: int | None = None,
+        freed: Sequence[bool] | None = None,
     ) -> "KVArena":
-        """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``."""
-        room = room_for(lengths) if room is None else room
-        storages = [_allocated(lengths, [room] * len(lengths), part) for part in (keys, values)]
-        return cls(storages[0], storages[1], lengths, [room] * len(lengths))
+        """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
+
+        Rows that are ``freed`` hold nothing, whatever their length.
+        """
+        freed = [False] * len(lengths) if freed is None else freed
+        lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
+        rest = room_for(lengths) if room is None else room
+        rooms = [-1 if gone else rest for gone in freed]
+        storages = [_allocated(lengths, rooms, part) for part in (keys, values)]
+        return cls(storages[0], storages[1], lengths, rooms)
 
     @classmethod
     def gathered(
@@ -74,7 +93,11 @@ class KVArena(RaggedKV):
 
         ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
         """
-        arena = cls.like(keys, values, lengths)
+        # As much room as what goes leaves, so that no prompt comes to hold more than all of its entries.
+        count = sum(map(len, lengths))
+        evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
+        room = min(room_for(lengths), max(LEAST_ROOM, evicted))
+        arena = cls.like(keys, values, lengths, room)
         where = _on_device([list(span) for span in spans], keys.device)
         kernels.gather(keys, values, arena.table, where, end=end, longest=max(map(max, lengths)))
         return arena
@@ -169,14 +192,16 @@ class KVArena(RaggedKV):
 
     def append(self, keys: Tensor, values: Tensor) -> "KVArena":
         """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place."""
-        self.reserve(keys.shape[2])
-        kernels.append(keys, values, self.table)
-        self.note_appended(keys.shape[2])
+        with self._table_in_turn():
+            self.reserve(keys.shape[2])
+            kernels.append(keys, values, self.table)
+            self.note_appended(keys.shape[2])
         return self
 
     def select_rows(self, indices: Sequence[int]) -> "KVArena":
         """A new arena of the rows ``indices``, in that order; rows may repeat."""
-        chosen = KVArena.like(self.keys, self.values, [self.lengths[row] for row in indices])
+        freed = [self.freed[row] for row in indices]
+        chosen = KVArena.like(self.keys, self.values, [self.lengths[row] for row in indices], freed=freed)
         heads = self.kv_heads
         lines = torch.tensor([row * heads + head for row in indices for head in range(heads)])
         chosen._take(self.table.index_select(0, lines.to(self.table.device)))
@@ -184,7 +209,7 @@ class KVArena(RaggedKV):
 
     def truncate(self, lengths: Sequence[Sequence[int]]) -> "KVArena":
         """A new arena that keeps the first ``lengths[b][h]`` entries of each segment."""
-        shorter = KVArena.like(self.keys, self.values, [tuple(row) for row in lengths])
+        shorter = KVArena.like(self.keys, self.values, [tuple(row) for row in lengths], freed=self.freed)
         shorter._take(self.table)
         return shorter
 
@@ -208,6 +233,18 @@ class KVArena(RaggedKV):
         self._appended += tokens
         self._left -= tokens
 
+    def drop(self, tokens: int) -> bool:
+        """Take the last entries of all segments back, in place; False if more room than is due would be left.
+
+        Every segment of a row that was not freed must hold as many.
+        """
+        if self._left + tokens > room_for(self.lengths) + LEAST_ROOM:
+            return False
+        with self._table_in_turn():
+            self.table[:, LENGTH] -= tokens * (self.table[:, CAPACITY] > 0)
+            self.note_appended(-tokens)
+        return True
+
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
         gone = {row for row in rows if not self.freed[row]}
@@ -219,19 +256,35 @@ class KVArena(RaggedKV):
 
     def lend_table(self, table: Tensor) -> None:
         """Move the table to memory that somebody else reads, such as a CUDA graph."""
-        table.copy_(self.table)
-        self.table = table
+        with self._table_in_turn():
+            table.copy_(self.table)
+            self.table = table
 
     def take_table_back(self) -> None:
         """Go on with a table of its own."""
-        with torch.inference_mode(False):
+        with self._table_in_turn(), torch.inference_mode(False):
             self.table = self.table.clone()
 
+    @contextmanager
+    def _table_in_turn(self) -> Iterator[None]:
+        """Within, nobody else changes the table: a thread that takes a captured step over gives it back unasked."""
+        with self._lock:
+            if self.keys.is_cuda:
+                stream = torch.cuda.current_stream(self.keys.device)
+                if self._stream is not None and self._stream != stream:
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+            yield
+
     def _reallocate(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
+        with self._table_in_turn():
+            self._move_to(lengths, room)
+
+    def _move_to(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
         self.keys, self.values = (_allocated(lengths, room, storage) for storage in old_storages)
         self._lengths, self._room, self._appended = list(lengths), list(room), 0
-        self._left = min((r for r in room if r >= 0), default=LEAST_ROOM)
+        self._left = _least(room)
         self.table.copy_(_on_device(self._lines(), self.table.device))
         self._take(old)
 
@@ -268,17 +321,21 @@ class KVArena(RaggedKV):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {name: value for name, value in self.__dict__.items() if name != "table"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("table", "_lock", "_stream")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.table = _on_device(self._lines(), self.keys.device)
+        self._ready()
 
 
 def room_for(lengths: Sequence[Sequence[int]]) -> int:
     """Entries that each segment of a layer gets room for, beyond those it holds."""
     count = sum(len(row) for row in lengths)
     return max(LEAST_ROOM, sum(map(sum, lengths)) // max(count, 1) // ROOM_SHARE)
+
+
+def _least(room: Sequence[int]) -> int:
+    return min((r for r in room if r >= 0), default=LEAST_ROOM)
 
 
 def _capacities(lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> list[tuple[int, ...]]:

@@ -16,6 +16,7 @@ from refreekv.cache import PrunedCache
 from refreekv.cache.naming import NAME, cache_given, name_among
 from refreekv.engines.copying import copy_scores
 from refreekv.engines.decoding import Decoder
+from refreekv.engines.deferral import deferred_stop_checks
 
 ATTRIBUTE = "_refreekv_attachment"
 _lock = threading.RLock()
@@ -230,7 +231,11 @@ class Attachment:
             if not isinstance(cache, PrunedCache):
                 return generate(*args, **kwargs)
             try:
-                with self.captured_steps(), cache.state.until(_prompt_end(given), generating=True):
+                with (
+                    self.captured_steps(),
+                    deferred_stop_checks(self._decoder.may_capture),
+                    cache.state.until(_prompt_end(given), generating=True),
+                ):
                     return generate(*args, **kwargs)
             finally:
                 self._observe(cache)

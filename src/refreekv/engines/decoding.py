@@ -180,6 +180,7 @@ class Step:
 
     def adopt(self, arenas: list[KVArena]) -> None:
         """Read and write these arenas from now on; their tables move here."""
+        self._take_turn()
         self.release()
         for arena, table in zip(arenas, self.tables, strict=True):
             arena.lend_table(table)
@@ -194,18 +195,21 @@ class Step:
                 arena.take_table_back()
         self._owners = []
 
+    def _take_turn(self) -> None:
+        """Wait for what another thread had the step do on a stream of its own; it may still be under way."""
+        if self.ids.is_cuda:
+            stream = torch.cuda.current_stream(self.ids.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
     def __call__(self, ids: Tensor, positions: Tensor, length: int) -> Any:
         """Logits for one token a row, ``[B, 1]`` each; what is returned is overwritten by the next call.
 
         ``length`` is the cache's logical length before the token. From one token to the next of the
         same cache positions grow by one: they are copied for the first one only.
         """
-        if ids.is_cuda:
-            # Another thread may have used the step on a stream of its own.
-            stream = torch.cuda.current_stream(ids.device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
+        self._take_turn()
         self.ids.copy_(ids)
         if length != self._next:
             self.positions.copy_(positions)
@@ -251,6 +255,16 @@ class Decoder:
             self._log(str(reason))
             return None
 
+    def may_capture(self, cache: PrunedCache) -> bool:
+        """Whether tokens that follow the cache's prompt are likely to come from a captured step."""
+        if cache.decode == "eager" or cache.state.decode_interval is not None:
+            return False
+        try:
+            arenas: list[KVArena] = [layer.ragged for layer in self._layers(cache)]  # type: ignore[misc]
+        except UncapturableError:
+            return False
+        return _key(arenas) not in self._refused
+
     def _step(self, forward: Callable[..., Any], cache: PrunedCache, kwargs: dict[str, Any], length: int) -> Any:
         ids: Tensor = kwargs["input_ids"]
         if cache.state.decode_interval is not None:
@@ -292,8 +306,7 @@ class Decoder:
         last = self._last
         if last is not None and last.batch == batch and last.owned_by(arenas):
             return last
-        segments = [batch * arena.kv_heads for arena in arenas]
-        key = (batch, tuple(segments), arenas[0].keys.dtype)
+        key = _key(arenas)
         if key in self._refused:
             raise UncapturableError(self._refused[key])
         step = self._steps.get(key)
@@ -306,7 +319,7 @@ class Decoder:
             step = self._last = None
         if step is None:
             try:
-                step = Step(self._model, forward, batch, segments)
+                step = Step(self._model, forward, batch, list(key[1]))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
@@ -339,3 +352,9 @@ class Decoder:
             step.release()
         self._steps.clear()
         self._last = None
+
+
+def _key(arenas: list[KVArena]) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """What a captured step depends on: rows, segments of each layer, type."""
+    batch = len(arenas[0].freed)
+    return batch, tuple(batch * arena.kv_heads for arena in arenas), arenas[0].keys.dtype
