@@ -236,6 +236,8 @@ def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
     happened = []
 
     class Stream:
+        device = torch.device("cpu")
+
         def __init__(self, name):
             self.name = name
 

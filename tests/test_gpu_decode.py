@@ -121,6 +121,30 @@ def test_what_cannot_be_captured_says_so_once_and_decodes(caplog):
     assert len([record for record in caplog.records if record.name == "refreekv"]) <= 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("policy", ["adaptive", "refreekv", "snapkv", "cake", "full"])
+@pytest.mark.parametrize("spread", [False, True], ids=["on the second", "on both"])
+def test_models_on_other_devices_than_the_first(policy, spread, captures, caplog):
+    from accelerate import dispatch_model
+
+    model = build("llama", attention="sdpa")
+    ids, mask = prompts(RAGGED, seed=3)
+    judge, _ = answers(model, ids, mask, "eager", policy, pad_token_id=0)
+    if spread:
+        where = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+        model = dispatch_model(model, {**where, **{f"model.layers.{layer}": layer // 2 for layer in range(4)}})
+        ids, mask = ids.to("cuda:0"), mask.to("cuda:0")
+    else:
+        model, ids, mask = model.to("cuda:1"), ids.to("cuda:1"), mask.to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    with caplog.at_level(logging.WARNING, logger="refreekv"):
+        out, cache = answers(model, ids, mask, "graph", policy, pad_token_id=0)
+    assert torch.equal(out.sequences.cpu(), judge.sequences)
+    assert [layer.ragged.keys.device.index for layer in cache.pruned_layers] == ([0, 0, 1, 1] if spread else [1] * 4)
+    assert ("spread over several devices" in caplog.text) == spread
+    assert len(captures) == (not spread)
+
+
 class SlowAndWaiting(torch.nn.Module):
     """An embedding that is slow to begin, and waits for the device once it is not watched for the first time."""
 

@@ -118,7 +118,8 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):
+                self._capture()
 
     def _run(self) -> Any:
         out = self._forward(
@@ -134,10 +135,14 @@ class Step:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
-        stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
         current = torch.cuda.current_stream(self.ids.device)
+        # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
+        if stream.device != self.ids.device:
+            # It is on the device of the process's first capture.
+            stream = torch.cuda.Stream(self.ids.device)
+            capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         stream.wait_stream(current)
         with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
             try:
@@ -261,6 +266,7 @@ class Decoder:
             return False
         try:
             arenas: list[KVArena] = [layer.ragged for layer in self._layers(cache)]  # type: ignore[misc]
+            self._check_model()
         except UncapturableError:
             return False
         return _key(arenas) not in self._refused

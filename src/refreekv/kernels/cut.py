@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels.guard import on_its_device
+
 CHUNK = 128
 HEADS = 16
 """Heads that are looked at together."""
@@ -99,6 +101,7 @@ def _cut_kernel(
     tl.store(loss_out + batch, tl.where(loss == loss, loss, 0.0))
 
 
+@on_its_device
 def launch_cut(rows: Tensor, sinks: int, threshold: float, includes_sinks: bool) -> tuple[Tensor, Tensor]:
     """`core.selection.uni_metric_cut_and_loss` of rows without padding, and a threshold above 0."""
     batch, heads, length = rows.shape

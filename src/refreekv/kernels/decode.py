@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.kernels import early, room
+from refreekv.kernels.guard import on_its_device
 from refreekv.kernels.probe import LOG2E, _capped
 
 BLOCK_N = 64
@@ -149,6 +150,7 @@ def _join_kernel(
     tl.store(out + line + dv, result.to(out.dtype.element_ty), dv < VALUE)
 
 
+@on_its_device
 def launch_ragged_decode(
     query: Tensor,
     table: Tensor,

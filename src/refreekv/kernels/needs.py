@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.neighbours import LEVELS
+from refreekv.kernels.guard import on_its_device
 
 BLOCK = 1024
 NEVER = tl.constexpr(-(2**30))
@@ -108,6 +109,7 @@ def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
     tl.store(out + row * 16 + which, tl.where(which == LOST, highest, total * share))
 
 
+@on_its_device
 def launch_needs(
     peak: Tensor,
     mass: Tensor,
@@ -183,6 +185,7 @@ def _order_kernel(keep, order, counts, length, BLOCK: tl.constexpr):
         tl.store(counts + line, earlier + tl.sum(here, 0))
 
 
+@on_its_device
 def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.kept_first`."""
     keep = keep.contiguous()

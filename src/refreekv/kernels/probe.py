@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels.guard import on_its_device
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -251,6 +253,7 @@ def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
     return (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3, 128)) if sums else (Tile(64, 64, 4, 3), Tile(64, 128, 4, 3))
 
 
+@on_its_device
 def launch_probe_reductions(
     query: Tensor,
     key: Tensor,

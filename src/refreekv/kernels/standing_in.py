@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refreekv.core.stand_ins import TINY, TOO_MUCH, StandIns
 from refreekv.kernels import room
+from refreekv.kernels.guard import on_its_device
 
 SPLIT = 512
 """Entries of a split: 8 heads of 8,192 entries are about a program a multiprocessor of an H100."""
@@ -259,6 +260,7 @@ def _block(count: int) -> int:
     return max(16, int(triton.next_power_of_2(count)))
 
 
+@on_its_device
 def launch_stand_ins(
     queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, count: int, tile: Tile | None = None
 ) -> StandIns:
@@ -336,6 +338,7 @@ def _put_kernel(
         tl.store(keep + pair * length + column, tl.full([], 1, tl.uint8))
 
 
+@on_its_device
 def launch_put(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     """`core.stand_ins.put`, and what is kept ``[B, H_kv, n]`` with the stand-ins."""
     keep = keep.clone(memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.kernels import early
+from refreekv.kernels.guard import on_its_device
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def _lines_first(entries: Tensor) -> Tensor:
     return entries if entries.stride(-1) == 1 else entries.contiguous()
 
 
+@on_its_device
 def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
     keys, values = _lines_first(keys), _lines_first(values)
@@ -105,6 +107,7 @@ def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     )  # fmt: skip
 
 
+@on_its_device
 def launch_gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
     """Fill segments from dense ``[B, H_kv, n, D]``; parameters as in `kernels.gather`."""
     keys, values = _lines_first(keys), _lines_first(values)
@@ -117,6 +120,7 @@ def launch_gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, en
     )  # fmt: skip
 
 
+@on_its_device
 def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
     """Copy the entries of each segment of one table to that of another; bytes are those of one entry."""
     lane = 2048

@@ -1,0 +1,29 @@
+"""Launches on the device that the tensors are on: Triton takes the current one, whatever it is given."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Make the device of the first tensor among the arguments the current one for the length of the call.
+
+    A model may be on another GPU than the first, or spread over several, and nobody else changes the
+    current device for it.
+    """
+
+    @functools.wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(part for part in args if isinstance(part, Tensor)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(*args, **kwargs)
+
+    return guarded
