@@ -148,6 +148,15 @@ def test_only_for_caches_that_decode_through_captured_steps(llama, deferring):
         assert not utils.DeferredStopCheck.is_supported(torch.device("cpu"), ours, True, is_assistant=True)
 
 
+def test_only_on_the_device_that_events_are_recorded_on(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cache = new_cache(llama)
+    with deferral.deferred_stop_checks(lambda cache: True):
+        for device, expected in (("cuda:0", False), ("cuda:1", True), ("cuda", True)):
+            supported = utils.DeferredStopCheck.is_supported(torch.device(device), cache, True, is_assistant=False)
+            assert supported == expected, device
+
+
 def test_a_model_that_refused_its_capture_does_without(deferring, monkeypatch):
     model = build("llama", attention="sdpa")
     ids, mask = prompts((40,), seed=1)

@@ -46,6 +46,11 @@ def deferred_stop_checks(wanted: Wanted) -> Iterator[None]:
         _wanted.reset(token)
 
 
+def _is_current(device: torch.device) -> bool:
+    """Whether an event that is recorded now is one of this device, as that of a deferred check has to be."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
 def _enter() -> None:
     global _users
     with _lock:
@@ -59,7 +64,7 @@ def _enter() -> None:
         def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
             ours = _wanted.get()
             if ours is not None and isinstance(cache, PrunedCache) and device.type in DEVICES:
-                return not kwargs.get("is_assistant") and ours(cache)
+                return _is_current(device) and not kwargs.get("is_assistant") and ours(cache)
             return bool(original(device, cache, *args, **kwargs))
 
         check.is_supported = staticmethod(is_supported)
