@@ -56,14 +56,15 @@ def ragged_attention(
     assert storage is not None
     batch, heads, queries, _ = query.shape
     if isinstance(storage, KVArena) and _kernel_can(layer, storage, query, mask, kwargs):
-        return ragged_decode(
-            query,
-            storage.table,
-            value_size=storage.values.shape[-1],
-            scaling=kwargs.get("scaling"),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
+        with storage.table_in_turn() as table:
+            return ragged_decode(
+                query,
+                table,
+                value_size=storage.values.shape[-1],
+                scaling=kwargs.get("scaling"),
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
     needs_causal_mask = queries > 1 and not flash
     if storage.uniform and mask is None:
         if needs_causal_mask:

@@ -192,9 +192,9 @@ class KVArena(RaggedKV):
 
     def append(self, keys: Tensor, values: Tensor) -> "KVArena":
         """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place."""
-        with self._table_in_turn():
+        with self.table_in_turn() as own:
             self.reserve(keys.shape[2])
-            kernels.append(keys, values, self.table)
+            kernels.append(keys, values, own)
             self.note_appended(keys.shape[2])
         return self
 
@@ -204,13 +204,15 @@ class KVArena(RaggedKV):
         chosen = KVArena.like(self.keys, self.values, [self.lengths[row] for row in indices], freed=freed)
         heads = self.kv_heads
         lines = torch.tensor([row * heads + head for row in indices for head in range(heads)])
-        chosen._take(self.table.index_select(0, lines.to(self.table.device)))
+        with self.table_in_turn() as own:
+            chosen._take(own.index_select(0, lines.to(own.device)))
         return chosen
 
     def truncate(self, lengths: Sequence[Sequence[int]]) -> "KVArena":
         """A new arena that keeps the first ``lengths[b][h]`` entries of each segment."""
         shorter = KVArena.like(self.keys, self.values, [tuple(row) for row in lengths], freed=self.freed)
-        shorter._take(self.table)
+        with self.table_in_turn() as own:
+            shorter._take(own)
         return shorter
 
     # -- growing and freeing, in place ---------------------------------------------------------
@@ -240,8 +242,8 @@ class KVArena(RaggedKV):
         """
         if self._left + tokens > room_for(self.lengths) + LEAST_ROOM:
             return False
-        with self._table_in_turn():
-            self.table[:, LENGTH] -= tokens * (self.table[:, CAPACITY] > 0)
+        with self.table_in_turn() as own:
+            own[:, LENGTH] -= tokens * (own[:, CAPACITY] > 0)
             self.note_appended(-tokens)
         return True
 
@@ -254,30 +256,33 @@ class KVArena(RaggedKV):
         lengths = [none if row in gone else kept for row, kept in enumerate(self.lengths)]
         self._reallocate(lengths, [-1 if row in gone else room for row, room in enumerate(self._room)])
 
-    def lend_table(self, table: Tensor) -> None:
-        """Move the table to memory that somebody else reads, such as a CUDA graph."""
-        with self._table_in_turn():
-            table.copy_(self.table)
-            self.table = table
-
-    def take_table_back(self) -> None:
-        """Go on with a table of its own."""
-        with self._table_in_turn(), torch.inference_mode(False):
-            self.table = self.table.clone()
-
     @contextmanager
-    def _table_in_turn(self) -> Iterator[None]:
-        """Within, nobody else changes the table: a thread that takes a captured step over gives it back unasked."""
+    def table_in_turn(self) -> Iterator[Tensor]:
+        """The table, which stays what it is within.
+
+        A thread that takes a captured step over gives the table back unasked, and puts its own there.
+        """
         with self._lock:
             if self.keys.is_cuda:
                 stream = torch.cuda.current_stream(self.keys.device)
                 if self._stream is not None and self._stream != stream:
                     stream.wait_stream(self._stream)
                 self._stream = stream
-            yield
+            yield self.table
+
+    def lend_table(self, table: Tensor) -> None:
+        """Move the table to memory that somebody else reads, such as a CUDA graph."""
+        with self.table_in_turn() as own:
+            table.copy_(own)
+            self.table = table
+
+    def take_table_back(self) -> None:
+        """Go on with a table of its own."""
+        with self.table_in_turn() as own, torch.inference_mode(False):
+            self.table = own.clone()
 
     def _reallocate(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
-        with self._table_in_turn():
+        with self.table_in_turn():
             self._move_to(lengths, room)
 
     def _move_to(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:

@@ -201,7 +201,8 @@ def _linears_of(*names: str) -> Maker:
         parts = [getattr(module, name) for name in names] or [module]
         if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
             raise AttributeError("projections of different kinds")
-        known: dict[str, Any] = {"input": None}
+        # The last input and its results, always replaced together: threads may share the module.
+        known: list[tuple[Any, Any]] = [(None, None)]
 
         def forward_of(index: int) -> Forward:
             part = parts[index]
@@ -209,11 +210,12 @@ def _linears_of(*names: str) -> Maker:
             def forward(x: Tensor) -> Tensor:
                 if not _few_rows(x):
                     return nn.functional.linear(x, part.weight, part.bias)
-                if known["input"] is not x or index == 0:
+                asked, outputs = known[0]
+                if asked is not x or index == 0:
                     weights, biases = [p.weight for p in parts], [p.bias for p in parts]
-                    known["outputs"] = kernels.linears(x.contiguous(), weights, biases)
-                    known["input"] = x
-                out: Tensor = known["outputs"][index]
+                    outputs = kernels.linears(x.contiguous(), weights, biases)
+                    known[0] = x, outputs
+                out: Tensor = outputs[index]
                 return out
 
             return forward
