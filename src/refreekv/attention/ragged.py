@@ -60,10 +60,11 @@ def ragged_attention(
             return ragged_decode(
                 query,
                 table,
-                value_size=storage.values.shape[-1],
+                value_size=storage.sizes[1],
                 scaling=kwargs.get("scaling"),
                 softcap=kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
+                groups=storage.groups,
             )
     needs_causal_mask = queries > 1 and not flash
     if storage.uniform and mask is None:
@@ -93,7 +94,7 @@ def _kernel_can(
     return (
         query.shape[2] == 1
         and (mask is None or layer.state.decodes(layer.get_seq_length() - 1))
-        and query.dtype == storage.keys.dtype == storage.values.dtype
+        and query.dtype == storage.dtype
         and kwargs.get("sliding_window") is None
         and not kwargs.get("dropout")
     )

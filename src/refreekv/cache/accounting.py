@@ -33,7 +33,9 @@ def entry_bytes(layer: ReFreeKVLayer) -> int:
     """K/V bytes of one token of one row, over all KV heads, in the precision of the model."""
     if layer.get_seq_length() == 0:
         return 0
-    keys, values = layer.dense if layer.ragged is None else (layer.ragged.keys, layer.ragged.values)
+    if layer.ragged is not None:
+        return layer.kv_heads * sum(layer.ragged.sizes) * layer.ragged.dtype.itemsize
+    keys, values = layer.dense
     return layer.kv_heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
 
 

@@ -9,18 +9,23 @@ from refreekv.cache.columns import Columns, pieces
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.quantised import QuantisedKV
 from refreekv.core.arena import KVArena, Span
+from refreekv.core.coded_arena import CodedArena
+from refreekv.core.coded_lines import fits
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.ragged import RaggedKV
 
 Dense = tuple[Tensor, Tensor]
 
 
-def takes_arena(state: PromptState, keys: Tensor, values: Tensor) -> bool:
+def takes_arena(state: PromptState, keys: Tensor, values: Tensor, kv_dtype: KVDtype | None) -> bool:
     """Whether keys and values like these belong in a `KVArena`: on CUDA, unless the state says otherwise.
 
-    The kernels move 16 bytes at a time, so that an entry must be a multiple of that.
+    The kernels move 16 bytes at a time, so that an entry must be a multiple of that. Of the number
+    formats one has an arena: int8 of which no entries stay as they are.
     """
     wanted = keys.is_cuda and kernels.available() if state.arena is None else state.arena
+    if kv_dtype is not None:
+        return wanted and all(fits(kv_dtype, part.shape[-1]) for part in (keys, values))
     return wanted and all(part.shape[-1] * part.element_size() % 16 == 0 for part in (keys, values))
 
 
@@ -52,25 +57,34 @@ def compacted(
     """
     if isinstance(source, QuantisedKV):
         return source.keep(kept, behind)
-    like = source if isinstance(source, tuple) else (source.keys, source.values)
-    in_arena = kv_dtype is None and takes_arena(state, *like)
-    if in_arena and isinstance(source, tuple):
-        return _gathered(*source, columns, behind)
-    rows = list(zip(*source, strict=True)) if isinstance(source, tuple) else source.rows()
+    if isinstance(source, tuple):
+        if takes_arena(state, *source, kv_dtype):
+            return _gathered(*source, columns, behind, kv_dtype)
+        rows = list(zip(*source, strict=True))
+    else:
+        rows = (source.lines if isinstance(source, CodedArena) else source).rows()
     keys, values = [], []
     for row, (key, value) in zip(kept, rows, strict=True):
         stored = key.shape[1] - behind
         keys.append([*pieces(key, row), key[:, stored:]])
         values.append([*pieces(value, row), value[:, stored:]])
-    storage = (KVArena if in_arena else RaggedKV).from_pieces(keys, values)
-    return storage if kv_dtype is None else QuantisedKV.of(kv_dtype, storage)
+    storage = RaggedKV.from_pieces(keys, values)
+    if isinstance(source, CodedArena):
+        return source.of_lines(storage)
+    if kv_dtype is not None:
+        return QuantisedKV.of(kv_dtype, storage)
+    return KVArena.of(storage) if takes_arena(state, storage.keys, storage.values, None) else storage
 
 
-def _gathered(keys: Tensor, values: Tensor, columns: Sequence[Columns], behind: int) -> KVArena:
+def _gathered(
+    keys: Tensor, values: Tensor, columns: Sequence[Columns], behind: int, kv_dtype: KVDtype | None
+) -> KVArena:
     """One kernel for the whole layer, from where the prompt's entries are to where they stay."""
     heads, length = keys.shape[1:3]
     lengths = [tuple(count + behind for count in row.for_heads(heads)) for row in columns]
     spans = [span for row in columns for span in _spans(row, heads, length - behind)]
+    if kv_dtype is not None:
+        return CodedArena.gathered(keys, values, lengths, spans, length - behind, number=kv_dtype)
     return KVArena.gathered(keys, values, lengths, spans, length - behind)
 
 

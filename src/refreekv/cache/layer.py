@@ -46,7 +46,7 @@ class ReFreeKVLayer(DynamicLayer):
         Index among the layers that may be pruned.
     ragged : RaggedKV or None
         The storage once something was evicted; ``keys`` and ``values`` are then its flat
-        tensors ``[entries, D]``.
+        tensors.
     kv_dtype : KVDtype or None
         How what is kept is stored; None: in the precision it came in.
     records : list of RowRecord
@@ -115,7 +115,7 @@ class ReFreeKVLayer(DynamicLayer):
         if self._length == 0:
             return
         if self.ragged is not None:
-            stored = (len(self.ragged.lengths), self.ragged.kv_heads, self.ragged.keys.shape[-1])
+            stored = (len(self.ragged.lengths), self.ragged.kv_heads, self.ragged.sizes[0])
         else:
             held = self.dense[0]
             stored = (held.shape[0], held.shape[1], held.shape[3])
@@ -226,7 +226,7 @@ class ReFreeKVLayer(DynamicLayer):
         self._unsettled = False
         chosen = [row for decision in decisions for row in decision.rows()]
         self.records = after_pruning(self.records, chosen)
-        if self.kv_dtype is None and self._in_place(chosen, behind):
+        if self._in_place(chosen, behind):
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
         columns = [
@@ -244,7 +244,7 @@ class ReFreeKVLayer(DynamicLayer):
             # Padding has to go, too: what decodes from an arena looks at no mask.
             stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
             return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
-        if self.ragged is None and takes_arena(self.state, *self.dense):
+        if self.kv_dtype is not None or (self.ragged is None and takes_arena(self.state, *self.dense, None)):
             return False
         return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
 

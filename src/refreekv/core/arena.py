@@ -9,7 +9,7 @@ with room for about 2.5% more.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,11 @@ class KVArena(RaggedKV):
     table : Tensor
         ``[segments, 4]`` int64 on the device of the keys; see `kernels.table`. Always the same tensor,
         until `lend_table` puts another in its place.
+    groups : (int, int) or None
+        What the kernels that write and read entries are told of their format; see `kernels.append`.
     """
+
+    groups: tuple[int, int] | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
         super().__init__(keys, values, lengths)
@@ -68,17 +72,19 @@ class KVArena(RaggedKV):
         lengths: Sequence[tuple[int, ...]],
         room: int | None = None,
         freed: Sequence[bool] | None = None,
-    ) -> "KVArena":
+        **kind: Any,
+    ) -> Self:
         """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
 
-        Rows that are ``freed`` hold nothing, whatever their length.
+        Rows that are ``freed`` hold nothing, whatever their length. ``kind`` is what else an arena of this
+        class is made of.
         """
         freed = [False] * len(lengths) if freed is None else freed
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         rest = room_for(lengths) if room is None else room
         rooms = [-1 if gone else rest for gone in freed]
         storages = [_allocated(lengths, rooms, part) for part in (keys, values)]
-        return cls(storages[0], storages[1], lengths, rooms)
+        return cls(storages[0], storages[1], lengths, rooms, **kind)
 
     @classmethod
     def gathered(
@@ -88,7 +94,8 @@ class KVArena(RaggedKV):
         lengths: Sequence[tuple[int, ...]],
         spans: Sequence[Span],
         end: int,
-    ) -> "KVArena":
+        **kind: Any,
+    ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, copied once, straight to where they belong.
 
         ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
@@ -97,23 +104,27 @@ class KVArena(RaggedKV):
         count = sum(map(len, lengths))
         evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
         room = min(room_for(lengths), max(LEAST_ROOM, evicted))
-        arena = cls.like(keys, values, lengths, room)
-        where = _on_device([list(span) for span in spans], keys.device)
-        kernels.gather(keys, values, arena.table, where, end=end, longest=max(map(max, lengths)))
+        arena = cls.for_entries(keys, values, lengths, room, **kind)
+        where, longest = _on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
+        kernels.gather(keys, values, arena.table, where, end=end, longest=longest, groups=arena.groups)
         return arena
 
     @classmethod
-    def from_pieces(cls, keys: Sequence[Sequence[Piece]], values: Sequence[Sequence[Piece]]) -> "KVArena":
+    def for_entries(
+        cls, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: int, **kind: Any
+    ) -> Self:
+        """An arena that takes entries like ``keys`` and ``values`` ``[..., D]``."""
+        return cls.like(keys, values, lengths, room, **kind)
+
+    @classmethod
+    def from_pieces(cls, keys: Sequence[Sequence[Piece]], values: Sequence[Sequence[Piece]]) -> Self:
         """Copy rows, each given as parts in order, into new storage."""
         return cls.of(RaggedKV.from_pieces(keys, values))
 
     @classmethod
-    def of(cls, exact: RaggedKV) -> "KVArena":
+    def of(cls, exact: RaggedKV) -> Self:
         """A copy of what an exact storage holds."""
-        arena = cls.like(exact.keys, exact.values, exact.lengths)
-        source = KVArena(exact.keys, exact.values, exact.lengths, [0] * len(exact.lengths))
-        arena._take(source.table)
-        return arena
+        return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)
 
     # -- the interface of RaggedKV ----------------------------------------------------------
 
@@ -190,30 +201,39 @@ class KVArena(RaggedKV):
         ]
         return parts[0], parts[1]
 
-    def append(self, keys: Tensor, values: Tensor) -> "KVArena":
+    def append(self, keys: Tensor, values: Tensor) -> Self:
         """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place."""
         with self.table_in_turn() as own:
             self.reserve(keys.shape[2])
-            kernels.append(keys, values, own)
+            kernels.append(keys, values, own, groups=self.groups)
             self.note_appended(keys.shape[2])
         return self
 
-    def select_rows(self, indices: Sequence[int]) -> "KVArena":
+    def select_rows(self, indices: Sequence[int]) -> Self:
         """A new arena of the rows ``indices``, in that order; rows may repeat."""
         freed = [self.freed[row] for row in indices]
-        chosen = KVArena.like(self.keys, self.values, [self.lengths[row] for row in indices], freed=freed)
+        chosen = self._alike([self.lengths[row] for row in indices], freed)
         heads = self.kv_heads
         lines = torch.tensor([row * heads + head for row in indices for head in range(heads)])
         with self.table_in_turn() as own:
             chosen._take(own.index_select(0, lines.to(own.device)))
         return chosen
 
-    def truncate(self, lengths: Sequence[Sequence[int]]) -> "KVArena":
+    def truncate(self, lengths: Sequence[Sequence[int]]) -> Self:
         """A new arena that keeps the first ``lengths[b][h]`` entries of each segment."""
-        shorter = KVArena.like(self.keys, self.values, [tuple(row) for row in lengths], freed=self.freed)
+        shorter = self._alike([tuple(row) for row in lengths], self.freed)
         with self.table_in_turn() as own:
             shorter._take(own)
         return shorter
+
+    def _alike(self, lengths: Sequence[tuple[int, ...]], freed: Sequence[bool]) -> Self:
+        """Another arena that stores entries as this one does."""
+        return self.like(self.keys, self.values, lengths, freed=freed)
+
+    def _copied(self, exact: RaggedKV) -> Self:
+        """The same, after it took what an exact storage holds."""
+        self._take(KVArena(exact.keys, exact.values, exact.lengths, [0] * len(exact.lengths)).table)
+        return self
 
     # -- growing and freeing, in place ---------------------------------------------------------
 

@@ -21,6 +21,9 @@ from torch import Tensor
 Kind = Literal["fp8", "int8", "int4"]
 _LEVELS = {"int8": 255, "int4": 15}
 _FP8 = torch.float8_e4m3fn
+# The newest entries that stay as they are. Of int8 none: it loses too little, and storage that encodes entries
+# as they come is decoded in place.
+_RECENT = {"fp8": 64, "int8": 0, "int4": 64}
 # Elements that share a scale, at most. Four bits are too few for a whole entry.
 _GROUP = {"int8": 64, "int4": 32}
 
@@ -35,7 +38,8 @@ class KVDtype:
         ``"fp8"`` (e4m3, one scale for an entry), ``"int8"`` or ``"int4"`` (a scale and a
         lowest value for each group of an entry's elements).
     recent : int
-        The newest entries of each KV head that stay in the model's own precision, at least.
+        The newest entries of each KV head that stay in the model's own precision, at least. Left out:
+        none for int8, 64 for fp8 and int4.
     group : int or None
         Elements that share a scale, at most; the largest divisor of the head size is taken.
         None: 64 for int8, 32 for int4; fp8 has no groups.
@@ -47,12 +51,14 @@ class KVDtype:
     """
 
     kind: Kind
-    recent: int = 64
+    recent: int = None  # type: ignore[assignment]  # until __post_init__, which knows the kind
     group: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kv_dtype must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.recent is None:
+            object.__setattr__(self, "recent", _RECENT[self.kind])
         for name, least in (("recent", 0), ("group", 1)):
             value = getattr(self, name)
             if value is None and name == "group":
@@ -88,10 +94,11 @@ class KVDtype:
         return cls(kind.strip(), **parameters)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
+        usual = KVDtype(self.kind)
         changed = [
             f"{field.name}={getattr(self, field.name)}"
             for field in fields(self)[1:]
-            if getattr(self, field.name) != field.default
+            if getattr(self, field.name) != getattr(usual, field.name)
         ]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 

@@ -46,6 +46,16 @@ class RaggedKV:
         return len(self.lengths[0])
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the entries that come in and go out."""
+        return self.keys.dtype
+
+    @property
     def uniform(self) -> bool:
         """Whether all segments have one length, so that `stacked` is a view."""
         return len({length for row in self.lengths for length in row}) <= 1

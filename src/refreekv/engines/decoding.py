@@ -11,8 +11,8 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ logger = logging.getLogger("refreekv")
 
 DecodeMode = Literal["graph", "eager"]
 MODES = ("graph", "eager")
+Groups = tuple[int, int] | None
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 _KNOWN |= NAMES
@@ -50,13 +51,13 @@ def check_mode(mode: str) -> None:
 class TableLayer(DynamicLayer):
     """What stands for a cache layer during a capture: it knows a table and nothing else."""
 
-    def __init__(self, table: Tensor):
+    def __init__(self, table: Tensor, groups: Groups):
         super().__init__()
-        self.table = table
+        self.table, self.groups = table, groups
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries to wherever the table says."""
-        kernels.append(key_states, value_states, self.table)
+        kernels.append(key_states, value_states, self.table, groups=self.groups)
         setattr(key_states, TAG, self)
         return key_states, value_states
 
@@ -73,7 +74,13 @@ class TableLayer(DynamicLayer):
     ) -> Tensor:
         """Attend to wherever the table says."""
         return kernels.ragged_decode(
-            query, self.table, value_size=value.shape[-1], scaling=scaling, softcap=softcap, sinks=s_aux
+            query,
+            self.table,
+            value_size=value.shape[-1],
+            scaling=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            groups=self.groups,
         )
 
     def get_seq_length(self) -> int:
@@ -88,27 +95,36 @@ class TableLayer(DynamicLayer):
 class TableCache(Cache):
     """The cache that the captured forward sees."""
 
-    def __init__(self, tables: list[Tensor]):
-        super().__init__(layers=[TableLayer(table) for table in tables])
+    def __init__(self, tables: list[Tensor], groups: Sequence[Groups]):
+        super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, groups, strict=True)])
 
 
 class Step:
-    """The forward of one token a row at one batch size, with inputs and outputs in fixed places.
+    """The forward of one token a row at one batch size and storage, with inputs and outputs in fixed places.
 
     Attributes
     ----------
     tables : list of Tensor
         ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
+    groups : sequence of (int, int) or None
+        The format of each layer's entries; see `kernels.append`.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], batch: int, segments: list[int]):
-        self.model, self.batch, self._forward = model, batch, forward
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        batch: int,
+        segments: Sequence[int],
+        groups: Sequence[Groups],
+    ):
+        self.model, self.batch, self.groups, self._forward = model, batch, groups, forward
         device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
             # Zero: no entries and no room, so that running it touches no memory.
-            self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(segments))
+            self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(list(segments)))
         self.weights = fingerprint.of_addresses(model)
         # Weak: a graph must not keep a finished answer's keys and values alive.
         self._owners: list[weakref.ref[KVArena]] = []
@@ -125,7 +141,7 @@ class Step:
         out = self._forward(
             input_ids=self.ids,
             position_ids=self.positions,
-            **cache_argument(self._forward, TableCache(self.tables)),
+            **cache_argument(self._forward, TableCache(self.tables, self.groups)),
             use_cache=True,
             return_dict=True,
         )
@@ -325,7 +341,7 @@ class Decoder:
             step = self._last = None
         if step is None:
             try:
-                step = Step(self._model, forward, batch, list(key[1]))
+                step = Step(self._model, forward, batch, key.segments, key.groups)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
@@ -360,7 +376,16 @@ class Decoder:
         self._last = None
 
 
-def _key(arenas: list[KVArena]) -> tuple[int, tuple[int, ...], torch.dtype]:
-    """What a captured step depends on: rows, segments of each layer, type."""
+class _Key(NamedTuple):
+    """What a captured step depends on: rows, segments and format of each layer, type."""
+
+    batch: int
+    segments: tuple[int, ...]
+    groups: tuple[Groups, ...]
+    dtype: torch.dtype
+
+
+def _key(arenas: list[KVArena]) -> _Key:
     batch = len(arenas[0].freed)
-    return batch, tuple(batch * arena.kv_heads for arena in arenas), arenas[0].keys.dtype
+    segments, groups = zip(*((batch * arena.kv_heads, arena.groups) for arena in arenas), strict=True)
+    return _Key(batch, segments, groups, arenas[0].dtype)

@@ -144,7 +144,7 @@ def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) 
     return keep.scatter(-1, chosen.columns, keep.gather(-1, chosen.columns) | chosen.real)
 
 
-def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def append(keys: Tensor, values: Tensor, table: Tensor, *, groups: tuple[int, int] | None = None) -> None:
     """Put new entries behind each segment's last one, in place.
 
     Parameters
@@ -153,11 +153,24 @@ def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
         ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``; of a ring, ``q`` must not exceed the capacity.
     table : Tensor
         See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
+    groups : (int, int), optional
+        Where the segments' entries are int8, in the lines of `core.coded_lines`: elements of a key, and
+        of a value, that share a scale. The table then has the addresses of lines. None: entries are
+        stored as they come.
     """
-    (ops.append_on_cuda if _at_once(keys) else ops.append)(keys, values, table)
+    (ops.append_on_cuda if _at_once(keys) else ops.append)(keys, values, table, groups)
 
 
-def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: int, longest: int) -> None:
+def gather(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    spans: Tensor,
+    *,
+    end: int,
+    longest: int,
+    groups: tuple[int, int] | None = None,
+) -> None:
     """Fill segments with chosen entries of dense keys and values; the table says how many.
 
     Parameters
@@ -174,8 +187,10 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, *, end: i
         See ``spans``.
     longest : int
         Entries of the longest segment.
+    groups : (int, int), optional
+        As in `append`.
     """
-    (ops.gather_on_cuda if _at_once(keys) else ops.gather)(keys, values, table, spans, end, longest)
+    (ops.gather_on_cuda if _at_once(keys) else ops.gather)(keys, values, table, spans, end, longest, groups)
 
 
 def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, longest: int) -> None:
@@ -202,6 +217,7 @@ def ragged_decode(
     window: int = 0,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    groups: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention of one query a row over segments of any lengths.
 
@@ -210,8 +226,8 @@ def ragged_decode(
     query : Tensor
         ``[B, H, 1, D]``; the heads of a group, ``H / H_kv`` of them, share a segment.
     table : Tensor
-        See `kernels.table`; ``B * H_kv`` segments of the type of ``query``. A segment without
-        entries gives zeros.
+        See `kernels.table`; ``B * H_kv`` segments, their entries of the type of ``query`` or made of
+        such. A segment without entries gives zeros.
     value_size : int
         Head size ``Dv`` of the values.
     scaling : float, optional
@@ -220,6 +236,8 @@ def ragged_decode(
         Only this many last entries are seen; 0 means all.
     softcap, sinks
         As ``softcap`` and ``sink_logits`` in `core.probes.attention_rows`.
+    groups
+        As in `append`.
 
     Returns
     -------
@@ -227,5 +245,5 @@ def ragged_decode(
         ``[B, 1, H, Dv]``, as attention functions return it.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = ops.ragged_decode(query, table, value_size, scaling, window, softcap, sinks)
+    out: Tensor = ops.ragged_decode(query, table, value_size, scaling, window, softcap, sinks, groups)
     return out

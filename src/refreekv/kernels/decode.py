@@ -11,6 +11,7 @@ capacity.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -36,6 +37,33 @@ def _held(table, segment, segments, window):
 
 
 @triton.jit
+def _share(table, segments, window, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of all segments what a query sees, their blocks, where these end in the list; and this program's part of it."""
+    held = _held(table, tl.arange(0, BLOCK_S), segments, window)
+    blocks = (held + BLOCK - 1) // BLOCK
+    ends = tl.cumsum(blocks, 0)
+    work = tl.sum(blocks, 0)
+    # No share is empty, so that every slot between a segment's first and last one is written. In 64
+    # bits: blocks times programs may pass 2 ** 31 on long batches.
+    shares = tl.maximum(tl.minimum(tl.num_programs(0), work), 1).to(tl.int64)
+    start = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
+    return held, blocks, ends, start, stop
+
+
+@triton.jit
+def _at(block, table, held, blocks, ends, BLOCK_S: tl.constexpr):
+    """The segment that a block is of: its number, first and last block, entries seen and entries before these."""
+    segment = tl.sum((ends <= block).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_S) == segment
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    first = end - tl.sum(tl.where(mine, blocks, 0), 0)
+    visible = tl.sum(tl.where(mine, held, 0), 0)
+    stored = tl.minimum(tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)).to(tl.int32)
+    return segment, first, end, visible, stored - visible
+
+
+@triton.jit
 def _decode_kernel(
     query, table, out, denominators,
     segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
@@ -43,33 +71,17 @@ def _decode_kernel(
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     early.in_turn(EARLY)
-    program = tl.program_id(0)
-    all_segments = tl.arange(0, BLOCK_S)
-    held = _held(table, all_segments, segments, window)
-    blocks = (held + BLOCK - 1) // BLOCK
-    ends = tl.cumsum(blocks, 0)
-    work = tl.sum(blocks, 0)
-    # No share is empty, so that every slot between a segment's first and last one is written. In 64
-    # bits: blocks times programs may pass 2 ** 31 on long batches.
-    shares = tl.maximum(tl.minimum(tl.num_programs(0), work), 1).to(tl.int64)
-    block = (tl.minimum(program, shares) * work // shares).to(tl.int32)
-    stop = (tl.minimum(program + 1, shares) * work // shares).to(tl.int32)
+    held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     pointer = tl.pointer_type(query.dtype.element_ty)
     while block < stop:
-        segment = tl.sum((ends <= block).to(tl.int32), 0)
-        mine = all_segments == segment
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-        first = end - tl.sum(tl.where(mine, blocks, 0), 0)
-        visible = tl.sum(tl.where(mine, held, 0), 0)
+        segment, first, end, visible, skipped = _at(block, table, held, blocks, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
         # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
         keys = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
         values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
-        stored = tl.minimum(tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)).to(tl.int32)
-        skipped = stored - visible
         row = (segment // kv_heads).to(tl.int64)
         heads = (segment % kv_heads) * group + head
         q = tl.load(
@@ -93,7 +105,7 @@ def _decode_kernel(
             total = total * shrink + tl.sum(p, 1)
             result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             highest = higher
-        slot = (program + segment) * group + head
+        slot = (tl.program_id(0) + segment) * group + head
         tl.store(denominators + slot, highest + tl.log2(total), head < group)
         tl.store(
             out + slot[:, None] * VALUE + dv[None, :],
@@ -169,7 +181,39 @@ def launch_ragged_decode(
     ``programs`` is how many programs share the keys; None: as many as the device runs at once.
     ``block``, ``warps`` and ``stages`` (of software pipelining) are there to be measured.
     """
-    batch, heads, _, head_size = query.shape
+    head_size = query.shape[-1]
+    if stages is None:
+        stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
+    block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (head_size, value_size))
+    if block is None:
+        most = room.for_tiles(query.device)
+        block = _block_for(block_d, block_v, rows_of(query, table), query.element_size(), stages, most)
+    return launch_parts(
+        _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
+        HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def rows_of(query: Tensor, table: Tensor) -> int:
+    """Rows of a tile that holds the query heads of a KV head."""
+    return int(max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0])))
+
+
+def launch_parts(
+    kernel: Any,
+    query: Tensor,
+    table: Tensor,
+    value_size: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    programs: int | None,
+    block: int,
+    **options: Any,
+) -> Tensor:
+    """Run a kernel that leaves each program's part of the results, with the options that are its own; and join them."""
+    batch, heads = query.shape[:2]
     segments = table.shape[0]
     kv_heads = segments // batch
     group = heads // kv_heads
@@ -182,26 +226,19 @@ def launch_ragged_decode(
     denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, 1, heads, value_size, dtype=query.dtype, device=query.device)
     block_s = triton.next_power_of_2(max(segments, 2))
-    block_v = max(16, triton.next_power_of_2(value_size))
     # Parts of a segment, if all are equally long: one round of loads, where rounds would wait for each other.
     parts = min(64, max(16, triton.next_power_of_2(triton.cdiv(programs, segments) + 2)))
     window = max(window, 0)
-    if stages is None:
-        stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
-    block_d, block_g = max(16, triton.next_power_of_2(head_size)), max(16, triton.next_power_of_2(group))
-    if block is None:
-        block = _block_for(block_d, block_v, block_g, query.element_size(), stages, room.for_tiles(query.device))
-    _decode_kernel[(programs,)](
+    kernel[(programs,)](
         query, table, partial, denominators, segments, kv_heads, group, window, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        HEAD=head_size, VALUE=value_size, BLOCK_D=block_d, BLOCK_V=block_v,
-        BLOCK_G=block_g, BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
-        num_warps=warps, num_stages=stages, **early.options(batch, query),
+        VALUE=value_size, BLOCK_G=rows_of(query, table), BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
+        **options, **early.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
         partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
-        programs, VALUE=value_size, BLOCK_V=block_v, BLOCK=block, BLOCK_S=block_s, BLOCK_P=parts,
-        HAS_SINKS=sinks is not None, num_warps=4, **early.options(batch, query),
+        programs, VALUE=value_size, BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK=block, BLOCK_S=block_s,
+        BLOCK_P=parts, HAS_SINKS=sinks is not None, num_warps=4, **early.options(batch, query),
     )  # fmt: skip
     return out
 

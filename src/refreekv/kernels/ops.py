@@ -5,6 +5,7 @@ and mutations they stay whole inside torch.compile and CUDA graphs. Triton is im
 first CUDA tensor arrives.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,28 +63,54 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("refreekv::append", mutates_args=("table",))
-def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
     """`kernels.append`. The memory behind the table changes as well: who reads it, reads the table."""
-    reference.append(keys, values, table)
+    reference.append(keys, values, table, groups)
 
 
 @append.register_kernel("cuda")
-def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
     """`append` in Triton, without the operator around it."""
+    if groups is not None:
+        from refreekv.kernels.coded_storage import launch_coded_append
+
+        launch_coded_append(keys, values, table, groups)
+        return
     from refreekv.kernels.storage import launch_append
 
     launch_append(keys, values, table)
 
 
 @torch.library.custom_op("refreekv::gather", mutates_args=("table",))
-def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+def gather(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    spans: Tensor,
+    end: int,
+    longest: int,
+    groups: Sequence[int] | None = None,
+) -> None:
     """`kernels.gather`."""
-    reference.gather(keys, values, table, spans, end)
+    reference.gather(keys, values, table, spans, end, groups)
 
 
 @gather.register_kernel("cuda")
-def gather_on_cuda(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+def gather_on_cuda(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    spans: Tensor,
+    end: int,
+    longest: int,
+    groups: Sequence[int] | None = None,
+) -> None:
     """`gather` in Triton, without the operator around it."""
+    if groups is not None:
+        from refreekv.kernels.coded_storage import launch_coded_gather
+
+        launch_coded_gather(keys, values, table, spans, end, longest, groups)
+        return
     from refreekv.kernels.storage import launch_gather
 
     launch_gather(keys, values, table, spans, end, longest)
@@ -112,16 +139,31 @@ def ragged_decode(
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
-    return reference.ragged_decode(query, table, value_size, scaling, window, softcap, sinks)
+    return reference.ragged_decode(query, table, value_size, scaling, window, softcap, sinks, groups)
 
 
 @ragged_decode.register_kernel("cuda")
-def _(query: Tensor, table: Tensor, value_size: int, *rest: Any) -> Tensor:
+def _(
+    query: Tensor,
+    table: Tensor,
+    value_size: int,
+    scaling: float,
+    window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    groups: Sequence[int] | None = None,
+) -> Tensor:
+    arguments = (query, table, value_size, scaling, window, softcap, sinks)
+    if groups is not None:
+        from refreekv.kernels.coded_decode import launch_coded_decode
+
+        return launch_coded_decode(*arguments, groups)
     from refreekv.kernels.decode import launch_ragged_decode
 
-    return launch_ragged_decode(query, table, value_size, *rest)
+    return launch_ragged_decode(*arguments)
 
 
 @ragged_decode.register_fake

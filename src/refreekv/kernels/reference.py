@@ -1,8 +1,11 @@
 """What the kernels over segments compute, in plain torch and in host memory, a segment at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from refreekv.core.coded_lines import from_lines, half_of, line_bytes, to_lines
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE, entries
 
 
@@ -15,8 +18,9 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
-def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
     """`kernels.append`."""
+    keys, values = _stored(keys, values, groups)
     kv_heads, tokens = keys.shape[1:3]
     for segment, (_, _, length, capacity) in enumerate(table.tolist()):
         if capacity == 0:
@@ -29,8 +33,11 @@ def append(keys: Tensor, values: Tensor, table: Tensor) -> None:
         table[segment, LENGTH] += tokens
 
 
-def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int) -> None:
+def gather(
+    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, groups: Sequence[int] | None = None
+) -> None:
     """`kernels.gather`."""
+    keys, values = _stored(keys, values, groups)
     kv_heads = keys.shape[1]
     for segment, ((_, _, length, _), (index, first, skip)) in enumerate(
         zip(table.tolist(), spans.tolist(), strict=True)
@@ -45,6 +52,16 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int)
         stored_keys, stored_values = entries(table, segment, (keys.shape[-1], values.shape[-1]), keys.dtype)
         stored_keys[:length] = keys[row, head][position]
         stored_values[:length] = values[row, head][position]
+
+
+def _stored(keys: Tensor, values: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Entries ``[..., D]`` as segments hold them: as they are, or as lines."""
+    if groups is None:
+        return keys, values
+    lines = [
+        to_lines(part.reshape(-1, part.shape[-1]), group) for part, group in zip((keys, values), groups, strict=True)
+    ]
+    return lines[0].view(*keys.shape[:-1], -1), lines[1].view(*values.shape[:-1], -1)
 
 
 def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:
@@ -65,6 +82,7 @@ def ragged_decode(
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
     batch, heads, _, head_size = query.shape
@@ -73,7 +91,7 @@ def ragged_decode(
     out = query.new_zeros(batch, 1, heads, value_size)
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
-        keys, values = entries(table, segment, (head_size, value_size), query.dtype)
+        keys, values = _entries(table, segment, (head_size, value_size), query.dtype, groups)
         held = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
         skipped = held - min(held, window) if window > 0 else 0
         mine = slice(head * group, (head + 1) * group)
@@ -86,6 +104,20 @@ def ragged_decode(
             None if sinks is None else sinks[mine],
         ).to(out)
     return out
+
+
+def _entries(
+    table: Tensor, segment: int, sizes: tuple[int, int], dtype: torch.dtype, groups: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Keys ``[capacity, D]`` and values of one segment: views, or what lines stand for, exactly."""
+    if groups is None:
+        return entries(table, segment, sizes, dtype)
+    lengths = line_bytes(sizes[0], groups[0]), line_bytes(sizes[1], groups[1])
+    keys, values = (
+        from_lines(lines, size, group, half_of(dtype), torch.float32)
+        for lines, size, group in zip(entries(table, segment, lengths, torch.uint8), sizes, groups, strict=True)
+    )
+    return keys, values
 
 
 def decode_segment(

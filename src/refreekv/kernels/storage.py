@@ -45,6 +45,18 @@ def _append_kernel(
 
 
 @triton.jit
+def _chosen(spans, segment, t, length, end):
+    """Where the entries of a segment are in the prompt, as `kernels.gather` explains."""
+    index = tl.load(spans + segment * 3)
+    first, skip = tl.load(spans + segment * 3 + 1), tl.load(spans + segment * 3 + 2)
+    # With an index ``first`` is its length and the entries from ``end`` on follow; else a gap follows.
+    indexed = tl.where(index != 0, tl.minimum(first, length), 0)
+    behind = tl.where(index != 0, end - first, skip)
+    listed = tl.load(index.to(tl.pointer_type(tl.int32)) + t, t < indexed, 0)
+    return tl.where(t < indexed, listed.to(tl.int64), tl.where(t < first, t, t + behind))
+
+
+@triton.jit
 def _gather_kernel(
     keys, values, table, spans, end, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
@@ -56,13 +68,7 @@ def _gather_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(0) * BLOCK_T < length:
         real = t < length
-        index = tl.load(spans + segment * 3)
-        first, skip = tl.load(spans + segment * 3 + 1), tl.load(spans + segment * 3 + 2)
-        # With an index ``first`` is its length and the entries from ``end`` on follow; else a gap follows.
-        indexed = tl.where(index != 0, tl.minimum(first, length), 0)
-        behind = tl.where(index != 0, end - first, skip)
-        listed = tl.load(index.to(tl.pointer_type(tl.int32)) + t, t < indexed, 0)
-        source = tl.where(t < indexed, listed.to(tl.int64), tl.where(t < first, t, t + behind))
+        source = _chosen(spans, segment, t, length, end)
         d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
         pointer = tl.pointer_type(keys.dtype.element_ty)
         key_out = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
@@ -76,7 +82,9 @@ def _gather_kernel(
 
 
 @triton.jit
-def _move_kernel(source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr):
+def _move_kernel(
+    source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Copy what both tables' segments hold, as 8-byte words."""
     segment = tl.program_id(1)
     length = tl.minimum(tl.load(source + segment * 4 + 2), tl.load(target + segment * 4 + 2))
@@ -85,19 +93,20 @@ def _move_kernel(source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VA
     for part in tl.static_range(2):
         words = length * (KEY_BYTES if part == 0 else VALUE_BYTES) // 8
         if tl.program_id(0).to(tl.int64) * LANE < words:
-            old = tl.multiple_of(tl.load(source + segment * 4 + part).to(pointer), 16)
-            new = tl.multiple_of(tl.load(target + segment * 4 + part).to(pointer), 16)
+            old = tl.multiple_of(tl.load(source + segment * 4 + part).to(pointer), ALIGNED)
+            new = tl.multiple_of(tl.load(target + segment * 4 + part).to(pointer), ALIGNED)
             tl.store(new + word, tl.load(old + word, word < words), word < words)
 
 
-def _lines_first(entries: Tensor) -> Tensor:
+def elements_first(entries: Tensor) -> Tensor:
+    """The same, with an entry's elements one after the other."""
     return entries if entries.stride(-1) == 1 else entries.contiguous()
 
 
 @on_its_device
 def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
     """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
-    keys, values = _lines_first(keys), _lines_first(values)
+    keys, values = elements_first(keys), elements_first(values)
     head, value = keys.shape[-1], values.shape[-1]
     _append_kernel[(table.shape[0],)](
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
@@ -110,7 +119,7 @@ def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
 @on_its_device
 def launch_gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
     """Fill segments from dense ``[B, H_kv, n, D]``; parameters as in `kernels.gather`."""
-    keys, values = _lines_first(keys), _lines_first(values)
+    keys, values = elements_first(keys), elements_first(values)
     head, value = keys.shape[-1], values.shape[-1]
     block = 64
     _gather_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
@@ -126,5 +135,7 @@ def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int
     lane = 2048
     blocks = triton.cdiv(max(longest, 1) * max(key_bytes, value_bytes) // 8, lane)
     _move_kernel[(blocks, source.shape[0])](
-        source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
-    )
+        source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes,
+        # Segments begin where lines do.
+        ALIGNED=8 if key_bytes % 16 or value_bytes % 16 else 16, num_warps=8,
+    )  # fmt: skip
