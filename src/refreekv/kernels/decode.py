@@ -185,18 +185,13 @@ def launch_ragged_decode(
     if stages is None:
         stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (head_size, value_size))
+    block_g = max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0]))
     if block is None:
-        most = room.for_tiles(query.device)
-        block = _block_for(block_d, block_v, rows_of(query, table), query.element_size(), stages, most)
+        block = _block_for(block_d, block_v, block_g, query.element_size(), stages, room.for_tiles(query.device))
     return launch_parts(
         _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
-        HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, num_warps=warps, num_stages=stages,
+        HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-
-
-def rows_of(query: Tensor, table: Tensor) -> int:
-    """Rows of a tile that holds the query heads of a KV head."""
-    return int(max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0])))
 
 
 def launch_parts(
@@ -232,7 +227,7 @@ def launch_parts(
     kernel[(programs,)](
         query, table, partial, denominators, segments, kv_heads, group, window, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        VALUE=value_size, BLOCK_G=rows_of(query, table), BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
+        VALUE=value_size, BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
         **options, **early.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
