@@ -9,6 +9,9 @@ done well. Hence entries are rows here and the query heads of a KV head columns,
 than eight; and sums over entries are left open until the last block.
 """
 
+# Tuples of another length have another type, and Triton's have as many parts as a head has groups.
+# mypy: disable-error-code="assignment"
+
 import functools
 from collections.abc import Sequence
 from typing import Any

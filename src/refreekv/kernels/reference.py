@@ -58,10 +58,11 @@ def _stored(keys: Tensor, values: Tensor, groups: Sequence[int] | None) -> tuple
     """Entries ``[..., D]`` as segments hold them: as they are, or as lines."""
     if groups is None:
         return keys, values
-    lines = [
-        to_lines(part.reshape(-1, part.shape[-1]), group) for part, group in zip((keys, values), groups, strict=True)
-    ]
-    return lines[0].view(*keys.shape[:-1], -1), lines[1].view(*values.shape[:-1], -1)
+    stored = []
+    for part, group in zip((keys, values), groups, strict=True):
+        lines = to_lines(part.reshape(-1, part.shape[-1]), group)
+        stored.append(lines.view(*part.shape[:-1], lines.shape[-1]))
+    return stored[0], stored[1]
 
 
 def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:
