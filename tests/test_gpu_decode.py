@@ -10,6 +10,7 @@ import refreekv
 from driving import POLICIES, RAGGED, Uneven
 from models import build, prompts
 from refreekv.core.arena import KVArena
+from refreekv.core.coded_arena import CodedArena
 from refreekv.engines import decoding
 
 pytestmark = [
@@ -18,8 +19,8 @@ pytestmark = [
 ]
 
 
-def answers(model, ids, mask, decode, policy="refreekv", steps=60, **settings):
-    cache = refreekv.ReFreeKVCache(model, policy, decode=decode)
+def answers(model, ids, mask, decode, policy="refreekv", steps=60, kv_dtype=None, **settings):
+    cache = refreekv.ReFreeKVCache(model, policy, decode=decode, kv_dtype=kv_dtype)
     out = model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=steps, do_sample=False,
         output_logits=True, return_dict_in_generate=True, **settings,
@@ -86,6 +87,54 @@ def test_an_answer_that_ends_early_leaves_the_cache_as_eager_decoding_does(lengt
         outcome.append((out.sequences.tolist(), held, len(out.logits), again.tolist()))
     assert outcome[0] == outcome[1]
     assert len(outcome[0][0][0]) < ids.shape[1] + 60
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("policy", ["refreekv", "uneven", "full"])
+@pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
+def test_int8_decodes_through_captured_steps(lengths, policy, name, captures):
+    model = build(name, attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts(lengths, seed=3))
+    eager, _ = answers(model, ids, mask, "eager", policy_of(policy), kv_dtype="int8")
+    captured, cache = answers(model, ids, mask, "graph", policy_of(policy), kv_dtype="int8")
+    assert len(captures) == 1
+    assert captures[0]._graph is not None
+    assert all(isinstance(layer.ragged, CodedArena) for layer in cache.pruned_layers)
+    # The same kernels, but other ones around them: an element half-way between two codes may go to either, and
+    # then logits that are as good as equal change places.
+    tokens = eager.sequences.shape[1] - ids.shape[1]
+    for row in range(len(lengths)):
+        same = (eager.sequences[row] == captured.sequences[row])[-tokens:].long().cumprod(0).sum()
+        for step in range(min(int(same) + 1, tokens)):
+            one, other = eager.logits[step][row], captured.logits[step][row]
+            assert (one - other).norm() < 0.02 * other.norm(), step
+
+
+def test_int8_prompts_are_stored_as_on_the_cpu():
+    model = build("llama", attention="sdpa")
+    ids, mask = prompts(RAGGED, seed=3)
+    caches = []
+    for device in ("cpu", "cuda"):
+        caches.append(refreekv.ReFreeKVCache(model.to(device), "refreekv", kv_dtype="int8"))
+        caches[-1].state.arena = True
+        with torch.no_grad():
+            model(ids.to(device), attention_mask=mask.to(device), past_key_values=caches[-1])
+    assert caches[0].report.bytes_after == caches[1].report.bytes_after
+    for one, other in zip(*(cache.pruned_layers for cache in caches), strict=True):
+        assert one.ragged.lengths == other.ragged.lengths
+        for row in range(len(RAGGED)):
+            for judged, found in zip(one.ragged.segments(row), other.ragged.segments(row), strict=True):
+                for head, mine in zip(judged, found, strict=True):
+                    assert (mine.cpu() - head).norm() < 0.01 * head.norm()
+
+
+def test_int8_and_full_precision_take_turns_on_one_model(captures):
+    model = build("llama", attention="sdpa").cuda()
+    ids, mask = (part.cuda() for part in prompts((60,), seed=3))
+    outcome = [answers(model, ids, mask, "graph", kv_dtype=kind)[0].sequences for kind in (None, "int8") * 2]
+    assert torch.equal(outcome[0], outcome[2])
+    assert torch.equal(outcome[1], outcome[3])
+    assert [step.groups[0] for step in captures[:2]] == [None, (8, 8)]
 
 
 def test_one_capture_for_each_batch_size(captures):

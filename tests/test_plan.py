@@ -240,6 +240,16 @@ def test_pruned_caches_take_what_is_planned(llama, number):
     assert planned.kept_bytes(60, 0, 0.5, number) == cache.report.bytes_after
 
 
+def test_int8_caches_take_what_is_planned_and_their_room(llama):
+    built = build("llama", attention="sdpa").to(torch.bfloat16)
+    planned, number = geometry.measure(Model("llama", built.config)), KVDtype("int8")
+    cache = ReFreeKVCache(built, "streaming-llm", ratio=0.5, kv_dtype=number)
+    cache.state.arena = True
+    prefill(built, cache, (60,))
+    room = sum(layer.ragged.left for layer in cache.pruned_layers) / len(cache.pruned_layers)
+    assert planned.kept_bytes(60, 0, 0.5, number) * (30 + room) / 30 == cache.report.bytes_after
+
+
 def test_models_that_do_not_run_without_data_are_read_from_their_fields(monkeypatch):
     def fail(_):
         raise RuntimeError("needs data")
@@ -293,11 +303,12 @@ def test_activations_and_reserve_count():
     assert memory.use(measured, bare, full, load).peak == GIB + 2048 * 1000 + 7
     assert memory.use(measured, replace(bare, chunk=None), full, load).peak == GIB + 8192 * 1000 + 7
     assert bare.room == 3 * GIB - GIB - GIB // 2
-    # Quantised K/V is read through a copy of one layer: 2 + 2 bytes for each of its elements.
-    stored = Scenario("int8", lambda _: 1.0, KVDtype("int8", recent=0))
-    taken = memory.use(measured, replace(bare, activation_bytes=0, logit_bytes=0), stored, load)
-    assert taken.kv == 8192 * measured.stored_per_token(KVDtype("int8"))
-    assert taken.peak == max(GIB, taken.kv + 8192 * 2048 * 4)
+    # Quantised K/V is read through a copy of one layer, 2 + 2 bytes for each of its elements, or decoded in place.
+    for number, copied in ((KVDtype("int4", recent=0), 8192 * 2048 * 4), (KVDtype("int8"), 0)):
+        stored = Scenario(str(number), lambda _: 1.0, number)
+        taken = memory.use(measured, replace(bare, activation_bytes=0, logit_bytes=0), stored, load)
+        assert taken.kv == 8192 * measured.stored_per_token(number)
+        assert taken.peak == max(GIB, taken.kv + copied)
 
 
 def test_activations_are_those_that_were_measured():

@@ -351,8 +351,8 @@ def test_bytes_at_a_length_where_they_matter():
         check_bytes(cache)
         report = cache.report
         elements = 8  # a head's size in this model, and so the groups'
-        line = KVDtype(kind).line_bytes(elements)
-        old, recent = 600 - 64, 64
+        line, recent = KVDtype(kind).line_bytes(elements), 0 if kind == "int8" else 64
+        old = 600 - recent
         assert report.bytes_after / report.bytes_before == pytest.approx(
             (old * line + recent * 2 * elements) / (600 * 2 * elements)
         )
@@ -387,6 +387,8 @@ def test_odd_heads_do_not_fit_four_bits():
 
 
 def test_specifications_round_trip():
-    for text in ("int4", "int8:recent=128", "int4:recent=0,group=16"):
+    for text in ("int4", "int8", "int8:recent=64", "int8:recent=128", "int4:recent=0,group=16"):
         assert str(KVDtype.parse(text)) == text
+    assert [KVDtype(kind).recent for kind in KINDS] == [64, 0, 64]
+    assert KVDtype("int8") == KVDtype("int8", recent=0)
     assert KVDtype.parse(None) is None

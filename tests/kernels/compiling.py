@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from refreekv.kernels import room
+from refreekv.kernels.coded_decode import launch_coded_decode
+from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
 from refreekv.kernels.standing_in import launch_stand_ins
@@ -57,6 +59,17 @@ def decode(dtype, heads, head_size):
     launch_ragged_decode(torch.zeros(1, heads, 1, head_size, dtype=dtype), table, head_size, 1.0, 0, None, None)
 
 
+def coded_decode(dtype, heads, head_size):
+    table, query = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, heads, 1, head_size, dtype=dtype)
+    launch_coded_decode(query, table, head_size, 1.0, 0, None, None, (64, 64))
+
+
+def coded_storage(dtype, tokens, head_size):
+    table, entries = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size, dtype=dtype)
+    launch_coded_append(entries, entries, table, (64, 64))
+    launch_coded_gather(entries, entries, table, torch.zeros(1, 3, dtype=torch.int64), tokens, tokens, (64, 64))
+
+
 def linear(dtype, rows, size):
     weight = torch.zeros(8192, size, dtype=dtype)
     gated_linear(torch.zeros(rows, 1, size, dtype=dtype), weight, weight, False)
@@ -67,6 +80,11 @@ CASES = [
     (stand_ins, torch.bfloat16, 8, 128),
     (stand_ins, torch.bfloat16, 8, 256),
     (decode, torch.float32, 8, 256),
+    (coded_decode, torch.float32, 8, 256),
+    (coded_decode, torch.bfloat16, 4, 128),
+    (coded_decode, torch.float16, 16, 64),
+    (coded_storage, torch.bfloat16, 1, 128),
+    (coded_storage, torch.float32, 40, 256),
     (linear, torch.bfloat16, 32, 256),
 ]
 

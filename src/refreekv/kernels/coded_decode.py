@@ -22,7 +22,8 @@ from torch import Tensor
 
 from refreekv.kernels import early, room
 from refreekv.kernels.coded_storage import format_of
-from refreekv.kernels.decode import BLOCK_N, PROGRAMS_PER_MULTIPROCESSOR, _at, _share, launch_parts
+from refreekv.kernels.decode import BLOCK_N, PROGRAMS_PER_MULTIPROCESSOR, _at, _share, run_in_parts
+from refreekv.kernels.guard import on_its_device
 from refreekv.kernels.probe import _capped
 
 REGISTERS = 65_536
@@ -139,6 +140,7 @@ def _coded_decode_kernel(
         block = upto
 
 
+@on_its_device
 def launch_coded_decode(
     query: Tensor,
     table: Tensor,
@@ -165,7 +167,7 @@ def launch_coded_decode(
         block = _block_for(bytes_each, heads * query.shape[-1] * query.element_size(), room.for_tiles(query.device))
     # So many programs are to run on a multiprocessor at once, whatever registers Triton would like (220, 3.6).
     registers = REGISTERS // (PROGRAMS_PER_MULTIPROCESSOR * 32 * warps) // 8 * 8
-    return launch_parts(
+    return run_in_parts(
         _coded_decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
         BLOCK_G=heads, **options, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from refreekv.core.coded_lines import half_of, line_bytes
 from refreekv.kernels import early
+from refreekv.kernels.guard import on_its_device
 from refreekv.kernels.storage import _chosen, elements_first
 
 TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16}
@@ -110,6 +111,7 @@ def _coded_gather_kernel(
         )  # fmt: skip
 
 
+@on_its_device
 def launch_coded_append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int]) -> None:
     """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
     keys, values = elements_first(keys), elements_first(values)
@@ -121,6 +123,7 @@ def launch_coded_append(keys: Tensor, values: Tensor, table: Tensor, groups: Seq
     )  # fmt: skip
 
 
+@on_its_device
 def launch_coded_gather(
     keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, groups: Sequence[int]
 ) -> None:

@@ -188,13 +188,13 @@ def launch_ragged_decode(
     block_g = max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0]))
     if block is None:
         block = _block_for(block_d, block_v, block_g, query.element_size(), stages, room.for_tiles(query.device))
-    return launch_parts(
+    return run_in_parts(
         _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
         HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-def launch_parts(
+def run_in_parts(
     kernel: Any,
     query: Tensor,
     table: Tensor,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from refreekv.core import coded_lines
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.source import Model, ModelError
 
@@ -57,8 +58,15 @@ class LayerKV:
         return held * self.elements * PLAIN_BYTES + self.state_bytes
 
     def line_bytes(self, number: KVDtype) -> int:
-        """Bytes of one token stored in a number format, scales included."""
-        return self.heads * (number.line_bytes(self.key_size) + number.line_bytes(self.value_size))
+        """Bytes of one token stored in a number format, scales included, and what fills lines up on a GPU."""
+        sizes = self.key_size, self.value_size
+        if self.coded_in_place(number):
+            return self.heads * sum(coded_lines.line_bytes(size, number.group_size(size)) for size in sizes)
+        return self.heads * sum(map(number.line_bytes, sizes))
+
+    def coded_in_place(self, number: KVDtype) -> bool:
+        """Whether a GPU decodes from entries in a number format, without a copy in full precision."""
+        return all(coded_lines.fits(number, size) for size in (self.key_size, self.value_size))
 
 
 @dataclass(frozen=True)
