@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                    # the whole table, on CUDA
     python benchmarks/decode.py --batches 1 --contexts 8192        # one corner of it
+    python benchmarks/decode.py --kinds ours --kv-dtype int8       # ours with what is kept in 8 bits; the floor follows
 
 Llama-3-8B's shape in bfloat16 with random weights, its embedding shared with the output layer, so
 that all weights are read for each token. Caches are filled with random entries instead of a
@@ -32,6 +33,8 @@ from devices import copy_bandwidth, header
 from overhead import SHAPES
 from refreekv.cache.calls import AttentionCall
 from refreekv.cache.naming import NAME
+from refreekv.core.coded_lines import fits, line_bytes
+from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import Selection
 from refreekv.engines.attachment import Attachment
 from refreekv.policies import LayerView, Policy
@@ -76,7 +79,7 @@ def entries(config: LlamaConfig, batch: int, length: int) -> torch.Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def filled(model: Any, kind: str, batch: int, context: int, budget: float, decode: str) -> Any:
+def filled(model: Any, kind: str, batch: int, context: int, budget: float, decode: str, kv_dtype: str | None) -> Any:
     """A cache that holds ``context`` tokens."""
     config = model.config
     if kind == "dynamic":
@@ -84,7 +87,7 @@ def filled(model: Any, kind: str, batch: int, context: int, budget: float, decod
     elif kind == "static":
         cache = StaticCache(config=config, max_cache_len=context + 128)
     else:
-        cache = refreekv.ReFreeKVCache(model, Share(context, budget), decode=decode)
+        cache = refreekv.ReFreeKVCache(model, Share(context, budget), decode=decode, kv_dtype=kv_dtype)
     query = torch.randn(batch, config.num_attention_heads, 1, config.hidden_size // config.num_attention_heads)
     query = query.to("cuda", TYPE).expand(-1, -1, context, -1)
     for index in range(config.num_hidden_layers):
@@ -108,6 +111,16 @@ def generate(model: Any, cache: Any, batch: int, context: int, tokens: int) -> l
     return [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]
 
 
+def entry_bytes(config: LlamaConfig, kv_dtype: str | None) -> int:
+    """Bytes of one token's key and value in one KV head; of int8 with its scales, in lines."""
+    size, number = config.hidden_size // config.num_attention_heads, KVDtype.parse(kv_dtype)
+    if number is None:
+        return 2 * size * TYPE.itemsize
+    if fits(number, size):
+        return 2 * line_bytes(size, number.group_size(size))
+    return 2 * number.line_bytes(size)
+
+
 def replay_seconds(model: Any) -> float:
     """Time of one replay of the step that was captured last. Its cache is of no use afterwards."""
     step = list(model.__dict__["_refreekv_attachment"]._decoder._steps.values())[-1]
@@ -122,12 +135,14 @@ def replay_seconds(model: Any) -> float:
     return statistics.median(times)
 
 
-def measure(model: Any, kind: str, batch: int, context: int, budget: float, decode: str, tokens: int) -> dict[str, Any]:
+def measure(
+    model: Any, kind: str, batch: int, context: int, budget: float, decode: str, tokens: int, kv_dtype: str | None
+) -> dict[str, Any]:
     """One point of the table."""
     gc.collect()
     torch.cuda.empty_cache()
     row: dict[str, Any] = {"kind": kind, "batch": batch, "context": context, "budget": budget}
-    cache = filled(model, kind, batch, context, budget, decode)
+    cache = filled(model, kind, batch, context, budget, decode, kv_dtype)
     intervals = generate(model, cache, batch, context, tokens)
     steady = intervals[len(intervals) // 3 :]
     row |= {"ms": statistics.median(steady) * 1e3, "mean_ms": statistics.mean(steady) * 1e3}
@@ -135,7 +150,7 @@ def measure(model: Any, kind: str, batch: int, context: int, budget: float, deco
     if kind == "ours":
         layers = cache.pruned_layers
         kept = sum(sum(map(sum, layer.ragged.lengths)) for layer in layers)
-        row["kept_bytes"] = kept * 2 * layers[0].ragged.keys.shape[-1] * TYPE.itemsize
+        row["kept_bytes"] = kept * entry_bytes(model.config, kv_dtype)
         row["allocated_bytes"] = sum(layer.ragged.nbytes for layer in layers)
         if decode != "eager":
             row["device_ms"] = replay_seconds(model) * 1e3
@@ -154,6 +169,7 @@ def main() -> None:
     parser.add_argument("--dynamic", default="", help="points of the dynamic cache, such as 1x8192; default: all")
     parser.add_argument("--static", default="1x8192,8x4096", help="points at which static caches are compiled")
     parser.add_argument("--decode", default="graph", help="graph or eager")
+    parser.add_argument("--kv-dtype", help="how ours stores what it keeps, such as int8; default: as computed")
     parser.add_argument("--tokens", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new point after so long")
     parser.add_argument("--json", help="write the figures to this file")
@@ -169,6 +185,8 @@ def main() -> None:
     weights = sum(p.nbytes for p in model.parameters())
     bandwidth = copy_bandwidth()
     setup = f"{header()}; copy {bandwidth / 1e12:.2f} TB/s; weights {weights / 1e9:.2f} GB; decode={arguments.decode}"
+    if arguments.kv_dtype:
+        setup += f"; ours in {arguments.kv_dtype}"
     print(setup)
     print(f"{'':8s} {'batch':>5s} {'context':>7s} {'budget':>6s} {'ms/token':>9s} {'mean':>7s} {'device':>7s}"
           f" {'floor':>6s} {'x floor':>7s} {'second s':>8s} {'alloc':>6s}")  # fmt: skip
@@ -194,7 +212,8 @@ def main() -> None:
         if time.monotonic() - started > arguments.seconds:
             print(f"{name} out of time")
             continue
-        expected = batch * context * config.num_hidden_layers * 4096 * budget
+        one = entry_bytes(config, arguments.kv_dtype if kind == "ours" else None)
+        expected = batch * context * config.num_hidden_layers * config.num_key_value_heads * one * budget
         if expected * (1.1 if kind == "ours" else 1.25) + 5e9 > free:
             print(f"{name} does not fit")
             continue
@@ -203,7 +222,7 @@ def main() -> None:
             attachment = None
         tokens = arguments.tokens if kind != "dynamic" else max(8, arguments.tokens // 4)
         try:
-            row = measure(model, kind, batch, context, budget, arguments.decode, tokens)
+            row = measure(model, kind, batch, context, budget, arguments.decode, tokens, arguments.kv_dtype)
         except (RuntimeError, ValueError, TypeError) as error:
             print(f"{name} {type(error).__name__}: {str(error)[:300]}")
             continue

@@ -7,10 +7,12 @@ full cache's own greedy answer is then read over it, and the predictions are com
 """
 
 import argparse
+import itertools
 import statistics
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,22 +93,26 @@ def main() -> None:
     arguments = parser.parse_args()
     place = types.SimpleNamespace(model=arguments.model, random=None, dtype="float32", device="cpu", seed=0)
     model, tokenizer, name = load(place)  # type: ignore[arg-type]
-    names = families.split([arguments.families])
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    share = -(-arguments.prompts // len(names))
     lengths = []
-    for family in names:
-        every = families.load(family, data_dir=arguments.data_dir, limit=200, seed=0)
-        prompts = [encode(tokenizer, sample).context for sample in every]
-        fitting = [ids for ids in prompts if 4 * RECENT < len(ids) <= arguments.max_tokens][:share]
-        for ids in fitting:
-            lengths.append(len(ids))
-            for way, kl in measure(model, ids, arguments.continuation).items():
-                found[way].append(kl)
+    for ids in prompts(tokenizer, arguments):
+        lengths.append(len(ids))
+        for way, kl in measure(model, ids, arguments.continuation).items():
+            found[way].append(kl)
     print(f"{name}, float32, n={len(lengths)} prompts of {min(lengths):,} to {max(lengths):,} tokens\n")
     print("| format | bits | mean KL | worst prompt |\n| --- | ---: | ---: | ---: |")
     for way, values in found.items():
         print(f"| {way} | {WAYS[way][0]} | {statistics.mean(values):.2g} | {max(values):.2g} |")
+
+
+def prompts(tokenizer: Any, arguments: argparse.Namespace) -> Iterator[list[int]]:
+    """Prompts of all families, those first that a family has first and that are neither short nor too long."""
+    names = families.split([arguments.families])
+    for family in names:
+        every = families.load(family, data_dir=arguments.data_dir, limit=200, seed=0)
+        encoded = (encode(tokenizer, sample).context for sample in every)
+        fitting = (ids for ids in encoded if 4 * RECENT < len(ids) <= arguments.max_tokens)
+        yield from itertools.islice(fitting, -(-arguments.prompts // len(names)))
 
 
 def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[str, float]:
