@@ -43,7 +43,8 @@ KVDtypeOption = Annotated[
     typer.Option(
         "--kv-dtype",
         metavar="fp8|int8|int4[:recent=N]",
-        help="Store what is kept quantised, but for the newest entries. Default: as the model computes it.",
+        help="Store what is kept quantised, with fp8 and int4 but for the 64 newest entries. "
+        "Default: as the model computes it.",
     ),
 ]
 
