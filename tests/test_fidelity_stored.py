@@ -64,6 +64,15 @@ def test_branches_store_one_format_each(llama):
     del with_cache
 
 
+@torch.no_grad()
+def test_copy_scores_are_measured_for_a_policy_that_comes_with_a_format_only(llama):
+    with_cache = ReFreeKVCache(llama, "full")
+    for spec, measured in (("adaptive@int8", True), ("snapkv:ratio=0.5@int8", False)):
+        shared = SharedPrefill(llama, tokens(57, 0), {spec: parse(spec)})
+        assert (shared._cache.state.copy_scores is not None) is measured
+    del with_cache
+
+
 def test_records(llama):
     names = ["cut", "cut@int4:recent=9", "full@int8:recent=9", "uneven@int4:recent=9"]
     one = job(asked={"full": None, **{name: (POLICIES | STORED)[name] for name in names}}, show=True)

@@ -38,6 +38,7 @@ class StoredPolicy(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen_layers", self.policy.frozen_layers)
+        object.__setattr__(self, "reads_copy_scores", self.policy.reads_copy_scores)
         object.__setattr__(self, "name", f"{self.policy.name}{MARK}{self.kv_dtype}")
 
     def probe_plan(self, n: int) -> ProbePlan:
