@@ -21,15 +21,8 @@ import refreekv
 from fidelity import load
 from number_formats import prompts
 from refreekv.cache.naming import NAME
+from refreekv.core.coded_lines import fits
 from refreekv.evaluation.metrics import divergence
-
-FORMATS: dict[str, tuple[str | None, bool]] = {
-    "as computed": (None, False),
-    "int8:recent=64": ("int8:recent=64", False),
-    "int8": ("int8", False),
-    "int8 in place": ("int8", True),
-}
-"""What is stored and whether an arena holds it."""
 
 
 @torch.inference_mode()
@@ -40,20 +33,22 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--families", default="2wikimqa-e,hotpotqa")
     parser.add_argument("--policies", default="full;adaptive")
+    parser.add_argument("--formats", default="int8:recent=64;int8", help="besides entries as they are computed")
     parser.add_argument("--prompts", type=int, default=6, help="of all families together")
     parser.add_argument("--max-tokens", type=int, default=1900)
     parser.add_argument("--continuation", type=int, default=48)
     arguments = parser.parse_args()
     place = types.SimpleNamespace(model=arguments.model, random=None, dtype="float32", device="cpu", seed=0)
     model, tokenizer, name = load(place)  # type: ignore[arg-type]
-    ways = [(policy, kind) for policy in arguments.policies.split(";") for kind in FORMATS]
+    formats = formats_of(arguments.formats.split(";"), model.config)
+    ways = [(policy, kind) for policy in arguments.policies.split(";") for kind in formats]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
     lengths = []
     for ids in prompts(tokenizer, arguments):
         lengths.append(len(ids))
         path, reference = greedy(model, ids, arguments.continuation)
         for policy, kind in ways:
-            found[policy, kind].append(measure(model, ids, path, reference, policy, *FORMATS[kind]))
+            found[policy, kind].append(measure(model, ids, path, reference, policy, *formats[kind]))
     print(f"{name}, float32, n={len(lengths)} prompts of {min(lengths):,} to {max(lengths):,} tokens\n")
     print("| policy | stored | entries | mean KL | worst prompt |\n| --- | --- | ---: | ---: | ---: |")
     for (policy, kind), results in found.items():
@@ -62,6 +57,17 @@ def main() -> None:
             f"| {policy} | {kind} | {statistics.mean(held):.0%} | {statistics.mean(divergences):.2g} "
             f"| {max(divergences):.2g} |"
         )
+
+
+def formats_of(specs: list[str], config: Any) -> dict[str, tuple[str | None, bool]]:
+    """Names to a number format, and whether an arena holds it; where one can, both."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found: dict[str, tuple[str | None, bool]] = {"as computed": (None, False)}
+    for spec in specs:
+        found[spec] = (spec, False)
+        if fits(refreekv.KVDtype.parse(spec), size):
+            found[f"{spec} in place"] = (spec, True)
+    return found
 
 
 def greedy(model: Any, ids: list[int], tokens: int) -> tuple[list[int], Tensor]:
