@@ -220,6 +220,18 @@ def test_a_step_serves_one_format(llama, steps):  # noqa: F811
     assert steps == {"made": 2, "run": 20}
 
 
+def test_pruned_again_while_the_answer_grows(llama):
+    ids, mask = prompts(RAGGED, seed=6)
+    stored = int8_cache(llama, "streaming-llm", size=20, decode_interval=3)
+    plain = refreekv.ReFreeKVCache(llama, "streaming-llm", size=20, decode_interval=3)
+    for cache in (stored, plain):
+        llama.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    for mine, other in zip(stored.pruned_layers, plain.pruned_layers, strict=True):
+        assert isinstance(mine.ragged, CodedArena)
+        assert mine.ragged.lengths == other.ragged.lengths
+        assert max(max(row) for row in mine.ragged.lengths) <= 20 + 3
+
+
 @pytest.mark.parametrize("kv_dtype", ["int8:recent=64", "int4", "fp8:recent=0"])
 def test_other_formats_decode_eagerly_and_say_so_once(kv_dtype, llama, steps, caplog):  # noqa: F811
     ids, _ = prompts((50,), seed=1)
