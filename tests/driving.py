@@ -32,7 +32,7 @@ class Uneven(Policy):
     def select(self, view: LayerView) -> Selection:
         real = view.real_heads
         newest = real.flip(-1).cumsum(-1).flip(-1)
-        heads = torch.arange(real.shape[1])[:, None]
+        heads = torch.arange(real.shape[1], device=real.device)[:, None]
         return Selection(real & ((newest <= 6) | (newest * 7 % 5 < 1 + heads)))
 
 

@@ -171,14 +171,14 @@ def test_what_cannot_be_captured_says_so_once_and_decodes(caplog):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("policy", ["adaptive", "refreekv", "snapkv", "cake", "full"])
+@pytest.mark.parametrize("policy", ["adaptive", "refreekv", "uneven", "window", "joint", "full"])
 @pytest.mark.parametrize("spread", [False, True], ids=["on the second", "on both"])
 def test_models_on_other_devices_than_the_first(policy, spread, captures, caplog):
     from accelerate import dispatch_model
 
     model = build("llama", attention="sdpa")
     ids, mask = prompts(RAGGED, seed=3)
-    judge, _ = answers(model, ids, mask, "eager", policy, pad_token_id=0)
+    judge, _ = answers(model, ids, mask, "eager", policy_of(policy), pad_token_id=0)
     if spread:
         where = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
         model = dispatch_model(model, {**where, **{f"model.layers.{layer}": layer // 2 for layer in range(4)}})
@@ -187,7 +187,7 @@ def test_models_on_other_devices_than_the_first(policy, spread, captures, caplog
         model, ids, mask = model.to("cuda:1"), ids.to("cuda:1"), mask.to("cuda:1")
     assert torch.cuda.current_device() == 0
     with caplog.at_level(logging.WARNING, logger="refreekv"):
-        out, cache = answers(model, ids, mask, "graph", policy, pad_token_id=0)
+        out, cache = answers(model, ids, mask, "graph", policy_of(policy), pad_token_id=0)
     assert torch.equal(out.sequences.cpu(), judge.sequences)
     assert [layer.ragged.keys.device.index for layer in cache.pruned_layers] == ([0, 0, 1, 1] if spread else [1] * 4)
     assert ("spread over several devices" in caplog.text) == spread
