@@ -92,7 +92,9 @@ class CAKE(JointPolicy):
         return LayerScores(scores, newest(real, self.window), real, preference)
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Selection]:
-        held = torch.stack([layer.real.sum(-1).amax() for layer in layers])
+        # Layers may be on several devices; budgets are counted on the first one's.
+        where = layers[0].real.device
+        held = torch.stack([layer.real.sum(-1).amax().to(where) for layer in layers])
         window = held.clamp_max(self.window)
         if self.size is not None:
             mean = held.clamp_max(self.size).double()
@@ -101,7 +103,7 @@ class CAKE(JointPolicy):
             mean = torch.maximum(held.double() * self.ratio, window.double())
         # A size under the window keeps the newest entries, as many as it says.
         total = ((mean - window).clamp_min(0.0).sum() + 1e-6).floor().long()
-        preference = torch.stack([layer.preference[0].to(held.device) for layer in layers])
+        preference = torch.stack([layer.preference[0].to(where) for layer in layers])
         share = (preference / preference.sum()).nan_to_num(1.0 / len(layers))
         wanted = (share * total + 1e-6).floor().long()
         budgets = fill_evenly(wanted, held - window, total) + torch.minimum(window, mean.long())
