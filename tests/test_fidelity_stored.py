@@ -7,6 +7,7 @@ import torch
 
 from models import build
 from refreekv import KVDtype, ReFreeKVCache
+from refreekv.core.arena import KVArena
 from refreekv.evaluation import sweeps
 from refreekv.evaluation.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.stored import StoredPolicy, format_of, parse
@@ -62,6 +63,23 @@ def test_branches_store_one_format_each(llama):
     with pytest.raises(ValueError, match="several number formats"):
         shared.branch(["cut", *asked])
     del with_cache
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@torch.no_grad()
+def test_forks_of_storage_that_grows_in_place_leave_each_other_alone(llama, kv_dtype):
+    cache = ReFreeKVCache(llama, "streaming-llm", ratio=0.5, kv_dtype=kv_dtype)
+    cache.state.arena = True
+    forward(llama, [tokens(57, 0)], cache, start=0, keep=1)
+    assert all(isinstance(layer.ragged, KVArena) for layer in cache.pruned_layers)
+    forks, found = [fork(cache) for _ in range(3)], []
+    for branch, fed in zip(forks, (1, 2, 1), strict=True):
+        with branch.decoding():
+            found.append(forward(llama, [tokens(9, fed)], branch, start=57, keep=9))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert [branch.get_seq_length() for branch in (*forks, cache)] == [66, 66, 66, 57]
+    assert forks[0].pruned_layers[0].ragged.lengths[0][0] == cache.pruned_layers[0].ragged.lengths[0][0] + 9
 
 
 @torch.no_grad()

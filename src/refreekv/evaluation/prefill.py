@@ -23,6 +23,7 @@ from refreekv.cache.calls import AttentionCall
 from refreekv.cache.naming import cache_argument
 from refreekv.cache.prompt import PromptState
 from refreekv.cache.pruning import Decision, KeptRow
+from refreekv.core.arena import KVArena
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.stand_ins import StandIns, put
 from refreekv.engines.copying import copy_scores
@@ -246,7 +247,7 @@ class SharedPrefill:
 def fork(cache: PrunedCache | DynamicCache) -> Any:
     """A cache that goes on from the same entries; neither of the two changes the other.
 
-    Layers replace their tensors and never write into them, so nothing is copied but what
+    Most layers replace their tensors and never write into them: copied is only what arenas and
     layers of unknown kinds hold.
     """
     forked = copy.copy(cache)
@@ -348,6 +349,8 @@ def _copied(layer: Any, rows: int = 1) -> Any:
     """A layer of its own with the same state, in ``rows`` equal rows."""
     replaces_tensors = isinstance(layer, ReFreeKVLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     copied = copy.copy(layer) if replaces_tensors else copy.deepcopy(layer)
+    if isinstance(layer, ReFreeKVLayer) and isinstance(layer.ragged, KVArena):
+        copied.batch_select_indices(torch.arange(layer.batch))
     if rows > 1:
         copied.batch_repeat_interleave(rows)
     return copied
