@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from driving import PRUNING, RAGGED, check_bytes, feed, greedy, index_bytes, kv_
 from models import LAYERS, build, full_layers, prompts
 from refreekv import ReFreeKVCache
 from refreekv.attention import interface
-from refreekv.policies import JointPolicy
+from refreekv.core.selection import Selection
+from refreekv.policies import JointPolicy, LayerView, Policy
 
 
 def test_bytes_are_those_of_the_storages(llama, new_cache):
@@ -96,6 +99,35 @@ def test_dropping_the_cache_frees_it_without_a_collection(llama):
         assert [ref() for ref in watched] == [None] * len(watched)
     finally:
         gc.enable()
+
+
+@dataclass(frozen=True)
+class Some(Policy):
+    """Of each KV head everything, less a token of the last one if ``less``."""
+
+    name = "some"
+    frozen_layers: int | Literal["all"] = 0
+    less: bool = False
+
+    def select(self, view: LayerView) -> Selection:
+        keep = view.real_heads.expand(-1, view.keys.shape[1], -1).clone()
+        keep[:, -1, 20] &= not self.less
+        return Selection(keep)
+
+
+@pytest.mark.parametrize("arena", [None, True])
+@pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
+def test_a_layer_that_loses_nothing_needs_no_list_of_what_it_keeps(llama, arena, lengths):
+    listed = {}
+    for less in (False, True):
+        cache = ReFreeKVCache(llama, Some(less=less))
+        cache.state.arena = arena
+        prefill(llama, cache, lengths)
+        held = [layer.kept_columns for layer in cache.pruned_layers]
+        listed[less] = sum(bool(row.heads) for rows in held for row in rows)
+    # On its way to an arena a padded row loses its padding, so that there is something to list.
+    padded = sum(length < max(lengths) for length in lengths) if arena else 0
+    assert listed == {False: len(cache.pruned_layers) * padded, True: len(cache.pruned_layers) * len(lengths)}
 
 
 def test_crop_and_reorder_keep_the_bytes_true(llama, new_cache):

@@ -113,7 +113,11 @@ class Decision:
         cut = int(number["cut"]) if "cut" in number else None
         if self._order is not None:
             kept = [int(value) for name, value in number.items() if name.startswith("kept")]
-            columns = Columns(heads=tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True)))
+            if min(kept) == self._length:
+                # Where nothing goes no list has to say what stays.
+                columns = Columns.of_ranges((0, self._length))
+            else:
+                columns = Columns(heads=tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True)))
         elif isinstance(self._selection, CutSelection):
             assert cut is not None
             sinks = min(self._selection.sinks, cut)
