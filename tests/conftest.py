@@ -24,6 +24,7 @@ from browsing import open_browser  # noqa: E402
 from driving import POLICIES  # noqa: E402
 from models import build, prompts  # noqa: E402
 from refreekv import ReFreeKVCache  # noqa: E402
+from refreekv.engines import decoding  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,24 @@ def new_cache(request, llama):
     """Makes caches of one policy after the other, all of them for the Llama model."""
     name, parameters = POLICIES[request.param]
     return lambda: ReFreeKVCache(llama, name, **parameters)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How often captured steps ran and were made."""
+    counts = {"made": 0, "run": 0}
+    made, run = decoding.Step.__init__, decoding.Step.__call__
+
+    def count(name, function):
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return counted
+
+    monkeypatch.setattr(decoding.Step, "__init__", count("made", made))
+    monkeypatch.setattr(decoding.Step, "__call__", count("run", run))
+    return counts
 
 
 @pytest.fixture

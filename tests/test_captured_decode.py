@@ -19,24 +19,6 @@ from refreekv.core.arena import KVArena
 from refreekv.engines import decoding, fusion
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """How often captured steps ran and were made."""
-    counts = {"made": 0, "run": 0}
-    made, run = decoding.Step.__init__, decoding.Step.__call__
-
-    def count(name, function):
-        def counted(*args):
-            counts[name] += 1
-            return function(*args)
-
-        return counted
-
-    monkeypatch.setattr(decoding.Step, "__init__", count("made", made))
-    monkeypatch.setattr(decoding.Step, "__call__", count("run", run))
-    return counts
-
-
 def caches(model, policy="refreekv", **parameters):
     """A plain cache, and one whose layers are arenas."""
     both = [refreekv.ReFreeKVCache(model, policy, **parameters) for _ in range(2)]

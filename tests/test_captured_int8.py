@@ -13,7 +13,6 @@ from refreekv.cache.quantised import QuantisedKV
 from refreekv.core.coded_arena import CodedArena
 from refreekv.core.ragged import RaggedKV
 from refreekv.engines.attachment import attached
-from test_captured_decode import steps  # noqa: F401
 from test_coded_arena import rounded
 
 
@@ -88,7 +87,7 @@ def answer(model, logits, mask, cache, judge=None, tokens=24):
 
 @pytest.mark.parametrize("policy", [*POLICIES, "full", "uneven"])
 @pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
-def test_captured_steps_read_what_was_coded(policy, lengths, llama, steps):  # noqa: F811
+def test_captured_steps_read_what_was_coded(policy, lengths, llama, steps):
     name, parameters = POLICIES.get(policy, (Uneven() if policy == "uneven" else policy, {}))
     cache, plain = int8_cache(llama, name, **parameters), refreekv.ReFreeKVCache(llama, name, **parameters)
     logits, mask = prefill(llama, cache, lengths)
@@ -194,7 +193,7 @@ def test_other_architectures(name):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}], ids=str)
-def test_generate(settings, llama, steps):  # noqa: F811
+def test_generate(settings, llama, steps):
     ids, mask = prompts((48, 35), seed=2)
     with refreekv.compress(llama, "refreekv", threshold=0.2, kv_dtype="int8") as kv:
         cache = kv.new_cache()
@@ -208,7 +207,7 @@ def test_generate(settings, llama, steps):  # noqa: F811
     check_bytes(cache)
 
 
-def test_a_step_serves_one_format(llama, steps):  # noqa: F811
+def test_a_step_serves_one_format(llama, steps):
     ids, _ = prompts((50,), seed=1)
     outcome = []
     for _ in range(2):
@@ -233,7 +232,7 @@ def test_pruned_again_while_the_answer_grows(llama):
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8:recent=64", "int4", "fp8:recent=0"])
-def test_other_formats_decode_eagerly_and_say_so_once(kv_dtype, llama, steps, caplog):  # noqa: F811
+def test_other_formats_decode_eagerly_and_say_so_once(kv_dtype, llama, steps, caplog):
     ids, _ = prompts((50,), seed=1)
     cache = int8_cache(build("llama", attention="sdpa"), "full", kv_dtype)
     with caplog.at_level(logging.WARNING, logger="refreekv"):

@@ -1,8 +1,5 @@
 """An arena of int8 lines is one that holds what its entries round to, and never rounds twice."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +11,7 @@ from refreekv.core.coded_lines import fits, from_lines, half_of, line_bytes, to_
 from refreekv.core.ragged import RaggedKV
 from refreekv.kernels import ragged_decode
 from refreekv.kernels.reference import decode_segment
-from test_arena import exact, lengths_of, moves
+from test_arena import check_changes, check_entries, exact, lengths_of, moves
 
 SIZES = (16, 8)
 INT8 = KVDtype("int8")
@@ -45,15 +42,8 @@ def coded(plain):
 
 
 def same(arena, judge):
-    assert arena.lengths == judge.lengths
     assert (arena.sizes, arena.dtype) == (SIZES, torch.float32)
-    for row in range(len(judge.lengths)):
-        for mine, other in zip(arena.segments(row), judge.segments(row), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
-        for mine, other in zip(arena.rows()[row], judge.rows()[row], strict=True):
-            assert torch.equal(mine, other)
-    if judge.uniform and arena.uniform:
-        assert all(torch.equal(a, b) for a, b in zip(arena.stacked(), judge.stacked(), strict=True))
+    check_entries(arena, judge)
     check_integrity(arena)
 
 
@@ -68,29 +58,7 @@ def check_integrity(arena):
 @settings(deadline=None, max_examples=40)
 @given(lengths_of, moves)
 def test_any_sequence_of_changes_is_that_of_the_exact_storage(lengths, steps):
-    arena, judge = coded(exact(lengths))
-    same(arena, judge)
-    for number, (what, how) in enumerate(steps):
-        if what == "append":
-            shape = (len(judge.lengths), judge.kv_heads, how)
-            generator = torch.Generator().manual_seed(number)
-            new = [torch.randn(*shape, size, generator=generator) for size in SIZES]
-            judge, arena = judge.append(*map(rounded, new)), arena.append(*new)
-        elif what == "select":
-            rows = [row % len(judge.lengths) for row in how]
-            judge, arena = judge.select_rows(rows), arena.select_rows(rows)
-        elif what == "truncate":
-            wanted = [tuple(min(n, how + head) for head, n in enumerate(row)) for row in judge.lengths]
-            judge, arena = judge.truncate(wanted), arena.truncate(wanted)
-        elif what == "drop":
-            how = min(how, *(n for row in judge.lengths for n in row))
-            if arena.drop(how):
-                judge = judge.truncate([[n - how for n in row] for row in judge.lengths])
-        else:
-            before = arena
-            arena = copy.deepcopy(arena) if how == "deepcopy" else pickle.loads(pickle.dumps(arena))
-            before.keys.fill_(0x7F)
-        same(arena, judge)
+    arena, judge = check_changes(*coded(exact(lengths)), steps, same=same, stored=rounded)
     rows = [arena.lines.segments(row) for row in range(len(judge.lengths))]
     lines = RaggedKV.from_pieces([[keys] for keys, _ in rows], [[values] for _, values in rows])
     same(arena.of_lines(lines), judge)

@@ -117,11 +117,6 @@ class KVArena(RaggedKV):
         return cls.like(keys, values, lengths, room, **kind)
 
     @classmethod
-    def from_pieces(cls, keys: Sequence[Sequence[Piece]], values: Sequence[Sequence[Piece]]) -> Self:
-        """Copy rows, each given as parts in order, into new storage."""
-        return cls.of(RaggedKV.from_pieces(keys, values))
-
-    @classmethod
     def of(cls, exact: RaggedKV) -> Self:
         """A copy of what an exact storage holds."""
         return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -281,7 +281,7 @@ class Decoder:
         if cache.decode == "eager" or cache.state.decode_interval is not None:
             return False
         try:
-            arenas: list[KVArena] = [layer.ragged for layer in self._layers(cache)]  # type: ignore[misc]
+            arenas = _arenas(self._layers(cache))
             self._check_model()
         except UncapturableError:
             return False
@@ -300,7 +300,7 @@ class Decoder:
         elif positions.dim() != 2 or positions.shape[1] != 1:
             raise UncapturableError("positions have more than one number a token")
         layers = self._layers(cache)
-        arenas: list[KVArena] = [layer.ragged for layer in layers]  # type: ignore[misc]
+        arenas = _arenas(layers)
         with self._lock:
             step = self._step_for(forward, ids.shape[0], arenas)
             if not step.has_room(length):
@@ -374,6 +374,11 @@ class Decoder:
             step.release()
         self._steps.clear()
         self._last = None
+
+
+def _arenas(layers: Sequence[ReFreeKVLayer]) -> list[KVArena]:
+    """The storages of layers that `Decoder._layers` let pass."""
+    return [cast("KVArena", layer.ragged) for layer in layers]
 
 
 class _Key(NamedTuple):

@@ -349,9 +349,7 @@ def _copied(layer: Any, rows: int = 1) -> Any:
     """A layer of its own with the same state, in ``rows`` equal rows."""
     replaces_tensors = isinstance(layer, ReFreeKVLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     copied = copy.copy(layer) if replaces_tensors else copy.deepcopy(layer)
-    if isinstance(layer, ReFreeKVLayer) and isinstance(layer.ragged, KVArena):
-        copied.batch_select_indices(torch.arange(layer.batch))
-    if rows > 1:
+    if rows > 1 or (isinstance(layer, ReFreeKVLayer) and isinstance(layer.ragged, KVArena)):
         copied.batch_repeat_interleave(rows)
     return copied
 
