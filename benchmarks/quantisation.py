@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument(
         "--head-size", type=int, nargs=2, metavar=("KEY", "VALUE"), help="elements of a key and a value"
     )
+    parser.add_argument("--min-tokens", type=int, default=0, help="only prompts of at least so many")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     results = store.read(options.results)
-    complete = _complete(results.records)
+    complete = [record for record in _complete(results.records) if record.prompt_tokens >= options.min_tokens]
     name = next(iter(complete)).model
     known = next((sizes for known, sizes in HEAD_SIZES.items() if name.startswith(known)), None)
     sizes: Any = tuple(options.head_size) if options.head_size else known
