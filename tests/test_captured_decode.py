@@ -7,7 +7,6 @@ import gc
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,8 +217,6 @@ def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
     happened = []
 
     class Stream:
-        device = torch.device("cpu")
-
         def __init__(self, name):
             self.name = name
 
@@ -232,7 +229,8 @@ def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
 
     capture, current = Stream("capture"), Stream("current")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: SimpleNamespace(capture_stream=capture))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
+    monkeypatch.setattr(decoding, "_capture_stream", lambda device: capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(decoding, "fused", lambda model, rows: contextlib.nullcontext())

@@ -7,6 +7,7 @@ the model and the batch size alone: not on lengths, not on the cache.
 """
 
 import copy
+import functools
 import logging
 import threading
 import warnings
@@ -152,13 +153,8 @@ class Step:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.ids.device)
-        # Warmed up on the stream that PyTorch keeps for captures: libraries hold workspaces by stream.
-        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        stream: torch.cuda.Stream = capture.capture_stream  # type: ignore[assignment]
-        if stream.device != self.ids.device:
-            # It is on the device of the process's first capture.
-            stream = torch.cuda.Stream(self.ids.device)
-            capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        stream = _capture_stream(self.ids.device)
+        capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         stream.wait_stream(current)
         with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
             try:
@@ -374,6 +370,15 @@ class Decoder:
             step.release()
         self._steps.clear()
         self._last = None
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for all captures on a device and what warms them up, as libraries hold workspaces by stream.
+
+    PyTorch keeps one for a process, on the device of its first capture.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _arenas(layers: Sequence[ReFreeKVLayer]) -> list[KVArena]:
