@@ -20,7 +20,7 @@ import torch
 
 import refreekv
 from checkpoints import load
-from refreekv.cache.naming import NAME
+from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation import families
 
 

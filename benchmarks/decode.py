@@ -31,13 +31,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 import refreekv
 from devices import copy_bandwidth, header
 from overhead import SHAPES
-from refreekv.cache.calls import AttentionCall
-from refreekv.cache.naming import NAME
 from refreekv.core.coded_lines import fits, line_bytes
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import Selection
-from refreekv.engines.attachment import Attachment
+from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.naming import NAME
 from refreekv.policies import LayerView, Policy
+from refreekv.pruning.calls import AttentionCall
 
 TYPE = torch.bfloat16
 

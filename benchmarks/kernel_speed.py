@@ -17,8 +17,6 @@ import torch
 
 from devices import copy_bandwidth, device_seconds, header
 from refreekv import kernels, policies
-from refreekv.core.arena import KVArena, room_for
-from refreekv.core.coded_arena import CodedArena
 from refreekv.core.coded_lines import line_bytes, to_lines
 from refreekv.core.probes import attention_rows
 from refreekv.core.quantisation import KVDtype
@@ -28,6 +26,8 @@ from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
 from refreekv.policies import LayerView
+from refreekv.storage.arena import KVArena, room_for
+from refreekv.storage.coded_arena import CodedArena
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 TYPE = torch.bfloat16

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 import refreekv
 from checkpoints import load
-from refreekv.cache.naming import NAME
+from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation import families
 
 STEP = 64

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fidelity import load
-from refreekv.cache.naming import NAME
 from refreekv.core.quantisation import KVDtype
+from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation import families
 from refreekv.evaluation.encoding import encode
 from refreekv.evaluation.metrics import divergence

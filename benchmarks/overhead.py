@@ -32,8 +32,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import refreekv
-from refreekv.cache import ReFreeKVLayer
-from refreekv.cache.naming import NAME
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.naming import NAME
 
 SHAPES = {
     "smollm2-135m": {

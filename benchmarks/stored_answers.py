@@ -20,8 +20,8 @@ from transformers import DynamicCache
 import refreekv
 from fidelity import load
 from number_formats import prompts
-from refreekv.cache.naming import NAME
 from refreekv.core.coded_lines import fits
+from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation.metrics import divergence
 
 

@@ -28,7 +28,7 @@ import transformers
 
 import refreekv
 from checkpoints import load
-from refreekv.engines.attachment import attached
+from refreekv.engines.transformers.attachment import attached
 from refreekv.evaluation import sweeps, task_loading, task_tables
 from refreekv.evaluation.records import CHANCE, TaskRecord
 from refreekv.evaluation.runner import device_name

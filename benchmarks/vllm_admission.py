@@ -31,10 +31,11 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from helpers import engine, make_prompts
 from transformers import AutoTokenizer
+
+from helpers.vllm_engine import engine, make_prompts
 
 STOCK = "stock"
 POLICIES = (STOCK, "refreekv", "refreekv:norm_includes_sinks=true", "snapkv:ratio=0.3")

@@ -11,10 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from plain_reference import PlainModel
-
+from helpers.vllm_reference import PlainModel
 from refreekv.policies.registry import parse
 
 

@@ -26,9 +26,9 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     OMP_NUM_THREADS="1",
 )
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from helpers import engine, tiny_model
+from helpers.vllm_engine import engine, tiny_model
 
 LAYERS = 30
 PROMPT = 384

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,16 +14,13 @@ if not torch.cuda.is_available():
     # Triton runs kernels in its interpreter; it asks when it is imported, which others do first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Benchmarks import each other, as scripts do; behind all else, for names like models are the tests' own.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.register_assert_rewrite("helpers.driving")
 
-pytest.register_assert_rewrite("driving")
-
-from browsing import open_browser  # noqa: E402
-from driving import POLICIES  # noqa: E402
-from models import build, prompts  # noqa: E402
+from helpers.browsing import open_browser  # noqa: E402
+from helpers.driving import POLICIES  # noqa: E402
+from helpers.models import build, prompts  # noqa: E402
 from refreekv import ReFreeKVCache  # noqa: E402
-from refreekv.engines import decoding  # noqa: E402
+from refreekv.engines.transformers import graph  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +49,7 @@ def new_cache(request, llama):
 def steps(monkeypatch):
     """How often captured steps ran and were made."""
     counts = {"made": 0, "run": 0}
-    made, run = decoding.Step.__init__, decoding.Step.__call__
+    made, run = graph.Step.__init__, graph.Step.__call__
 
     def count(name, function):
         def counted(*args):
@@ -62,8 +58,8 @@ def steps(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(decoding.Step, "__init__", count("made", made))
-    monkeypatch.setattr(decoding.Step, "__call__", count("run", run))
+    monkeypatch.setattr(graph.Step, "__init__", count("made", made))
+    monkeypatch.setattr(graph.Step, "__call__", count("run", run))
     return counts
 
 

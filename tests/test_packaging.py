@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import refreekv
-from command_line import save_tokenizer
+from helpers.command_line import save_tokenizer
 
 
 def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:

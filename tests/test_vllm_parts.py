@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command_line import runner
+from helpers.command_line import runner
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import serve_command
 from refreekv.engines.vllm.refusals import SUPPORTED, check_heads, check_layers, check_settings, check_version
-from refreekv.engines.vllm.rounding import GroupCut, decide_group
-from refreekv.engines.vllm.tables import compact_tables
+from refreekv.engines.vllm.worker_side.rounding import GroupCut, decide_group
+from refreekv.engines.vllm.worker_side.tables import compact_tables
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refreekv import policies
     from refreekv.core.quantisation import KVDtype
-    from refreekv.engines.transformers import CompressionSession, ReFreeKVCache, compress
+    from refreekv.engines.transformers.api import CompressionSession, ReFreeKVCache, compress
     from refreekv.report import CompressionReport, LayerReport, RowReport
 
 __version__ = "0.1.0"

@@ -11,12 +11,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from refreekv.kernels import room
+from refreekv.kernels import shared_memory
 from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
-from refreekv.kernels.standing_in import launch_stand_ins
+from refreekv.kernels.surrogates import launch_stand_ins
 
 LIMITS = {86: 101_376, 90: 232_448}
 """Bytes of shared memory of a block, by compute capability (CUDA C++ Programming Guide)."""
@@ -100,7 +100,7 @@ def main():
 
     JITFunction.run = compile_only
     knobs.runtime.add_stages_inspection_hook = no_assembly
-    room.bytes_of = lambda device: LIMITS[capability]
+    shared_memory.bytes_of = lambda device: LIMITS[capability]
     for capability in LIMITS:
         triton.runtime.driver.set_active(Driver(capability))
         for launch, dtype, *sizes in CASES:

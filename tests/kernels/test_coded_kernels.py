@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_segment_kernels import LENGTHS, run
 
+from kernels.test_segment_kernels import LENGTHS, run
 from refreekv import KVDtype
 from refreekv.core.coded_lines import from_lines, half_of, line_bytes, to_lines
 from refreekv.kernels import ops, reference

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refreekv.kernels import room
-from refreekv.kernels.standing_in import Tile, launch_stand_ins, tile_for
+from refreekv.kernels import shared_memory
+from refreekv.kernels.surrogates import Tile, launch_stand_ins, tile_for
 
 
 def test_kernels_fit(tmp_path):
@@ -37,7 +37,7 @@ def test_what_was_measured_on_an_h100_stays(heads, head_size):
 
 def test_stand_ins_that_fit_nowhere(monkeypatch):
     layer = a_layer(8, 256, torch.float32)
-    monkeypatch.setattr(room, "bytes_of", lambda device: 101_376)
+    monkeypatch.setattr(shared_memory, "bytes_of", lambda device: 101_376)
     assert tile_for(*layer) is None
     with pytest.raises(ValueError, match="no tile"):
         launch_stand_ins(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
@@ -51,6 +51,6 @@ def test_the_limit_is_the_one_that_triton_knows(monkeypatch):
         return {"max_shared_mem": 101_376}
 
     utils = SimpleNamespace(get_device_properties=properties)
-    monkeypatch.setattr(room, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
-    assert room.bytes_of.__wrapped__(torch.device("cuda", 1)) == 101_376
+    monkeypatch.setattr(shared_memory, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    assert shared_memory.bytes_of.__wrapped__(torch.device("cuda", 1)) == 101_376
     assert asked == [1]

@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     if ready:
         return Path(ready)
     import torch
-    from helpers import export
+
+    from helpers.vllm_engine import export
 
     torch.set_num_threads(os.cpu_count() or 1)
     return export(tmp_path_factory.mktemp("model") / "smollm2")
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(folder):
     """The same model in transformers, with plain evictions."""
-    from plain_reference import PlainModel
+    from helpers.vllm_reference import PlainModel
 
     return PlainModel(folder)
 
@@ -44,6 +45,6 @@ def reference(folder):
 @pytest.fixture(scope="session")
 def prompts(reference):
     """Token ids of 10 prompts, 300 to 4,000 tokens long."""
-    from helpers import LENGTHS, make_prompts
+    from helpers.vllm_engine import LENGTHS, make_prompts
 
     return make_prompts(reference.tokenizer, LENGTHS)

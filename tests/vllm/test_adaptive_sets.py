@@ -5,12 +5,12 @@ import pytest
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
 import torch
-from helpers import engine, tiny_model
 from transformers import AutoModelForCausalLM
 
 import refreekv
-from refreekv.engines.copying import copy_scores
-from refreekv.engines.vllm.rounding import keep_mask
+from helpers.vllm_engine import engine, tiny_model
+from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.vllm.worker_side.rounding import keep_mask
 
 
 @pytest.mark.parametrize(

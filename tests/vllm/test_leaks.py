@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers import engine, tiny_model
+from helpers.vllm_engine import engine, tiny_model
 
 VOCABULARY = 512
 

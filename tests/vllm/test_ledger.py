@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from refreekv.engines.vllm.ledger import Ledger
 from refreekv.engines.vllm.messages import GroupVerdict, Verdict
+from refreekv.engines.vllm.scheduler_side.ledger import Ledger
 
 
 @pytest.mark.parametrize(("freed", "offered"), [(0, 300), (2, 100)])

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 openai = pytest.importorskip("openai", reason="needs the openai client: make test-vllm installs it")
 
-from helpers import story  # noqa: E402
+from helpers.vllm_engine import story  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers import engine, make_prompts
+from helpers.vllm_engine import engine, make_prompts
 
 POSITION = "refreekv:probe_rows=32,probe_reduce=max,threshold=0.1"
 ADAPTIVE = pytest.param("adaptive:min_length=256,constant=0.02", marks=pytest.mark.vllm_full)

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers import engine
+from helpers.vllm_engine import engine
 
 # Some half a minute each on two cores: CI has the time for test_smoke.py only.
 pytestmark = pytest.mark.vllm_full

@@ -212,7 +212,7 @@ class Conversation:
 
     def _read(self, cache: refreekv.ReFreeKVCache, prompt: list[int], listener: Listener) -> bool:
         """Feed all but the last chunk of what is new; False if it was stopped."""
-        from refreekv.cache.naming import cache_argument
+        from refreekv.engines.transformers.naming import cache_argument
 
         model: Any = self.loaded.model
         held = _length(cache)
@@ -232,7 +232,7 @@ class Conversation:
     def _generate(self, cache: refreekv.ReFreeKVCache, prompt: list[int], room: int, listener: Listener) -> Answering:
         from transformers import StoppingCriteria, StoppingCriteriaList
 
-        from refreekv.cache.naming import NAME
+        from refreekv.engines.transformers.naming import NAME
 
         answering = Answering(self.loaded.tokenizer, listener)
 

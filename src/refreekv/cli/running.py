@@ -77,7 +77,7 @@ def generate(
     """
     import torch
 
-    from refreekv.cache.naming import NAME
+    from refreekv.engines.transformers.naming import NAME
 
     model: Any = loaded.model  # typed as a Module, whose attributes may all be tensors
     prompt_tokens = inputs["input_ids"].shape[1]

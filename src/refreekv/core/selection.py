@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
 
 
 @dataclass(frozen=True)

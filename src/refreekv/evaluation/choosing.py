@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from refreekv.cache.calls import AttentionCall, Entries, Queries
-from refreekv.cache.columns import Columns
-from refreekv.cache.pruning import KeptRow, layer_view, select
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
+from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.decide import KeptRow, layer_view, select
+from refreekv.storage.columns import Columns
 
 ROWS = {"cuda": 2**28, "cpu": 2**24}
 """Probed attention (float32) that exists at once, by kind of device."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from refreekv.cache import PrunedCache
+from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.evaluation.prefill import call, fork, join
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreekv.cache import PrunedCache
-from refreekv.engines.attachment import Attachment
-from refreekv.engines.transformers import check_model
+from refreekv.engines.transformers.api import check_model
+from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.evaluation.decoding import Continuation, Start, continue_branch, continue_full, stop_tokens, until_stop
 from refreekv.evaluation.encoding import Encoded
 from refreekv.evaluation.metrics import TokenMetrics, divergence, negative_log_likelihood, token_metrics

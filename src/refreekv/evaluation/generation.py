@@ -11,8 +11,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from refreekv import ReFreeKVCache
-from refreekv.cache.naming import NAME, cache_argument
-from refreekv.engines.attachment import attached
+from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.naming import NAME, cache_argument
 from refreekv.evaluation.decoding import stop_tokens, until_stop
 from refreekv.policies import Policy
 

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError(f"lm-eval tasks need lm-eval ({error}); run: pip install 'refreekv[eval]'") from error
 
 import refreekv
-from refreekv.cache.naming import cache_argument
+from refreekv.engines.transformers.naming import cache_argument
 from refreekv.evaluation.encoding import MARK
 from refreekv.evaluation.generation import Answer, Prompt, answer, held
 from refreekv.evaluation.sweeps import FULL

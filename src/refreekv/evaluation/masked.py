@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from refreekv.cache.layer import TAG
 from refreekv.core.probes import wide_product
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
+from refreekv.engines.transformers.layer import TAG
 
 LOGITS = {"cuda": 2**28, "cpu": 2**24}
 """Attention logits (float32) over the prompt that exist at once, by kind of device."""

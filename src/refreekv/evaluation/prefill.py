@@ -17,19 +17,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from refreekv import policies
-from refreekv.cache import PrunedCache, ReFreeKVLayer
-from refreekv.cache.accounting import entry_bytes
-from refreekv.cache.calls import AttentionCall
-from refreekv.cache.naming import cache_argument
-from refreekv.cache.prompt import PromptState
-from refreekv.cache.pruning import Decision, KeptRow
-from refreekv.core.arena import KVArena
 from refreekv.core.quantisation import KVDtype
-from refreekv.core.stand_ins import StandIns, put
-from refreekv.engines.copying import copy_scores
+from refreekv.core.surrogates import StandIns, put
+from refreekv.engines.transformers.accounting import entry_bytes
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.naming import cache_argument
+from refreekv.engines.transformers.prompt import PromptState
 from refreekv.evaluation.choosing import capture, choose, plans_of
 from refreekv.evaluation.stored import format_of, kept_bytes, stored_layer
 from refreekv.policies import Policy, ProbePlan
+from refreekv.pruning.calls import AttentionCall
+from refreekv.pruning.decide import Decision, KeptRow
+from refreekv.storage.arena import KVArena
 
 
 class _CapturingLayer(ReFreeKVLayer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from refreekv import policies
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
 from refreekv.evaluation.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from refreekv.engines.attachment import attached
+from refreekv.engines.transformers.attachment import attached
 from refreekv.evaluation.lm_eval_model import CompressedLM, Measured
 from refreekv.evaluation.records import CHANCE, Key, TaskRecord
 from refreekv.evaluation.store import RecordFile

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from refreekv.core import reductions
-from refreekv.core import stand_ins as stand_ins_in_torch
+from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.reductions import ProbeReductions
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
 from refreekv.kernels import ops, reference
 
 __all__ = [
@@ -126,21 +126,21 @@ def stand_ins(
     """
     rows = queries.shape[1] // keys.shape[1] * queries.shape[2]
     if keys.is_cuda and available() and real is None and asked is None and count <= 16 and rows <= 128:
-        from refreekv.kernels.standing_in import launch_stand_ins, tile_for
+        from refreekv.kernels.surrogates import launch_stand_ins, tile_for
 
         if tile := tile_for(queries, keys, values):
             return launch_stand_ins(queries, keys, values, keep, count, tile)
     gone = ~keep if real is None else real & ~keep
-    return stand_ins_in_torch.stand_ins(queries, keys, values, gone, count=count, real=real, asked=asked)
+    return surrogates_in_torch.stand_ins(queries, keys, values, gone, count=count, real=real, asked=asked)
 
 
 def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     """Write stand-ins over the entries ``[B, H_kv, n, D]`` whose places they take; what is kept with them."""
     if keys.is_cuda and available():
-        from refreekv.kernels.standing_in import launch_put
+        from refreekv.kernels.surrogates import launch_put
 
         return launch_put(chosen, keys, values, keep)
-    stand_ins_in_torch.put(chosen, keys, values)
+    surrogates_in_torch.put(chosen, keys, values)
     return keep.scatter(-1, chosen.columns, keep.gather(-1, chosen.columns) | chosen.real)
 
 

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early, room
+from refreekv.kernels import pdl, shared_memory
 from refreekv.kernels.coded_storage import format_of
 from refreekv.kernels.decode import BLOCK_N, PROGRAMS_PER_MULTIPROCESSOR, _at, _share, run_in_parts
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.probe import _capped
 
 REGISTERS = 65_536
@@ -60,7 +60,7 @@ def _coded_decode_kernel(
     KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -164,7 +164,9 @@ def launch_coded_decode(
     if block is None:
         widest = max(options["BLOCK_K"], options["BLOCK_V"]) * query.element_size()
         bytes_each = (stages - 1) * (lines["KEY_LINE"] + lines["VALUE_LINE"]) + 2 * widest
-        block = _block_for(bytes_each, heads * query.shape[-1] * query.element_size(), room.for_tiles(query.device))
+        block = _block_for(
+            bytes_each, heads * query.shape[-1] * query.element_size(), shared_memory.for_tiles(query.device)
+        )
     # So many programs are to run on a multiprocessor at once, whatever registers Triton would like (220, 3.6).
     registers = REGISTERS // (PROGRAMS_PER_MULTIPROCESSOR * 32 * warps) // 8 * 8
     return run_in_parts(

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.coded_lines import half_of, line_bytes
-from refreekv.kernels import early
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels import pdl
+from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.storage import _chosen, elements_first
 
 TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16}
@@ -60,7 +60,7 @@ def _coded_append_kernel(
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     segment = tl.program_id(0)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
@@ -119,7 +119,7 @@ def launch_coded_append(keys: Tensor, values: Tensor, table: Tensor, groups: Seq
     _coded_append_kernel[(table.shape[0],)](
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
         **format_of(keys.shape[-1], values.shape[-1], groups, keys), BLOCK_T=block, num_warps=warps,
-        **early.options(keys.shape[0] * keys.shape[2], keys),
+        **pdl.options(keys.shape[0] * keys.shape[2], keys),
     )  # fmt: skip
 
 

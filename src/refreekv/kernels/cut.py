@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels.device_guard import on_its_device
 
 CHUNK = 128
 HEADS = 16

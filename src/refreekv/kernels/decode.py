@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early, room
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels import pdl, shared_memory
+from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.probe import LOG2E, _capped
 
 BLOCK_N = 64
@@ -70,7 +70,7 @@ def _decode_kernel(
     HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
@@ -123,7 +123,7 @@ def _join_kernel(
     BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head: its partial results, weighted by their shares of the softmax."""
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     segment, head = tl.program_id(0), tl.program_id(1)
     all_segments = tl.arange(0, BLOCK_S)
     blocks = (_held(table, all_segments, segments, window) + BLOCK - 1) // BLOCK
@@ -187,7 +187,9 @@ def launch_ragged_decode(
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (head_size, value_size))
     block_g = max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0]))
     if block is None:
-        block = _block_for(block_d, block_v, block_g, query.element_size(), stages, room.for_tiles(query.device))
+        block = _block_for(
+            block_d, block_v, block_g, query.element_size(), stages, shared_memory.for_tiles(query.device)
+        )
     return run_in_parts(
         _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
         HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
@@ -228,12 +230,12 @@ def run_in_parts(
         query, table, partial, denominators, segments, kv_heads, group, window, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         VALUE=value_size, BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
-        **options, **early.options(batch, query),
+        **options, **pdl.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
         partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
         programs, VALUE=value_size, BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK=block, BLOCK_S=block_s,
-        BLOCK_P=parts, HAS_SINKS=sinks is not None, num_warps=4, **early.options(batch, query),
+        BLOCK_P=parts, HAS_SINKS=sinks is not None, num_warps=4, **pdl.options(batch, query),
     )  # fmt: skip
     return out
 

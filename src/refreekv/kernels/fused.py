@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early
+from refreekv.kernels import pdl
 
 
 @triton.jit
 def _rms_norm_kernel(
     x, weight, out, size, eps, stride, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + n, n < size, 0.0).to(tl.float32)
@@ -34,7 +34,7 @@ def _rms_norm_kernel(
 def _gated_kernel(
     gate, up, out, size, stride_gate, stride_up, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * stride_gate + n, n < size, 0.0).to(tl.float32)
@@ -54,7 +54,7 @@ def _rotary_kernel(
     sq_b, sq_h, sk_b, sk_h, sc_b, ss_b,
     HALF: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     d = tl.arange(0, BLOCK)
     real = d < HALF
@@ -80,7 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_added: bool) -> Tensor:
     _rms_norm_kernel[(flat.shape[0],)](
         flat, weight, out, flat.shape[1], eps, flat.stride(0),
         ONE_ADDED=one_added, BLOCK=block, num_warps=max(1, min(16, block // 512)),
-        **early.options(flat.shape[0], x),
+        **pdl.options(flat.shape[0], x),
     )  # fmt: skip
     return out.view(x.shape)
 
@@ -101,7 +101,7 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         GELU=gelu,
         BLOCK=block,
         num_warps=4,
-        **early.options(gates.shape[0], gate),
+        **pdl.options(gates.shape[0], gate),
     )
     return out.view(gate.shape)
 
@@ -119,6 +119,6 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     _rotary_kernel[(heads + kv_heads, batch)](
         query, key, cos, sin, query_out, key_out, heads, kv_heads,
         *query.stride()[:2], *key.stride()[:2], step_cos, step_sin,
-        HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1, **early.options(batch, query),
+        HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1, **pdl.options(batch, query),
     )  # fmt: skip
     return query_out, key_out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early
+from refreekv.kernels import pdl
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Up to three products with one input; each program makes a few columns of one of them."""
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     block = tl.program_id(0)
     if block < blocks0:
         weight, bias, y, count = w0, b0, y0, n0
@@ -109,7 +109,7 @@ def _gated_linear_kernel(
     x, gate, up, y, count, rows, size,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     kind = y.dtype.element_ty
     g = _product(x, gate, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)
@@ -177,7 +177,7 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, gelu: bool, tiling: Tiling
 def _settings(x: Tensor, tiling: Tiling) -> dict[str, Any]:
     rows = x.shape[0]
     return {
-        **early.options(rows, x),
+        **pdl.options(rows, x),
         "BLOCK_M": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,

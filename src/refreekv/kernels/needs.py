@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.neighbours import LEVELS
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels.device_guard import on_its_device
 
 BLOCK = 1024
 NEVER = tl.constexpr(-(2**30))

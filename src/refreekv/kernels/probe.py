@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels.device_guard import on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

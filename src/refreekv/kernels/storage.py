@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.kernels import early
-from refreekv.kernels.guard import on_its_device
+from refreekv.kernels import pdl
+from refreekv.kernels.device_guard import on_its_device
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _append_kernel(
     HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    early.in_turn(EARLY)
+    pdl.in_turn(EARLY)
     segment = tl.program_id(0)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
@@ -112,7 +112,7 @@ def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
         HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
         BLOCK_T=1 if keys.shape[2] == 1 else 16, num_warps=1 if keys.shape[2] == 1 else 4,
-        **early.options(keys.shape[0] * keys.shape[2], keys),
+        **pdl.options(keys.shape[0] * keys.shape[2], keys),
     )  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def _run(text: Any) -> list[LayerKV]:
     import torch
     from transformers import DynamicCache
 
-    from refreekv.cache.naming import cache_argument
+    from refreekv.engines.transformers.naming import cache_argument
 
     built = skeleton(text).eval()
     cache = DynamicCache(config=text)

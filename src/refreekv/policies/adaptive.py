@@ -11,7 +11,7 @@ from refreekv.core.budget import newest
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import Selection, sink_mask
-from refreekv.core.stand_ins import StandIns
+from refreekv.core.surrogates import StandIns
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
@@ -40,11 +40,11 @@ class Adaptive(Policy):
     - *mass*: it peaks as high as is needed for each head to keep ``1 - lost_mass`` of its mean attention.
     - *copying*: the head's copy score is at least ``copying``. These few heads fetch text from anywhere
       and nothing in the prompt says from where next; all others live on what the rules above keep.
-      The score is a property of the model, measured once on random tokens (`refreekv.engines.copying`).
+      The score is a property of the model, measured once on random tokens (`engines.transformers.copy_scores`).
     - It is a sink, among the newest ``window`` positions, or was kept at an earlier prompt's end.
 
     What a head evicts all the same gets little attention each, but some together: ``stand_ins`` entries
-    take its place (`refreekv.core.stand_ins`), at the end of the first prompt of a conversation.
+    take its place (`refreekv.core.surrogates`), at the end of the first prompt of a conversation.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.

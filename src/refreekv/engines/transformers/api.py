@@ -1,0 +1,208 @@
+"""The method on transformers: `compress` and `ReFreeKVCache`."""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.engines import DEFAULT_POLICY
+from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.graph import DecodeMode, check_mode
+from refreekv.policies import Policy, resolve
+from refreekv.report import CompressionReport
+
+
+class ReFreeKVCache(PrunedCache):
+    """A cache to pass as ``past_key_values`` (from transformers 5.24 on: ``cache``), pruned at the end of each prompt.
+
+    As long as such a cache lives, its model's attention is routed through refreekv
+    (results for other caches are unchanged); when the last one is gone the model is as
+    it was. Inside `compress` there is no need for one.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that the cache is for.
+    policy : str or Policy
+        A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
+        command line takes it: ``"snapkv:ratio=0.5"``.
+    kv_dtype, decode, decode_interval
+        As for `compress`.
+    **parameters
+        Parameters of a policy given by name.
+
+    Raises
+    ------
+    ValueError
+        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
+    TypeError
+        Unknown parameter, or not a model.
+
+    Examples
+    --------
+    >>> cache = refreekv.ReFreeKVCache(model, policy="streaming-llm", ratio=0.5)  # doctest: +SKIP
+    >>> out = model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = DEFAULT_POLICY,
+        *,
+        kv_dtype: str | KVDtype | None = None,
+        decode: DecodeMode = "graph",
+        decode_interval: int | None = None,
+        **parameters: Any,
+    ):
+        resolved = resolve(policy, **parameters)
+        check_model(model)
+        check_mode(decode)
+        super().__init__(model.config, resolved, kv_dtype, decode, decode_interval)
+        self.bind(model)
+        weakref.finalize(self, Attachment.attach(model).detach)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReFreeKVCache":
+        """A copy that keeps the model attached by itself, also when the original is gone."""
+        self.state.settle()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        model = self._model() if self._model is not None else None
+        if isinstance(model, PreTrainedModel):
+            weakref.finalize(copied, Attachment.attach(model).detach)
+        return copied
+
+
+class CompressionSession:
+    """What `compress` hands out: the report, and the latest cache.
+
+    Attributes
+    ----------
+    policy : Policy
+        What decides on what to keep.
+    kv_dtype : KVDtype or None
+        How what is kept is stored.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        kv_dtype: KVDtype | None = None,
+        decode: DecodeMode = "graph",
+        decode_interval: int | None = None,
+    ):
+        self.policy = policy
+        self._decode = decode
+        self.kv_dtype = kv_dtype
+        self.decode_interval = decode_interval
+        self._model = model
+        # Weak: the session must not keep a finished answer's keys and values alive.
+        self._latest: weakref.ref[PrunedCache] | None = None
+        self._snapshot = CompressionReport(str(policy), 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
+
+    @property
+    def cache(self) -> PrunedCache | None:
+        """The cache of the latest call, for a next turn; None once nobody else holds it."""
+        return self._latest() if self._latest is not None else None
+
+    @property
+    def report(self) -> CompressionReport:
+        """What the latest call kept and saved: live while its cache lives, then as it last was."""
+        cache = self.cache
+        if cache is not None and not cache.is_unused:
+            return cache.report
+        return self._snapshot
+
+    def new_cache(self) -> PrunedCache:
+        """A cache for a call that brings none."""
+        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode, self.decode_interval)
+        cache.bind(self._model)
+        self._latest = weakref.ref(cache)
+        return cache
+
+    def observe(self, cache: PrunedCache) -> None:
+        """Take down the report of a cache made here, before it may go away."""
+        if cache is self.cache:
+            self._snapshot = cache.report
+
+
+@contextmanager
+def compress(
+    model: PreTrainedModel,
+    policy: str | Policy = DEFAULT_POLICY,
+    *,
+    kv_dtype: str | KVDtype | None = None,
+    decode: DecodeMode = "graph",
+    decode_interval: int | None = None,
+    **parameters: Any,
+) -> Iterator[CompressionSession]:
+    """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
+
+    Calls of ``model.generate``, of a pipeline around the model and of the model itself get
+    a `PrunedCache` if they bring no cache. There is no budget to choose. On exit, also after
+    an exception, the model is exactly as before.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder-only model that goes through transformers' attention interface.
+    policy : str or Policy
+        A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
+        command line takes it: ``"snapkv:ratio=0.5"``.
+    kv_dtype : str, KVDtype or None
+        ``"fp8"``, ``"int8"`` or ``"int4"``: what is kept is stored quantised, with fp8 and int4 but for
+        the newest entries; int8 is decoded through the graph. None: in the model's precision.
+    decode : str
+        How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
+        in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason
+        that is logged. On the CPU there is nothing to capture.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again, so that long answers stop growing the
+        cache; None: only prompts are pruned.
+    **parameters
+        Parameters of a policy given by name.
+
+    Yields
+    ------
+    CompressionSession
+        Its ``report`` says what was kept, layer by layer.
+
+    Raises
+    ------
+    ValueError
+        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
+    TypeError
+        Unknown parameter, or not a model.
+
+    Examples
+    --------
+    >>> with refreekv.compress(model) as kv:  # doctest: +SKIP
+    ...     out = model.generate(**inputs, max_new_tokens=200)
+    >>> print(kv.report)  # doctest: +SKIP
+    """
+    check_mode(decode)
+    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode, decode_interval)
+    check_model(model)
+    session.new_cache()  # refuse an unsupported model here, not at its first call
+    attachment = Attachment.attach(model)
+    attachment.sessions.append(session)
+    try:
+        yield session
+    finally:
+        attachment.sessions.remove(session)
+        attachment.detach()
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a model with a configuration."""
+    if not (isinstance(model, torch.nn.Module) and hasattr(getattr(model, "config", None), "get_text_config")):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")

@@ -1,0 +1,182 @@
+"""The cache a user holds: transformers' `DynamicCache` with layers that prune themselves."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.prompt import PromptState
+from refreekv.policies import Policy
+from refreekv.policies.base import check_count
+from refreekv.report import CompressionReport
+
+
+class PrunedCache(DynamicCache):
+    """A dynamic cache whose full-attention layers are pruned when the prompt ends.
+
+    Sliding-window, chunked and linear-attention layers stay what `DynamicCache` makes
+    them: they are bounded already.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's configuration.
+    policy : Policy
+        Decides what each layer keeps.
+    kv_dtype : str, KVDtype or None
+        How what is kept is stored, such as ``"int4"``; None: in the model's precision.
+    decode : str
+        How `generate` decodes on CUDA; see `compress`.
+    decode_interval : int or None
+        Generated tokens after which the policy looks again at everything it does not protect; None:
+        only prompts are pruned.
+
+    Raises
+    ------
+    ValueError
+        ``decode_interval`` under 1, unknown ``kv_dtype``, or the model is an encoder-decoder or has no
+        full-attention layer.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: Policy,
+        kv_dtype: str | KVDtype | None = None,
+        decode: str = "graph",
+        decode_interval: int | None = None,
+    ):
+        text = config.get_text_config(decoder=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{config.model_type} is an encoder-decoder model; refreekv supports decoder-only models")
+        if getattr(text, "num_kv_shared_layers", 0):
+            raise ValueError(
+                f"{text.model_type} shares keys and values between layers; pruning one layer would change the others"
+            )
+        self.kv_dtype = KVDtype.parse(kv_dtype)
+        super().__init__(config=text)
+        self.kinds: list[str] = getattr(text, "layer_types", None) or [_kind(layer) for layer in self.layers]
+        if decode_interval is not None:
+            check_count("decode_interval", decode_interval, minimum=1)
+        self.state = PromptState(policy, decode_interval=decode_interval)
+        for index, layer in enumerate(self.layers):
+            # Exactly this class: its subclasses hold more than keys and values of all tokens.
+            if type(layer) is DynamicLayer:
+                self.layers[index] = ReFreeKVLayer(index, self.state.layers, self.state, self.kv_dtype)
+                self.state.layers += 1
+        if not self.state.layers:
+            kinds = ", ".join(sorted(set(self.kinds))) if self.layers else "none"
+            raise ValueError(
+                f"{text.model_type} has no full-attention layer to prune (its layers: {kinds}"
+                + (f", sliding window {window})" if (window := getattr(text, "sliding_window", None)) else ")")
+            )
+
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self.first = self.pruned_layers[0]
+        """The first layer that may be pruned, whose length is that of the cache."""
+        self.decode = decode
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Say which model the cache is for, so that another one is refused."""
+        self._model = weakref.ref(model)
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Raise ValueError if the cache is bound to another model."""
+        if self._model is not None and self._model() is not model:
+            raise ValueError(
+                f"this cache was made for another model than the {type(model).__name__} it is used with; "
+                "make one cache for each model"
+            )
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no token was stored yet."""
+        return all(layer.get_seq_length() == 0 for layer in self.pruned_layers)
+
+    @property
+    def policy(self) -> Policy:
+        """What decides on what to keep."""
+        return self.state.policy
+
+    @property
+    def pruned_layers(self) -> list[ReFreeKVLayer]:
+        """The layers that may be pruned."""
+        return [layer for layer in self.layers if isinstance(layer, ReFreeKVLayer)]
+
+    def prompt_until(self, end: int) -> AbstractContextManager[None]:
+        """Within, the prompt ends at logical length ``end``: pruned there, whatever chunks it comes in.
+
+        Tokens after it are decoding, also where several come in one call (speculative
+        decoding). `generate` does this by itself; loops of one's own may want it.
+        """
+        return self.state.until(end)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within, no call is a prompt and nothing is pruned, however many tokens it has."""
+        with self.state.until(0):
+            yield
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give back the memory of finished rows while the others go on decoding.
+
+        The rows stay in the batch; what the model makes of them from now on means nothing.
+
+        Raises
+        ------
+        ValueError
+            The cache's entries are not in storage with room to grow, as they are on CUDA once the
+            prompt was pruned.
+        """
+        self.state.settle()
+        for layer in self.pruned_layers:
+            layer.free_rows(rows)
+
+    def reset(self) -> None:
+        """Forget everything; the cache can take a new prompt."""
+        self.state.clear()
+        super().reset()
+
+    def kept_ranges(self, row: int = 0) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
+        """Which tokens each full-attention layer still holds for one row of the batch.
+
+        Returns
+        -------
+        list of tuple of tuple of (int, int)
+            By layer, then by KV head (one entry where all heads hold the same): ascending
+            half-open ranges of logical columns, generated tokens and padding before pruning
+            included.
+        """
+        self.state.settle()
+        return [
+            (((0, layer.get_seq_length()),),) if layer.ragged is None else layer.columns(row).as_ranges()
+            for layer in self.pruned_layers
+        ]
+
+    @property
+    def report(self) -> CompressionReport:
+        """What is kept and what it saves, now."""
+        self.state.settle()
+        return CompressionReport(
+            policy=str(self.policy),
+            tokens=self.get_seq_length(self.pruned_layers[0].index),
+            layers=tuple(
+                layer_report(index, self.kinds[index], layer)
+                for index, layer in enumerate(self.layers)
+                if isinstance(layer, CacheLayerMixin)
+            ),
+            index_bytes=sum(index_bytes(layer) for layer in self.pruned_layers),
+            kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
+            padded_bytes=max(padded_bytes(layer) for layer in self.pruned_layers),
+        )
+
+
+def _kind(layer: object) -> str:
+    """What a model without named layer types would call a layer."""
+    return "full_attention" if type(layer) is DynamicLayer else "sliding_attention"

@@ -1,0 +1,48 @@
+"""Copy scores of a transformers model, measured once a model; see `pruning.copy_scores`."""
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refreekv.engines.transformers import fingerprint
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.naming import cache_argument
+from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
+
+# Scores belong to a model as long as it lives, and a pass for each `compress` block would be a
+# waste. The model cannot hold them itself, for it is to be exactly as before afterwards.
+_KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[object, tuple[Tensor, ...]]]" = weakref.WeakKeyDictionary()
+
+
+def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
+    """The copy score of each KV head, measured at the first call and remembered with the model.
+
+    The score is the mean attention that the second saying of a token gives to the token after its
+    first saying, the largest over the query heads that share the KV head. To be called while
+    refreekv is attached to the model.
+
+    Returns
+    -------
+    sequence of Tensor
+        By full-attention layer, ``[H_kv]`` float32 in [0, 1].
+    """
+    weights = fingerprint.of_contents(model)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != weights:
+        known = (weights, tuple(_measure(model)))
+        _KNOWN[model] = known
+    return known[1]
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel) -> list[Tensor]:
+    prompt, count = tokens_said_twice(model.config.get_text_config(decoder=True))
+    ids = torch.tensor([prompt], device=model.device)
+    probe = CopyProbe(tokens=count)
+    cache = PrunedCache(model.config, probe)
+    with cache.prompt_until(ids.shape[1]):
+        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True)
+    return probe.scores

@@ -1,0 +1,401 @@
+"""Decoding through CUDA graphs: one capture of the model's own forward serves every length.
+
+Eager decoding is bound by launches, some 1,500 a token, at any context length. The forward of one
+token a row is captured with static inputs; where attention would read a cache, it reads the tables
+of `kernels.table` instead, through which any cache's arenas are reached. So a graph depends on
+the model and the batch size alone: not on lengths, not on the cache.
+"""
+
+import copy
+import functools
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils.generic import ModelOutput
+
+from refreekv import kernels
+from refreekv.engines.transformers import fingerprint
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.fusion import fused
+from refreekv.engines.transformers.layer import TAG, ReFreeKVLayer
+from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, cache_given
+from refreekv.storage.arena import KVArena
+
+logger = logging.getLogger("refreekv")
+
+DecodeMode = Literal["graph", "eager"]
+MODES = ("graph", "eager")
+Groups = tuple[int, int] | None
+
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_KNOWN |= NAMES
+"""Arguments of a forward that a captured one can do with."""
+
+
+class UncapturableError(Exception):
+    """Why a model or a call cannot be captured; the text completes "because"."""
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError unless ``mode`` is a way to decode."""
+    if mode not in MODES:
+        raise ValueError(f"decode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+
+
+class TableLayer(DynamicLayer):
+    """What stands for a cache layer during a capture: it knows a table and nothing else."""
+
+    def __init__(self, table: Tensor, groups: Groups):
+        super().__init__()
+        self.table, self.groups = table, groups
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new entries to wherever the table says."""
+        kernels.append(key_states, value_states, self.table, groups=self.groups)
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend to wherever the table says."""
+        return kernels.ragged_decode(
+            query,
+            self.table,
+            value_size=value.shape[-1],
+            scaling=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            groups=self.groups,
+        )
+
+    def get_seq_length(self) -> int:
+        """No length: masks, which would depend on it, are not used."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the mask that nobody reads."""
+        return query_length, 0
+
+
+class TableCache(Cache):
+    """The cache that the captured forward sees."""
+
+    def __init__(self, tables: list[Tensor], groups: Sequence[Groups]):
+        super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, groups, strict=True)])
+
+
+class Step:
+    """The forward of one token a row at one batch size and storage, with inputs and outputs in fixed places.
+
+    Attributes
+    ----------
+    tables : list of Tensor
+        ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
+    groups : sequence of (int, int) or None
+        The format of each layer's entries; see `kernels.append`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        batch: int,
+        segments: Sequence[int],
+        groups: Sequence[Groups],
+    ):
+        self.model, self.batch, self.groups, self._forward = model, batch, groups, forward
+        device = next(model.parameters()).device
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            # Zero: no entries and no room, so that running it touches no memory.
+            self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(list(segments)))
+        self.weights = fingerprint.of_addresses(model)
+        # Weak: a graph must not keep a finished answer's keys and values alive.
+        self._owners: list[weakref.ref[KVArena]] = []
+        self._next = -1
+        self._left = 0
+        self._out: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._capture()
+
+    def _run(self) -> Any:
+        out = self._forward(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            **cache_argument(self._forward, TableCache(self.tables, self.groups)),
+            use_cache=True,
+            return_dict=True,
+        )
+        # The next token's, so that the host need not say them each time.
+        self.positions.add_(1)
+        return out
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.ids.device)
+        stream = _capture_stream(self.ids.device)
+        capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        stream.wait_stream(current)
+        with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
+            try:
+                with torch.cuda.stream(stream):
+                    self._warm_up()
+            finally:
+                # If that failed the step is dropped, and what it is made of is free for others: not before the
+                # kernels that were launched are done with it.
+                current.wait_stream(stream)
+            with capture:
+                self._out = self._run()
+        self._graph = graph
+        if not isinstance(self._out, ModelOutput) or getattr(self._out, "logits", None) is None:
+            raise UncapturableError("the model returns no logits")
+
+    def _warm_up(self) -> None:
+        self._run()
+        # A capture that fails leaves a mess; what would make it fail is found before.
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def owned_by(self, arenas: list[KVArena]) -> bool:
+        """Whether these are the arenas that the step reads and writes."""
+        owners = self._owners
+        return len(owners) == len(arenas) and all(o() is arena for o, arena in zip(owners, arenas, strict=True))
+
+    def has_room(self, length: int) -> bool:
+        """Whether the token at logical length ``length`` has room for sure: it is the next one, and was counted for."""
+        return length == self._next and self._left > 0
+
+    def note_room(self, arenas: list[KVArena]) -> None:
+        """Look how many tokens have room; while the device is busy, as this takes time at each token."""
+        self._left = min(arena.left for arena in arenas)
+
+    def adopt(self, arenas: list[KVArena]) -> None:
+        """Read and write these arenas from now on; their tables move here."""
+        self._take_turn()
+        self.release()
+        for arena, table in zip(arenas, self.tables, strict=True):
+            arena.lend_table(table)
+        self._owners = [weakref.ref(arena) for arena in arenas]
+        self._next = -1
+
+    def release(self) -> None:
+        """Give the tables back to whose they are."""
+        for owner, table in zip(self._owners, self.tables, strict=False):
+            arena = owner()
+            if arena is not None and arena.table is table:
+                arena.take_table_back()
+        self._owners = []
+
+    def _take_turn(self) -> None:
+        """Wait for what another thread had the step do on a stream of its own; it may still be under way."""
+        if self.ids.is_cuda:
+            stream = torch.cuda.current_stream(self.ids.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
+    def __call__(self, ids: Tensor, positions: Tensor, length: int) -> Any:
+        """Logits for one token a row, ``[B, 1]`` each; what is returned is overwritten by the next call.
+
+        ``length`` is the cache's logical length before the token. From one token to the next of the
+        same cache positions grow by one: they are copied for the first one only.
+        """
+        self._take_turn()
+        self.ids.copy_(ids)
+        if length != self._next:
+            self.positions.copy_(positions)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with torch.no_grad():
+                self._out = self._run()
+        self._next = length + 1
+        return self._out
+
+
+class Decoder:
+    """Decides, call by call, whether a captured step can do it. One a model.
+
+    Threads that generate on one model share its steps and take turns.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._lock = threading.Lock()
+        self._steps: dict[Any, Step] = {}
+        self._refused: dict[Any, str] = {}
+        self._last: Step | None = None
+        self._logged: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
+        """One of its own for the copied model: graphs have the original's addresses in them."""
+        return Decoder(copy.deepcopy(self._model, memo))
+
+    def __call__(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The output of ``forward(**kwargs)`` from a captured step; None if it has to run itself."""
+        cache, ids = cache_given(kwargs), kwargs.get("input_ids")
+        if not isinstance(cache, PrunedCache) or ids is None or ids.shape[1] != 1 or cache.decode == "eager":
+            return None
+        first = cache.first
+        length = first.get_seq_length()
+        if not cache.state.decodes(length) or not (ids.is_cuda or cache.state.arena):
+            return None
+        try:
+            return self._step(forward, cache, kwargs, length)
+        except UncapturableError as reason:
+            self._log(str(reason))
+            return None
+
+    def may_capture(self, cache: PrunedCache) -> bool:
+        """Whether tokens that follow the cache's prompt are likely to come from a captured step."""
+        if cache.decode == "eager" or cache.state.decode_interval is not None:
+            return False
+        try:
+            arenas = _arenas(self._layers(cache))
+            self._check_model()
+        except UncapturableError:
+            return False
+        return _key(arenas) not in self._refused
+
+    def _step(self, forward: Callable[..., Any], cache: PrunedCache, kwargs: dict[str, Any], length: int) -> Any:
+        ids: Tensor = kwargs["input_ids"]
+        if cache.state.decode_interval is not None:
+            raise UncapturableError("generated tokens are pruned, too, and their queries are needed for that")
+        extra = [name for name, value in kwargs.items() if name not in _KNOWN and value not in (None, False)]
+        if extra:
+            raise UncapturableError(f"the model is called with {', '.join(sorted(extra))}")
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, length)
+        elif positions.dim() != 2 or positions.shape[1] != 1:
+            raise UncapturableError("positions have more than one number a token")
+        layers = self._layers(cache)
+        arenas = _arenas(layers)
+        with self._lock:
+            step = self._step_for(forward, ids.shape[0], arenas)
+            if not step.has_room(length):
+                for layer in layers:
+                    layer.reserve(1)
+            out = step(ids, positions, length)
+            # The next call overwrites the logits.
+            logits = out.logits.clone()
+            for layer in layers:
+                layer.note_appended(1)
+            step.note_room(arenas)
+        return type(out)(logits=logits, **{NAME: cache})
+
+    def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
+        layers: list[ReFreeKVLayer] = []
+        for layer in cache.layers:
+            if not isinstance(layer, ReFreeKVLayer):
+                raise UncapturableError(f"the cache has a {type(layer).__name__}")
+            if not isinstance(layer.ragged, KVArena):
+                raise UncapturableError(f"a layer's entries are in a {type(layer.ragged or layer.keys).__name__}")
+            layers.append(layer)
+        return layers
+
+    def _step_for(self, forward: Callable[..., Any], batch: int, arenas: list[KVArena]) -> Step:
+        last = self._last
+        if last is not None and last.batch == batch and last.owned_by(arenas):
+            return last
+        key = _key(arenas)
+        if key in self._refused:
+            raise UncapturableError(self._refused[key])
+        step = self._steps.get(key)
+        if step is not None and step.owned_by(arenas):
+            self._last = step
+            return step
+        self._check_model()
+        if step is not None and step.weights != fingerprint.of_addresses(self._model):
+            step.release()
+            step = self._last = None
+        if step is None:
+            try:
+                step = Step(self._model, forward, batch, key.segments, key.groups)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever it is, eager decoding goes on
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._refused[key] = f"its forward cannot be captured: {what}"
+                raise UncapturableError(self._refused[key]) from error
+            self._steps[key] = step
+        step.adopt(arenas)
+        self._last = step
+        return step
+
+    def _check_model(self) -> None:
+        """Raise UncapturableError for what a replay would silently leave out."""
+        if self._model.training:
+            raise UncapturableError("the model is in training mode")
+        if len({p.device for p in self._model.parameters()}) > 1:
+            raise UncapturableError("the model is spread over several devices")
+        for name, module in self._model.named_modules():
+            if name and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+                raise UncapturableError(f"{name} has forward hooks, which a captured step would not call")
+
+    def _log(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("decoding without a CUDA graph, because %s", reason)
+
+    def close(self) -> None:
+        """Free the graphs; caches get their tables back."""
+        for step in self._steps.values():
+            step.release()
+        self._steps.clear()
+        self._last = None
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for all captures on a device and what warms them up, as libraries hold workspaces by stream.
+
+    PyTorch keeps one for a process, on the device of its first capture.
+    """
+    return torch.cuda.Stream(device)
+
+
+def _arenas(layers: Sequence[ReFreeKVLayer]) -> list[KVArena]:
+    """The storages of layers that `Decoder._layers` let pass."""
+    return [cast("KVArena", layer.ragged) for layer in layers]
+
+
+class _Key(NamedTuple):
+    """What a captured step depends on: rows, segments and format of each layer, type."""
+
+    batch: int
+    segments: tuple[int, ...]
+    groups: tuple[Groups, ...]
+    dtype: torch.dtype
+
+
+def _key(arenas: list[KVArena]) -> _Key:
+    batch = len(arenas[0].freed)
+    segments, groups = zip(*((batch * arena.kv_heads, arena.groups) for arena in arenas), strict=True)
+    return _Key(batch, segments, groups, arenas[0].dtype)

@@ -1,0 +1,355 @@
+"""A cache layer that holds what a policy keeps, and nothing else.
+
+The layer starts *dense*, exactly as transformers' `DynamicLayer`: ``keys`` and
+``values`` are ``[B, H_kv, n, D]``, padding included. When the prompt ends and the policy
+drops something, it turns *ragged*: the kept entries move to flat storage of their own
+(`RaggedKV`), padding goes too, and the dense tensors are released. On CUDA that storage has
+room to grow (`KVArena`), and layers that keep everything move there as well.
+
+Lengths are logical everywhere outside: positions, masks and `get_seq_length` count all
+tokens ever seen, so that rotary positions stay true whatever is evicted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.engines.transformers.prompt import PromptState
+from refreekv.policies.joint import JointPolicy
+from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.decide import Decision, KeptRow, decide
+from refreekv.pruning.masks import mask_for_columns, valid_columns
+from refreekv.pruning.queries import HeldQueries
+from refreekv.pruning.records import RowRecord, after_crop, after_pruning
+from refreekv.storage.arena import KVArena
+from refreekv.storage.columns import Columns
+from refreekv.storage.compaction import compacted, takes_arena
+from refreekv.storage.ragged import RaggedKV
+
+TAG = "_refreekv_layer"
+"""Attribute that leads from a key tensor handed to the model back to its layer."""
+
+
+class ReFreeKVLayer(DynamicLayer):
+    """One full-attention layer's keys and values, pruned when the prompt ends.
+
+    Attributes
+    ----------
+    index : int
+        Index of the layer in the model.
+    ordinal : int
+        Index among the layers that may be pruned.
+    ragged : RaggedKV or None
+        The storage once something was evicted; ``keys`` and ``values`` are then its flat
+        tensors.
+    kv_dtype : KVDtype or None
+        How what is kept is stored; None: in the precision it came in.
+    records : list of RowRecord
+        Outcome of the last pruning, one a row; empty before the first.
+    kept_columns : list of Columns
+        Logical columns of what the last pruning kept, a row each. The entries after it have the
+        columns from the logical length it was made at on, without a gap.
+    """
+
+    def __init__(self, index: int, ordinal: int, state: PromptState, kv_dtype: KVDtype | None = None):
+        super().__init__()
+        self.kv_dtype = kv_dtype
+        self.index = index
+        self.ordinal = ordinal
+        self.state = state
+        self._clear()
+
+    def _clear(self) -> None:
+        self.ragged: RaggedKV | None = None
+        self.records: list[RowRecord] = []
+        self._length = 0
+        self._queries = HeldQueries()
+        self._unsettled = False
+        self.kept_columns: list[Columns] = []
+        self._pruned_length = 0
+        # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
+        self._settled_length = 0
+
+    # -- what the model calls -------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new entries ``[B, H_kv, q, D]`` and return what attention is to read.
+
+        Dense: all keys and values. Ragged: the new ones only, as the rest has no common
+        shape; the attention function reads the storage itself.
+
+        Raises
+        ------
+        ValueError
+            No new tokens, or another batch size or geometry than what is stored.
+        RuntimeError
+            Gradients, or attention that bypasses refreekv.
+        """
+        if key_states.shape[-2] == 0:
+            raise ValueError("empty prompt: the model was called with no new tokens, so there is nothing to cache")
+        if key_states.requires_grad or value_states.requires_grad:
+            raise RuntimeError(
+                "refreekv prunes the cache at inference only, and these keys and values carry gradients: "
+                "call the model under torch.no_grad() or torch.inference_mode()"
+            )
+        self.state.check_reported()
+        if self._unsettled:
+            self.state.settle()
+        self._check_geometry(key_states)
+        if self.ragged is None:
+            key_states, value_states = super().update(key_states, value_states)
+            self._length = key_states.shape[-2]
+        else:
+            self._store(self.ragged.append(key_states, value_states))
+            self._length += key_states.shape[-2]
+        self.state.awaiting = self.index
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def _check_geometry(self, keys: Tensor) -> None:
+        if self._length == 0:
+            return
+        if self.ragged is not None:
+            stored = (len(self.ragged.lengths), self.ragged.kv_heads, self.ragged.sizes[0])
+        else:
+            held = self.dense[0]
+            stored = (held.shape[0], held.shape[1], held.shape[3])
+        brought = (keys.shape[0], keys.shape[1], keys.shape[3])
+        if brought != stored:
+            raise ValueError(
+                f"layer {self.index} of this cache holds (batch, KV heads, head size) = {stored} and the model brings "
+                f"{brought}: the cache belongs to another batch or another model"
+            )
+
+    def get_seq_length(self) -> int:
+        """Logical length: all tokens seen, padding included, evicted or not."""
+        return self._length
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure that a captured forward has room for more entries in the arena."""
+        assert isinstance(self.ragged, KVArena)
+        if self.ragged.reserve(tokens):
+            self._store(self.ragged)
+
+    def note_appended(self, tokens: int) -> None:
+        """Count entries that a captured forward wrote to the arena."""
+        assert isinstance(self.ragged, KVArena)
+        self.ragged.note_appended(tokens)
+        self._length += tokens
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give back the memory of finished rows; see `PrunedCache.free_rows`."""
+        if not isinstance(self.ragged, KVArena):
+            raise ValueError("only rows of a cache that decodes on CUDA can be freed; keep the others instead")
+        self.ragged.free_rows(rows)
+        self._store(self.ragged)
+
+    # -- what the attention function calls --------------------------------------------------
+
+    def columns(self, row: int) -> Columns:
+        """Logical columns of the stored entries of ``row``; only when ragged."""
+        return self.kept_columns[row].extended(self._pruned_length, self._length)
+
+    def row_mask(self, mask: Tensor, row: int, heads: int) -> Tensor:
+        """The part of a mask over logical columns that concerns the stored entries of ``row``."""
+        return mask_for_columns(mask, row, self.columns(row).padded(mask.device), heads)
+
+    @torch.no_grad()
+    def after_attention(self, call: AttentionCall) -> None:
+        """Prune if the prompt ended in this call; remember its last queries if it goes on."""
+        self.state.awaiting = None
+        before = self._length - call.query.shape[2]
+        behind = self.state.tokens_behind(before, self._length)
+        if behind is not None:
+            self._prune(call, behind)
+            self._settled_length = self._length - behind
+        elif self.state.continues(self._length):
+            if not self.state.policy.freezes(self.ordinal):
+                plan = self.state.policy.probe_plan(self._length)
+                self._queries = self._queries.with_chunk(call, before, self._length, plan)
+        elif self.state.decode_interval is not None:
+            self._queries = self._queries.with_generated(call.query)
+            if self._queries.generated_tokens >= self.state.decode_interval:
+                # Their queries are the probes.
+                self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
+
+    # -- pruning --------------------------------------------------------------------------
+
+    def _prune(self, call: AttentionCall, behind: int) -> None:
+        """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
+        policy, parts = self.state.policy, self._entries(call, behind)
+        self._queries = HeldQueries()
+        self.state.news = True
+        if isinstance(policy, JointPolicy):
+
+            def settle_decided(decided: Sequence[Decision]) -> None:
+                self._settle(decided, behind)
+
+            self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, settle_decided)
+            return
+        scores = self.state.scores_of(self.ordinal)
+        decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores) for part in parts]
+
+        def settle() -> None:
+            self._settle(decisions, behind)
+
+        if call.query.is_cuda:
+            self._unsettled = True
+            self.state.later(settle)
+        else:
+            settle()
+
+    def _entries(self, call: AttentionCall, behind: int) -> list[Entries]:
+        """Take the prompt's entries, the whole batch at once when dense, row by row when ragged.
+
+        The last ``behind`` entries follow the prompt; the policy does not see them, and all stay.
+        """
+        end = self._length - behind
+        new = call.query.shape[2] - behind
+        valid = valid_columns(call.mask, -1 - behind, call.query.shape[0], end)
+        held = self._queries.prompt
+        queries = Queries.of_call(call.query[:, :, :new], end - new, valid, held).after(held)
+        if self.ragged is None:
+            keys, values = self.dense
+            return [Entries.of_dense(keys[:, :, :end], values[:, :, :end], valid, queries, self._settled_length)]
+        columns = [self.columns(row) for row in range(self.batch)]
+        bounds = self._pruned_length, self._settled_length
+        return Entries.of_ragged(self.ragged, columns, behind, valid, queries, *bounds)
+
+    def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
+        """Record the decisions and, if anything goes, move what is kept to storage of its own."""
+        self._unsettled = False
+        chosen = [row for decision in decisions for row in decision.rows()]
+        self.records = after_pruning(self.records, chosen)
+        if self._in_place(chosen, behind):
+            return
+        device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
+        columns = [
+            kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
+            for row, kept in enumerate(chosen)
+        ]
+        source = self.dense if self.ragged is None else self.ragged
+        storage = compacted(source, [kept.columns for kept in chosen], columns, behind, self.state.arena, self.kv_dtype)
+        self.kept_columns, self._pruned_length = columns, self._length - behind
+        self._store(storage)
+
+    def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
+        """Whether all entries stay, and where they are is where they belong."""
+        if isinstance(self.ragged, KVArena):
+            # Padding has to go, too: what decodes from an arena looks at no mask.
+            stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
+            return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
+        if self.kv_dtype is not None or (self.ragged is None and takes_arena(self.state.arena, *self.dense, None)):
+            return False
+        return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
+
+    def _store(self, ragged: RaggedKV) -> None:
+        self.ragged = ragged
+        self.keys, self.values = ragged.keys, ragged.values
+
+    # -- what generate calls between forwards ------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything and release the memory; the layer can take a new prompt."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, given as a negative number as in `DynamicLayer.crop`.
+
+        Cropping into the pruned prompt removes what is left of it there; what was evicted
+        before that point does not come back.
+        """
+        self.state.settle()
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        remove = min(-tokens_to_remove, self._length)
+        if remove == 0:
+            return
+        length = self._length - remove
+        if length == 0:
+            self.reset()
+            return
+        self._queries = self._queries.cropped(remove)
+        self._settled_length = min(self._settled_length, length)
+        if self.ragged is None:
+            super().crop(-remove)
+            # A copy, as the view that is left would hold on to what was removed.
+            self.keys, self.values = (entries.clone() for entries in self.dense)
+        else:
+            self._crop_ragged(length)
+        self._length = length
+
+    def _crop_ragged(self, length: int) -> None:
+        assert self.ragged is not None
+        if length < self._pruned_length:
+            self.kept_columns = [columns.below(length) for columns in self.kept_columns]
+            self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
+            self._pruned_length = length
+        elif isinstance(self.ragged, KVArena) and self.ragged.drop(self._length - length):
+            return
+        rest, heads = length - self._pruned_length, self.ragged.kv_heads
+        lengths = [[kept + rest for kept in columns.for_heads(heads)] for columns in self.kept_columns]
+        self._store(self.ragged.truncate(lengths))
+
+    def _take_rows(self, indices: Sequence[int]) -> None:
+        """Put the rows ``indices`` of the batch, in that order, in place of the present ones."""
+        self.state.settle()
+        if self._length == 0:
+            return
+        if self.ragged is None:
+            keys, values = self.dense
+            index = torch.tensor(indices, device=keys.device)
+            self.keys, self.values = keys.index_select(0, index), values.index_select(0, index)
+        else:
+            self.kept_columns = [self.kept_columns[row] for row in indices]
+            self._store(self.ragged.select_rows(indices))
+        if self.records:
+            self.records = [self.records[row] for row in indices]
+        self._queries = self._queries.of_rows(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put row ``beam_idx[i]`` at row ``i``, for beam search."""
+        self._take_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, the copies next to each other."""
+        self._take_rows([row for row in range(self.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a boolean mask) of the batch."""
+        self._take_rows(torch.arange(self.batch)[indices.cpu()].tolist())
+
+    def offload(self) -> None:
+        """Not supported: storage moves when it is pruned."""
+        raise NotImplementedError("a ReFreeKVCache cannot be offloaded to the CPU layer by layer")
+
+    # -- what is stored ---------------------------------------------------------------------
+
+    @property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """``keys`` and ``values`` ``[B, H_kv, n, D]``; only while nothing was evicted."""
+        assert self.ragged is None
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    @property
+    def batch(self) -> int:
+        """Rows that the layer holds."""
+        if self.ragged is not None:
+            return len(self.ragged.lengths)
+        return self.dense[0].shape[0] if self._length else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of the layer; 0 before the first token."""
+        if self._length == 0:
+            return 0
+        return self.ragged.kv_heads if self.ragged is not None else self.dense[0].shape[1]

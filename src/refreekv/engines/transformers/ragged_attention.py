@@ -1,0 +1,134 @@
+"""Attention over rows of different length, through whatever function the model uses otherwise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.kernels import ragged_decode
+from refreekv.pruning.masks import causal_mask, hide_padding
+from refreekv.storage.arena import KVArena
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def ragged_attention(
+    layer: ReFreeKVLayer,
+    attention: AttentionFunction,
+    module: Any,
+    query: Tensor,
+    mask: Tensor | None,
+    *,
+    flash: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """Attend over a ragged layer with a function made for rectangular keys and values.
+
+    A token that decodes from an arena goes through one kernel instead, whatever the lengths.
+    Otherwise rows of one length are views of the flat storage and go through in one call, others
+    one by one. Only where the KV heads of a row hold different numbers of entries are its
+    keys and values copied, padded to the longest head, for the length of the call.
+
+    Parameters
+    ----------
+    layer : ReFreeKVLayer
+        A ragged layer that already holds the entries of these queries.
+    attention : callable
+        An attention function of transformers, ``(module, query, key, value, mask, **kwargs)``.
+    module : Module
+        The attention module, which ``attention`` reads its settings off.
+    query : Tensor
+        ``[B, H, q, D]``.
+    mask : Tensor or None
+        Over logical columns.
+    flash : bool
+        Whether ``attention`` is a flash function: these align the causal triangle of several
+        queries to the last key by themselves, and know no masks that differ between heads.
+
+    Returns
+    -------
+    Tensor
+        ``[B, q, H, Dv]``, as attention functions return it.
+    """
+    storage = layer.ragged
+    assert storage is not None
+    batch, heads, queries, _ = query.shape
+    if isinstance(storage, KVArena) and _kernel_can(layer, storage, query, mask, kwargs):
+        with storage.table_in_turn() as table:
+            return ragged_decode(
+                query,
+                table,
+                value_size=storage.sizes[1],
+                scaling=kwargs.get("scaling"),
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+                groups=storage.groups,
+            )
+    needs_causal_mask = queries > 1 and not flash
+    if storage.uniform and mask is None:
+        if needs_causal_mask:
+            mask = causal_mask(queries, storage.lengths[0][0], query.device)
+        return attention(module, query, *storage.stacked(), mask, **kwargs)[0]
+    outputs = []
+    for row, (keys, values) in enumerate(storage.rows()):
+        row_kwargs = {name: _row_of(value, name, row, batch) for name, value in kwargs.items()}
+        if flash and not storage.even(row):
+            outputs.append(_by_head(layer, attention, module, query[row : row + 1], mask, row, **row_kwargs))
+            continue
+        row_mask = None if mask is None else layer.row_mask(mask, row, heads)
+        visible = storage.visible(row)
+        if row_mask is None and queries > 1 and (visible is not None or needs_causal_mask):
+            row_mask = causal_mask(queries, keys.shape[1], query.device)
+        if visible is not None:
+            row_mask = hide_padding(row_mask, visible, heads, query.dtype)
+        outputs.append(attention(module, query[row : row + 1], keys[None], values[None], row_mask, **row_kwargs)[0])
+    return torch.cat(outputs) if batch > 1 else outputs[0]
+
+
+def _kernel_can(
+    layer: ReFreeKVLayer, storage: KVArena, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether this is plain decoding: one token a row that sees every entry."""
+    return (
+        query.shape[2] == 1
+        and (mask is None or layer.state.decodes(layer.get_seq_length() - 1))
+        and query.dtype == storage.dtype
+        and kwargs.get("sliding_window") is None
+        and not kwargs.get("dropout")
+    )
+
+
+def _by_head(
+    layer: ReFreeKVLayer,
+    attention: AttentionFunction,
+    module: Any,
+    query: Tensor,
+    mask: Tensor | None,
+    row: int,
+    *,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One row's attention, a call for each KV head: flash functions know no masks that differ between heads."""
+    assert layer.ragged is not None
+    keys, values = layer.ragged.segments(row)
+    columns = layer.columns(row).tensors(query.device)
+    group = query.shape[1] // len(keys)
+    outputs = []
+    for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+        part = slice(head * group, (head + 1) * group)
+        head_mask = None if mask is None else mask[row : row + 1].index_select(1, columns[head])
+        # Learned sinks have one logit for each query head.
+        extra = {} if s_aux is None else {"s_aux": s_aux[part]}
+        output = attention(module, query[:, part], key[None, None], value[None, None], head_mask, **extra, **kwargs)
+        outputs.append(output[0])
+    return torch.cat(outputs, dim=2)
+
+
+def _row_of(value: Any, name: str, row: int, batch: int) -> Any:
+    """The row's part of a keyword argument that has one line a row."""
+    if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == batch:
+        return value[row : row + 1]
+    return value

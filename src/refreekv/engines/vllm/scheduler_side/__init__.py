@@ -1,0 +1,1 @@
+"""The part of the plugin that lives in vLLM's scheduler process."""

@@ -1,0 +1,74 @@
+"""The block manager of a pruned group: some of a request's table entries are the null block."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from refreekv.engines.vllm.scheduler_side.ledger import Ledger
+
+
+class PrunedAttentionManager(FullAttentionManager):
+    """Full attention's manager, with holes in the tables of requests whose prompt has ended.
+
+    Invariants, checked by `invariants.check`:
+
+    - An entry is the null block or a block that this request holds a reference to.
+    - A block with a hash (offered to the prefix cache) holds the keys and values of exactly
+      the tokens that the hash stands for, computed without any eviction. So blocks from the
+      prompt's end on are offered only if nothing of the prompt was evicted, and private
+      blocks (copies of scattered tokens) never are.
+    """
+
+    ledger: Ledger | None = None
+    """Shared by all groups; set by the connector once vLLM has made the managers."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        **more: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """As full attention, but the queries that the policy probes are left to be computed."""
+        # vLLM looks groups up one after the other, each within what the last one found.
+        if kv_cache_spec.group == 0:
+            max_length = 0 if kv_cache_spec.spread_probes else max(0, max_length + 1 - kv_cache_spec.probe_tail)
+        hit: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **more
+        )
+        return hit
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Offer full blocks to the prefix cache, those of generated tokens only if nothing was evicted."""
+        super().cache_blocks(request, self._untouched(request, num_tokens), *args, **kwargs)
+
+    def offers(self, request: Any, num_tokens: int) -> bool:
+        """Whether `cache_blocks` would offer a block that is not offered yet."""
+        cached: int = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size <= cached:
+            return False
+        return bool(self._untouched(request, num_tokens) // self.block_size > cached)
+
+    def _untouched(self, request: Any, num_tokens: int) -> int:
+        assert self.ledger is not None, "the connector has not bound the block managers yet"
+        return self.ledger.untouched(request, num_tokens)
+
+    def free_range(self, request_id: str, start: int, stop: int) -> int:
+        """Give table entries ``start … stop - 1`` back to the pool; how many were."""
+        blocks = self.req_to_blocks[request_id]
+        gone = [block for block in blocks[start:stop] if not block.is_null]
+        blocks[start:stop] = [self._null_block] * (stop - start)
+        # Later blocks of a prefix are of no use without the earlier ones: they are reused first.
+        self.block_pool.free_blocks(reversed(gone))
+        return len(gone)
+
+    def move_into(self, request_id: str, private: Sequence[KVCacheBlock], stop: int) -> int:
+        """Put private blocks in the first places and free all others before ``stop``; blocks held fewer."""
+        freed = self.free_range(request_id, 0, stop)
+        self.req_to_blocks[request_id][: len(private)] = private
+        return freed - len(private)

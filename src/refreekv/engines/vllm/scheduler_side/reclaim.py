@@ -1,0 +1,117 @@
+"""The scheduler's side: blocks of evicted tokens go back to the pool."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+
+from refreekv.engines.vllm.messages import CopyOrder, StepOrders, Verdict
+from refreekv.engines.vllm.metrics import PruningStats
+from refreekv.engines.vllm.scheduler_side.ledger import Entry, Ledger
+from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
+
+
+class Reclaimer:
+    """Applies verdicts to the block managers.
+
+    A cut is applied at once: the workers read around it from the step after the one that
+    decided. Scattered tokens are first copied into private blocks, allocated here and filled
+    by the workers at the start of the next step; the old blocks may be handed out with the
+    same step, because its own writes come after the copies. Until there are blocks to copy
+    into, the workers attend to the kept tokens where they are: memory decides when blocks
+    come back, never what is computed.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self._managers: tuple[PrunedAttentionManager, ...] = ()
+        self._pool: BlockPool | None = None
+        self._copies: list[tuple[Verdict, CopyOrder]] = []
+        self._stats = PruningStats()
+
+    def bind(self, managers: Sequence[Any], pool: BlockPool) -> None:
+        """Take hold of the managers, one a group, and the pool they share."""
+        for manager in managers:
+            if not isinstance(manager, PrunedAttentionManager):
+                raise ValueError(
+                    f"the workers report KV caches that refreekv does not prune ({type(manager).__name__}): start vLLM "
+                    f"through `refreekv serve`, or with --worker-cls as it prints it"
+                )
+            manager.ledger = self.ledger
+        self._managers, self._pool = tuple(managers), pool
+
+    def receive(self, verdicts: list[Verdict]) -> None:
+        """Apply new verdicts, and go on with those that wait for blocks."""
+        for verdict in verdicts:
+            entry = self.ledger.current(verdict)
+            if entry is None:
+                continue
+            self._stats.count_verdict(verdict, first=entry.verdict is None)
+            entry.verdict, entry.freed = verdict, 0
+            entry.pending = [index for index, group in enumerate(verdict.groups) if group.copies]
+            for index, group in enumerate(verdict.groups):
+                if group.freed and not group.copies:
+                    self._freed(entry, self._managers[index].free_range(verdict.request_id, group.start, group.stop))
+        for entry in self.ledger.entries.values():
+            if entry.pending:
+                self._copy(entry)
+
+    def _copy(self, entry: Entry) -> None:
+        """Order copies group by group, as far as there are free blocks."""
+        verdict, pool = entry.verdict, self._pool
+        assert verdict is not None
+        assert pool is not None
+        if self.ledger.current(verdict) is None:
+            entry.pending = []
+            return
+        while entry.pending:
+            index = entry.pending[0]
+            group = verdict.groups[index]
+            if pool.get_num_free_blocks() < group.copies:
+                return
+            private = pool.get_new_blocks(group.copies)
+            self._freed(entry, self._managers[index].move_into(verdict.request_id, private, group.stop))
+            order = CopyOrder(verdict.request_id, index, tuple(block.block_id for block in private))
+            self._copies.append((verdict, order))
+            entry.pending.pop(0)
+
+    def _freed(self, entry: Entry, blocks: int) -> None:
+        entry.freed += blocks
+        self._stats.count_blocks(blocks)
+
+    def orders(self, scheduler_output: Any) -> StepOrders:
+        """What the workers must know before the step of a scheduler's output."""
+        preempted = {
+            request_id: self.ledger.entries[request_id].request.num_preemptions
+            for request_id in scheduler_output.preempted_req_ids or ()
+            if request_id in self.ledger.entries
+        }
+        # Of a request that was preempted or ended meanwhile, the blocks belong to others.
+        copies = [order for verdict, order in self._copies if self.ledger.current(verdict) is not None]
+        self._copies = []
+        return StepOrders(list(scheduler_output.finished_req_ids), preempted, copies)
+
+    def finish(self, request_id: str) -> dict[str, Any] | None:
+        """Close a request's account; what its response says, if its prompt has ended."""
+        entry = self.ledger.close(request_id)
+        if entry is None:
+            return None
+        verdict = entry.verdict
+        if verdict is None:
+            self._stats.count_refusal("ended")
+            return None
+        metrics = [metric for metric in verdict.metrics if metric is not None]
+        return {
+            "prompt_tokens": verdict.prompt,
+            "kept_share": sum(verdict.kept) / (len(verdict.kept) * verdict.prompt),
+            "selected_share": sum(verdict.selected) / (len(verdict.selected) * verdict.prompt),
+            "blocks_freed": entry.freed,
+            "metric": max(metrics) if metrics else None,
+        }
+
+    def take_stats(self) -> PruningStats | None:
+        """Counts since the last call; None if there were none."""
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, PruningStats()
+        return stats

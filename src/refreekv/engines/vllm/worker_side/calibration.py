@@ -1,0 +1,68 @@
+"""Copy scores inside vLLM: a prompt of the plugin's own, computed before the first request comes.
+
+Every worker computes it through its model runner, as if the scheduler had sent it, with blocks
+that the scheduler has not handed out yet.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from refreekv.engines.vllm.messages import StepOrders
+from refreekv.engines.vllm.worker_side.state import WorkerState
+from refreekv.pruning.copy_scores import TOKENS, CopyProbe, tokens_said_twice
+
+REQUEST = "refreekv-calibration"
+
+
+def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> list[Tensor]:
+    """How much each KV head copies (`engines.copying`), by layer: ``[H_kv]`` over all ranks.
+
+    Parameters
+    ----------
+    runner : vLLM model runner
+        With its KV cache; no request has been computed yet.
+    state : WorkerState
+        The runner's.
+    vllm_config : VllmConfig
+        vLLM's configuration.
+    """
+    model, blocks = vllm_config.model_config, runner.kv_cache_config.num_blocks
+    # Where not even this prompt fits, prompts are so short that the scores decide little: fewer tokens will do.
+    room = min(model.max_model_len, (blocks - 1) // state.groups * state.layout.block)
+    prompt, count = tokens_said_twice(model.hf_text_config, min(TOKENS, (room - 1) // 2))
+    probe = CopyProbe(tokens=count)
+    policy, state.policy = state.policy, probe
+    try:
+        chunk = vllm_config.scheduler_config.max_num_batched_tokens
+        for start in range(0, len(prompt), chunk):
+            stop = min(start + chunk, len(prompt))
+            runner.execute_model(_chunk(prompt, start, stop, state.groups, state.layout.block))
+            runner.sample_tokens(None)
+        farewell = SchedulerOutput.make_empty()
+        farewell.finished_req_ids = {REQUEST}
+        farewell.kv_connector_metadata = StepOrders(finished=[REQUEST])
+        runner.execute_model(farewell)
+    finally:
+        state.policy = policy
+    return probe.scores
+
+
+def _chunk(prompt: list[int], start: int, stop: int, groups: int, block: int) -> SchedulerOutput:
+    """What a scheduler would send to have tokens ``start … stop - 1`` computed."""
+    output = SchedulerOutput.make_empty()
+    if start == 0:
+        each = -(-len(prompt) // block)
+        # Block 0 is the null block.
+        blocks = tuple(list(range(1 + group * each, 1 + (group + 1) * each)) for group in range(groups))
+        output.scheduled_new_reqs = [
+            NewRequestData(REQUEST, prompt, [], SamplingParams(temperature=0, max_tokens=1), None, blocks, 0, None)
+        ]
+    else:
+        output.scheduled_cached_reqs = CachedRequestData([REQUEST], set(), [], {}, [None], [start], [0])
+    output.num_scheduled_tokens = {REQUEST: stop - start}
+    output.total_num_scheduled_tokens = stop - start
+    output.kv_connector_metadata = StepOrders()
+    return output

@@ -1,0 +1,206 @@
+"""What a layer hands over when its prompt ends: the attention call, the stored entries, the queries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refreekv.policies import ProbePlan
+from refreekv.policies.base import spread_step
+from refreekv.storage.columns import Columns
+from refreekv.storage.ragged import RaggedKV
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention call used, as far as a probe must repeat it.
+
+    Attributes
+    ----------
+    query : Tensor
+        ``[B, H, q, D]``, position-encoded.
+    mask : Tensor or None
+        The mask over logical columns, in one of the forms of `masks.valid_columns`.
+    scaling, softcap, sink_logits
+        As in `core.probes.attention_rows`.
+    """
+
+    query: Tensor
+    mask: Tensor | None
+    scaling: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Prompt entries of some rows of a batch, as one layer stores them.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        ``[B, H_kv, n, D]``.
+    valid : Tensor or None
+        Boolean ``[B, n]``, False at padding; ``[B, H_kv, n]`` where heads that hold
+        different numbers of entries are padded to one length; None if there is no padding.
+    columns : Tensor
+        Integer ``[n]``: the logical column of each entry, which says what queries see it.
+    gapless : bool
+        Whether the columns are ``0 .. n-1``.
+    queries : Queries
+        The last queries of the prompt.
+    settled : Tensor or None
+        Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
+    in_place : bool
+        Whether ``keys`` and ``values`` are the storage itself, in which an entry can be replaced.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    columns: Tensor
+    queries: "Queries"
+    settled: Tensor | None = None
+    in_place: bool = False
+    gapless: bool = False
+
+    @classmethod
+    def of_dense(
+        cls, keys: Tensor, values: Tensor, valid: Tensor | None, queries: "Queries", settled: int
+    ) -> "Entries":
+        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``settled`` are an earlier prompt's."""
+        columns = torch.arange(keys.shape[2], device=keys.device)
+        earlier = (columns < settled)[None, None] if settled else None
+        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True)
+
+    @classmethod
+    def of_ragged(
+        cls,
+        storage: RaggedKV,
+        columns: Sequence[Columns],
+        behind: int,
+        valid: Tensor | None,
+        queries: "Queries",
+        pruned: int,
+        settled: int,
+    ) -> "list[Entries]":
+        """A batch's row by row, without the last ``behind`` entries of each.
+
+        ``columns`` are those of each row's entries, of which the ones before ``pruned`` went through a
+        pruning, and the ones before ``settled`` were there at an earlier prompt's end.
+        """
+        parts = []
+        for row, (keys, values) in enumerate(storage.rows()):
+            stored = keys.shape[1] - behind
+            real = None
+            # Heads may hold different columns, but only of those before any of these queries.
+            held = columns[row].padded(keys.device)[:, :stored]
+            if valid is not None:
+                # Padding was dropped by the last pruning; only what came after it can hold any.
+                real = valid[row][held.long()] | (held < pruned)
+            uneven = storage.visible(row)
+            if uneven is not None:
+                real = uneven[:, :stored] if real is None else real & uneven[:, :stored]
+                real = real[None]
+            elif real is not None:
+                real = real[:1]
+            earlier = (held < settled)[None] if settled else None
+            parts.append(
+                cls(keys[None, :, :stored], values[None, :, :stored], real, held[0], queries.row(row), earlier)
+            )
+        return parts
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Prompt queries of a batch, oldest first.
+
+    A later turn of a padded batch has its padding in the middle, where it may be of any
+    length: the last real queries of two rows need not be in the same columns.
+
+    Attributes
+    ----------
+    states : Tensor
+        ``[B, H, r, D]``, position-encoded.
+    columns : Tensor
+        Integer ``[B | 1, r]``: their logical columns.
+    real : Tensor or None
+        Boolean ``[B | 1, r]``, False at padding; None if there is none.
+    ordinals : Tensor
+        Integer ``[B | 1, r]``: how many real queries of the prompt are before each. The last
+        one is always right; so is that of every real query.
+    whole : bool
+        Whether these are all queries of a prompt, or a turn, without padding.
+    """
+
+    states: Tensor
+    columns: Tensor
+    real: Tensor | None
+    ordinals: Tensor
+    whole: bool = False
+
+    @classmethod
+    def of_call(cls, states: Tensor, first: int, valid: Tensor | None, earlier: "Queries | None" = None) -> "Queries":
+        """The queries ``[B, H, q, D]`` of a call whose first column is ``first``; ``valid`` is ``[B, columns]``.
+
+        ``earlier`` are queries of the same prompt before the call.
+        """
+        stop = first + states.shape[2]
+        columns = torch.arange(first, stop, device=states.device)[None]
+        real = None if valid is None else valid[:, first:stop]
+        ordinals = columns - first if real is None else real.cumsum(1) - 1
+        if earlier is not None:
+            ordinals = ordinals + earlier.ordinals[:, -1:] + 1
+        return cls(states, columns, real, ordinals, whole=real is None and earlier is None)
+
+    def after(self, earlier: "Queries | None") -> "Queries":
+        """These, with earlier ones in front."""
+        if earlier is None:
+            return self
+        states = torch.cat([earlier.states, self.states], dim=2)
+        if earlier.real is None and self.real is None:
+            columns, ordinals = (
+                torch.cat([getattr(earlier, name), getattr(self, name)], dim=1) for name in ("columns", "ordinals")
+            )
+            return Queries(states, columns, None, ordinals)
+        both, batch = (earlier, self), states.shape[0]
+        columns = torch.cat([part.columns.expand(batch, -1) for part in both], dim=1)
+        ordinals = torch.cat([part.ordinals.expand(batch, -1) for part in both], dim=1)
+        real = [torch.ones_like(p.columns, dtype=torch.bool) if p.real is None else p.real for p in both]
+        return Queries(states, columns, torch.cat([part.expand(batch, -1) for part in real], dim=1), ordinals)
+
+    def planned(self, plan: ProbePlan) -> "Queries":
+        """The real ones that a plan asks for, with padding in front where a row has fewer."""
+        if self.real is None and not plan.spread:
+            last = slice(-plan.rows, None)
+            return Queries(self.states[:, :, last], self.columns[:, last], None, self.ordinals[:, last])
+        if self.whole and not plan.rows:
+            # Every step-th of all: views, and no number that is on the device only.
+            each = spread_step(plan.spread, self.states.shape[2])
+            some = slice(each - 1, None, each)
+            return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some])
+        seen = self.ordinals[:, -1:] + 1
+        wanted = self.ordinals >= seen - plan.rows
+        if plan.spread:
+            powers = 2 ** torch.arange(32, device=seen.device)
+            step = 2 ** (seen // powers > plan.spread).sum(1, keepdim=True)
+            wanted = wanted | ((self.ordinals + 1) % step == 0)
+        if self.real is not None:
+            wanted = wanted & self.real
+        batch, heads, _, dim = self.states.shape
+        index = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, -plan.count :]
+        states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
+        columns, ordinals = (
+            numbers.expand(len(index), -1).gather(1, index) for numbers in (self.columns, self.ordinals)
+        )
+        return Queries(states, columns, wanted.gather(1, index), ordinals)
+
+    def row(self, index: int) -> "Queries":
+        """Those of one row."""
+
+        def of(numbers: Tensor) -> Tensor:
+            return numbers if numbers.shape[0] == 1 else numbers[index : index + 1]
+
+        real = None if self.real is None else of(self.real)
+        return Queries(self.states[index : index + 1], of(self.columns), real, of(self.ordinals))

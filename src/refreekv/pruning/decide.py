@@ -1,0 +1,295 @@
+"""From an attention call to the entries that stay: probe, ask the policy, check its answer.
+
+On a GPU the host must not wait for the answer: the decision is computed on the device, its
+few numbers travel to the host in the background, and `Decision.rows` waits for them only
+when they are needed, by when they have long arrived.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from refreekv.core.probes import attention_rows
+from refreekv.core.reductions import ProbeReductions
+from refreekv.core.selection import CutSelection, Selection
+from refreekv.core.surrogates import StandIns
+from refreekv.kernels import kept_first, probe_reductions, put_stand_ins
+from refreekv.policies import LayerView, Policy, ProbePlan
+from refreekv.pruning.calls import AttentionCall, Entries
+from refreekv.storage.columns import Columns
+
+REASON = "reason:"
+"""What the names of reasons begin with among a decision's numbers."""
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """What is kept of one row's entries.
+
+    Attributes
+    ----------
+    columns : Columns
+        Which entries stay, counted within the row.
+    entries : tuple of int
+        Real entries the row had: one number for all KV heads together, or one for each.
+    cut : int or None
+        Real entries before the cut, for selections that have one.
+    metric : float or None
+        The criterion's value.
+    reasons : dict
+        Why entries stay, to the share of the row's entries that do for it.
+    """
+
+    columns: Columns
+    entries: tuple[int, ...]
+    cut: int | None = None
+    metric: float | None = None
+    reasons: Mapping[str, float] = field(default_factory=dict)
+
+
+class Decision:
+    """A policy's answer for some rows, on its way from the device to the host."""
+
+    def __init__(self, entries: Entries, selection: Selection | CutSelection | None):
+        self._batch, _, self._length, _ = entries.keys.shape
+        self._selection = selection
+        self._order: Tensor | None = None
+        # Names, and a column ``[B, .]`` for each: few tensors, as each is a launch or two.
+        numbers: list[tuple[list[str], Tensor]] = []
+        if selection is not None and selection.metric is not None:
+            numbers.append((["metric"], selection.metric[:, None]))
+        if isinstance(selection, Selection) and selection.reasons:
+            numbers.append(
+                ([REASON + name for name in selection.reasons], torch.stack([*selection.reasons.values()], 1))
+            )
+        if isinstance(selection, CutSelection) and entries.valid is None:
+            numbers.append((["cut"], selection.cut[:, None]))
+        elif selection is not None or entries.valid is not None:
+            numbers += self._general(selection, entries)
+        self._names = [name for names, _ in numbers for name in names]
+        self._numbers = _ToHost(torch.cat([n.double() for _, n in numbers], 1)) if numbers else None
+
+    def _general(self, selection: Selection | CutSelection | None, entries: Entries) -> list[tuple[list[str], Tensor]]:
+        """Order the kept entries first, whatever the selection and the padding look like."""
+        valid, numbers = entries.valid, []
+        if valid is None:
+            assert isinstance(selection, Selection)
+            keep = selection.keep
+        else:
+            if isinstance(selection, CutSelection):
+                keep = selection.mask(valid)
+                columns = torch.arange(self._length, device=valid.device)
+                numbers.append((["cut"], (valid & (columns < selection.cut[:, None])).sum(-1, keepdim=True)))
+            if valid.dim() == 2:
+                valid = valid[:, None]
+            if not isinstance(selection, CutSelection):
+                keep = valid if selection is None else selection.keep & valid
+            numbers.append((["ends_real"], valid[:, :, -1].all(-1, keepdim=True)))
+            numbers.append(_numbered("real", valid.sum(-1)))
+        self._order, kept = kept_first(keep)
+        return [*numbers, _numbered("kept", kept)]
+
+    def rows(self) -> list[KeptRow]:
+        """The answer, a row each; waits for it if need be.
+
+        Raises
+        ------
+        ValueError
+            Right-padded prompts.
+        """
+        columns = zip(*self._numbers.wait(), strict=True) if self._numbers is not None else ()
+        table = dict(zip(self._names, columns, strict=True))
+        if not all(table.get("ends_real", [])):
+            raise ValueError(
+                "the last column of the prompt is padding: refreekv probes the last prompt token, so batches must be "
+                "left-padded (tokenizer.padding_side = 'left')"
+            )
+        return [self._row(row, {name: values[row] for name, values in table.items()}) for row in range(self._batch)]
+
+    def _row(self, row: int, number: dict[str, float]) -> KeptRow:
+        real = tuple(int(value) for name, value in number.items() if name.startswith("real"))
+        cut = int(number["cut"]) if "cut" in number else None
+        if self._order is not None:
+            kept = [int(value) for name, value in number.items() if name.startswith("kept")]
+            if min(kept) == self._length:
+                # Where nothing goes no list has to say what stays.
+                columns = Columns.of_ranges((0, self._length))
+            else:
+                columns = Columns(heads=tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True)))
+        elif isinstance(self._selection, CutSelection):
+            assert cut is not None
+            sinks = min(self._selection.sinks, cut)
+            columns = Columns.of_ranges((0, sinks), (cut, self._length))
+        else:
+            columns = Columns.of_ranges((0, self._length))
+        reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
+        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons)
+
+
+def decide(
+    policy: Policy,
+    call: AttentionCall,
+    entries: Entries,
+    layer: int,
+    layers: int,
+    copy_scores: Tensor | None = None,
+) -> Decision:
+    """Probe the entries as the policy plans and let it select. Does not wait for the device.
+
+    Raises
+    ------
+    ValueError
+        A selection of the wrong shape.
+    """
+    if policy.freezes(layer):
+        return Decision(entries, None)
+    view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
+    selection = select(policy, view)
+    if isinstance(selection, Selection) and selection.stand_ins is not None and entries.in_place:
+        selection = replace_entries(entries, selection, selection.stand_ins)
+    return Decision(entries, selection)
+
+
+def replace_entries(entries: Entries, selection: Selection, chosen: StandIns) -> Selection:
+    """Write the stand-ins over entries that go, and keep these."""
+    keep = put_stand_ins(chosen, entries.keys, entries.values, selection.keep)
+    kv_heads = entries.keys.shape[1]
+    everything: int | Tensor = entries.keys.shape[2] * kv_heads
+    if entries.valid is not None:
+        valid = entries.valid if entries.valid.dim() == 3 else entries.valid[:, None].expand(-1, kv_heads, -1)
+        everything = valid.sum((1, 2)).clamp_min(1)
+    share = chosen.real.sum((1, 2)) / everything
+    return replace(selection, keep=keep, reasons={**selection.reasons, "stand-ins": share})
+
+
+def layer_view(
+    plan: ProbePlan,
+    call: AttentionCall,
+    entries: Entries,
+    layer: int | Tensor,
+    layers: int,
+    copy_scores: Tensor | None = None,
+) -> LayerView:
+    """What a policy with this plan is shown of a layer."""
+    view = LayerView(
+        entries.keys,
+        entries.values,
+        entries.valid,
+        None,
+        layer,
+        layers,
+        heads=entries.queries.states.shape[1],
+        copy_scores=copy_scores,
+        settled=entries.settled,
+    )
+    if plan.reduced:
+        window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)
+        spread = _reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance, plan.spread_sums)
+        view = replace(view, window=window, spread=spread)
+        if not plan.queries or not plan.rows or call.softcap is not None:
+            return view
+        last = entries.queries.planned(ProbePlan(rows=plan.rows))
+        return replace(view, queries=_scaled(last.states, call), asked=last.real)
+    rows, visible, queries = _probe(plan, call, entries)
+    return replace(view, rows=rows, visible=visible, queries=queries)
+
+
+def _reductions(
+    plan: ProbePlan, call: AttentionCall, entries: Entries, distance: int, sums: bool
+) -> ProbeReductions | None:
+    """What the planned queries gave each position; their rows never exist together."""
+    if not plan.count:
+        return None
+    queries = entries.queries.planned(plan)
+    return probe_reductions(
+        queries.states,
+        entries.keys,
+        query_columns=queries.columns,
+        columns=None if entries.gapless else entries.columns,
+        valid=entries.valid,
+        query_real=queries.real,
+        scaling=call.scaling,
+        distance=distance,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+        sums=sums,
+    )
+
+
+def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:
+    """The policy's answer; ValueError if it has the wrong shape."""
+    selection = policy.select(view)
+    if isinstance(selection, Selection):
+        _check_shape(policy, selection.keep, view.keys)
+    return selection
+
+
+def _probe(
+    plan: ProbePlan, call: AttentionCall, entries: Entries
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Attention rows of the planned queries, what each of them sees (None: everything), the queries if asked for."""
+    if not plan.count:
+        return None, None, None
+    queries = entries.queries.planned(plan)
+    visible = None
+    if plan.count > 1 or entries.valid is not None or queries.real is not None:
+        visible = entries.columns <= queries.columns[..., None]
+        if queries.real is not None:
+            # A query at padding is no probe: it sees nothing.
+            visible = visible & queries.real[..., None]
+        if entries.valid is not None and entries.valid.dim() == 3:
+            group = queries.states.shape[1] // entries.valid.shape[1]
+            visible = visible[:, None] & entries.valid.repeat_interleave(group, dim=1)[:, :, None]
+        elif entries.valid is not None:
+            visible = visible & entries.valid[:, None]
+    rows = attention_rows(
+        queries.states,
+        entries.keys,
+        scaling=call.scaling,
+        visible=visible,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+    )
+    if not plan.queries:
+        return rows, visible, None
+    return rows, visible, _scaled(queries.states, call)
+
+
+def _scaled(queries: Tensor, call: AttentionCall) -> Tensor:
+    scaling = queries.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    return queries.float() * scaling
+
+
+def _check_shape(policy: Policy, keep: Tensor, keys: Tensor) -> None:
+    batch, kv_heads, length, _ = keys.shape
+    if keep.dtype != torch.bool or keep.shape not in [(batch, 1, length), (batch, kv_heads, length)]:
+        raise ValueError(
+            f"policy {policy.name!r} returned a selection of shape {tuple(keep.shape)} and type {keep.dtype}; "
+            f"expected boolean ({batch}, 1 or {kv_heads}, {length})"
+        )
+
+
+def _numbered(name: str, numbers: Tensor) -> tuple[list[str], Tensor]:
+    """A name for each column of ``[B, G]``."""
+    return [f"{name}{group}" for group in range(numbers.shape[1])], numbers
+
+
+class _ToHost:
+    """Numbers copied to the host in the background."""
+
+    def __init__(self, numbers: Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait(self) -> list[list[float]]:
+        """The numbers, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[list[float]] = self._numbers.tolist()
+        return numbers

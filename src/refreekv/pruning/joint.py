@@ -1,0 +1,70 @@
+"""Pruning under a policy that decides about all layers together: held back until the last one was seen."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from refreekv.core.selection import Selection
+from refreekv.policies import LayerScores
+from refreekv.policies.joint import JointPolicy
+from refreekv.pruning.calls import AttentionCall, Entries
+from refreekv.pruning.decide import Decision, layer_view
+
+Settle = Callable[[Sequence[Decision]], None]
+"""Takes what was decided about a layer's entries."""
+
+
+@dataclass
+class _Held:
+    """A layer that waits: its entries, what the policy noted of each row, and who takes the answer."""
+
+    parts: list[Entries]
+    rows: list[LayerScores]
+    settle: Settle
+
+
+@dataclass
+class JointPruning:
+    """The layers of a prompt whose last one was not seen yet."""
+
+    _waiting: list[_Held] = field(default_factory=list)
+
+    def add(
+        self, policy: JointPolicy, call: AttentionCall, parts: list[Entries], layer: int, layers: int, settle: Settle
+    ) -> None:
+        """Note what a policy needs of a layer; after the last one, let it decide about all."""
+        if layer == 0:  # what an interrupted call left
+            self._waiting.clear()
+        if policy.freezes(layer):
+            settle([Decision(part, None) for part in parts])
+        else:
+            rows: list[LayerScores] = []
+            for part in parts:
+                plan = policy.probe_plan(part.keys.shape[2])
+                rows += policy.examine(layer_view(plan, call, part, layer, layers)).rows()
+            self._waiting.append(_Held(parts, rows, settle))
+        if layer == layers - 1:
+            self._decide(policy)
+
+    def _decide(self, policy: JointPolicy) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        # By row of the batch, then by layer.
+        chosen = [policy.allot(layers) for layers in zip(*(held.rows for held in waiting), strict=True)]
+        for held, selections in zip(waiting, zip(*chosen, strict=True), strict=True):
+            left, decisions = list(selections), []
+            for part in held.parts:
+                batch = part.keys.shape[0]
+                decisions.append(Decision(part, _joined(left[:batch])))
+                del left[:batch]
+            held.settle(decisions)
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+
+
+def _joined(rows: Sequence[Selection]) -> Selection:
+    return Selection(torch.cat([row.keep for row in rows]))

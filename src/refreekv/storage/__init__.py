@@ -1,0 +1,1 @@
+"""Where kept entries live: ragged, in place, and in codes."""

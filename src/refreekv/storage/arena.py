@@ -1,0 +1,385 @@
+"""Ragged K/V storage with room to grow: what CUDA decodes from.
+
+`RaggedKV` is exact and immutable: each new token copies the layer. Here each segment has some
+room behind its entries, new ones are written in place, and lengths live on the device too, in a
+table that kernels and CUDA graphs read. When the room is used up the layer moves once, to storage
+with room for about 2.5% more.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from refreekv import kernels
+from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
+from refreekv.storage.ragged import Piece, RaggedKV
+
+LEAST_ROOM = 16
+"""Entries that a segment can always take before its layer has to move."""
+
+ROOM_SHARE = 40
+"""A segment gets room for one more entry for this many that the layer's segments hold on average."""
+
+Span = tuple[int, int, int]
+"""A line of ``spans`` in `kernels.gather`."""
+
+
+class KVArena(RaggedKV):
+    """Keys and values of one layer, one growing segment per (row, KV head).
+
+    Invariants: segment ``s`` has ``capacities[s]`` lines of the flat tensors, in order, and its entries
+    are the first ``lengths[s]`` of them; the table says the same on the device. A row that was freed has
+    no lines and takes nothing. Methods that change rows or lengths return a new arena, as those of
+    `RaggedKV` do; `append`, `drop` and `free_rows` change this one.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        ``[lines, D]`` and ``[lines, Dv]``, allocated room included.
+    table : Tensor
+        ``[segments, 4]`` int64 on the device of the keys; see `kernels.table`. Always the same tensor,
+        until `lend_table` puts another in its place.
+    groups : (int, int) or None
+        What the kernels that write and read entries are told of their format; see `kernels.append`.
+    """
+
+    groups: tuple[int, int] | None = None
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
+        super().__init__(keys, values, lengths)
+        self._room = list(room)
+        self._left = _least(room)
+        self._appended = 0
+        self._ready()
+
+    def _ready(self) -> None:
+        """Make what belongs to this process and device only."""
+        self.table = _on_device(self._lines(), self.keys.device)
+        self._lock = threading.RLock()
+        self._stream: torch.cuda.Stream | None = None
+
+    # -- making one -------------------------------------------------------------------------
+
+    @classmethod
+    def like(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[tuple[int, ...]],
+        room: int | None = None,
+        freed: Sequence[bool] | None = None,
+        **kind: Any,
+    ) -> Self:
+        """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
+
+        Rows that are ``freed`` hold nothing, whatever their length. ``kind`` is what else an arena of this
+        class is made of.
+        """
+        freed = [False] * len(lengths) if freed is None else freed
+        lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
+        rest = room_for(lengths) if room is None else room
+        rooms = [-1 if gone else rest for gone in freed]
+        storages = [_allocated(lengths, rooms, part) for part in (keys, values)]
+        return cls(storages[0], storages[1], lengths, rooms, **kind)
+
+    @classmethod
+    def gathered(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[tuple[int, ...]],
+        spans: Sequence[Span],
+        end: int,
+        **kind: Any,
+    ) -> Self:
+        """Chosen entries of dense ``[B, H_kv, n, D]``, copied once, straight to where they belong.
+
+        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
+        """
+        # As much room as what goes leaves, so that no prompt comes to hold more than all of its entries.
+        count = sum(map(len, lengths))
+        evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
+        room = min(room_for(lengths), max(LEAST_ROOM, evicted))
+        arena = cls.for_entries(keys, values, lengths, room, **kind)
+        where, longest = _on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
+        kernels.gather(keys, values, arena.table, where, end=end, longest=longest, groups=arena.groups)
+        return arena
+
+    @classmethod
+    def for_entries(
+        cls, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: int, **kind: Any
+    ) -> Self:
+        """An arena that takes entries like ``keys`` and ``values`` ``[..., D]``."""
+        return cls.like(keys, values, lengths, room, **kind)
+
+    @classmethod
+    def of(cls, exact: RaggedKV) -> Self:
+        """A copy of what an exact storage holds."""
+        return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)
+
+    # -- the interface of RaggedKV ----------------------------------------------------------
+
+    @property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """Entries of each row's KV heads."""
+        if self._appended:
+            self._settle()
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[tuple[int, ...]]) -> None:
+        self._lengths = lengths
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of each row. Does not settle lengths: it is asked for at each token."""
+        return len(self._lengths[0])
+
+    @property
+    def freed(self) -> list[bool]:
+        """Which rows were freed."""
+        return [room < 0 for room in self._room]
+
+    @property
+    def capacities(self) -> list[tuple[int, ...]]:
+        """Lines of each row's KV heads."""
+        return _capacities(self.lengths, self._room)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all segments have one length and one capacity, so that `stacked` is a view."""
+        return len({length for row in self.lengths for length in row}) <= 1 and len(set(self._room)) == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storages really hold on to, room included."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's lines, room included."""
+        width = self.keys.shape[-1] + self.values.shape[-1]
+        return sum(self.capacities[row]) * width * self.keys.element_size()
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
+        length = self.lengths[0][0]
+        capacity = length + self._room[0]
+        shape = (len(self.lengths), self.kv_heads, capacity, -1)
+        return self.keys.view(shape)[:, :, :length], self.values.view(shape)[:, :, :length]
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Each row as ``[kv_heads, L, D]``: views where heads are even, else copies padded on the left."""
+        result = []
+        for row, lengths in enumerate(self.lengths):
+            keys, values = self.segments(row)
+            result.append((_rectangular(keys, max(lengths)), _rectangular(values, max(lengths))))
+        return result
+
+    def segments(self, row: int) -> tuple[Piece, Piece]:
+        """One row's keys and values as parts, without copying or padding."""
+        capacities = self.capacities
+        start = sum(sum(lines) for lines in capacities[:row])
+        stop = start + sum(capacities[row])
+        keys, values = self.keys[start:stop], self.values[start:stop]
+        if self.even(row):
+            length, shape = self.lengths[row][0], (self.kv_heads, capacities[row][0], -1)
+            if stop == start:
+                return keys.view(self.kv_heads, 0, keys.shape[-1]), values.view(self.kv_heads, 0, values.shape[-1])
+            return keys.view(shape)[:, :length], values.view(shape)[:, :length]
+        parts = [
+            [head[:length] for head, length in zip(flat.split(capacities[row]), self.lengths[row], strict=True)]
+            for flat in (keys, values)
+        ]
+        return parts[0], parts[1]
+
+    def append(self, keys: Tensor, values: Tensor) -> Self:
+        """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place."""
+        with self.table_in_turn() as own:
+            self.reserve(keys.shape[2])
+            kernels.append(keys, values, own, groups=self.groups)
+            self.note_appended(keys.shape[2])
+        return self
+
+    def select_rows(self, indices: Sequence[int]) -> Self:
+        """A new arena of the rows ``indices``, in that order; rows may repeat."""
+        freed = [self.freed[row] for row in indices]
+        chosen = self._alike([self.lengths[row] for row in indices], freed)
+        heads = self.kv_heads
+        lines = torch.tensor([row * heads + head for row in indices for head in range(heads)])
+        with self.table_in_turn() as own:
+            chosen._take(own.index_select(0, lines.to(own.device)))
+        return chosen
+
+    def truncate(self, lengths: Sequence[Sequence[int]]) -> Self:
+        """A new arena that keeps the first ``lengths[b][h]`` entries of each segment."""
+        shorter = self._alike([tuple(row) for row in lengths], self.freed)
+        with self.table_in_turn() as own:
+            shorter._take(own)
+        return shorter
+
+    def _alike(self, lengths: Sequence[tuple[int, ...]], freed: Sequence[bool]) -> Self:
+        """Another arena that stores entries as this one does."""
+        return self.like(self.keys, self.values, lengths, freed=freed)
+
+    def _copied(self, exact: RaggedKV) -> Self:
+        """The same, after it took what an exact storage holds."""
+        self._take(KVArena(exact.keys, exact.values, exact.lengths, [0] * len(exact.lengths)).table)
+        return self
+
+    # -- growing and freeing, in place ---------------------------------------------------------
+
+    def reserve(self, tokens: int) -> bool:
+        """Make sure that ``tokens`` more entries have room; whether the storage moved for it."""
+        if self._left >= tokens:
+            return False
+        room = room_for(self.lengths) + tokens
+        self._reallocate(self.lengths, [-1 if freed else room for freed in self.freed])
+        return True
+
+    @property
+    def left(self) -> int:
+        """Entries that every segment of a row that was not freed has room for."""
+        return self._left
+
+    def note_appended(self, tokens: int) -> None:
+        """Count entries that somebody wrote through the table."""
+        self._appended += tokens
+        self._left -= tokens
+
+    def drop(self, tokens: int) -> bool:
+        """Take the last entries of all segments back, in place; False if more room than is due would be left.
+
+        Every segment of a row that was not freed must hold as many.
+        """
+        if self._left + tokens > room_for(self.lengths) + LEAST_ROOM:
+            return False
+        with self.table_in_turn() as own:
+            own[:, LENGTH] -= tokens * (own[:, CAPACITY] > 0)
+            self.note_appended(-tokens)
+        return True
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
+        gone = {row for row in rows if not self.freed[row]}
+        if not gone:
+            return
+        none = (0,) * self.kv_heads
+        lengths = [none if row in gone else kept for row, kept in enumerate(self.lengths)]
+        self._reallocate(lengths, [-1 if row in gone else room for row, room in enumerate(self._room)])
+
+    @contextmanager
+    def table_in_turn(self) -> Iterator[Tensor]:
+        """The table, which stays what it is within.
+
+        A thread that takes a captured step over gives the table back unasked, and puts its own there.
+        """
+        with self._lock:
+            if self.keys.is_cuda:
+                stream = torch.cuda.current_stream(self.keys.device)
+                if self._stream is not None and self._stream != stream:
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+            yield self.table
+
+    def lend_table(self, table: Tensor) -> None:
+        """Move the table to memory that somebody else reads, such as a CUDA graph."""
+        with self.table_in_turn() as own:
+            table.copy_(own)
+            self.table = table
+
+    def take_table_back(self) -> None:
+        """Go on with a table of its own."""
+        with self.table_in_turn() as own, torch.inference_mode(False):
+            self.table = own.clone()
+
+    def _reallocate(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
+        with self.table_in_turn():
+            self._move_to(lengths, room)
+
+    def _move_to(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
+        old, old_storages = self.table.clone(), (self.keys, self.values)
+        self.keys, self.values = (_allocated(lengths, room, storage) for storage in old_storages)
+        self._lengths, self._room, self._appended = list(lengths), list(room), 0
+        self._left = _least(room)
+        self.table.copy_(_on_device(self._lines(), self.table.device))
+        self._take(old)
+
+    def _take(self, source: Tensor) -> None:
+        """Copy the entries of a table's segments to this arena's, which are as long or shorter."""
+        key, value = (storage.shape[-1] * storage.element_size() for storage in (self.keys, self.values))
+        longest = max(map(max, self.lengths))
+        if longest:
+            kernels.move(source, self.table, key_bytes=key, value_bytes=value, longest=longest)
+
+    def _settle(self) -> None:
+        self._lengths = [
+            row if room < 0 else tuple(length + self._appended for length in row)
+            for row, room in zip(self._lengths, self._room, strict=True)
+        ]
+        self._room = [room if room < 0 else room - self._appended for room in self._room]
+        self._appended = 0
+
+    def _lines(self) -> list[list[int]]:
+        """The table, as the host knows it."""
+        lines, at = [], 0
+        steps = [storage.shape[-1] * storage.element_size() for storage in (self.keys, self.values)]
+        for lengths, capacities in zip(self.lengths, self.capacities, strict=True):
+            for length, capacity in zip(lengths, capacities, strict=True):
+                line = [0] * 4
+                line[KEY] = self.keys.data_ptr() + at * steps[0]
+                line[VALUE] = self.values.data_ptr() + at * steps[1]
+                line[LENGTH], line[CAPACITY] = length, capacity
+                lines.append(line)
+                at += capacity
+        return lines
+
+    # -- copies: addresses do not travel --------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {name: value for name, value in self.__dict__.items() if name not in ("table", "_lock", "_stream")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ready()
+
+
+def room_for(lengths: Sequence[Sequence[int]]) -> int:
+    """Entries that each segment of a layer gets room for, beyond those it holds."""
+    count = sum(len(row) for row in lengths)
+    return max(LEAST_ROOM, sum(map(sum, lengths)) // max(count, 1) // ROOM_SHARE)
+
+
+def _least(room: Sequence[int]) -> int:
+    return min((r for r in room if r >= 0), default=LEAST_ROOM)
+
+
+def _capacities(lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> list[tuple[int, ...]]:
+    return [
+        tuple(length + extra if extra >= 0 else 0 for length in row) for row, extra in zip(lengths, room, strict=True)
+    ]
+
+
+def _allocated(lengths: Sequence[tuple[int, ...]], room: Sequence[int], like: Tensor) -> Tensor:
+    # Not in inference mode: what is made there cannot be changed in place outside of it.
+    with torch.inference_mode(False):
+        lines = sum(map(sum, _capacities(lengths, room)))
+        return torch.empty(lines, like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Integers on a device; the host does not wait for it."""
+    with torch.inference_mode(False):
+        table = torch.tensor(lines, dtype=torch.int64)
+        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _rectangular(heads: Piece, longest: int) -> Tensor:
+    """One row's segments as ``[kv_heads, L, D]``: a view if they have one length, else padded on the left."""
+    if isinstance(heads, Tensor):
+        return heads
+    return torch.stack([torch.nn.functional.pad(head, (0, 0, longest - len(head), 0)) for head in heads])

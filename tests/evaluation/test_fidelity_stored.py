@@ -1,0 +1,125 @@
+"""Policies with a number format in the bench: against caches of the library that really store it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evaluation.test_fidelity import ASKED, POLICIES, Uneven, bench, job, tokens
+from helpers.models import build
+from refreekv import KVDtype, ReFreeKVCache
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.prefill import SharedPrefill, fork, forward
+from refreekv.evaluation.stored import StoredPolicy, format_of, parse
+from refreekv.storage.arena import KVArena
+
+NUMBERS = [KVDtype("fp8", recent=0), KVDtype("int8", recent=9), KVDtype("int4", recent=9), KVDtype("int4", recent=500)]
+STORED = {
+    f"{name}@{number}": StoredPolicy(policy, number) for name, policy in POLICIES.items() for number in NUMBERS
+} | {f"full@{number}": parse(f"full@{number}") for number in NUMBERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gemma3", "sdpa"), ("gpt_oss", "eager")]
+)
+@torch.no_grad()
+def test_one_call_for_all_equals_caches_that_store_it(name, attention):
+    model = build(name, attention=attention)
+    context, fed = tokens(57, 0), tokens(9, 1)
+    asked = ASKED | STORED
+    with_cache = ReFreeKVCache(model, "full")  # keeps refreekv attached
+    shared = SharedPrefill(model, context, asked)
+    names = list(asked)
+    together = forward(model, [fed], shared.masked(names), start=57, keep=9, rows=len(names))
+    kept = shared.kept(names)
+    for row, one in enumerate(names):
+        policy = asked[one]
+        if one == "full":
+            continue
+        inner = policy.policy if isinstance(policy, StoredPolicy) else policy
+        cache = ReFreeKVCache(model, inner, kv_dtype=format_of(policy))
+        forward(model, [context], cache, start=0, keep=1)
+        held = cache.report.bytes_after
+        with cache.decoding():
+            alone = forward(model, [fed], cache, start=57, keep=9)[0]
+        torch.testing.assert_close(together[row], alone, atol=2e-4, rtol=1e-3)
+        # A sliding layer's storage may be longer than what it shows until it next grows.
+        if name == "llama":
+            assert shared.bytes(one, kept[row])[1] == held
+    del with_cache
+
+
+@torch.no_grad()
+def test_branches_store_one_format_each(llama):
+    with_cache = ReFreeKVCache(llama, "full")
+    asked = {name: STORED[name] for name in STORED if name.endswith("@int4:recent=9")}
+    shared = SharedPrefill(llama, tokens(57, 0), ASKED | asked)
+    fed = tokens(9, 1)
+    branch = fork(shared.branch(list(asked)))
+    with branch.decoding():
+        alone = forward(llama, [fed], branch, start=57, keep=9, rows=len(asked))
+    masked = forward(llama, [fed], shared.masked(list(asked)), start=57, keep=9, rows=len(asked))
+    torch.testing.assert_close(masked, alone, atol=2e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="several number formats"):
+        shared.branch(["cut", *asked])
+    del with_cache
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@torch.no_grad()
+def test_forks_of_storage_that_grows_in_place_leave_each_other_alone(llama, kv_dtype):
+    cache = ReFreeKVCache(llama, "streaming-llm", ratio=0.5, kv_dtype=kv_dtype)
+    cache.state.arena = True
+    forward(llama, [tokens(57, 0)], cache, start=0, keep=1)
+    assert all(isinstance(layer.ragged, KVArena) for layer in cache.pruned_layers)
+    forks, found = [fork(cache) for _ in range(3)], []
+    for branch, fed in zip(forks, (1, 2, 1), strict=True):
+        with branch.decoding():
+            found.append(forward(llama, [tokens(9, fed)], branch, start=57, keep=9))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert [branch.get_seq_length() for branch in (*forks, cache)] == [66, 66, 66, 57]
+    assert forks[0].pruned_layers[0].ragged.lengths[0][0] == cache.pruned_layers[0].ragged.lengths[0][0] + 9
+
+
+@torch.no_grad()
+def test_copy_scores_are_measured_for_a_policy_that_comes_with_a_format_only(llama):
+    with_cache = ReFreeKVCache(llama, "full")
+    for spec, measured in (("adaptive@int8", True), ("snapkv:ratio=0.5@int8", False)):
+        shared = SharedPrefill(llama, tokens(57, 0), {spec: parse(spec)})
+        assert (shared._cache.state.copy_scores is not None) is measured
+    del with_cache
+
+
+def test_records(llama):
+    names = ["cut", "cut@int4:recent=9", "full@int8:recent=9", "uneven@int4:recent=9"]
+    one = job(asked={"full": None, **{name: (POLICIES | STORED)[name] for name in names}}, show=True)
+    (records,) = bench(llama).measure([one])
+    by_name = {record.policy: record for record in records}
+    plain, stored = by_name["cut"], by_name["cut@int4:recent=9"]
+    assert stored.kept_heads == plain.kept_heads
+    assert stored.bytes_kept < plain.bytes_kept
+    assert stored.positions == plain.positions
+    assert stored.text is not None
+    assert stored.kl_mean != plain.kl_mean
+    assert by_name["full@int8:recent=9"].budget == 1.0
+    assert 0 < by_name["full@int8:recent=9"].kl_mean < 0.05
+    (hidden,) = bench(llama).measure([replace(one, show=False)])
+    assert [record.kl_mean for record in hidden] == [record.kl_mean for record in records]
+
+
+def test_specifications():
+    chosen = sweeps.choose(["refreekv:threshold=0.01,0.02@int4", "full", "full@fp8", "snapkv:ratio=0.5@int4:recent=8"])
+    assert list(chosen) == [
+        "refreekv@int4",
+        "refreekv:threshold=0.02@int4",
+        "full@fp8",
+        "snapkv:ratio=0.5@int4:recent=8",
+    ]
+    assert chosen["full@fp8"].probe_plan(9).count == 0
+    assert str(chosen["full@fp8"]) == "full()@fp8"
+    assert isinstance(chosen["refreekv@int4"], StoredPolicy)
+    assert StoredPolicy(Uneven(), NUMBERS[1]).name == "uneven@int8:recent=9"
+    for spec, error in (("refreekv@int3", "kv_dtype must be"), ("nobody@int4", "no policy is named")):
+        with pytest.raises(ValueError, match=error):
+            sweeps.choose([spec])

@@ -1,0 +1,329 @@
+"""The adaptive policy: against a slow twin, and what it promises."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refreekv
+from helpers import models
+from refreekv import policies
+from refreekv.core.neighbours import dilate, following, peak_level_of_share
+from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.copy_scores import _KNOWN, copy_scores
+from refreekv.policies import LayerView
+from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.decide import layer_view
+
+SMALL = {"min_length": 8, "window": 6, "spread": 8, "constant": 0.15, "spread_factor": 2.0, "follow": 3, "hit": 0.6}
+
+
+def made(**changes):
+    return policies.create("adaptive", **{**SMALL, "lost_mass": 0.5, **changes})
+
+
+def a_layer(seed, n, batch=2, heads=4, kv_heads=2, dim=6, pads=(), sharp=2.0):
+    """Keys, values and all queries of a prompt, with left padding in some rows."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(batch, kv_heads, n, dim, generator=generator) for _ in range(2))
+    queries = sharp * torch.randn(batch, heads, n, dim, generator=generator)
+    valid = None
+    if pads:
+        valid = torch.ones(batch, n, dtype=torch.bool)
+        for row, count in enumerate(pads):
+            valid[row, :count] = False
+    return keys, values, queries, valid
+
+
+def the_view(policy, keys, values, queries, valid=None, scores=None, settled=None):
+    n = keys.shape[2]
+    entries = Entries(keys, values, valid, torch.arange(n), Queries.of_call(queries, 0, valid), settled)
+    call = AttentionCall(queries, None)
+    return layer_view(policy.probe_plan(n), call, entries, 0, 1, scores)
+
+
+# -- the slow twin ---------------------------------------------------------------------------------
+
+
+def slow(policy, keys, queries, scores):
+    """One row without padding, position by position in float64: ``[H_kv, n]``."""
+    keys, queries = keys.double().numpy(), queries.double().numpy()
+    heads, n, dim = queries.shape
+    kv_heads = len(keys)
+    group = heads // kv_heads
+    keep = np.zeros((kv_heads, n), dtype=bool)
+    unit = policy.constant * heads**0.5
+    step = 1
+    while n // step > policy.spread:
+        step *= 2
+    for kv_head in range(kv_heads):
+        rows = {}
+        for query in range(n):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                logits = keys[kv_head, : query + 1] @ queries[head, query] / dim**0.5
+                weights = np.exp(logits - logits.max())
+                rows[query, head] = weights / weights.sum()
+        window = {key: row for key, row in rows.items() if key[0] >= n - policy.window}
+        spread = {key: row for key, row in rows.items() if (key[0] + 1) % step == 0}
+
+        def seen(rows, j, distance=0):
+            return [row[j] for (query, _), row in rows.items() if query - distance >= j]
+
+        peak = np.array([max(seen(window, j), default=0.0) for j in range(n)])
+        mean = np.array([np.mean(seen(window, j) or [0.0]) for j in range(n)])
+        far = np.array([max(seen(spread, j, policy.window), default=0.0) for j in range(n)])
+        level = 1.0
+        while mean[peak >= level].sum() < mean.sum() * (1 - policy.lost_mass):
+            level /= 2
+        for j in range(n):
+            near = range(max(j - 1, 0), min(j + 2, n))
+            keep[kv_head, j] = (
+                j < policy.sinks
+                or j >= n - policy.window
+                or any(peak[i] >= unit or far[i] >= unit * policy.spread_factor for i in near)
+                or any(peak[i] >= policy.hit for i in range(max(j - policy.follow, 0), j))
+                or peak[j] >= level
+                or scores[kv_head] >= policy.copying
+            )
+    return keep
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "changes", [{}, {"constant": 0.1, "lost_mass": 0.6}, {"spread": 64, "spread_factor": 3.0}, {"hit": 0.9, "sinks": 0}]
+)
+def test_against_the_slow_twin(seed, changes):
+    policy = made(**changes)
+    keys, values, queries, _ = a_layer(seed, n=30 + 7 * seed)
+    scores = torch.tensor([[0.0, 0.3 if seed % 2 else 0.05]])
+    selection = policy.select(the_view(policy, keys, values, queries, scores=scores))
+    expected = np.stack([slow(policy, k, q, scores[0].tolist()) for k, q in zip(keys, queries, strict=True)])
+    assert (selection.keep.numpy() == expected).all()
+    if seed % 2 == 0:
+        assert not expected.all(), "nothing was evicted: the test shows nothing"
+
+
+def test_neighbours_by_hand():
+    hits = torch.tensor([[0, 1, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    assert dilate(hits, 1).int().tolist() == [[1, 1, 1, 0, 0, 1, 1, 1]]
+    assert dilate(hits, 0) is hits
+    assert following(hits, 2).int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 1]]
+    assert not following(hits, 0).any()
+    peak = torch.tensor([0.9, 0.3, 0.2, 0.001])
+    mass = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for share, level in [(0.0, 1.0), (0.4, 0.5), (0.75, 0.25), (0.9, 0.125), (1.0, 2.0**-10)]:
+        assert peak_level_of_share(peak, mass, share).item() == level
+    # Positions without any attention belong to no level: nothing under the lowest is refused.
+    assert peak_level_of_share(torch.zeros(3), torch.ones(3), 1.0).item() == 0.0
+
+
+# -- what it promises ------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 90),
+    constants=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    pads=st.integers(0, 30),
+)
+def test_a_stricter_constant_never_keeps_less_and_the_protected_stay(seed, n, constants, pads):
+    keys, values, queries, valid = a_layer(seed, n, pads=(min(pads, n - 1), 0))
+    real = torch.ones(2, n, dtype=torch.bool) if valid is None else valid
+    kept = []
+    for constant in sorted(constants):
+        policy = made(constant=constant)
+        selection = policy.select(the_view(policy, keys, values, queries, valid, torch.zeros(1, 2)))
+        keep = real[:, None].expand(2, 2, n) if selection is None else selection.keep & real[:, None]
+        kept.append(keep)
+        protected = real & ((real.cumsum(1) <= policy.sinks) | (real.flip(1).cumsum(1).flip(1) <= policy.window))
+        assert (keep | ~protected[:, None]).all()
+        short = real.sum(1) < policy.min_length
+        assert torch.equal(keep[short], real[short][:, None].expand(-1, 2, -1))
+    assert (kept[0] | ~kept[1]).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 70), pads=st.integers(1, 20))
+def test_neighbours_in_the_batch_and_padding_change_nothing(seed, n, pads):
+    policy = made()
+    keys, values, queries, _ = a_layer(seed, n, batch=1)
+    scores = torch.tensor([[0.0, 0.05]])
+    alone = policy.select(the_view(policy, keys, values, queries, scores=scores))
+    other = a_layer(seed + 1, n + pads, batch=1)
+    padded = [
+        torch.cat([torch.nn.functional.pad(a, (0, 0, pads, 0)), b])
+        for a, b in zip((keys, values, queries), other[:3], strict=True)
+    ]
+    valid = torch.ones(2, n + pads, dtype=torch.bool)
+    valid[0, :pads] = False
+    together = policy.select(the_view(policy, *padded, valid, scores))
+    if alone is None:
+        assert together is None or together.keep[0, :, pads:].all()
+    else:
+        assert torch.equal(together.keep[0, :, pads:], alone.keep[0])
+
+
+def test_padding_between_two_turns_is_no_distance():
+    policy = made(follow=2, hit=0.2)
+    keys, values, queries, _ = a_layer(5, 40, batch=1, sharp=3.0)
+    apart = [
+        torch.cat([part[:, :, :20], part.new_zeros(1, part.shape[1], 7, 6), part[:, :, 20:]], 2)
+        for part in (keys, values, queries)
+    ]
+    valid = torch.ones(1, 47, dtype=torch.bool)
+    valid[:, 20:27] = False
+    # The same distances in columns for both, so that the spread queries count for the same positions.
+    alone = policy.select(
+        the_view(dataclasses.replace(policy, spread=1), keys, values, queries, scores=torch.zeros(1, 2))
+    )
+    both = policy.select(the_view(dataclasses.replace(policy, spread=1), *apart, valid, torch.zeros(1, 2)))
+    assert torch.equal(both.keep[:, :, valid[0]], alone.keep)
+
+
+def test_flat_rows_one_token_rows_and_masked_rows():
+    policy = made(lost_mass=0.0)
+    keys, values, queries, _ = a_layer(0, 40)
+    flat = policy.select(the_view(policy, keys, values, torch.zeros_like(queries), scores=torch.zeros(1, 2)))
+    assert flat.keep.all(), "all positions are alike: none may go where no mass may"
+    valid = torch.zeros(2, 40, dtype=torch.bool)
+    valid[0, -1] = valid[1, -20:] = True
+    selection = policy.select(the_view(policy, keys, values, queries, valid, torch.zeros(1, 2)))
+    assert selection.keep[0, :, -1].all()
+    assert not torch.isnan(selection.metric).any()
+    assert not any(torch.isnan(share).any() for share in selection.reasons.values())
+
+
+def test_constant_zero_and_short_prompts_ask_for_nothing():
+    assert made(constant=0).probe_plan(10_000).count == 0
+    assert made().probe_plan(7).count == 0
+    assert made().select(LayerView(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), None, None, 0, 1)) is None
+
+
+def test_what_copies_is_kept_whole_and_without_scores_heads_share():
+    keys, values, queries, _ = a_layer(3, 60)
+    policy = made(constant=0.2, lost_mass=0.9)
+    scored = policy.select(the_view(policy, keys, values, queries, scores=torch.tensor([[0.0, 0.2]])))
+    assert scored.keep[:, 1].all()
+    assert not scored.keep[:, 0].all()
+    blind = policy.select(the_view(policy, keys, values, queries))
+    assert torch.equal(blind.keep[:, 0], blind.keep[:, 1])
+    assert not blind.keep.all()
+    one = dataclasses.replace(policy, shared=True).select(
+        the_view(policy, keys, values, queries, scores=torch.zeros(1, 2))
+    )
+    each = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
+    assert one.keep.shape[1] == 1
+    assert torch.equal(one.keep[:, 0], each.keep.any(1))
+
+
+def test_what_an_earlier_turn_left_stays():
+    policy = made(constant=0.4, lost_mass=0.9, follow=0)
+    keys, values, queries, _ = a_layer(4, 50, batch=1)
+    settled = (torch.arange(50) < 20)[None, None]
+    kept = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2), settled=settled))
+    assert kept.keep[..., :20].all()
+    free = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
+    assert not free.keep[..., :20].all()
+
+
+# -- in a model ------------------------------------------------------------------------------------
+
+
+def induction_model():
+    """A two-layer model that copies by construction is more than a test needs: one head is made to look back."""
+    torch.manual_seed(0)
+    return models.build("llama")
+
+
+def test_copy_scores_are_measured_once_and_anew_for_new_weights():
+    model = induction_model()
+    attachment = Attachment.attach(model)
+    try:
+        before = copy_scores(model)
+        assert copy_scores(model) is before
+        assert len(before) == len(models.full_layers(model))
+        assert all(((score >= 0) & (score <= 1)).all() for score in before)
+        with torch.no_grad():
+            next(model.parameters()).mul_(2.0)
+        assert copy_scores(model) is not before
+    finally:
+        attachment.detach()
+    assert model in _KNOWN
+
+
+def test_compress_measures_only_for_prompts_that_are_pruned():
+    model = induction_model()
+    policy = policies.create("adaptive", min_length=20, window=4, constant=0.05)
+    with refreekv.compress(model, policy):
+        model.generate(torch.arange(1, 11)[None], max_new_tokens=2, do_sample=False)
+        assert model not in _KNOWN
+        model.generate(torch.arange(1, 31)[None], max_new_tokens=2, do_sample=False)
+        assert model in _KNOWN
+
+
+def test_the_report_says_why():
+    model = induction_model()
+    ids = torch.randint(5, models.VOCAB, (1, 60), generator=torch.Generator().manual_seed(1))
+    policy = policies.create("adaptive", min_length=20, window=4, constant=0.2, lost_mass=0.9, hit=0.9)
+    with refreekv.compress(model, policy) as kv:
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    reasons = kv.report.reasons
+    assert reasons["recent"] == pytest.approx(4 / 60)
+    assert reasons["sinks"] == pytest.approx(4 / 60)
+    assert "kept for: sinks" in str(kv.report)
+    assert kv.report.to_dict()["reasons"] == reasons
+    assert 0 < kv.report.budget < 1
+
+
+def test_chunks_and_whole_prompts_keep_the_same():
+    model = induction_model()
+    ids = torch.randint(5, models.VOCAB, (1, 64), generator=torch.Generator().manual_seed(2))
+    policy = policies.create("adaptive", min_length=20, window=4, spread=8, constant=0.1, lost_mass=0.9)
+    kept = []
+    for chunk in (None, 7, 16):
+        cache = refreekv.ReFreeKVCache(model, policy)
+        extra = {} if chunk is None else {"prefill_chunk_size": chunk}
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False, **extra)
+        kept.append(cache.kept_ranges())
+    assert kept[0] == kept[1] == kept[2]
+
+
+# -- long answers ----------------------------------------------------------------------------------
+
+
+def test_generated_tokens_are_pruned_where_asked_for():
+    model = induction_model()
+    ids = torch.randint(5, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
+    policy = policies.create("adaptive", min_length=20, window=8, spread=8, constant=0.3, lost_mass=0.9, follow=0)
+    held = {}
+    for interval in (None, 16):
+        cache = refreekv.ReFreeKVCache(model, policy, decode_interval=interval)
+        model.generate(ids, past_key_values=cache, max_new_tokens=100, min_new_tokens=100, do_sample=False)
+        prompt = [
+            [sum(min(stop, 40) - start for start, stop in head if start < 40) for head in layer]
+            for layer in cache.kept_ranges()
+        ]
+        held[interval] = (prompt, cache.report.bytes_after, cache.get_seq_length())
+    assert held[None][2] == held[16][2] == 139
+    assert held[None][0] == held[16][0], "the prompt's entries stay as they were"
+    assert held[16][1] < 0.7 * held[None][1]
+
+
+def test_an_interval_that_keeps_everything_changes_no_token():
+    model = induction_model()
+    ids = torch.randint(5, models.VOCAB, (1, 40), generator=torch.Generator().manual_seed(4))
+    policy = policies.create("adaptive", min_length=20, window=4, constant=1e-9, lost_mass=0.0)
+    outputs = []
+    for interval in (None, 5):
+        with refreekv.compress(model, policy, decode_interval=interval):
+            outputs.append(model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False))
+    assert torch.equal(*outputs)
+
+
+def test_an_interval_must_be_a_number_of_tokens():
+    with pytest.raises(ValueError, match="decode_interval must be an integer >= 1"):
+        refreekv.ReFreeKVCache(induction_model(), decode_interval=0)
