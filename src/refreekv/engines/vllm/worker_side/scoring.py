@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreekv.core.probes import attention_rows
-from refreekv.core.reductions import probe_reductions
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.policies.base import spread_step
+from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.decide import layer_view
 
 Gather = Callable[[Tensor, int], Tensor]
 """Joins the heads of all tensor-parallel ranks along a dimension."""
@@ -20,10 +20,11 @@ Gather = Callable[[Tensor, int], Tensor]
 def probed_positions(plan: ProbePlan, prompt: int) -> Tensor:
     """The positions a plan probes in a prompt of ``n`` tokens, ascending (see `ProbePlan`)."""
     positions = torch.arange(prompt)
-    wanted = positions >= prompt - plan.rows
+    # The last one in any case: it says how many there were.
+    wanted = positions >= prompt - max(plan.rows, 1)
     if plan.spread:
         wanted |= (positions + 1) % spread_step(plan.spread, prompt) == 0
-    return positions[wanted][-plan.count :] if plan.count else positions[:0]
+    return positions[wanted] if plan.count else positions[:0]
 
 
 @dataclass
@@ -122,56 +123,33 @@ def select(
     if policy.freezes(layer.index):
         return None
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    plan, shown = probes.plan, {}
-    heads = 0
-    if plan.count:
-        queries = torch.cat(probes.queries[layer.index]).transpose(0, 1)[None]
-        positions = probes.positions.to(keys.device)
-        assert queries.shape[2] == len(positions), "not all planned queries of the prompt were computed"
-        shown = (_reduced if plan.reduced else _rows)(plan, queries, positions, keys, layer, gather)
-        heads = queries.shape[1]
-    whole_keys, whole_values = gather(keys, 1), gather(values, 1)
-    heads *= whole_keys.shape[1] // keys.shape[1]
+    # Of stand-ins, which reduced plans ask for queries for, block tables know nothing.
+    plan = replace(probes.plan, queries=probes.plan.queries and not probes.plan.reduced)
+    queries = _collected(probes, layer.index, keys)
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    call = AttentionCall(queries.states, None, layer.scale, layer.softcap, layer.sinks)
     scores = None if layer.copy_scores is None else layer.copy_scores[None]
-    view = LayerView(whole_keys, whole_values, None, None, layer.index, layer.layers, heads=heads, copy_scores=scores)
-    return policy.select(replace(view, **shown))
+    entries = Entries(keys, values, None, columns, queries, gapless=True)
+    return policy.select(_of_all_ranks(layer_view(plan, call, entries, layer.index, layer.layers, scores), gather))
 
 
-def _rows(
-    plan: ProbePlan, queries: Tensor, positions: Tensor, keys: Tensor, layer: LayerFacts, gather: Gather
-) -> dict[str, Any]:
-    """Attention rows of the probed queries, what each sees, and the queries if the plan asks for them."""
-    visible = (torch.arange(keys.shape[2], device=keys.device) <= positions[:, None])[None]
-    rows = attention_rows(
-        queries, keys, scaling=layer.scale, visible=visible, softcap=layer.softcap, sink_logits=layer.sinks
-    )
-    shown = {"rows": gather(rows, 1), "visible": visible}
-    if plan.queries:
-        shown["queries"] = gather(queries.float() * layer.scale, 1)
-    return shown
+def _collected(probes: Probes, layer: int, keys: Tensor) -> Queries:
+    """The planned queries of one layer; ``keys`` are ``[1, H_kv, n, D]``."""
+    positions = probes.positions.to(keys.device)[None]
+    if not probes.plan.count:
+        return Queries(keys[:, :0, :0], positions, None, positions)
+    states = torch.cat(probes.queries[layer]).transpose(0, 1)[None]  # [1, H, k, D]
+    assert states.shape[2] == positions.shape[1], "not all planned queries of the prompt were computed"
+    return Queries(states, positions, None, positions)
 
 
-def _reduced(
-    plan: ProbePlan, queries: Tensor, positions: Tensor, keys: Tensor, layer: LayerFacts, gather: Gather
-) -> dict[str, Any]:
-    """What the last queries, and those spread over the prompt, gave each position."""
-    length = keys.shape[2]
-    spread = (positions + 1) % spread_step(plan.spread, length) == 0 if plan.spread else positions < 0
-    shown = {}
-    for name, chosen, distance in (
-        ("window", positions >= length - plan.rows, 0),
-        ("spread", spread, plan.distance),
-    ):
-        if not (plan.rows if name == "window" else plan.spread):
-            continue
-        reductions = probe_reductions(
-            queries[:, :, chosen],
-            keys,
-            query_columns=positions[chosen][None],
-            scaling=layer.scale,
-            distance=distance,
-            softcap=layer.softcap,
-            sink_logits=layer.sinks,
-        )
-        shown[name] = reductions.each(lambda part: gather(part, 1))
-    return shown
+def _of_all_ranks(view: LayerView, gather: Gather) -> LayerView:
+    """A view of this rank's heads with those of all tensor-parallel ranks."""
+    keys = gather(view.keys, 1)
+    heads: dict[str, Any] = {
+        name: gather(part, 1) for name in ("values", "rows", "queries") if (part := getattr(view, name)) is not None
+    }
+    for name in ("window", "spread"):
+        if (reductions := getattr(view, name)) is not None:
+            heads[name] = reductions.each(lambda part: gather(part, 1))
+    return replace(view, keys=keys, heads=view.heads * (keys.shape[1] // view.keys.shape[1]), **heads)
