@@ -2,7 +2,7 @@
 
     python benchmarks/number_formats.py MODEL --data-dir DIR --families 2wikimqa-e,hotpotqa --prompts 6
 
-Each prompt's K/V is replaced by what a format gives back of it, but for the last 64 tokens; the
+Each prompt's K/V is replaced by what a format gives back of it, but for the first 4 and the last 64 tokens; the
 full cache's own greedy answer is then read over it, and the predictions are compared (KL in nats).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fidelity import load
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import SINKS, centre_of, round_trip
 from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation import families
 from refreekv.evaluation.encoding import encode
@@ -29,10 +29,22 @@ RECENT = 64
 FP8 = torch.float8_e4m3fn
 
 
-def ours(kind: str, group: int | None = None) -> Callable[[Tensor], Tensor]:
-    """A format of the library; entries ``[H, n, D]``."""
-    number = KVDtype(kind, group=group)  # type: ignore[arg-type]
-    return lambda entries: number.encode(entries.reshape(-1, entries.shape[-1])).decode().view_as(entries)
+def ours(bits: int | None, *, centred: bool = True) -> Callable[[Tensor], Tensor]:
+    """Codes of the library, e4m3 for None; entries ``[H, n, D]``."""
+    blank = (lambda entries: centre_of(entries)) if centred else (lambda entries: torch.zeros_like(entries[:, 0]))
+    return lambda entries: round_trip(entries, bits, blank(entries))
+
+
+def grouped(bits: int, group: int) -> Callable[[Tensor], Tensor]:
+    """A grid from the lowest to the highest of each group of an entry's elements, as int8 in place has it."""
+
+    def round_trip(entries: Tensor) -> Tensor:
+        groups = entries.unflatten(-1, (-1, group))
+        low, high = groups.amin(-1, keepdim=True).half().float(), groups.amax(-1, keepdim=True)
+        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).half().float()
+        return ((groups - low) / scale).round().clamp(0, 2**bits - 1).mul(scale).add(low).flatten(-2)
+
+    return round_trip
 
 
 def with_exact_zero(group: int) -> Callable[[Tensor], Tensor]:
@@ -69,13 +81,17 @@ def one_scale(entries: Tensor) -> Tensor:
 
 
 WAYS: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "fp8, a scale for each entry (ours)": ("8.25", ours("fp8"), ours("fp8")),
+    "fp8 (ours: centred, rotated, e4m3)": ("8.25", ours(None), ours(None)),
     "fp8, one scale (transformers)": ("8.0", one_scale, one_scale),
-    "int8, groups of 64 (ours)": ("8.5", ours("int8"), ours("int8")),
-    "int4, groups of 32 (ours)": ("5.0", ours("int4"), ours("int4")),
-    "int4, groups of 64": ("4.5", ours("int4", 64), ours("int4", 64)),
+    "int8 (ours: centred, rotated, Gaussian codebook)": ("8.25", ours(8), ours(8)),
+    "int8, groups of 64 (ours, in place on CUDA)": ("8.5", grouped(8, 64), grouped(8, 64)),
+    "k6v4 (ours)": ("5.25", ours(6), ours(4)),
+    "int4 (ours)": ("4.25", ours(4), ours(4)),
+    "int4, rotated, not centred": ("4.25", ours(4, centred=False), ours(4, centred=False)),
+    "int4, groups of 32": ("5.0", grouped(4, 32), grouped(4, 32)),
     "int4, groups of 32, exact zero (torchao)": ("4.6", with_exact_zero(32), with_exact_zero(32)),
-    "int4, keys by channel, 32 tokens (KIVI)": ("5.0", by_channel(32), ours("int4")),
+    "int4, keys by channel, 32 tokens (KIVI)": ("5.0", by_channel(32), grouped(4, 32)),
+    "int3 (ours)": ("3.25", ours(3), ours(3)),
 }
 """Names to bits of an element with heads of 64, and what becomes of keys and values."""
 
@@ -130,7 +146,7 @@ def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[s
         old = len(ids) - RECENT
         for index, entries in enumerate(prompt):
             stored = [
-                torch.cat([way(part[:, :old]), part[:, old:]], dim=1)[None]
+                torch.cat([part[:, :SINKS], way(part)[:, SINKS:old], part[:, old:]], dim=1)[None]
                 for way, part in zip((keys_as, values_as), entries, strict=True)
             ]
             other.update(*stored, index)

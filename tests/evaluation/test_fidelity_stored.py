@@ -120,6 +120,6 @@ def test_specifications():
     assert str(chosen["full@fp8"]) == "full()@fp8"
     assert isinstance(chosen["refreekv@int4"], StoredPolicy)
     assert StoredPolicy(Uneven(), NUMBERS[1]).name == "uneven@int8:recent=9"
-    for spec, error in (("refreekv@int3", "kv_dtype must be"), ("nobody@int4", "no policy is named")):
+    for spec, error in (("refreekv@int9", "kv_dtype must be"), ("nobody@int4", "no policy is named")):
         with pytest.raises(ValueError, match=error):
             sweeps.choose([spec])

@@ -1,4 +1,4 @@
-"""int8 lines: written by kernels as `KVDtype.encode` has them, to the bit, and attended to as float64 has it."""
+"""int8 lines: written by kernels as `core.coded_lines` has them, to the bit, and attended to as float64 has it."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_table_and_json_say_the_same(run, llama_file, own_budgets):
 
 def test_quantised_and_too_large(run, llama_file):
     result = json.loads(run("plan", llama_file, "--vram", "12GiB", "--kv", "int4", "--json").out)
-    assert result["kv"]["stored_bytes_per_token"] == 32 * 8 * 2 * 80
+    assert result["kv"]["stored_bytes_per_token"] == 32 * 8 * 2 * 66
     assert not result["scenarios"][-1]["fits"]
     assert any("--weights int8" in line for line in result["advice"])
     assert "It does not fit. One of these makes it fit:" in run("plan", llama_file, "--vram", "12GiB").out
@@ -120,7 +120,7 @@ def test_simulated_load(run, llama_file, tmp_path):
         (["--context", "512", "--output", "512"], ["leaves no prompt"]),
         (["--concurrency", "0"], ["--concurrency must be at least 1"]),
         (["--weights", "int3"], ["--weights must be bf16, int8 or int4"]),
-        (["--kv", "int3"], ["kv_dtype must be one of fp8, int8, int4"]),
+        (["--kv", "int9"], ["kv_dtype must be fp8, int8, int4"]),
         (["--policy", "refrekv"], ["no policy is named 'refrekv'"]),
         (["--prefill-chunk", "some"], ["--prefill-chunk 'some'"]),
         (["--reserve", "1"], ["--reserve '1' has no unit"]),

@@ -85,13 +85,41 @@ def test_freed_rows_give_their_memory_back_and_take_nothing():
 
 @given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([8, 64, 80, 96, 128, 256]))
 def test_a_line_is_what_the_number_format_stores(dtype, size):
-    entries = torch.randn(20, size).to(dtype)
-    group, codes = INT8.group_size(size), INT8.encode(entries)
+    entries = (torch.randn(20, size) * torch.randn(size).exp() + 3 * torch.randn(size)).to(dtype)
+    group = INT8.group_size(size)
     lines = to_lines(entries, group)
-    assert lines.shape[1] == line_bytes(size, group) == -(-INT8.line_bytes(size) // 8) * 8
-    assert torch.equal(from_lines(lines, size, group, half_of(dtype), dtype), codes.decode())
-    back = from_lines(lines.view(4, 5, -1), size, group, half_of(dtype), torch.float32)
-    assert torch.equal(back.to(dtype).flatten(0, 1), codes.decode())
+    assert lines.shape[1] == line_bytes(size, group) == -(-(size + 4 * size // group) // 8) * 8
+    back = from_lines(lines, size, group, half_of(dtype), dtype)
+    # Half a step of the group's range at most, beside what its numbers and the result lose to 16 bits.
+    groups = entries.float().view(20, -1, group)
+    step = (groups.amax(-1) - groups.amin(-1)) / 255
+    rounding = 2 * torch.finfo(half_of(dtype)).eps * groups.abs().amax(-1)
+    error = (back.float() - entries.float()).abs().view_as(groups).amax(-1)
+    assert (error <= 0.51 * step + rounding).all()
+    assert (error > 0.2 * step).float().mean() > 0.5  # it is that coarse, too
+    again = from_lines(lines.view(4, 5, -1), size, group, half_of(dtype), torch.float32)
+    assert torch.equal(again.to(dtype).flatten(0, 1), back)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e4])
+def test_a_line_of_one_number(value):
+    entries = torch.full((1, 64), value)
+    assert torch.allclose(from_lines(to_lines(entries, 64), 64, 64, torch.float16, torch.float32), entries, rtol=1e-3)
+
+
+def test_lines_are_torchao_s():
+    """The same codes, computed by a library, where it is given the groups' lowest values as origin."""
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    entries = torch.randn(40, 64) * torch.randn(64).exp() + 3
+    lines = to_lines(entries, 32)
+    scale, low = lines[:, 64:72].contiguous().view(torch.float16).unflatten(1, (2, 2)).float().unbind(-1)
+    shifted = (entries.view(40, 2, 32) - low[..., None]).reshape(40, 64)
+    arguments = ((1, 32), scale, torch.zeros_like(scale), torch.uint8, 0, 255)
+    theirs = primitives.dequantize_affine(primitives.quantize_affine(shifted, *arguments), *arguments)
+    difference = (from_lines(lines, 64, 32, torch.float16, torch.float32) - theirs).view(40, 2, 32) - low[..., None]
+    # They multiply by the inverse of the scale: a value half-way may fall on the other side.
+    assert (difference.abs() < 1e-4 * scale[..., None]).float().mean() > 0.999
+    assert (difference.abs() < 1.01 * scale[..., None]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Quantised storage: against the numbers themselves, against full-precision storage, in models, to the byte."""
+"""Quantised storage: against full-precision storage, in models, to the byte. Its numbers: tests/core/test_codes.py."""
 
 import copy
 from dataclasses import dataclass
@@ -9,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refreekv
-from helpers.driving import POLICIES, PRUNING, RAGGED, Uneven, feed, greedy, prefill, storage_bytes, tensors_of
+from helpers.driving import POLICIES, PRUNING, Uneven, feed, greedy, prefill, storage_bytes, tensors_of
 from helpers.models import build, prompts
 from refreekv import KVDtype, ReFreeKVCache, policies
+from refreekv.core.quantisation import FLUSH, SINKS, round_trip
 from refreekv.storage.columns import Columns
-from refreekv.storage.quantised import FLUSH, QuantisedKV
+from refreekv.storage.quantised import QuantisedKV
 from refreekv.storage.ragged import RaggedKV
 
 KINDS = ["fp8", "int8", "int4"]
+LONG = (150, 120, 85, 140)
+"""Of a ragged batch of which something is coded, too, where half is evicted."""
 
 
 def lines(count: int, elements: int, seed: int = 0) -> torch.Tensor:
@@ -24,74 +27,6 @@ def lines(count: int, elements: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     scale = torch.randn(elements, generator=generator).exp()
     return torch.randn(count, elements, generator=generator) * scale + 3 * torch.randn(elements, generator=generator)
-
-
-# -- numbers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("elements", [8, 64, 80, 128])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_error_is_half_a_step_at_most(kind, elements, dtype):
-    entries = lines(50, elements).to(dtype)
-    number = KVDtype(kind)
-    codes = number.encode(entries)
-    groups = entries.float().view(50, -1, number.group_size(elements))
-    low, high = groups.amin(-1), groups.amax(-1)
-    step = (high - low) / {"int8": 255, "int4": 15}[kind]
-    # Beside half a step: what scale and lowest value, and the result itself, lose to 16 bits.
-    half = torch.float16 if dtype == torch.float32 else dtype
-    rounding = 2 * torch.finfo(half).eps * groups.abs().amax(-1)
-    error = (codes.decode().float() - entries.float()).abs().view_as(groups).amax(-1)
-    assert (error <= 0.51 * step + rounding).all()
-    assert (error > 0.2 * step).float().mean() > 0.5  # it is that coarse, too
-    assert codes.nbytes == 50 * number.line_bytes(elements) == storage_bytes(codes.tensors)
-    assert codes.decode().dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fp8_is_a_scaled_cast(dtype):
-    entries = lines(50, 64).to(dtype)
-    codes = KVDtype("fp8").encode(entries)
-    largest = entries.float().abs().amax(-1, keepdim=True)
-    # e4m3: three bits behind the point, and a fixed step below the smallest normal number.
-    bound = (entries.float().abs() * 2**-4).maximum(largest / 448 * 2**-10) + 2**-8 * entries.float().abs()
-    assert ((codes.decode().float() - entries.float()).abs() <= bound).all()
-    assert codes.nbytes == 50 * (64 + 2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_entries_without_spread(kind):
-    entries = torch.stack([torch.zeros(64), torch.full((64,), 5.0), torch.full((64,), -1e4)])
-    decoded = KVDtype(kind).encode(entries).decode()
-    assert torch.allclose(decoded, entries, rtol=1e-3)
-    assert KVDtype(kind).encode(entries[:0]).decode().shape == (0, 64)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_numbers_are_torchao_s(kind):
-    """The same codes, computed by a library, where it is given the groups' lowest values as origin."""
-    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
-    entries, number = lines(40, 64), KVDtype(kind)
-    codes = number.encode(entries)
-    group = number.group_size(64)
-    shifted = (entries.view(40, -1, group) - codes.low[..., None].float()).reshape(40, 64)
-    levels = {"int8": 255, "int4": 15}[kind]
-    arguments = (
-        (1, group),
-        codes.scale.float(),
-        torch.zeros_like(codes.scale, dtype=torch.float32),
-        torch.uint8,
-        0,
-        levels,
-    )
-    theirs = primitives.quantize_affine(shifted, *arguments)
-    back = primitives.dequantize_affine(theirs, *arguments).view(40, -1, group) + codes.low[..., None].float()
-    step = codes.scale.float().repeat_interleave(group, 1)
-    # They multiply by the inverse of the scale: a value half-way may fall on the other side.
-    difference = (codes.decode() - back.view(40, 64)).abs()
-    assert (difference < 1e-4 * step).float().mean() > 0.999
-    assert (difference < 1.01 * step).all()
 
 
 # -- storage ------------------------------------------------------------------------------------
@@ -116,7 +51,7 @@ class Twins:
 
 def tensors_of_storage(storage: QuantisedKV) -> list[torch.Tensor]:
     codes = [tensor for part in storage._codes for tensor in part.tensors]
-    return [*codes, storage.keys, storage.values]
+    return [*codes, storage.keys, storage.values, storage._sinks.keys, storage._sinks.values, *storage._centres]
 
 
 def ragged(lengths: list[tuple[int, ...]], seed: int) -> RaggedKV:
@@ -177,7 +112,7 @@ def test_storage_does_what_full_precision_storage_does(data, kind):
                     twins.quantised.keep(kept, behind),
                     RaggedKV.from_pieces([[k] for k, _ in plain_rows], [[v] for _, v in plain_rows]),
                 )
-        twins.check(tolerance={"fp8": 0.9, "int8": 0.15, "int4": 1.6}[kind])
+        twins.check(tolerance={"fp8": 1.5, "int8": 1.5, "int4": 4.5}[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,18 +126,105 @@ def test_moving_entries_never_changes_them(kind):
             assert torch.equal(then[:, columns], now)
 
 
-def test_recent_entries_are_bit_for_bit_and_older_ones_move_in_blocks():
+def test_first_and_recent_entries_are_bit_for_bit_and_others_move_in_blocks():
     plain = ragged([(50,)], seed=4)
     storage = QuantisedKV.of(KVDtype("int4", recent=10), plain)
-    assert storage.coded == [(40,)]
+    assert storage.coded == [(36,)]
     for step in range(1, 2 * FLUSH + 2):
         new = lines(1, 16, step).view(1, 1, 1, 16), lines(1, 8, step).view(1, 1, 1, 8)
         storage, plain = storage.append(*new), plain.append(*new)
         recent = storage.lengths[0][0] - storage.coded[0][0]
+        recent -= SINKS
         assert 10 < recent <= 10 + FLUSH
-        assert torch.equal(storage.full().keys[-recent:], plain.keys[-recent:])
-        assert not torch.equal(storage.full().keys[:-recent], plain.keys[:-recent])
-    assert storage.coded == [(40 + 2 * FLUSH,)]
+        found, sinks = storage.full().keys, SINKS
+        assert torch.equal(found[:sinks], plain.keys[:sinks])
+        assert torch.equal(found[-recent:], plain.keys[-recent:])
+        assert not (found[sinks:-recent] == plain.keys[sinks:-recent]).all(-1).any()
+    assert storage.coded == [(36 + 2 * FLUSH,)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_rows_and_heads_are_stored_as_if_each_were_alone(data, kind):
+    """To the bit, and at the same time: neither codes nor what is coded yet depend on neighbours."""
+    number, length = KVDtype(kind, recent=data.draw(st.integers(0, 20))), st.integers(0, 90)
+    lengths = [tuple(data.draw(length) for _ in range(2)) for _ in range(data.draw(st.integers(2, 3)))]
+    centres = torch.randn(len(lengths), 2, 16), torch.randn(len(lengths), 2, 8)
+    plain = ragged(lengths, seed=1)
+    together = QuantisedKV.of(number, plain, centres)
+    apart = [
+        QuantisedKV.of(number, plain.select_rows([row]), (centres[0][row : row + 1], centres[1][row : row + 1]))
+        for row in range(len(lengths))
+    ]
+    for count in data.draw(st.lists(st.integers(1, 50), max_size=4)):
+        new = lines(len(lengths) * 2 * count, 16, count).view(len(lengths), 2, count, 16)
+        together = together.append(new, new[..., :8])
+        apart = [one.append(*(part[row : row + 1] for part in (new, new[..., :8]))) for row, one in enumerate(apart)]
+    assert together.coded == [one.coded[0] for one in apart]
+    for row, one in enumerate(apart):
+        alone, among = one.full(), together.select_rows([row])
+        for mine, other in zip(one._codes, among._codes, strict=True):
+            assert all(map(torch.equal, mine.tensors, other.tensors))
+        assert all(map(torch.equal, one._centres, among._centres))
+        assert torch.allclose(alone.keys, among.full().keys, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_coded_does_not_depend_on_how_many_come_at_once(kind):
+    plain = ragged([(90, 70)], seed=2)
+    number = KVDtype(kind, recent=10)
+    new = lines(2 * 120, 16, 5).view(1, 2, 120, 16)
+    found = []
+    for step in (1, 3, 40):
+        storage = QuantisedKV.of(number, plain)
+        for part in new.split(step, dim=2):
+            storage = storage.append(part, part[..., :8])
+        found.append(storage._settled())
+    for other in found[1:]:
+        assert other.coded == found[0].coded
+        assert all(torch.equal(a.payload, b.payload) for a, b in zip(other._codes, found[0]._codes, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rejected_drafts_leave_no_trace(kind):
+    storage = QuantisedKV.of(KVDtype(kind, recent=6), ragged([(90, 90)], seed=2))
+    twin = storage
+    for step in range(60):
+        new = lines(2, 16, step).view(1, 2, 1, 16)
+        draft = torch.cat([new, torch.randn(1, 2, 3, 16)], dim=2)
+        storage = storage.append(draft, draft[..., :8])
+        storage = storage.truncate([[n - 3 for n in row] for row in storage.lengths])
+        twin = twin.append(new, new[..., :8])
+        assert storage.coded == twin.coded
+        assert torch.equal(storage.full().keys, twin.full().keys)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (48, 7)])
+@pytest.mark.parametrize("kind", [*KINDS, "k6v3"])
+def test_attention_over_rotated_copies_is_attention(kind, sizes):
+    """Queries rotated, output rotated back, means missing: the same as over the entries themselves."""
+    lengths = [(130, 110), (60, 101)]
+    total = sum(map(sum, lengths))
+    plain = RaggedKV(lines(total, sizes[0], 1), lines(total, sizes[1], 2), lengths)
+    storage = QuantisedKV.of(KVDtype(kind, recent=7), plain)
+    query = torch.randn(2, 4, 3, sizes[0])
+    read, frame = storage.for_attention(shifts=True)
+    turned = frame.output(torch.stack([_attention(frame.query(query)[row], *read.segments(row)) for row in (0, 1)]))
+    whole, none = storage.for_attention(shifts=False)
+    assert none is None
+    wanted = torch.stack([_attention(query[row], *whole.segments(row)) for row in (0, 1)])
+    assert torch.allclose(turned, wanted, atol=1e-3 * float(wanted.abs().max()))
+    assert storage.lengths == whole.lengths == read.lengths
+
+
+def _attention(query, keys, values):
+    """One row: ``[H, q, D]`` over its segments, ``[q, H, Dv]``."""
+    group = len(query) // len(keys)
+    heads = [
+        (query[head] @ keys[head // group].T / query.shape[-1] ** 0.5).softmax(-1) @ values[head // group]
+        for head in range(len(query))
+    ]
+    return torch.stack(heads, dim=1)
 
 
 # -- models -------------------------------------------------------------------------------------
@@ -214,8 +236,16 @@ def with_decoded_entries(cache: ReFreeKVCache) -> ReFreeKVCache:
     for layer in twin.pruned_layers:
         assert isinstance(layer.ragged, QuantisedKV)
         layer.kv_dtype = None
-        layer._store(layer.ragged.full())
+        # What has gathered is coded when the next entries come.
+        layer._store(layer.ragged._settled().full())
     return twin
+
+
+def again_coded(number: KVDtype, storage: QuantisedKV, entries: torch.Tensor, side: int) -> torch.Tensor:
+    """Flat entries of a storage's segments as coding them (again) gives them back."""
+    counts = [n for row in storage.lengths for n in row]
+    parts = zip(entries.split(counts), storage._centres[side].flatten(0, 1), strict=True)
+    return torch.cat([round_trip(part, number.widths[side], centre) for part, centre in parts])
 
 
 def check_bytes(cache: ReFreeKVCache) -> None:
@@ -238,22 +268,24 @@ CASES = {**POLICIES, "full": ("full", {}), "uneven": (Uneven(), {}), "ada-kv": (
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_turns_of_a_ragged_batch(llama, kind, case):
     policy, parameters = CASES[case]
-    number = KVDtype(kind, recent=8)
+    number = KVDtype(kind, recent=4)
     cache = ReFreeKVCache(llama, policy, kv_dtype=number, **parameters)
     plain = ReFreeKVCache(llama, policy, **parameters)
-    logits, mask = prefill(llama, cache)
-    others, _ = prefill(llama, plain)
+    logits, mask = prefill(llama, cache, LONG)
+    others, _ = prefill(llama, plain, LONG)
     assert torch.equal(logits, others)  # the prompt itself is read in full precision
     assert [layer.records for layer in cache.pruned_layers] == [layer.records for layer in plain.pruned_layers]
     assert cache.report.bytes_before == plain.report.bytes_before
     check_bytes(cache)
     assert all(isinstance(layer.ragged, QuantisedKV) for layer in cache.pruned_layers)
-    assert any(sum(map(sum, layer.ragged.coded)) for layer in cache.pruned_layers)
-    twin = with_decoded_entries(cache)
+    # These two keep too little of a prompt for anything to be coded at its end.
+    coded = any(sum(map(sum, layer.ragged.coded)) for layer in cache.pruned_layers)
+    assert coded == (case not in ("heavy-hitter", "window"))
     for _ in range(3):
+        twin = with_decoded_entries(cache)
         tokens = logits.argmax(-1, keepdim=True)
         (logits, longer), (others, _) = feed(llama, cache, tokens, mask), feed(llama, twin, tokens, mask)
-        assert torch.allclose(logits, others, atol=1e-5)
+        assert torch.allclose(logits, others, atol=1e-4)
         logits, mask = logits[:, -1], longer
     check_bytes(cache)
     again = torch.randint(2, 90, (4, 30), generator=torch.Generator().manual_seed(5))
@@ -266,10 +298,10 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
     check_bytes(cache)
     for layer, other in zip(cache.pruned_layers, twin.pruned_layers, strict=True):
         mine = layer.ragged.full()
-        for ours, theirs in ((mine.keys, other.ragged.keys), (mine.values, other.ragged.values)):
+        for side, (ours, theirs) in enumerate(((mine.keys, other.ragged.keys), (mine.values, other.ragged.values))):
             # Each entry is as it was before the turn, or was quantised once; where the two ways of
             # reading the turn differ in the last bits, a value half-way may be rounded to the other side.
-            off = [(ours - one).abs().amax(1) for one in (theirs, number.encode(theirs).decode())]
+            off = [(ours - one).abs().amax(1) for one in (theirs, again_coded(number, layer.ragged, theirs, side))]
             assert (torch.minimum(*off) < 1e-3).float().mean() > 0.98
 
 
@@ -278,16 +310,17 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
 def test_other_architectures(name, kind):
     model = build(name)
     cache = ReFreeKVCache(model, kv_dtype=f"{kind}:recent=8", policy="refreekv", threshold=0.2, frozen_layers=0)
-    logits, mask = prefill(model, cache, (60,))
+    logits, mask = prefill(model, cache, (150,))
     check_bytes(cache)
     twin = with_decoded_entries(cache)
+    assert any(sum(map(sum, layer.ragged.coded)) for layer in cache.pruned_layers)
     tokens = logits.argmax(-1, keepdim=True)
-    assert torch.allclose(feed(model, cache, tokens, mask)[0], feed(model, twin, tokens, mask)[0], atol=1e-5)
+    assert torch.allclose(feed(model, cache, tokens, mask)[0], feed(model, twin, tokens, mask)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_chunks_beams_and_crop(model, kind):
-    ids, mask = prompts(RAGGED, seed=6)
+    ids, mask = prompts(LONG, seed=6)
     with refreekv.compress(model, kv_dtype=f"{kind}:recent=8", **PRUNING) as kv:
         once = greedy(model, ids, mask, None)
         chunked = greedy(model, ids, mask, None, prefill_chunk_size=16)
@@ -299,30 +332,31 @@ def test_generate_chunks_beams_and_crop(model, kind):
     assert f"in {kind}" in str(report)
     assert report.to_dict()["kv_dtype"] == report.kv_dtype
     cache = ReFreeKVCache(model, kv_dtype=KVDtype(kind, recent=8), **PRUNING)
-    prefill(model, cache)
+    prefill(model, cache, LONG)
     cache.crop(-20)
     check_bytes(cache)
-    assert cache.get_seq_length() == max(RAGGED) - 20
+    assert cache.get_seq_length() == max(LONG) - 20
     cache.reset()
     assert cache.report.bytes_after == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruned_again_while_the_answer_grows(llama, kind):
-    ids, mask = prompts(RAGGED, seed=6)
+    ids, mask = prompts(LONG, seed=6)
     number = KVDtype(kind, recent=4)
     stored, plain = (
-        ReFreeKVCache(llama, "streaming-llm", size=20, kv_dtype=one, decode_interval=3) for one in (number, None)
+        ReFreeKVCache(llama, "streaming-llm", size=45, kv_dtype=one, decode_interval=3) for one in (number, None)
     )
     for cache in (stored, plain):
         greedy(llama, ids, mask, cache, steps=12)
+        assert cache is plain or any(sum(map(sum, layer.ragged.coded)) for layer in cache.pruned_layers)
     # Beside keys and values such a layer remembers the last queries, for the next look.
     for layer, said in zip(stored.pruned_layers, stored.report.prunable, strict=True):
         assert said.bytes_after == storage_bytes(tensors_of_storage(layer.ragged))
     assert [layer.ragged.lengths for layer in stored.pruned_layers] == [
         layer.ragged.lengths for layer in plain.pruned_layers
     ]
-    assert max(max(row) for layer in stored.pruned_layers for row in layer.ragged.lengths) <= 20 + 3
+    assert max(max(row) for layer in stored.pruned_layers for row in layer.ragged.lengths) <= 45 + 3
     assert stored.report.bytes_after < plain.report.bytes_after
 
 
@@ -351,10 +385,11 @@ def test_bytes_at_a_length_where_they_matter():
         check_bytes(cache)
         report = cache.report
         elements = 8  # a head's size in this model, and so the groups'
-        line, recent = KVDtype(kind).line_bytes(elements), 0 if kind == "int8" else 64
-        old = 600 - recent
+        line, exact = KVDtype(kind).entry_bytes((elements, elements)), SINKS + (0 if kind == "int8" else 64)
+        old = 600 - exact
+        # One more is the mean.
         assert report.bytes_after / report.bytes_before == pytest.approx(
-            (old * line + recent * 2 * elements) / (600 * 2 * elements)
+            (old * line + (exact + 1) * 4 * elements) / (600 * 4 * elements)
         )
         sizes[kind] = report.bytes_after
     assert sizes["int4"] < sizes["int8"]
@@ -366,7 +401,10 @@ def test_bytes_at_a_length_where_they_matter():
 @pytest.mark.parametrize(
     ("kv_dtype", "error", "fragment"),
     [
-        ("int3", ValueError, "kv_dtype must be one of fp8, int8, int4, got 'int3'"),
+        ("int9", ValueError, "kv_dtype must be fp8, int8, int4 .or int2 to int7., or widths of keys and values such"),
+        ("k6", ValueError, "such as k6v4, got 'k6'"),
+        ("k9v4", ValueError, "such as k6v4, got 'k9v4'"),
+        ("int4:group=8", ValueError, "no groups; leave group out"),
         ("int4:recent=-1", ValueError, "'recent=-1' is none of recent=N, group=N"),
         ("int4:window=8", ValueError, "'window=8' is none of"),
         ("fp8:group=8", ValueError, "no groups; leave group out"),
@@ -381,14 +419,9 @@ def test_refusals(llama, kv_dtype, error, fragment):
         pass
 
 
-def test_odd_heads_do_not_fit_four_bits():
-    with pytest.raises(ValueError, match="even head size, got 7; take int8 or fp8"):
-        KVDtype("int4").encode(torch.zeros(3, 7))
-
-
 def test_specifications_round_trip():
-    for text in ("int4", "int8", "int8:recent=64", "int8:recent=128", "int4:recent=0,group=16"):
+    for text in ("int4", "int8", "int8:recent=64", "int8:recent=128", "int8:group=16", "k6v4", "int3:recent=0"):
         assert str(KVDtype.parse(text)) == text
-    assert [KVDtype(kind).recent for kind in KINDS] == [64, 0, 64]
+    assert [KVDtype(kind).recent for kind in (*KINDS, "k8v8")] == [64, 0, 64, 64]
     assert KVDtype("int8") == KVDtype("int8", recent=0)
     assert KVDtype.parse(None) is None

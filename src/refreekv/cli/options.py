@@ -42,8 +42,8 @@ KVDtypeOption = Annotated[
     str | None,
     typer.Option(
         "--kv-dtype",
-        metavar="fp8|int8|int4[:recent=N]",
-        help="Store what is kept quantised, with fp8 and int4 but for the 64 newest entries. "
+        metavar="int8|int4|k6v4|fp8[:recent=N]",
+        help="Store what is kept in so many bits (k6v4: keys in 6, values in 4), all but int8 without the 64 newest entries. "
         "Default: as the model computes it.",
     ),
 ]

@@ -1,5 +1,8 @@
 """int8 entries as lines of bytes: the codes, behind them each group's scale and lowest value, all in one place.
 
+This is what kernels decode in place: each group of an entry's elements on a grid of 256 steps from its
+lowest value to its highest, neither centred nor rotated as `refreekv.core.quantisation` has it elsewhere.
+
 What moves entries moves lines and knows nothing else of them. A line is ``D`` bytes of codes, then for each
 group two numbers of 16 bits, and ends at a multiple of 8 bytes, which is what is copied at a time.
 """
@@ -9,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refreekv.core.quantisation import Codes, KVDtype
+from refreekv.core.quantisation import KVDtype
 
 MOST_GROUPS = 8
 """Of an entry: kernels hold a partial result for each."""
+LEVELS = 255
+"""Steps of a code."""
 
 
 def line_bytes(size: int, group: int) -> int:
@@ -29,23 +34,32 @@ def fits(number: KVDtype | None, size: int) -> bool:
 
 def to_lines(entries: Tensor, group: int) -> Tensor:
     """Entries ``[n, D]``, encoded: ``[n, line_bytes]``, uint8."""
-    codes = KVDtype("int8", group=group).encode(entries)
-    assert codes.low is not None
-    numbers = torch.stack([codes.scale, codes.low], dim=-1).flatten(1).view(torch.uint8)
-    spare = line_bytes(entries.shape[1], group) - codes.payload.shape[1] - numbers.shape[1]
-    return torch.nn.functional.pad(torch.cat([codes.payload, numbers], dim=1), (0, spare))
+    count, size = entries.shape
+    half = half_of(entries.dtype)
+    groups = entries.float().view(count, size // group, group)
+    low = groups.amin(-1, keepdim=True).to(half)
+    # The scales are rounded first, none of them to zero, and the codes computed for the rounded ones.
+    scale = (groups.amax(-1, keepdim=True) - low.float()) / LEVELS
+    scale = scale.to(half).clamp_min(torch.finfo(half).tiny)
+    steps = ((groups - low.float()) / scale.float()).round_().clamp_(0, LEVELS)
+    numbers = torch.cat([scale, low], dim=-1).flatten(1).view(torch.uint8)
+    lines: Tensor = numbers.new_zeros(count, line_bytes(size, group))
+    lines[:, :size] = steps.view(count, size)
+    lines[:, size : size + numbers.shape[1]] = numbers
+    return lines
 
 
 def from_lines(lines: Tensor, size: int, group: int, half: torch.dtype, dtype: torch.dtype) -> Tensor:
     """Entries ``[..., D]`` in ``dtype``, of lines ``[..., line_bytes]`` whose numbers are in ``half``."""
     flat = lines.reshape(-1, lines.shape[-1])
     numbers = flat[:, size : size + 4 * (size // group)].contiguous().view(half).unflatten(1, (-1, 2))
-    codes = Codes(flat[:, :size], numbers[..., 0], numbers[..., 1], size, dtype)
-    return codes.decode().view(*lines.shape[:-1], size)
+    groups = flat[:, :size].reshape(len(flat), size // group, group).to(torch.float32)
+    entries: Tensor = groups * numbers[..., :1] + numbers[..., 1:]
+    return entries.to(dtype).view(*lines.shape[:-1], size)
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
-    """The type of the scales of entries in ``dtype``, as `KVDtype.encode` has it."""
+    """The type of the scales of entries in ``dtype``."""
     return dtype if dtype.itemsize == 2 else torch.float16
 
 

@@ -1,31 +1,39 @@
-"""Number formats for stored keys and values: fp8, int8 and int4, entry by entry.
+"""Number formats for stored keys and values: a few bits an element, entry by entry.
 
-An entry is one token's key or value in one KV head, a line of a flat tensor. Each line
-carries its own scales, so lines are picked, moved and dropped as they are, whatever a
-policy keeps: nothing is ever quantised twice.
+An entry is one token's key or value in one KV head, a line of a flat tensor. It is coded in three
+steps, none of which looks at another entry:
 
-The formats are plain torch. The cache layers that libraries offer hold rectangles ``[B, H,
-n, D]`` and quantise all of a layer again whenever it has grown, which ragged rows and
-further turns do not allow; and torchao's public integer formats keep zero exactly, which
-keys do not need: the same bits are better spent on a group's true range
-(docs/quantisation.md).
+1. *Centred*: its head's mean key (or value) is taken out. Models put large constants into few
+   channels of the keys (Qwen2's ``k_proj`` has a bias), which would eat the range of every code.
+2. *Rotated* (`refreekv.core.rotation`): what is left looks Gaussian in every element.
+3. *Coded* (`refreekv.core.codes`): a level of the best codebook for a Gaussian for each element,
+   and one scale of 16 bits.
+
+The mean, of the prompt as a rule, is fixed for each row and KV head when its first entries are coded and
+serves all later ones, so that lines are picked, moved and dropped as they are: nothing is ever coded twice.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Kind = Literal["fp8", "int8", "int4"]
-_LEVELS = {"int8": 255, "int4": 15}
+from refreekv.core import codes
+from refreekv.core.rotation import rotate
+
+SINKS = 4
+"""First entries of each KV head, which stay as they are: models aim attention at them, and their keys and values
+are unlike all others (StreamingLLM, arXiv 2309.17453)."""
+FLUSH = 32
+"""Entries that gather before they are coded together, beyond those that stay as they are."""
+Count = TypeVar("Count", int, float)
 _FP8 = torch.float8_e4m3fn
-# The newest entries that stay as they are. Of int8 none: it loses too little, and storage that encodes entries
-# as they come is decoded in place.
-_RECENT = {"fp8": 64, "int8": 0, "int4": 64}
-# Elements that share a scale, at most. Four bits are too few for a whole entry.
-_GROUP = {"int8": 64, "int4": 32}
+_KINDS = re.compile(r"fp8|int([2-8])|k([2-8])v([2-8])")
+# Elements that share a scale in lines of int8 that are decoded in place, at most.
+_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -35,14 +43,14 @@ class KVDtype:
     Attributes
     ----------
     kind : str
-        ``"fp8"`` (e4m3, one scale for an entry), ``"int8"`` or ``"int4"`` (a scale and a
-        lowest value for each group of an entry's elements).
+        ``"int8"``, ``"int4"`` (or another width from 2 to 8 bits), ``"k6v4"`` (widths of keys and of
+        values), or ``"fp8"`` (e4m3).
     recent : int
-        The newest entries of each KV head that stay in the model's own precision, at least. Left out:
-        none for int8, 64 for fp8 and int4.
+        The newest entries of each KV head that stay in the model's own precision, at least, beside the
+        first `SINKS`. Left out: none for int8, which storage on CUDA decodes in place, 64 otherwise.
     group : int or None
-        Elements that share a scale, at most; the largest divisor of the head size is taken.
-        None: 64 for int8, 32 for int4; fp8 has no groups.
+        Of int8 decoded in place: elements that share a scale, at most; the largest divisor of the head size
+        is taken. None: 64.
 
     Raises
     ------
@@ -50,27 +58,30 @@ class KVDtype:
         Unknown kind, or a number out of range.
     """
 
-    kind: Kind
+    kind: str
     recent: int = None  # type: ignore[assignment]  # until __post_init__, which knows the kind
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kv_dtype must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if not isinstance(self.kind, str) or not _KINDS.fullmatch(self.kind):
+            raise ValueError(
+                "kv_dtype must be fp8, int8, int4 (or int2 to int7), or widths of keys and values such as k6v4, "
+                f"got {self.kind!r}"
+            )
         if self.recent is None:
-            object.__setattr__(self, "recent", _RECENT[self.kind])
+            object.__setattr__(self, "recent", 0 if self.kind == "int8" else 64)
         for name, least in (("recent", 0), ("group", 1)):
             value = getattr(self, name)
             if value is None and name == "group":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"kv_dtype parameter {name} must be a whole number of at least {least}, got {value!r}")
-        if self.kind == "fp8" and self.group is not None:
-            raise ValueError("kv_dtype fp8 has one scale for each entry and no groups; leave group out")
+        if self.kind != "int8" and self.group is not None:
+            raise ValueError(f"kv_dtype {self.kind} has one scale for each entry and no groups; leave group out")
 
     @classmethod
     def parse(cls, value: "str | KVDtype | None") -> "KVDtype | None":
-        """From a name, or a name with parameters such as ``int4:recent=128,group=64``; None stays None.
+        """From a name, or a name with parameters such as ``int4:recent=128``; None stays None.
 
         Raises
         ------
@@ -91,7 +102,7 @@ class KVDtype:
             if name not in known or not number.isdecimal():
                 raise ValueError(f"kv_dtype parameter {item!r} is none of {'=N, '.join(known)}=N")
             parameters[name] = int(number)
-        return cls(kind.strip(), **parameters)  # type: ignore[arg-type]
+        return cls(kind.strip(), **parameters)
 
     def __str__(self) -> str:
         usual = KVDtype(self.kind)
@@ -102,66 +113,54 @@ class KVDtype:
         ]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
+    @property
+    def widths(self) -> tuple[int | None, int | None]:
+        """Bits of a code in keys and in values; None: e4m3."""
+        found = _KINDS.fullmatch(self.kind)
+        assert found is not None
+        both, key, value = (None if group is None else int(group) for group in found.groups())
+        return (both, both) if key is None else (key, value)
+
     def group_size(self, elements: int) -> int:
-        """Elements of an entry of ``elements`` that share a scale."""
-        if self.kind == "fp8":
-            return elements
-        most = min(self.group or _GROUP[self.kind], elements)
+        """Elements of an entry of ``elements`` that share a scale in lines that are decoded in place."""
+        most = min(self.group or _GROUP, elements)
         return next(size for size in range(most, 0, -1) if elements % size == 0)
 
-    def line_bytes(self, elements: int) -> int:
-        """Bytes of one stored entry of ``elements``, scales included."""
-        payload = elements // 2 if self.kind == "int4" else elements
-        numbers = 1 if self.kind == "fp8" else 2
-        return payload + 2 * numbers * (elements // self.group_size(elements))
+    def entry_bytes(self, sizes: Sequence[int]) -> int:
+        """Bytes of one coded entry, a key and a value of ``sizes`` elements, scales included."""
+        return sum(line_bytes(size, bits) for size, bits in zip(sizes, self.widths, strict=True))
 
-    def encode(self, lines: Tensor) -> "Codes":
-        """Entries ``[n, D]`` in this format.
+    def coded(self, entries: Count) -> Count:
+        """How many entries of a KV head that is stored with so many are coded at once."""
+        older = entries - SINKS - self.recent
+        return older if older >= FLUSH else type(entries)(0)
 
-        Raises
-        ------
-        ValueError
-            An odd head size, of which two elements do not share each byte.
+    def segment_bytes(self, entries: int, sizes: Sequence[int], itemsize: int) -> int:
+        """Bytes of one KV head that holds so many entries: coded, as they are, and the head's mean.
+
+        ``itemsize`` is that of an element in the model's precision.
         """
-        count, elements = lines.shape
-        if self.kind == "int4" and elements % 2:
-            raise ValueError(f"kv_dtype int4 needs an even head size, got {elements}; take int8 or fp8")
-        # The scales are rounded first and the codes computed for the rounded ones.
-        half = lines.dtype if lines.dtype.itemsize == 2 else torch.float16
-        size = self.group_size(elements)
-        groups = lines.float().view(count, elements // size, size)
-        if self.kind == "fp8":
-            largest = torch.finfo(_FP8).max
-            scale = _representable(groups.abs().amax(-1, keepdim=True) / largest, half)
-            payload = (groups / scale.float()).clamp(-largest, largest).to(_FP8).view(count, elements)
-            return Codes(payload, scale[..., 0], None, elements, lines.dtype)
-        low = groups.amin(-1, keepdim=True).to(half)
-        levels = _LEVELS[self.kind]
-        scale = _representable((groups.amax(-1, keepdim=True) - low.float()) / levels, half)
-        steps = ((groups - low.float()) / scale.float()).round_().clamp_(0, levels)
-        payload = steps.to(torch.uint8).view(count, elements)
-        if self.kind == "int4":
-            payload = payload[:, ::2] | payload[:, 1::2] << 4
-        return Codes(payload.contiguous(), scale[..., 0], low[..., 0], elements, lines.dtype)
+        coded = self.coded(entries)
+        return coded * self.entry_bytes(sizes) + (entries - coded + 1) * sum(sizes) * itemsize
 
 
-def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in ``dtype``, none of them zero."""
-    return scale.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+def line_bytes(size: int, bits: int | None) -> int:
+    """Bytes of a coded key, or value, of ``size`` elements, with its scale."""
+    return (size if bits is None else codes.packed_bytes(size, bits)) + 2
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Quantised entries, one a line.
+    """Coded keys, or values, one a line, centred and rotated.
 
     Attributes
     ----------
     payload : Tensor
-        ``[n, D]`` float8 or uint8, or ``[n, D / 2]`` uint8 with two elements in a byte.
+        ``[n, bytes]`` uint8: packed codes, or e4m3 numbers.
     scale : Tensor
-        ``[n, groups]``.
-    low : Tensor or None
-        ``[n, groups]``: what code 0 stands for; None where codes are numbers themselves.
+        ``[n]``, of 16 bits.
+    bits : int or None
+        Of a code; None: e4m3.
     elements : int
         ``D``.
     dtype : torch.dtype
@@ -170,49 +169,85 @@ class Codes:
 
     payload: Tensor
     scale: Tensor
-    low: Tensor | None
+    bits: int | None
     elements: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, entries: Tensor, centre: Tensor, bits: int | None) -> "Codes":
+        """Code entries ``[n, D]`` of one KV head, of which ``centre`` ``[D]`` is taken out."""
+        # A KV head by itself: a product's last bits depend on how many lines it has, and codes must not.
+        rotated = rotate(entries.float() - centre.float())
+        half = entries.dtype if entries.dtype.itemsize == 2 else torch.float16
+        if bits is not None:
+            payload, scale = codes.code(rotated, bits, half)
+            return cls(payload, scale, bits, entries.shape[-1], entries.dtype)
+        largest = torch.finfo(_FP8).max
+        # The scale is rounded first, and the codes computed for the rounded one.
+        scale = (rotated.abs().amax(-1) / largest).to(half).clamp_min_(torch.finfo(half).tiny)
+        payload = (rotated / scale[:, None].float()).clamp_(-largest, largest).to(_FP8)
+        return cls(payload.view(torch.uint8), scale, None, entries.shape[-1], entries.dtype)
 
     def __len__(self) -> int:
         return len(self.payload)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor]:
         """All that is stored."""
-        return (self.payload, self.scale) if self.low is None else (self.payload, self.scale, self.low)
+        return self.payload, self.scale
 
     @property
     def nbytes(self) -> int:
         """Bytes that the storages really hold on to."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
-    def decode(self) -> Tensor:
-        """The entries ``[n, D]``."""
-        payload = self.payload
-        if self.low is not None and payload.shape[1] != self.elements:
-            payload = torch.stack([payload & 15, payload >> 4], dim=-1)
-        count = self.scale.shape[1]
-        groups = payload.reshape(len(payload), count, self.elements // count).to(torch.float32)
-        groups *= self.scale[..., None]
-        if self.low is not None:
-            groups += self.low[..., None]
-        return groups.view(len(payload), self.elements).to(self.dtype)
+    def rotated(self) -> Tensor:
+        """The entries ``[n, D]`` as they were coded: without their mean and rotated, in float32."""
+        if self.bits is None:
+            return self.payload.view(_FP8).float() * self.scale[:, None].float()
+        return codes.decoded(self.payload, self.scale, self.bits, self.elements)
 
     def take(self, lines: Tensor) -> "Codes":
         """A copy of some lines, as they are."""
-        low = None if self.low is None else self.low.index_select(0, lines)
-        payload = self.payload
-        if payload.dtype == _FP8:  # which index_select does not know everywhere
-            payload = payload.view(torch.uint8).index_select(0, lines).view(_FP8)
-        else:
-            payload = payload.index_select(0, lines)
-        return Codes(payload, self.scale.index_select(0, lines), low, self.elements, self.dtype)
+        payload, scale = (tensor.index_select(0, lines) for tensor in self.tensors)
+        return Codes(payload, scale, self.bits, self.elements, self.dtype)
 
     @staticmethod
     def cat(parts: Sequence["Codes"]) -> "Codes":
         """Lines of several, one after the other."""
-        lows = [part.low for part in parts if part.low is not None]
-        payload = torch.cat([part.payload.view(torch.uint8) for part in parts]).view(parts[0].payload.dtype)
-        low = torch.cat(lows) if lows else None
-        return Codes(payload, torch.cat([part.scale for part in parts]), low, parts[0].elements, parts[0].dtype)
+        payload, scale = (torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True))
+        return Codes(payload, scale, parts[0].bits, parts[0].elements, parts[0].dtype)
+
+
+def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean entry of each KV head, sinks left out: what is taken out of the head's entries before they are coded.
+
+    Parameters
+    ----------
+    entries : Tensor
+        ``[..., n, D]``.
+    real : Tensor, optional
+        Boolean, broadcast to ``[..., n]``: False at padding, which counts nowhere.
+
+    Returns
+    -------
+    Tensor
+        ``[..., D]`` in the precision of the entries. Of a head that has sinks alone, their mean.
+    """
+    wide = torch.promote_types(entries.dtype, torch.float32)
+    if real is None:
+        behind = entries[..., SINKS:, :] if entries.shape[-2] > SINKS else entries
+        return behind.mean(-2, dtype=wide).to(entries.dtype)
+    counted = real & (real.cumsum(-1) > SINKS)
+    counted = torch.where(counted.any(-1, keepdim=True), counted, real)
+    # Padding may hold anything, also what is no number.
+    total = entries.masked_fill(~counted[..., None], 0).sum(-2, dtype=wide)
+    return (total / counted.sum(-1, keepdim=True).clamp_min(1)).to(entries.dtype)
+
+
+def round_trip(entries: Tensor, bits: int | None, centre: Tensor) -> Tensor:
+    """What coding gives back of entries ``[..., n, D]``, of which ``centre`` ``[..., D]`` is taken out."""
+    flat = entries.flatten(0, -3) if entries.dim() > 2 else entries[None]
+    pairs = zip(flat, centre.expand(*entries.shape[:-2], -1).reshape(len(flat), -1), strict=True)
+    back = [rotate(Codes.of(head, mean, bits).rotated(), back=True) + mean.float() for head, mean in pairs]
+    return torch.stack(back).view_as(entries).to(entries.dtype)

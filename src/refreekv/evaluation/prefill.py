@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from refreekv import policies
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import KVDtype, centre_of
 from refreekv.core.surrogates import StandIns, put
 from refreekv.engines.transformers.accounting import entry_bytes
 from refreekv.engines.transformers.cache import PrunedCache
@@ -77,6 +77,9 @@ class _BranchLayer(ReFreeKVLayer):
             put(standing, keys, values)
         layer.keys, layer.values = keys, values
         layer._length = shared.get_seq_length()
+        if kv_dtype is not None:
+            key, value = (centre_of(part).expand(len(kept), -1, -1) for part in shared.dense)
+            layer._centres = key, value
         layer._settle([_Known(kept)], behind=0)
         return layer
 

@@ -1,8 +1,8 @@
 """Number formats in the bench: a policy together with how what it keeps is stored, as ``snapkv:ratio=0.5@int4``.
 
 Many such policies read one prompt in one call as others do, through masks: the prompt's
-entries stand there once as they are and once in each format, and a policy sees its newest
-entries in the first form and its older ones in the other.
+entries stand there once as they are and once in each format, and a policy sees its first and newest
+entries in the one form and those between in the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from refreekv import policies
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import SINKS, KVDtype, centre_of, round_trip
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import StandIns
 from refreekv.evaluation.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 
 MARK = "@"
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def kept_bytes(counts: Sequence[int], heads: int, sizes: tuple[int, int], itemsi
     entry = sum(sizes) * itemsize
     if number is None:
         return sum(everywhere) * entry
-    line = sum(number.line_bytes(size) for size in sizes)
-    return sum(min(n, number.recent) * entry + max(0, n - number.recent) * line for n in everywhere)
+    return sum(number.segment_bytes(n, sizes, itemsize) for n in everywhere)
 
 
 class StoredLayer(MaskedLayer):
@@ -118,11 +118,13 @@ class StoredLayer(MaskedLayer):
         self._prompt = keys.shape[2]
         if keep is None:
             keep = torch.ones(len(numbers), keys.shape[1], self._prompt, dtype=torch.bool, device=keys.device)
+        centres = centre_of(keys), centre_of(values)
+        stored = [_stored((keys, values), kind, centres) for kind in kinds]
         super().__init__(
-            torch.cat([keys, *(_stored(keys, kind) for kind in kinds)], dim=2),
-            torch.cat([values, *(_stored(values, kind) for kind in kinds)], dim=2),
+            torch.cat([keys, *(part for part, _ in stored)], dim=2),
+            torch.cat([values, *(part for _, part in stored)], dim=2),
             torch.stack([_visible(row, number, kinds) for row, number in zip(keep, numbers, strict=True)]),
-            None if standing is None else _standing_stored(standing, numbers),
+            None if standing is None else _standing_stored(standing, numbers, centres),
         )
 
     def get_seq_length(self) -> int:
@@ -145,19 +147,19 @@ def stored_layer(
     return StoredLayer(keys, values, keep, numbers, standing)
 
 
-def _stored(entries: Tensor, number: KVDtype) -> Tensor:
-    """Entries ``[1, H_kv, n, D]`` as a format gives them back."""
-    return number.encode(entries.reshape(-1, entries.shape[-1])).decode().view_as(entries)
+def _stored(entries: Pair, number: KVDtype, centres: Pair) -> Pair:
+    """Keys and values ``[1, H_kv, n, D]`` as a format gives them back."""
+    keys, values = map(round_trip, entries, number.widths, centres)
+    return keys, values
 
 
-def _standing_stored(standing: StandIns, numbers: Sequence[KVDtype | None]) -> StandIns:
+def _standing_stored(standing: StandIns, numbers: Sequence[KVDtype | None], centres: Pair) -> StandIns:
     """Stand-ins as each row's format gives them back."""
-
-    def stored(entries: Tensor) -> Tensor:
-        rows = zip(entries.split(1), numbers, strict=True)
-        return torch.cat([row if number is None else _stored(row, number) for row, number in rows])
-
-    return standing._replace(keys=stored(standing.keys), values=stored(standing.values))
+    parts = zip(standing.keys.split(1), standing.values.split(1), strict=True)
+    rows = [
+        row if number is None else _stored(row, number, centres) for row, number in zip(parts, numbers, strict=True)
+    ]
+    return standing._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))
 
 
 def _visible(keep: Tensor, number: KVDtype | None, kinds: Sequence[KVDtype]) -> Tensor:
@@ -165,5 +167,8 @@ def _visible(keep: Tensor, number: KVDtype | None, kinds: Sequence[KVDtype]) -> 
     nothing = torch.zeros_like(keep)
     if number is None:
         return torch.cat([keep, *([nothing] * len(kinds))], dim=-1)
-    recent = keep & (keep.flip(-1).cumsum(-1).flip(-1) <= number.recent)
-    return torch.cat([recent, *(keep & ~recent if kind == number else nothing for kind in kinds)], dim=-1)
+    counts = keep.sum(-1, keepdim=True)
+    coded = torch.tensor([[number.coded(count)] for count in counts.flatten().tolist()], device=keep.device)
+    order = keep.cumsum(-1) - SINKS
+    older = keep & (order > 0) & (order <= coded)
+    return torch.cat([keep & ~older, *(older if kind == number else nothing for kind in kinds)], dim=-1)

@@ -1,4 +1,4 @@
-"""Writing entries to segments of int8 lines, in Triton: they are encoded on the way, as `KVDtype.encode` does it.
+"""Writing entries to segments of int8 lines, in Triton: they are encoded on the way, as `core.coded_lines` does it.
 
 A segment is a line of the table that `core.arena` describes, a line of an entry what `core.coded_lines` does.
 """

@@ -62,7 +62,17 @@ class LayerKV:
         sizes = self.key_size, self.value_size
         if self.coded_in_place(number):
             return self.heads * sum(coded_lines.line_bytes(size, number.group_size(size)) for size in sizes)
-        return self.heads * sum(map(number.line_bytes, sizes))
+        return self.heads * number.entry_bytes(sizes)
+
+    def stored_bytes(self, entries: float, number: KVDtype | None) -> float:
+        """Bytes of so many tokens in a number format, which leaves the first and the newest as they are."""
+        if number is None:
+            return self.bytes(entries)
+        if self.coded_in_place(number):
+            return self.bytes(0) + entries * self.line_bytes(number)
+        coded = number.coded(entries)
+        # One more is each head's mean.
+        return self.bytes(entries - coded + 1) + coded * self.line_bytes(number)
 
     def coded_in_place(self, number: KVDtype) -> bool:
         """Whether a GPU decodes from entries in a number format, without a copy in full precision."""
@@ -109,18 +119,15 @@ class Geometry:
     def kept_bytes(self, prompt: int, output: int, budget: float, number: KVDtype | None) -> int:
         """Bytes of a request of which the share ``budget`` of the prompt is kept, and all of the output.
 
-        The newest entries stay in the precision of the model, as `refreekv.KVDtype` says.
+        The first and the newest entries stay in the precision of the model, as `refreekv.KVDtype` says.
         """
         total = 0.0
         kept = budget * prompt + output
-        recent = kept if number is None else min(kept, number.recent)
         for layer, count in self._alike:
             if layer.kind != "full":
                 total += count * layer.bytes(prompt + output)
                 continue
-            total += count * layer.bytes(recent)
-            if number is not None:
-                total += count * (kept - recent) * layer.line_bytes(number)
+            total += count * layer.stored_bytes(kept, number)
         return int(total)
 
     @cached_property

@@ -35,6 +35,7 @@ def compacted(
     behind: int,
     arena: bool | None,
     kv_dtype: KVDtype | None,
+    centres: Dense | None = None,
 ) -> RaggedKV:
     """What is kept, and the last ``behind`` entries, in storage of their own.
 
@@ -53,6 +54,8 @@ def compacted(
         Whether to use storage with room to grow; None: on CUDA.
     kv_dtype : KVDtype or None
         The precision to store in.
+    centres : pair of Tensor or None
+        The prompt's mean key and mean value ``[B, H_kv, D]``, for number formats that take these out.
     """
     if isinstance(source, QuantisedKV):
         return source.keep(kept, behind)
@@ -71,7 +74,7 @@ def compacted(
     if isinstance(source, CodedArena):
         return source.of_lines(storage)
     if kv_dtype is not None:
-        return QuantisedKV.of(kv_dtype, storage)
+        return QuantisedKV.of(kv_dtype, storage, centres, behind)
     return KVArena.of(storage) if takes_arena(arena, storage.keys, storage.values, None) else storage
 
 

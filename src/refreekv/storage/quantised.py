@@ -1,64 +1,107 @@
-"""Ragged K/V of which only the newest entries are kept in full precision."""
+"""Ragged K/V of which only the first and the newest entries are kept in full precision."""
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from refreekv.core.quantisation import Codes, KVDtype
+from refreekv.core.quantisation import FLUSH, SINKS, Codes, KVDtype, centre_of
+from refreekv.core.rotation import rotate
 from refreekv.storage.columns import Columns
-from refreekv.storage.ragged import Piece, RaggedKV
+from refreekv.storage.ragged import Frame, Piece, RaggedKV
 
-FLUSH = 32
-"""Entries beyond the recent ones that gather before they are quantised together."""
+Pair = tuple[Tensor, Tensor]
+"""Of keys and of values."""
 
 
 class QuantisedKV(RaggedKV):
-    """Keys and values of one layer, older entries quantised. Never changed in place.
+    """Keys and values of one layer, coded but for sinks and recent entries. Never changed in place.
 
-    Each segment is its coded entries followed by its recent ones. Attention reads a copy in
-    full precision that lives as long as the call.
+    Each segment is its sinks, its coded entries and its recent ones. A segment that has coded nothing
+    yet holds everything as recent. Attention reads a copy in full precision that lives as long as the
+    call; where it may, in the coordinates of the codes, so that queries are rotated and entries are not.
 
-    Invariant: ``lengths`` counts both; coded lines lie segment by segment, as in `RaggedKV`.
+    Every segment goes its own way: when entries are coded, and into what, depends on that segment alone.
+
+    Invariant: ``lengths`` counts all three; coded lines lie segment by segment, as in `RaggedKV`.
 
     Attributes
     ----------
     keys, values : Tensor
         The recent entries ``[entries, D]``, flat.
     coded : list of tuple of int
-        Quantised entries of each row's KV heads.
+        Coded entries of each row's KV heads.
     """
 
     def __init__(
-        self, kind: KVDtype, key_codes: Codes, value_codes: Codes, coded: Sequence[tuple[int, ...]], recent: RaggedKV
+        self,
+        kind: KVDtype,
+        sinks: RaggedKV,
+        codes: tuple[Codes, Codes],
+        coded: Sequence[tuple[int, ...]],
+        recent: RaggedKV,
+        centres: Pair,
     ):
         lengths = [
-            tuple(old + new for old, new in zip(olds, news, strict=True))
-            for olds, news in zip(coded, recent.lengths, strict=True)
+            tuple(map(sum, zip(*parts, strict=True)))
+            for parts in zip(sinks.lengths, coded, recent.lengths, strict=True)
         ]
         super().__init__(recent.keys, recent.values, lengths)
         self.kind = kind
         self.coded = list(coded)
-        self._codes = (key_codes, value_codes)
+        self._sinks = sinks
+        self._codes = codes
         self._recent = recent
+        self._centres = centres
 
     @classmethod
-    def of(cls, kind: KVDtype, full: RaggedKV) -> "QuantisedKV":
-        """Quantise all but the last ``kind.recent`` entries of each segment."""
-        nothing = torch.zeros(0, dtype=torch.long, device=full.keys.device)
-        codes = [kind.encode(flat.index_select(0, nothing)) for flat in (full.keys, full.values)]
-        empty = [(0,) * len(row) for row in full.lengths]
-        return cls(kind, codes[0], codes[1], empty, full).settled()
+    def of(cls, kind: KVDtype, full: RaggedKV, centres: Pair | None = None, behind: int = 0) -> "QuantisedKV":
+        """Code all but the first `SINKS` and the last ``kind.recent`` entries of each segment's prompt.
+
+        ``behind`` entries follow the prompt; what is coded is the same without them.
+        ``centres`` are the mean key and mean value ``[B, kv_heads, D]`` that segments which are coded now
+        are to take out for good; None, and for segments that are coded later: the mean of what these hold then.
+        """
+        nothing = [(0,) * full.kv_heads for _ in full.lengths]
+        empty = full.truncate(nothing)
+        blank = full.keys.new_zeros(full.sizes[0]), full.values.new_zeros(full.sizes[1])
+        codes = _coded(empty.keys, blank[0], kind, 0), _coded(empty.values, blank[1], kind, 1)
+        shape = len(full.lengths), full.kv_heads, -1
+        unknown = blank[0].expand(shape).clone(), blank[1].expand(shape).clone()
+        return cls(kind, empty, codes, nothing, full, unknown)._settled(centres, behind)
 
     # -- the interface of RaggedKV ----------------------------------------------------------
 
     def full(self) -> RaggedKV:
         """All entries in full precision: a copy."""
-        keys, values = (codes.decode() for codes in self._codes)
-        old = RaggedKV(keys, values, self.coded)
-        parts = [(_segments(old, row), _segments(self._recent, row)) for row in range(len(self.lengths))]
-        return RaggedKV.from_pieces([[old[0], new[0]] for old, new in parts], [[old[1], new[1]] for old, new in parts])
+        keys, values = (
+            (rotate(codes.rotated(), back=True) + self._by_line(centres, self.coded)).to(self.dtype)
+            for codes, centres in zip(self._codes, self._centres, strict=True)
+        )
+        return _joined(self._sinks, RaggedKV(keys, values, self.coded), self._recent)
+
+    def for_attention(self, *, shifts: bool) -> tuple[RaggedKV, Frame | None]:
+        """A copy in full precision: centred and rotated, if logits may be shifted by what that leaves out."""
+        if not shifts:
+            return self.full(), None
+        sinks, recent = self._as_coded(self._sinks), self._as_coded(self._recent)
+        keys, values = (codes.rotated().to(self.dtype) for codes in self._codes)
+        return _joined(sinks, RaggedKV(keys, values, self.coded), recent), _CodedFrame(self._centres[1])
+
+    def _as_coded(self, exact: RaggedKV) -> RaggedKV:
+        """Entries in the coordinates of the codes."""
+        keys, values = (
+            rotate(entries - self._by_line(centres, exact.lengths)).to(self.dtype)
+            for entries, centres in zip((exact.keys, exact.values), self._centres, strict=True)
+        )
+        return RaggedKV(keys, values, exact.lengths)
+
+    def _by_line(self, centres: Tensor, lengths: Sequence[tuple[int, ...]]) -> Tensor:
+        """The mean of each line's segment, in float32: ``[lines, D]``."""
+        parts = zip(centres.flatten(0, 1).float(), itertools.chain(*lengths), strict=True)
+        return torch.cat([centre.expand(length, -1) for centre, length in parts])
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]``, a copy; only where `uniform`."""
@@ -78,28 +121,53 @@ class QuantisedKV(RaggedKV):
         New entries stay in full precision until the next call, so that a prompt's own
         attention, and the policy that looks at it, see what the model computed.
         """
-        old = self.settled()
+        old = self._settled()
         recent = old._recent.append(keys, values)
-        return QuantisedKV(self.kind, *old._codes, old.coded, recent)
+        return QuantisedKV(self.kind, old._sinks, old._codes, old.coded, recent, old._centres)
 
-    def settled(self) -> "QuantisedKV":
-        """With entries quantised that are no longer recent, once enough of them have gathered."""
-        surplus = [tuple(max(0, n - self.kind.recent) for n in row) for row in self._recent.lengths]
-        most = max(n for row in surplus for n in row)
-        if most == 0 or (most < FLUSH and len(self._codes[0])):
+    def _settled(self, centres: Pair | None = None, behind: int = 0) -> "QuantisedKV":
+        """With entries coded that are no longer recent, segment by segment, once enough of them have gathered."""
+        due = [
+            [self._due(first, old, new - behind) for first, old, new in zip(*parts, strict=True)]
+            for parts in zip(self._sinks.lengths, self.coded, self._recent.lengths, strict=True)
+        ]
+        if not any(leaving for row in due for _, leaving in row):
             return self
-        leaving = self._recent.truncate(surplus)
-        coded = [tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.coded, surplus, strict=True)]
-        order = _interleaved(self.coded, surplus, leaving.keys.device)
-        codes = [
-            Codes.cat([old, self.kind.encode(new)]).take(order)
-            for old, new in zip(self._codes, (leaving.keys, leaving.values), strict=True)
-        ]
-        staying = [
-            [torch.arange(gone, n, device=leaving.keys.device) for gone, n in zip(gones, lengths, strict=True)]
-            for gones, lengths in zip(surplus, self._recent.lengths, strict=True)
-        ]
-        return QuantisedKV(self.kind, codes[0], codes[1], coded, _gathered(self._recent, staying))
+        kept = self._centres[0].clone(), self._centres[1].clone()
+        sinks, coded, recent = [], [], []
+        lines: tuple[list[Codes], list[Codes]] = [], []
+        for row, counts in enumerate(due):
+            segments = _heads(self._recent, row)
+            for head, (first, leaving) in enumerate(counts):
+                if not leaving:
+                    continue
+                for side, part in enumerate(segments):
+                    if not self._sinks.lengths[row][head] + self.coded[row][head]:
+                        given = None if centres is None else centres[side][row, head]
+                        kept[side][row, head] = centre_of(part[head]) if given is None else given
+                    chosen = part[head][first : first + leaving]
+                    lines[side].append(_coded(chosen, kept[side][row, head], self.kind, side))
+            sinks.append([[part[head][: counts[head][0]] for head in range(len(counts))] for part in segments])
+            recent.append([[part[head][sum(counts[head]) :] for head in range(len(counts))] for part in segments])
+            coded.append(tuple(leaving for _, leaving in counts))
+        order = _interleaved(self.coded, coded, self.keys.device)
+        keys, values = (Codes.cat([old, *new]).take(order) for old, new in zip(self._codes, lines, strict=True))
+        return QuantisedKV(
+            self.kind,
+            _joined(self._sinks, _ragged(sinks)),
+            (keys, values),
+            [tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.coded, coded, strict=True)],
+            _ragged(recent),
+            kept,
+        )
+
+    def _due(self, sinks: int, coded: int, recent: int) -> tuple[int, int]:
+        """How many of a segment's recent entries become sinks, and how many are coded, now."""
+        if sinks + coded:
+            # In whole blocks, so that it does not matter how many entries a call brought.
+            return 0, max(0, recent - self.kind.recent) // FLUSH * FLUSH
+        older = self.kind.coded(recent)
+        return (SINKS, older) if older else (0, 0)
 
     def select_rows(self, indices: Sequence[int]) -> "QuantisedKV":
         """A new storage of the rows ``indices``, in that order; rows may repeat."""
@@ -127,36 +195,91 @@ class QuantisedKV(RaggedKV):
             wanted.append(
                 [torch.cat([heads[h % len(heads)].long(), tail]) - (longest - n) for h, n in enumerate(lengths)]
             )
-        return self._gathered_rows(range(len(self.lengths)), wanted).settled()
+        return self._gathered_rows(range(len(self.lengths)), wanted)._settled(behind=behind)
 
     def _gathered_rows(self, rows: Sequence[int], wanted: Sequence[Sequence[Tensor]]) -> "QuantisedKV":
         """Rows ``rows``, of each segment the ascending entries ``wanted``."""
         starts = _starts(self.coded)
-        lines, coded, recent = [], [], []
+        lines, coded, sinks, recent = [], [], [], []
         for row, heads in zip(rows, wanted, strict=True):
-            olds = [head[head < old] for head, old in zip(heads, self.coded[row], strict=True)]
-            lines += [old + start for old, start in zip(olds, starts[row], strict=True)]
-            coded.append(tuple(len(old) for old in olds))
-            recent.append([h[h >= old] - old for h, old in zip(heads, self.coded[row], strict=True)])
+            ends = [(first, first + old) for first, old in zip(self._sinks.lengths[row], self.coded[row], strict=True)]
+            parts = [
+                (head[head < first], head[(head >= first) & (head < last)] - first, head[head >= last] - last)
+                for head, (first, last) in zip(heads, ends, strict=True)
+            ]
+            lines += [middle + start for (_, middle, _), start in zip(parts, starts[row], strict=True)]
+            coded.append(tuple(len(middle) for _, middle, _ in parts))
+            sinks.append([first for first, _, _ in parts])
+            recent.append([last for _, _, last in parts])
         index = torch.cat(lines)
-        codes = [part.take(index) for part in self._codes]
-        return QuantisedKV(self.kind, codes[0], codes[1], coded, _gathered(self._recent, recent, rows))
+        keys, values = (codes.take(index) for codes in self._codes)
+        chosen = torch.tensor(list(rows), device=self.keys.device)
+        centres = self._centres[0].index_select(0, chosen), self._centres[1].index_select(0, chosen)
+        return QuantisedKV(
+            self.kind,
+            _gathered(self._sinks, sinks, rows),
+            (keys, values),
+            coded,
+            _gathered(self._recent, recent, rows),
+            centres,
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storages really hold on to, scales included."""
-        return sum(codes.nbytes for codes in self._codes) + self._recent.nbytes
+        """Bytes that the storages really hold on to, scales and means included."""
+        centres = sum(part.untyped_storage().nbytes() for part in self._centres)
+        return sum(codes.nbytes for codes in self._codes) + self._sinks.nbytes + self._recent.nbytes + centres
 
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row, scales included."""
-        line = sum(self.kind.line_bytes(codes.elements) for codes in self._codes)
-        return line * sum(self.coded[row]) + self._recent.row_nbytes(row)
+        """Bytes of one row, scales and means included."""
+        exact = self._sinks.row_nbytes(row) + self._recent.row_nbytes(row)
+        centres = self.kv_heads * sum(self.sizes) * self.dtype.itemsize
+        return self.kind.entry_bytes(self.sizes) * sum(self.coded[row]) + exact + centres
 
 
-def _segments(storage: RaggedKV, row: int) -> tuple[list[Tensor], list[Tensor]]:
+@dataclass(frozen=True)
+class _CodedFrame:
+    """Coordinates of the codes: rotated, and without the head's means.
+
+    Without the mean key all logits of a query are less by one number, which softmax does not see. Weights
+    add up to one, so that the mean value is missing once.
+    """
+
+    centres: Tensor
+    """Mean values ``[B, kv_heads, Dv]``."""
+
+    def query(self, query: Tensor) -> Tensor:
+        return rotate(query).to(query.dtype)
+
+    def output(self, output: Tensor) -> Tensor:
+        heads = output.shape[2] // self.centres.shape[1]
+        # [B, kv_heads, Dv] -> [B, 1, H, Dv]
+        missing = self.centres.float().repeat_interleave(heads, dim=1)[:, None]
+        return (rotate(output, back=True) + missing).to(output.dtype)
+
+
+def _coded(entries: Tensor, centre: Tensor, kind: KVDtype, side: int) -> Codes:
+    """Entries ``[n, D]`` of one segment; ``side`` 0: keys, 1: values."""
+    return Codes.of(entries, centre, kind.widths[side])
+
+
+def _heads(storage: RaggedKV, row: int) -> tuple[list[Tensor], list[Tensor]]:
     """One row's keys and values, a view for each KV head."""
     keys, values = storage.segments(row)
     return list(keys), list(values)
+
+
+def _ragged(rows: Sequence[Sequence[list[Tensor]]]) -> RaggedKV:
+    """Storage of rows, each given as its heads' keys and its heads' values."""
+    return RaggedKV.from_pieces([[keys] for keys, _ in rows], [[values] for _, values in rows])
+
+
+def _joined(*storages: RaggedKV) -> RaggedKV:
+    """Segments of several storages behind each other."""
+    rows = range(len(storages[0].lengths))
+    parts = [[storage.segments(row) for storage in storages] for row in rows]
+    keys, values = ([[part[side] for part in row] for row in parts] for side in (0, 1))
+    return RaggedKV.from_pieces(keys, values)
 
 
 def _starts(lengths: Sequence[tuple[int, ...]]) -> list[list[int]]:

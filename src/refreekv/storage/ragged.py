@@ -6,13 +6,23 @@ tensors, row by row, and in a row KV head by KV head.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 Piece: TypeAlias = Tensor | Sequence[Tensor]
 """A part of a row: ``[kv_heads, l, D]``, or one ``[l_h, D]`` for each KV head."""
+
+
+class Frame(Protocol):
+    """Coordinates that keys and values are read in, where those are not the model's own."""
+
+    def query(self, query: Tensor) -> Tensor:
+        """Queries ``[B, H, q, D]`` in these coordinates."""
+
+    def output(self, output: Tensor) -> Tensor:
+        """Attention's output ``[B, q, H, Dv]`` in the model's coordinates again."""
 
 
 class RaggedKV:
@@ -86,6 +96,14 @@ class RaggedKV:
             (_rectangular(key, lengths), _rectangular(value, lengths))
             for key, value, lengths in zip(self.keys.split(sizes), self.values.split(sizes), self.lengths, strict=True)
         ]
+
+    def for_attention(self, *, shifts: bool) -> "tuple[RaggedKV, Frame | None]":
+        """What attention reads for the length of a call, and the coordinates it is in; None: the model's.
+
+        ``shifts`` says whether a number added to all logits of a query may be left out: not where
+        logits are capped, or compared with others than these entries' (learned sinks).
+        """
+        return self, None
 
     def visible(self, row: int) -> Tensor | None:
         """Boolean ``[kv_heads, L]``, False where `rows` padded a head of this row; None if it padded none."""

@@ -108,7 +108,7 @@ def test_captured_steps_read_what_was_coded(policy, lengths, llama, steps):
 
 
 def test_it_is_near_what_storage_that_is_not_decoded_in_place_gives(llama):
-    """That rounds the same way, but keeps up to 31 of the newest entries as they are."""
+    """That centres and rotates, and keeps sinks and up to 31 of the newest entries as they are."""
     quantised = refreekv.ReFreeKVCache(llama, "refreekv", kv_dtype="int8", threshold=0.2)
     cache = int8_cache(llama, threshold=0.2)
     logits, mask = prefill(llama, cache)
@@ -118,7 +118,8 @@ def test_it_is_near_what_storage_that_is_not_decoded_in_place_gives(llama):
         assert layer.ragged.lengths == other.ragged.lengths
         for row in range(layer.batch):
             for mine, theirs in zip(layer.ragged.segments(row), other.ragged.segments(row), strict=True):
-                assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+                for one, exact in zip(mine, theirs, strict=True):
+                    assert (one - exact).norm() < 0.02 * exact.norm()
     for _ in range(24):
         tokens = logits.view(len(RAGGED), -1).argmax(-1, keepdim=True)
         logits, longer = step(llama, cache, tokens, mask)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import KVDtype, centre_of
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
@@ -74,6 +74,7 @@ class ReFreeKVLayer(DynamicLayer):
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._settled_length = 0
+        self._centres: tuple[Tensor, Tensor] | None = None
 
     # -- what the model calls -------------------------------------------------------------
 
@@ -185,6 +186,8 @@ class ReFreeKVLayer(DynamicLayer):
         policy, parts = self.state.policy, self._entries(call, behind)
         self._queries = HeldQueries()
         self.state.news = True
+        if self.ragged is None and self.kv_dtype is not None and not self._takes_arena(self.kv_dtype):
+            self._centres = _centres(*parts)
         if isinstance(policy, JointPolicy):
 
             def settle_decided(decided: Sequence[Decision]) -> None:
@@ -234,7 +237,10 @@ class ReFreeKVLayer(DynamicLayer):
             for row, kept in enumerate(chosen)
         ]
         source = self.dense if self.ragged is None else self.ragged
-        storage = compacted(source, [kept.columns for kept in chosen], columns, behind, self.state.arena, self.kv_dtype)
+        storage = compacted(
+            source, [kept.columns for kept in chosen], columns, behind, self.state.arena, self.kv_dtype, self._centres
+        )
+        self._centres = None
         self.kept_columns, self._pruned_length = columns, self._length - behind
         self._store(storage)
 
@@ -244,9 +250,13 @@ class ReFreeKVLayer(DynamicLayer):
             # Padding has to go, too: what decodes from an arena looks at no mask.
             stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
             return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
-        if self.kv_dtype is not None or (self.ragged is None and takes_arena(self.state.arena, *self.dense, None)):
+        if self.kv_dtype is not None or (self.ragged is None and self._takes_arena(None)):
             return False
         return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
+
+    def _takes_arena(self, kv_dtype: KVDtype | None) -> bool:
+        """Whether what is dense now will move to storage with room to grow."""
+        return takes_arena(self.state.arena, *self.dense, kv_dtype)
 
     def _store(self, ragged: RaggedKV) -> None:
         self.ragged = ragged
@@ -353,3 +363,9 @@ class ReFreeKVLayer(DynamicLayer):
         if self._length == 0:
             return 0
         return self.ragged.kv_heads if self.ragged is not None else self.dense[0].shape[1]
+
+
+def _centres(prompt: Entries) -> tuple[Tensor, Tensor]:
+    """The prompt's mean key and mean value ``[B, H_kv, D]``, of all entries, whatever a policy keeps."""
+    real = None if prompt.valid is None else prompt.valid[:, None]
+    return centre_of(prompt.keys, real), centre_of(prompt.values, real)

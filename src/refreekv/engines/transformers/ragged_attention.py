@@ -10,6 +10,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.kernels import ragged_decode
 from refreekv.pruning.masks import causal_mask, hide_padding
 from refreekv.storage.arena import KVArena
+from refreekv.storage.ragged import Piece, RaggedKV
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -54,7 +55,6 @@ def ragged_attention(
     """
     storage = layer.ragged
     assert storage is not None
-    batch, heads, queries, _ = query.shape
     if isinstance(storage, KVArena) and _kernel_can(layer, storage, query, mask, kwargs):
         with storage.table_in_turn() as table:
             return ragged_decode(
@@ -66,6 +66,27 @@ def ragged_attention(
                 sinks=kwargs.get("s_aux"),
                 groups=storage.groups,
             )
+    shifts = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    storage, frame = storage.for_attention(shifts=shifts)
+    if frame is None:
+        return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
+    query = frame.query(query)
+    return frame.output(_by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs))
+
+
+def _by_row(
+    layer: ReFreeKVLayer,
+    storage: RaggedKV,
+    attention: AttentionFunction,
+    module: Any,
+    query: Tensor,
+    mask: Tensor | None,
+    *,
+    flash: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over full-precision entries: in one call where all rows have one length, else row by row."""
+    batch, heads, queries, _ = query.shape
     needs_causal_mask = queries > 1 and not flash
     if storage.uniform and mask is None:
         if needs_causal_mask:
@@ -75,7 +96,8 @@ def ragged_attention(
     for row, (keys, values) in enumerate(storage.rows()):
         row_kwargs = {name: _row_of(value, name, row, batch) for name, value in kwargs.items()}
         if flash and not storage.even(row):
-            outputs.append(_by_head(layer, attention, module, query[row : row + 1], mask, row, **row_kwargs))
+            own = storage.segments(row)
+            outputs.append(_by_head(layer, own, attention, module, query[row : row + 1], mask, row, **row_kwargs))
             continue
         row_mask = None if mask is None else layer.row_mask(mask, row, heads)
         visible = storage.visible(row)
@@ -102,6 +124,7 @@ def _kernel_can(
 
 def _by_head(
     layer: ReFreeKVLayer,
+    segments: tuple[Piece, Piece],
     attention: AttentionFunction,
     module: Any,
     query: Tensor,
@@ -112,8 +135,7 @@ def _by_head(
     **kwargs: Any,
 ) -> Tensor:
     """One row's attention, a call for each KV head: flash functions know no masks that differ between heads."""
-    assert layer.ragged is not None
-    keys, values = layer.ragged.segments(row)
+    keys, values = segments
     columns = layer.columns(row).tensors(query.device)
     group = query.shape[1] // len(keys)
     outputs = []

@@ -1,0 +1,162 @@
+"""Whole models over coded K/V: large key biases, capped logits and learned sinks, drafts, beams, batches."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from helpers.driving import greedy, prefill
+from helpers.models import build, prompts
+from refreekv import KVDtype, ReFreeKVCache
+from refreekv.core import quantisation
+from refreekv.engines.transformers import layer as layers
+from refreekv.storage.quantised import QuantisedKV
+
+LENGTH = 180
+
+
+def with_key_bias(size: int):
+    """A Qwen2 whose keys hold large constants in few channels, those that rotary positions turn least."""
+    model = build(
+        "qwen2",
+        attention="sdpa",
+        hidden_size=4 * size,
+        num_attention_heads=4,
+        initializer_range=0.6 / (4 * size) ** 0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    for block in model.model.layers:
+        bias = block.self_attn.k_proj.bias.data
+        bias.zero_()
+        # Channel c and c + size/2 turn together; the last pairs hardly turn at all.
+        bias[size // 2 - 1], bias[size - 1], bias[size - 2] = 150.0, -90.0, 60.0
+    return model
+
+
+@torch.no_grad()
+def divergence(model, kv_dtype) -> float:
+    """KL between the full cache's next tokens and those read over coded entries, in nats, on average."""
+    found = []
+    for cache in (ReFreeKVCache(model, "full"), ReFreeKVCache(model, "full", kv_dtype=kv_dtype)):
+        ids, _ = prompts((LENGTH,), seed=4)
+        model(ids, past_key_values=cache)
+        fed, _ = prompts((12,), seed=5)
+        found.append(model(fed, past_key_values=cache).logits.log_softmax(-1))
+    return float((found[0].exp() * (found[0] - found[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_large_key_biases(size, monkeypatch):
+    model = with_key_bias(size)
+    kinds = ["int4:recent=8", "int8", "fp8:recent=8"]
+    four, eight, fp8 = (divergence(model, kind) for kind in kinds)
+    assert four < 0.03
+    assert eight < 3e-4
+    assert fp8 < 3e-3
+    monkeypatch.setattr(layers, "centre_of", lambda entries, real=None: torch.zeros_like(entries[..., 0, :]))
+    assert divergence(model, kinds[0]) > 20 * four  # the bias is large, and it is the mean that takes it out
+
+
+def with_capped_logits():
+    config = Gemma2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_logit_softcapping=2.0,
+        layer_types=["full_attention"] * 2,
+        initializer_range=0.25,
+        attention_bias=True,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: build("gpt_oss"), with_capped_logits], ids=["learned sinks", "caps"])
+@torch.no_grad()
+def test_logits_that_may_not_be_shifted(make, monkeypatch):
+    """Learned sinks compare logits with a number of their own, caps bend them: the mean key must not be left out."""
+    model = make()
+    for block in model.model.layers:
+        if hasattr(block.self_attn, "sinks"):
+            block.self_attn.sinks.data.fill_(4.0)
+        block.self_attn.q_proj.bias.data.add_(1.0)
+        block.self_attn.k_proj.bias.data.sub_(3.0)
+    full, coded = ReFreeKVCache(model, "full"), ReFreeKVCache(model, "full", kv_dtype="int8")
+    ids, _ = prompts((LENGTH,), seed=4)
+    fed, _ = prompts((5,), seed=5)
+    for cache in (full, coded):
+        model(ids, past_key_values=cache)
+    wanted, got = (model(fed, past_key_values=copy.deepcopy(cache)).logits for cache in (full, coded))
+    off = float((wanted - got).abs().mean() / wanted.std())
+    assert off < 0.03
+    read = QuantisedKV.for_attention
+    monkeypatch.setattr(QuantisedKV, "for_attention", lambda self, shifts: read(self, shifts=True))
+    shifted = model(fed, past_key_values=coded).logits
+    assert float((wanted - shifted).abs().mean() / wanted.std()) > 2 * off
+
+
+@pytest.mark.parametrize("kind", ["int4:recent=8", "int8"])
+def test_drafts_and_beams(kind):
+    model = build("llama", attention="sdpa")
+    ids, _ = prompts((60,), seed=12)
+    ids = ids.repeat(1, 2)
+    mask = torch.ones_like(ids)
+    caches = [ReFreeKVCache(model, "full", kv_dtype=kind) for _ in range(3)]
+    wanted = greedy(model, ids, mask, caches[0], steps=14)
+    assert torch.equal(greedy(model, ids, mask, caches[1], steps=14, prompt_lookup_num_tokens=4), wanted)
+    # One beam of one row among others is that row alone.
+    beams = greedy(model, ids, mask, caches[2], steps=14, num_beams=3)
+    full = greedy(model, ids, mask, ReFreeKVCache(model, "full"), steps=14, num_beams=3)
+    assert beams.shape == full.shape
+    if kind == "int8":
+        assert torch.equal(beams, full)
+
+
+@pytest.mark.parametrize("kind", ["int4:recent=8", "int8", "k6v4:recent=8"])
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_influence_each_other(kind):
+    model = build("llama", attention="sdpa")
+    lengths = (150, 97, 128)
+    together = ReFreeKVCache(model, "full", kv_dtype=kind)
+    _, mask = prefill(model, together, lengths)
+    ids, _ = prompts(lengths, seed=3)
+    fed = torch.randint(2, 90, (3, 40), generator=torch.Generator().manual_seed(1))
+    positions = mask.sum(-1, keepdim=True) + torch.arange(40)
+    longer = torch.cat([mask, torch.ones_like(fed)], 1)
+    outputs = model(fed, attention_mask=longer, position_ids=positions, past_key_values=together).logits
+    for row, length in enumerate(lengths):
+        alone = ReFreeKVCache(model, "full", kv_dtype=kind)
+        model(ids[row : row + 1, -length:], past_key_values=alone)
+        got = model(fed[row : row + 1], past_key_values=alone).logits
+        for mine, other in zip(alone.pruned_layers, together.pruned_layers, strict=True):
+            assert mine.ragged.coded[0] == other.ragged.coded[row]
+            assert torch.allclose(mine.ragged._centres[0][0], other.ragged._centres[0][row], atol=1e-4)
+        # A key half-way between two levels may fall on either side: one step of it, at most.
+        assert (got[0] - outputs[row]).abs().mean() < 2e-2 * outputs.std()
+
+
+@torch.no_grad()
+def test_means_are_the_prompt_s_and_stay():
+    model = build("qwen2", attention="sdpa")
+    cache = ReFreeKVCache(model, "streaming-llm", size=60, kv_dtype=KVDtype("int4", recent=8))
+    ids, _ = prompts((LENGTH,), seed=4)
+    dense = ReFreeKVCache(model, "full")
+    for each in (cache, dense):
+        model(ids, past_key_values=each)
+    means = [
+        (quantisation.centre_of(layer.dense[0]), quantisation.centre_of(layer.dense[1]))
+        for layer in dense.pruned_layers
+    ]
+    for turn in range(2):
+        for layer, own in zip(cache.pruned_layers, means, strict=True):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(layer.ragged._centres, own, strict=True))
+        model(prompts((50,), seed=6 + turn)[0], past_key_values=cache)
+    cache.reset()
+    model(ids[:, :100], past_key_values=cache)
+    assert not torch.allclose(cache.pruned_layers[1].ragged._centres[0], means[1][0], atol=1e-3)
