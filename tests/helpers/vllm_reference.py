@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from refreekv import policies
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection
-from refreekv.pruning.copy_scores import tokens_said_twice
 from refreekv.policies import LayerView
+from refreekv.pruning.copy_scores import tokens_said_twice
 
 CHUNK = 256
 
