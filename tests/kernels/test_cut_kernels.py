@@ -1,8 +1,9 @@
-"""The cut of the position ranking by kernels; the torch version is the judge."""
+"""The cut of the position ranking by kernels, against the torch version."""
 
 import pytest
 import torch
 
+from refreekv import kernels
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.kernels.cut import launch_cut
 
@@ -41,3 +42,18 @@ def test_no_sinks_and_all_on_one_position(device):
     rows[..., 17] = 1.0
     got, want = both(rows, device, sinks=0, threshold=0.01, includes_sinks=True)
     assert got[0].tolist() == want[0].tolist() == [17]
+
+
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.05])
+def test_the_front_gives_what_torch_gives_whoever_computes_it(valid, threshold, device):
+    rows = (torch.randn(2, 4, 300, device=device) * 3).softmax(-1)
+    settings = {
+        "sinks": 4,
+        "threshold": threshold,
+        "includes_sinks": False,
+        "valid": (torch.arange(300, device=device) >= 7).expand(2, 300) if valid else None,
+    }
+    got, want = kernels.uni_metric_cut(rows, **settings), uni_metric_cut_and_loss(rows, **settings)
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], atol=1e-12, rtol=1e-9)

@@ -1,61 +1,74 @@
-"""What the adaptive policy's kernels choose and list: the policy's torch version and the reference are the judges."""
+"""What the adaptive policy's kernels choose and list, against `core.needs` and the reference in plain torch."""
 
 import pytest
 import torch
 
-from refreekv import policies
+from refreekv import kernels
+from refreekv.core.needs import Rules, needs
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels import reference
-from refreekv.kernels.needs import launch_kept_first
-from refreekv.policies import LayerView
+from refreekv.kernels.needs import launch_kept_first, launch_needs
+
+PLAIN = Rules(
+    sinks=4, recent=20, unit=0.25, spread_unit=0.37, hit=0.97, follow=9, share=0.5, copying=0.1, min_length=512
+)
+SCORES = torch.tensor([[0.0, 0.05, 0.3], [0.2, 0.0, 0.01]])
 
 
-def a_view(n, scores, device, *, batch=2, heads=6, settled=False):
-    kv_heads = scores.shape[1]
+def probes(n, device, batch=2, kv_heads=3):
     # Powers of uniform numbers: many small ones and a few large ones, as attention has them.
     peak = torch.rand(batch, kv_heads, n, device=device) ** 12
     mean = peak * torch.rand(batch, kv_heads, n, device=device) / 10
     spread = ProbeReductions(torch.rand(batch, kv_heads, n, device=device) ** 20, None, None)
-    keys = torch.zeros(batch, kv_heads, n, 4, device=device)
-    earlier = torch.rand(1, kv_heads, n, device=device) < 0.05 if settled else None
-    return LayerView(
-        keys, keys, None, None, 0, 1, window=ProbeReductions(peak, mean, None), spread=spread, heads=heads,
-        copy_scores=scores.to(device), settled=earlier,
-    )  # fmt: skip
+    return ProbeReductions(peak, mean, None), spread
 
 
 CASES = {
     "plain": {},
-    "an earlier turn": {"settled": True},
+    "an earlier turn": {"earlier": True},
     "no sinks, none follow": {"sinks": 0, "follow": 0},
     "long answers": {"follow": 900},
-    "nearly all mass": {"lost_mass": 0.01},
-    "a tiny unit": {"constant": 1e-6},
+    "nearly all mass": {"share": 0.99},
+    "a tiny unit": {"unit": 2.5e-6, "spread_unit": 3.7e-6},
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("n", [512, 1023, 1024, 1025, 2600])
-def test_the_fused_choice_is_the_policys_own(case, n, device):
-    case = dict(case)
-    settled = case.pop("settled", False)
-    setting = {"constant": 0.1, "hit": 0.97, "lost_mass": 0.5, "spread_factor": 1.5, "follow": 9, "window": 20, **case}
-    policy = policies.create("adaptive", **setting)
-    scores = torch.tensor([[0.0, 0.05, 0.3], [0.2, 0.0, 0.01]])
-    view = a_view(n, scores, device, settled=settled)
-    judge = LayerView(**{name: _on_cpu(getattr(view, name)) for name in view.__dataclass_fields__ if name[0] != "_"})
-    want, got = policy.select(judge), policy.select_fused(view)
+def test_kernels_choose_what_torch_chooses(case, n, device):
+    earlier = case.get("earlier", False)
+    rules = PLAIN._replace(**{name: value for name, value in case.items() if name != "earlier"})
+    window, spread = probes(n, device)
+    kept = torch.rand(1, 3, n, device=device) < 0.05 if earlier else None
+    got = launch_needs(window, spread, SCORES.to(device), rules, kept)
+    on_cpu = [part.each(torch.Tensor.cpu) for part in (window, spread)]
+    want = needs(*on_cpu, SCORES, rules, earlier=None if kept is None else kept.cpu())
     assert torch.equal(got.keep.cpu(), want.keep)
-    torch.testing.assert_close(got.metric.cpu(), want.metric)
-    assert list(got.reasons) == list(want.reasons)
-    for name, share in want.reasons.items():
-        torch.testing.assert_close(got.reasons[name].cpu(), share)
+    assert not want.keep.all()
+    torch.testing.assert_close(got.lost.cpu(), want.lost)
+    assert list(got.shares) == list(want.shares)
+    for name, share in want.shares.items():
+        torch.testing.assert_close(got.shares[name].cpu(), share)
 
 
-def _on_cpu(value):
-    if isinstance(value, ProbeReductions):
-        return value.each(lambda part: part.cpu())
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"together": True}, {"real": True}, {"scores": None}, {"min_length": 600}],
+    ids=["kernels", "together", "padding", "no scores", "short"],
+)
+def test_the_front_gives_what_torch_gives_whoever_computes_it(change, device):
+    """What the kernels cannot do (all but the first case) is torch's also on a GPU."""
+    n = 520
+    window, spread = probes(n, device)
+    real = (torch.arange(n, device=device) >= 5).expand(2, 3, n) if change.get("real") else None
+    scores = change.get("scores", SCORES.to(device))
+    rules = PLAIN._replace(**{name: value for name, value in change.items() if name in PLAIN._fields})
+    got, want = (choose(window, spread, scores, rules, real=real) for choose in (kernels.needed, needs))
+    assert torch.equal(got.keep, want.keep)
+    # Two heads copy, one in each row: together, all heads keep everything.
+    assert got.keep.all() == ("min_length" in change or "together" in change)
+    if real is not None:
+        assert not got.keep[..., :5].any()
 
 
 @pytest.mark.parametrize("n", [1, 31, 2047, 2048, 2049, 5000])
@@ -63,7 +76,7 @@ def _on_cpu(value):
 def test_kept_first(n, share, device):
     keep = torch.rand(2, 3, n, device=device) < share
     order, counts = launch_kept_first(keep)
-    judge, numbers = reference.kept_first(keep.cpu())
+    plain, numbers = reference.kept_first(keep.cpu())
     assert torch.equal(counts.cpu(), numbers)
-    for got, want, number in zip(order.cpu().flatten(0, 1), judge.flatten(0, 1), numbers.flatten(), strict=True):
+    for got, want, number in zip(order.cpu().flatten(0, 1), plain.flatten(0, 1), numbers.flatten(), strict=True):
         assert torch.equal(got[:number], want[:number])

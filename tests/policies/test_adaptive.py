@@ -38,9 +38,9 @@ def a_layer(seed, n, batch=2, heads=4, kv_heads=2, dim=6, pads=(), sharp=2.0):
     return keys, values, queries, valid
 
 
-def the_view(policy, keys, values, queries, valid=None, scores=None, settled=None):
+def the_view(policy, keys, values, queries, valid=None, scores=None, earlier=None):
     n = keys.shape[2]
-    entries = Entries(keys, values, valid, torch.arange(n), Queries.of_call(queries, 0, valid), settled)
+    entries = Entries(keys, values, valid, torch.arange(n), Queries.of_call(queries, 0, valid), earlier)
     call = AttentionCall(queries, None)
     return layer_view(policy.probe_plan(n), call, entries, 0, 1, scores)
 
@@ -223,8 +223,8 @@ def test_what_copies_is_kept_whole_and_without_scores_heads_share():
 def test_what_an_earlier_turn_left_stays():
     policy = made(constant=0.4, lost_mass=0.9, follow=0)
     keys, values, queries, _ = a_layer(4, 50, batch=1)
-    settled = (torch.arange(50) < 20)[None, None]
-    kept = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2), settled=settled))
+    earlier = (torch.arange(50) < 20)[None, None]
+    kept = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2), earlier=earlier))
     assert kept.keep[..., :20].all()
     free = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
     assert not free.keep[..., :20].all()

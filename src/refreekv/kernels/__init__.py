@@ -10,23 +10,29 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from refreekv.core import needs as needs_in_torch
 from refreekv.core import reductions
 from refreekv.core import surrogates as surrogates_in_torch
+from refreekv.core.needs import Needs, Rules
 from refreekv.core.reductions import ProbeReductions
+from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import StandIns
 from refreekv.kernels import ops, reference
 
 __all__ = [
+    "Needs",
     "ProbeReductions",
     "append",
     "available",
     "gather",
     "kept_first",
     "move",
+    "needed",
     "probe_reductions",
     "put_stand_ins",
     "ragged_decode",
     "stand_ins",
+    "uni_metric_cut",
 ]
 
 
@@ -86,6 +92,43 @@ def probe_reductions(
         sink_logits=sink_logits,
         sums=sums,
     )
+
+
+def needed(
+    window: ProbeReductions,
+    spread: ProbeReductions,
+    scores: Tensor | None,
+    rules: Rules,
+    *,
+    real: Tensor | None = None,
+    earlier: Tensor | None = None,
+) -> Needs:
+    """The entries that probed queries look at, their surroundings, and all of the heads that copy.
+
+    Parameters and results are those of `core.needs.needs`, which this is on the CPU, with padding, without copy
+    scores and where all heads keep one set. Else it is three launches on CUDA.
+    """
+    peak, plain = window.peak, real is None and not rules.together
+    if peak.is_cuda and available() and plain and scores is not None and peak.shape[-1] >= rules.min_length:
+        from refreekv.kernels.needs import launch_needs
+
+        return launch_needs(window, spread, scores, rules, earlier)
+    return needs_in_torch.needs(window, spread, scores, rules, real=real, earlier=earlier)
+
+
+def uni_metric_cut(
+    rows: Tensor, *, sinks: int, threshold: float, includes_sinks: bool = False, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where the position ranking may be cut, and what that loses.
+
+    Parameters and results are those of `core.selection.uni_metric_cut_and_loss`, which this is on the CPU and
+    with padding. Without, it is three launches on CUDA.
+    """
+    if rows.is_cuda and available() and valid is None and threshold > 0:
+        from refreekv.kernels.cut import launch_cut
+
+        return launch_cut(rows, sinks, threshold, includes_sinks)
+    return uni_metric_cut_and_loss(rows, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=valid)
 
 
 def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""What the adaptive policy keeps, and the order of kept entries, in three launches and one instead of dozens.
+"""The adaptive policy's choice in three launches, and the order of kept entries in one.
 
-The judges are `policies.adaptive` and `reference.kept_first`, in plain torch.
+Tests compare them with `core.needs.needs` and `reference.kept_first`, in plain torch.
 """
 
 import torch
@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.core.needs import REASONS, Needs, Rules
 from refreekv.core.neighbours import LEVELS
+from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels.device_guard import on_its_device
 
 BLOCK = 1024
 NEVER = tl.constexpr(-(2**30))
 LOST = tl.constexpr(8)
-"""Where among a chunk's numbers the highest peak is that is not kept; before it the reasons, in the policy's order."""
+"""Where among a chunk's numbers the highest peak is that is not kept; before it the `REASONS`, in their order."""
 
 
 @triton.jit
@@ -43,10 +45,10 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _needs_kernel(
-    peak, spread, masses, scores, settled, keep_out, stats_out,
+    peak, spread, masses, scores, earlier, keep_out, stats_out,
     length, kv_heads, ss_b, st_b, st_h, sinks, recent, follow, chunks,
     unit, spread_unit, hit, share, copying,
-    LEVELS: tl.constexpr, HAS_SETTLED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_EARLIER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -81,10 +83,10 @@ def _needs_kernel(
     why_copying = tl.load(scores + batch * ss_b + head + n * 0) >= copying
     keep = why_sinks | why_recent | why_window | why_spread | why_following | why_mass | why_copying
     out = stats_out + (pair * chunks + chunk) * 16
-    if HAS_SETTLED:
-        why_settled = tl.load(settled + batch * st_b + head * st_h + n, inside, 0) != 0
-        keep = keep | why_settled
-        tl.store(out + 7, tl.sum((why_settled & inside).to(tl.float32), 0))
+    if HAS_EARLIER:
+        why_earlier = tl.load(earlier + batch * st_b + head * st_h + n, inside, 0) != 0
+        keep = keep | why_earlier
+        tl.store(out + 7, tl.sum((why_earlier & inside).to(tl.float32), 0))
     tl.store(out + 0, tl.sum((why_sinks & inside).to(tl.float32), 0))
     tl.store(out + 1, tl.sum((why_recent & inside).to(tl.float32), 0))
     tl.store(out + 2, tl.sum((why_window & inside).to(tl.float32), 0))
@@ -111,61 +113,30 @@ def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
 
 @on_its_device
 def launch_needs(
-    peak: Tensor,
-    mass: Tensor,
-    spread: Tensor,
-    scores: Tensor,
-    settled: Tensor | None,
-    *,
-    sinks: int,
-    recent: int,
-    follow: int,
-    unit: float,
-    spread_unit: float,
-    hit: float,
-    share: float,
-    copying: float,
-) -> tuple[Tensor, Tensor]:
-    """The adaptive policy's choice for prompts without padding.
-
-    Parameters
-    ----------
-    peak, mass, spread : Tensor
-        ``[B, H_kv, n]`` float32: the window's peaks and means, and the peaks of the spread queries.
-    scores : Tensor
-        ``[B | 1, H_kv]`` float32 copy scores.
-    settled : Tensor or None
-        Boolean ``[1, 1 | H_kv, n]``.
-    sinks, recent, follow, unit, spread_unit, hit, share, copying
-        As in `policies.adaptive`; ``share`` is what each head has to keep of its mean attention.
-
-    Returns
-    -------
-    keep : Tensor
-        Boolean ``[B, H_kv, n]``.
-    numbers : Tensor
-        ``[B, 9]`` float32: the shares of the entries that stay for each reason (the last one of meaning
-        with ``settled`` only), and the highest peak that is not kept.
-    """
+    window: ProbeReductions, spread: ProbeReductions, scores: Tensor, rules: Rules, earlier: Tensor | None = None
+) -> Needs:
+    """`core.needs.needs` of rows without padding that are no shorter than ``min_length``, head by head."""
+    assert window.mean is not None
+    peak, mass, far = (part.contiguous() for part in (window.peak, window.mean, spread.peak))
     batch, kv_heads, length = peak.shape
     chunks, pairs = triton.cdiv(length, BLOCK), batch * kv_heads
     masses = torch.empty(pairs, chunks, 32, dtype=torch.float32, device=peak.device)
     stats = torch.empty(batch, kv_heads * chunks, 16, dtype=torch.float32, device=peak.device)
     numbers = torch.empty(batch, 16, dtype=torch.float32, device=peak.device)
     keep = torch.empty(batch, kv_heads, length, dtype=torch.bool, device=peak.device)
-    peak, mass, spread = peak.contiguous(), mass.contiguous(), spread.contiguous()
     _mass_kernel[(chunks, pairs)](peak, mass, masses, length, LEVELS=LEVELS, BLOCK=BLOCK, num_warps=8)
-    places = None if settled is None else settled.expand(batch, kv_heads, length).view(torch.uint8)
+    places = None if earlier is None else earlier.expand(batch, kv_heads, length).view(torch.uint8)
     _needs_kernel[(chunks, pairs)](
-        peak, spread, masses, scores, keep if places is None else places, keep.view(torch.uint8), stats,
+        peak, far, masses, scores, keep if places is None else places, keep.view(torch.uint8), stats,
         length, kv_heads, scores.stride(0) if scores.shape[0] > 1 else 0,
-        *((0, 0) if places is None else places.stride()[:2]), sinks, recent, follow, chunks,
-        unit, spread_unit, hit, share, copying,
-        LEVELS=LEVELS, HAS_SETTLED=places is not None, BLOCK=BLOCK, BLOCK_F=triton.next_power_of_2(max(follow, 1)),
-        BLOCK_C=triton.next_power_of_2(chunks), num_warps=8,
+        *((0, 0) if places is None else places.stride()[:2]), rules.sinks, rules.recent, rules.follow, chunks,
+        rules.unit, rules.spread_unit, rules.hit, rules.share, rules.copying,
+        LEVELS=LEVELS, HAS_EARLIER=places is not None, BLOCK=BLOCK,
+        BLOCK_F=triton.next_power_of_2(max(rules.follow, 1)), BLOCK_C=triton.next_power_of_2(chunks), num_warps=8,
     )  # fmt: skip
     _tally_kernel[(batch,)](stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64)
-    return keep, numbers[:, :9]
+    names = REASONS if places is not None else REASONS[:-1]
+    return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)))
 
 
 @triton.jit

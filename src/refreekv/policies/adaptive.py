@@ -3,23 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.budget import newest
-from refreekv.core.neighbours import dilate, following, peak_level_of_share
-from refreekv.core.reductions import ProbeReductions
-from refreekv.core.selection import Selection, sink_mask
+from refreekv.core.needs import Rules
+from refreekv.core.selection import Selection
 from refreekv.core.surrogates import StandIns
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
 STAND_IN_STEP = 4
 """One in so many of the window's queries says what the stand-ins are to be."""
-
-REASONS = ("sinks", "recent", "window", "spread", "following", "mass", "copying", "settled")
-"""Why positions stay; the last one on later turns only."""
 
 
 @register("adaptive")
@@ -128,36 +122,29 @@ class Adaptive(Policy):
         if view.window is None or view.spread is None:
             return None
         by_head = view.copy_scores is not None and not self.shared
-        if by_head and view.valid is None and view.keys.is_cuda and kernels.available():
-            return self.select_fused(view)
-        real, window, spread = view.real_heads, view.window, view.spread
-        order = None
-        if view.valid is not None:
-            # Padding may lie between two turns: neighbours are the entries next to each other without it.
-            order = real.to(torch.uint8).argsort(dim=-1, stable=True)
-            real = real.gather(-1, order)
-            index = order
-            window, spread = (of.each(lambda part: part.gather(-1, index)) for of in (window, spread))
-        peak = window.peak
-        reasons = self._reasons(view, real, window, spread)
-        keep = torch.stack(list(reasons.values())).any(0)
-        short = real.sum(-1, keepdim=True) < self.min_length
-        if view.settled is not None:
-            settled = view.settled.expand_as(real)
-            reasons["settled"] = settled if order is None else settled.gather(-1, order)
-            keep = keep | reasons["settled"]
-        keep = (keep | short) & real
-        if not by_head:
-            keep = keep.any(1, keepdim=True).expand_as(keep) & real
-        lost = peak.masked_fill(keep, 0.0).amax((1, 2)) / view.heads**0.5
-        shares = (torch.stack(list(reasons.values())) & real).sum((2, 3)) / real.sum((1, 2)).clamp_min(1)
-        if order is not None:
-            keep = torch.zeros_like(keep).scatter(-1, order, keep)
+        unit = self.constant * view.heads**0.5
+        if view.copy_scores is None:
+            unit /= 2
+        rules = Rules(
+            sinks=self.sinks,
+            recent=self.window,
+            unit=unit,
+            spread_unit=unit * self.spread_factor,
+            hit=self.hit,
+            follow=self.follow,
+            share=1.0 - self.lost_mass,
+            copying=self.copying,
+            min_length=self.min_length,
+            together=not by_head,
+        )
+        scores = None if view.copy_scores is None else view.copy_scores.to(view.keys.device)
+        real = None if view.valid is None else view.real_heads
+        found = kernels.needed(view.window, view.spread, scores, rules, real=real, earlier=view.earlier)
+        keep = found.keep
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
-        reason = dict(zip(reasons, shares.unbind(0), strict=True))
         standing = self._stand_ins(view, keep) if by_head else None
-        return Selection(keep, metric=lost, reasons=reason, stand_ins=standing)
+        return Selection(keep, metric=found.lost / view.heads**0.5, reasons=found.shares, stand_ins=standing)
 
     def _stand_ins(self, view: LayerView, keep: Tensor) -> StandIns | None:
         if self.stand_ins == 0 or view.queries is None:
@@ -172,58 +159,6 @@ class Adaptive(Policy):
             real=None if view.valid is None else view.real_heads,
             asked=None if view.asked is None else view.asked[:, some],
         )
-
-    def select_fused(self, view: LayerView) -> Selection:
-        """`select` in three launches, for prompts without padding whose copy scores are known."""
-        from refreekv.kernels.needs import launch_needs
-
-        assert view.window is not None
-        assert view.window.mean is not None
-        assert view.spread is not None
-        assert view.copy_scores is not None
-        unit = self.constant * view.heads**0.5
-        keep, numbers = launch_needs(
-            view.window.peak,
-            view.window.mean,
-            view.spread.peak,
-            view.copy_scores.to(view.keys.device),
-            view.settled,
-            sinks=self.sinks,
-            recent=self.window,
-            follow=self.follow,
-            unit=unit,
-            spread_unit=unit * self.spread_factor,
-            hit=self.hit,
-            share=1.0 - self.lost_mass,
-            copying=self.copying,
-        )
-        *shares, lost = numbers.unbind(1)
-        names = REASONS if view.settled is not None else REASONS[:-1]
-        reasons = dict(zip(names, shares, strict=False))
-        return Selection(keep, metric=lost / view.heads**0.5, reasons=reasons, stand_ins=self._stand_ins(view, keep))
-
-    def _reasons(
-        self, view: LayerView, real: Tensor, window: ProbeReductions, spread: ProbeReductions
-    ) -> dict[str, Tensor]:
-        """Boolean ``[B, H_kv, n]`` for each reason to keep a position; the columns of padding are of no meaning."""
-        unit = self.constant * view.heads**0.5
-        if view.copy_scores is None:
-            unit /= 2
-        batch, kv_heads, length = real.shape
-        assert window.mean is not None
-        at_mass = peak_level_of_share(window.peak, window.mean.masked_fill(~real, 0.0), 1.0 - self.lost_mass)
-        copying = torch.zeros(1, kv_heads, dtype=torch.bool, device=real.device)
-        if view.copy_scores is not None:
-            copying = view.copy_scores.to(real.device) >= self.copying
-        return {
-            "sinks": sink_mask(real.flatten(0, 1), self.sinks).view(real.shape),
-            "recent": newest(real, self.window),
-            "window": dilate(window.peak >= unit, 1),
-            "spread": dilate(spread.peak >= unit * self.spread_factor, 1),
-            "following": following(window.peak >= self.hit, self.follow),
-            "mass": window.peak >= at_mass,
-            "copying": copying[..., None].expand(batch, -1, length),
-        }
 
 
 def _check_number(name: str, value: object, below: float, meaning: str) -> None:

@@ -98,9 +98,9 @@ class LayerView:
     heads : int
         Query heads.
     copy_scores : Tensor or None
-        ``[B | 1, H_kv]`` float32: how much each KV head copies (`engines.copying`); None where
+        ``[B | 1, H_kv]`` float32: how much each KV head copies (`pruning.copy_scores`); None where
         nobody measured it.
-    settled : Tensor or None
+    earlier : Tensor or None
         Boolean ``[1, 1 | H_kv, n]``: what earlier prompts of the conversation left; None if this is the first.
     """
 
@@ -117,7 +117,7 @@ class LayerView:
     spread: ProbeReductions | None = None
     heads: int = 0
     copy_scores: Tensor | None = None
-    settled: Tensor | None = None
+    earlier: Tensor | None = None
     _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -7,7 +7,6 @@ from refreekv import kernels
 from refreekv.core.selection import (
     CutSelection,
     check_threshold,
-    uni_metric_cut_and_loss,
     uni_metric_cut_of_worst,
 )
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
@@ -64,12 +63,7 @@ class ReFreeKV(Policy):
     def select(self, view: LayerView) -> CutSelection | None:
         if self.threshold == 0:
             return None
-        if self.probe_reduce == "mean" and view.valid is None and view.keys.is_cuda and kernels.available():
-            from refreekv.kernels.cut import launch_cut
-
-            cut, loss = launch_cut(view.mean_row, self.sinks, self.threshold, self.norm_includes_sinks)
-            return CutSelection(cut, self.sinks, metric=loss)
-        measure = uni_metric_cut_and_loss if self.probe_reduce == "mean" else uni_metric_cut_of_worst
+        measure = kernels.uni_metric_cut if self.probe_reduce == "mean" else uni_metric_cut_of_worst
         cut, loss = measure(
             view.mean_row if self.probe_reduce == "mean" else view.probe,
             sinks=self.sinks,

@@ -182,7 +182,7 @@ def layer_view(
         layers,
         heads=entries.queries.states.shape[1],
         copy_scores=copy_scores,
-        settled=entries.settled,
+        earlier=entries.settled,
     )
     if plan.reduced:
         window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)

@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from refreekv.engines.vllm import refusals
 from refreekv.engines.vllm.connector import RefreekvConnector
-from refreekv.engines.vllm.scheduler_side.spec import PrunedAttentionSpec
+from refreekv.engines.vllm.spec import PrunedAttentionSpec
 from refreekv.engines.vllm.worker_side import backend
 from refreekv.engines.vllm.worker_side.calibration import measure_copy_scores
 from refreekv.engines.vllm.worker_side.runner import PrunedCPUModelRunner, RunnerV1
