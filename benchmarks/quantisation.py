@@ -1,4 +1,4 @@
-"""Fidelity against bytes: fewer entries, coarser entries, or both. The table of docs/quantisation.md.
+"""Fidelity against bytes: fewer entries, coarser entries, or both. The table of lab/quantisation.md.
 
     python benchmarks/fidelity.py MODEL --data-dir DIR --plan benchmarks/plans/quantisation.toml --out results.jsonl
     python benchmarks/quantisation.py results.jsonl --markdown table.md

@@ -1,6 +1,6 @@
 """The results page: tables and figures from results files of ``benchmarks/fidelity.py``.
 
-    python benchmarks/results.py smollm2.jsonl.gz gemma.jsonl.gz --page docs/results.md --figures docs/figures
+    python benchmarks/results.py smollm2.jsonl.gz gemma.jsonl.gz --page lab/results.md --figures lab/figures
 
 The page is written by hand but for what stands between a pair of marks such as
 ``<!-- begin MODEL:peers -->`` and ``<!-- end -->``; that is made here anew. ``MODEL`` is the
@@ -61,7 +61,7 @@ DEVELOPMENT = [
     "ruler-vt",
     "system-prompt",
 ]
-"""Families that `adaptive` was chosen on (docs/experiments.md)."""
+"""Families that `adaptive` was chosen on (lab/experiments.md)."""
 
 MARK = re.compile(r"(<!-- begin ([\w.-]+):([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

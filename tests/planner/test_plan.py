@@ -316,7 +316,7 @@ def test_activations_and_reserve_count():
 
 
 def test_activations_are_those_that_were_measured():
-    """What a prefill adds beside its K/V, Llama-3-8B shape on an H100 (README, benchmarks/overhead.py)."""
+    """What a prefill adds beside its K/V, Llama-3-8B shape on an H100 (benchmarks/overhead.py, lab/performance.md)."""
     elements = weights.activation_elements(model_of(LLAMA).text)
     for tokens, peak_mib in ((2048, 489), (8192, 1956), (32768, 7824)):
         beside = peak_mib * 2**20 - tokens * 128 * KIB

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"
 MOST_ROWS = 32
-"""Rows up to which our products with weights are known to beat the library's; see docs/performance.md."""
+"""Rows up to which our products with weights are known to beat the library's; see lab/performance.md."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
