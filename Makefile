@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # One worker a core; the tests of one file stay together and share its models.
 PYTEST_ARGS ?= -n auto --dist loadfile
+# The floors below the engines, and what takes little time of the engine on transformers.
+QUICK := tests/core tests/storage tests/policies tests/pruning tests/engines/transformers \
+  tests/test_floors.py tests/test_docs.py tests/test_vllm_parts.py
+QUICK_ARGS := -m "not real_model and not gpu and not slow" $(patsubst %,--ignore=tests/engines/transformers/%.py, \
+  test_real_model test_captured_decode test_captured_int8 test_equivalence)
 
-.PHONY: demo test check lint types pytest test-oldest test-vllm test-vllm-full format clean
+.PHONY: demo test quick check lint types pytest test-oldest test-vllm test-vllm-full format clean
 
 demo: $(VENV)/.ready  ## full cache and ReFreeKV side by side on a real model
 	$(BIN)/refreekv demo
 
 test: check  ## ruff, mypy, pytest with a real model
+
+quick: $(VENV)/.ready  ## ruff, and the tests of the lower floors: under a minute
+	$(BIN)/ruff check --quiet .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS) $(QUICK_ARGS) $(QUICK)
 
 check: lint types pytest
 
@@ -22,11 +31,11 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 pytest: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 # The oldest transformers that the tests are kept green on.
 test-oldest: $(VENV)-oldest/.ready
-	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 $(VENV)-oldest/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-oldest
