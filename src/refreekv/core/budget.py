@@ -1,4 +1,4 @@
-"""Scores and budgets to what is kept: pure tensor functions that the fixed-budget policies share.
+"""Budgets and ranking: from scores to kept entries, for the policies with a fixed budget.
 
 Everything here works on heads that hold different numbers of entries, and on padding
 anywhere in a row. Budgets are tensors: no function waits for the device.
@@ -167,34 +167,34 @@ def pyramid(budget: Tensor, held: Tensor, layer: int | Tensor, layers: int, wind
     return torch.where(fits & (layers > 1), high - layer * slope, budget).round().minimum(held).long()
 
 
-def fill_evenly(wanted: Tensor, room: Tensor, total: Tensor) -> Tensor:
-    """Whole numbers that add up to ``total``: what is wanted, capped, and the rest in equal parts on top.
+def fill_evenly(wanted: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Share out whole numbers that add up to ``total``: what is wanted, capped, and the rest in equal parts on top.
 
     Parameters
     ----------
     wanted : Tensor
         Integer ``[L]``, non-negative, adding up to no more than ``total``.
-    room : Tensor
+    most : Tensor
         Integer ``[L]``: the most each can take.
     total : Tensor
-        Integer, scalar. More than there is room for fills everything.
+        Integer, scalar. More than all can take fills everything.
 
     Returns
     -------
     Tensor
-        Integer ``[L]``: ``min(wanted + t, room)`` for the largest ``t`` that the total allows, and one more
-        for as many of the first that have room as there is left.
+        Integer ``[L]``: ``min(wanted + t, most)`` for the largest ``t`` that the total allows, and one more
+        for as many of the first that can take more as there is left.
     """
-    base = wanted.minimum(room)
-    gaps = (room - base).sort().values
+    base = wanted.minimum(most)
+    gaps = (most - base).sort().values
     rest = (total - base.sum()).minimum(gaps.sum())
     # If the i smallest gaps are full, the rest is shared by what is left of them.
     smaller = gaps.cumsum(0) - gaps
     others = torch.arange(len(gaps), 0, -1, device=gaps.device)
     full = (smaller + gaps * others <= rest).sum().clamp_max(len(gaps) - 1)
     level = ((rest - smaller) // others).gather(0, full[None])
-    filled = (base + level).minimum(room)
-    open_ = filled < room
+    filled = (base + level).minimum(most)
+    open_ = filled < most
     return filled + (open_ & (open_.cumsum(0) <= rest - (filled - base).sum())).long()
 
 

@@ -1,4 +1,4 @@
-"""What lies around chosen positions: beside them, after them, and as much below them as holds a share."""
+"""Neighbours of chosen positions: beside them, after them, and those of the highest peaks that hold a share."""
 
 import torch
 from torch import Tensor

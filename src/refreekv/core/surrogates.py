@@ -1,14 +1,14 @@
-"""A few entries that stand in for all that is evicted.
+"""Surrogates: a few entries in place of all that is evicted.
 
 Evicted entries get little attention each, but together they may get a tenth of it, and
-without them the others get that tenth. A stand-in is one entry for many: its key makes the
+without them the others get that tenth. A surrogate is one entry for many: its key makes the
 logit that a query gives it the logarithm of the sum of their exponentials, as nearly as one
 key can, and its value is the mean of theirs, weighted by the attention they get. So the
 attention that is lost is lost no more; only what the evicted entries say apart from each
 other is.
 
-Nothing else in the cache has to know: a stand-in takes the place of one of the entries
-that it stands in for.
+Nothing else in the cache has to know: a surrogate takes the place of one of the entries
+that it replaces.
 """
 
 import math
@@ -23,14 +23,14 @@ TINY = 1e-30
 """Under any sum of exponentials that matters next to their largest term."""
 
 TOO_MUCH = 2.0
-"""How many times its part's sum a stand-in may get from a query.
+"""How many times its part's sum a surrogate may get from a query.
 
 Too little is what eviction does anyway; too much hides what stays.
 """
 
 
 class StandIns(NamedTuple):
-    """Entries that stand in for evicted ones; ``m`` for each KV head.
+    """Surrogates of evicted entries; ``m`` for each KV head.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class StandIns(NamedTuple):
     keys, values : Tensor
         ``[B, H_kv, m, D]``, in the precision of the prompt's.
     real : Tensor
-        Boolean ``[B, H_kv, m]``: False where there is nothing to stand in for.
+        Boolean ``[B, H_kv, m]``: False where nothing is replaced.
     """
 
     columns: Tensor
@@ -58,7 +58,7 @@ def stand_ins(
     real: Tensor | None = None,
     asked: Tensor | None = None,
 ) -> StandIns:
-    """Entries that stand in for evicted ones, as ``queries`` saw these.
+    """Surrogates of evicted entries, as ``queries`` saw these.
 
     The evicted entries of a head are divided by position into ``count`` parts of equal size, so that
     those of one part are alike in how far away they are. For a part with the sums ``s_q = sum_i exp(q·k_i)``
@@ -122,10 +122,10 @@ def stand_ins(
 
 
 def put(chosen: StandIns, keys: Tensor, values: Tensor) -> None:
-    """Write stand-ins over the entries ``[B, H_kv, n, D]`` whose places they take."""
+    """Write surrogates over the entries ``[B, H_kv, n, D]`` whose places they take."""
     for stored, new in ((keys, chosen.keys), (values, chosen.values)):
         index = chosen.columns[..., None].expand_as(new)
-        # Where there is nothing to stand in for, an entry is written over itself.
+        # Where nothing is replaced, an entry is written over itself.
         stored.scatter_(2, index, torch.where(chosen.real[..., None], new, stored.gather(2, index)))
 
 

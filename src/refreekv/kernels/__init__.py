@@ -162,9 +162,9 @@ def stand_ins(
     real: Tensor | None = None,
     asked: Tensor | None = None,
 ) -> StandIns:
-    """Entries that stand in for all that is not kept.
+    """Surrogates of all that is not kept.
 
-    Parameters, results and meaning are those of `core.stand_ins.stand_ins`, but ``keep``: boolean
+    Parameters, results and meaning are those of `core.surrogates.stand_ins`, but ``keep``: boolean
     ``[B, H_kv, n]``, whose opposite that takes.
     """
     rows = queries.shape[1] // keys.shape[1] * queries.shape[2]
@@ -178,7 +178,7 @@ def stand_ins(
 
 
 def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
-    """Write stand-ins over the entries ``[B, H_kv, n, D]`` whose places they take; what is kept with them."""
+    """Write surrogates over the entries ``[B, H_kv, n, D]`` whose places they take; what is kept with them."""
     if keys.is_cuda and available():
         from refreekv.kernels.surrogates import launch_put
 

@@ -1,6 +1,6 @@
-"""Where the Uni-Metric lets the position ranking be cut, in three launches instead of two dozen.
+"""The Uni-Metric's cut of the position ranking, in three launches instead of two dozen.
 
-The judge is `core.selection.uni_metric_cut_and_loss`. Sums and norms are float64, as there.
+Tests compare it with `core.selection.uni_metric_cut_and_loss`. Sums and norms are float64, as there.
 """
 
 import torch
@@ -67,11 +67,11 @@ def _norms_kernel(
     for start in range(0, heads, HEADS):
         head = start + tl.arange(0, HEADS)
         here = (head < heads)[:, None] & ((part > chunk) & (part < chunks))[None, :]
-        behind = tl.sum(tl.load(sums + head[:, None] * chunks + part[None, :], here, 0.0), 1)
+        after = tl.sum(tl.load(sums + head[:, None] * chunks + part[None, :], here, 0.0), 1)
         if INCLUDES_SINKS:
-            behind += tl.sum(_squares(rows, head, heads, sink, 0, first, length), 1)
+            after += tl.sum(_squares(rows, head, heads, sink, 0, first, length), 1)
         kept = tl.cumsum(_squares(rows, head, heads, n, first, length, length), 1, reverse=True)
-        norm += tl.sum(tl.sqrt(kept + behind[:, None]), 0)
+        norm += tl.sum(tl.sqrt(kept + after[:, None]), 0)
     tl.store(norms + batch * length + n, norm / heads, n < length)
 
 

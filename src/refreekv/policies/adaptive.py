@@ -13,7 +13,7 @@ from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, ch
 from refreekv.policies.registry import register
 
 STAND_IN_STEP = 4
-"""One in so many of the window's queries says what the stand-ins are to be."""
+"""One in so many of the window's queries makes the surrogates."""
 
 
 @register("adaptive")
@@ -38,7 +38,7 @@ class Adaptive(Policy):
     - It is a sink, among the newest ``window`` positions, or was kept at an earlier prompt's end.
 
     What a head evicts all the same gets little attention each, but some together: ``stand_ins`` entries
-    take its place (`refreekv.core.surrogates`), at the end of the first prompt of a conversation.
+    take its place, surrogates (`refreekv.core.surrogates`), at the end of the first prompt of a conversation.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
@@ -63,7 +63,7 @@ class Adaptive(Policy):
     copying : float
         Copy score, in [0, 1], from which on a head keeps everything. Above 1: none does.
     stand_ins : int
-        Entries of each head that stand in for all that it evicts. 0: none.
+        Surrogates of each head: entries in place of all that it evicts. 0: none.
     min_length : int
         Tokens under which a prompt is kept whole.
     shared : bool

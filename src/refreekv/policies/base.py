@@ -87,7 +87,7 @@ class LayerView:
         Boolean ``[B | 1, k, n]`` (or ``[B, H, k, n]``): the keys each probed query sees, none for
         a query at padding; None means all.
     queries : Tensor or None
-        ``[B, H, k, D]`` float32: the queries behind ``rows`` or ``window``, position-encoded and scaled, so
+        ``[B, H, k, D]`` float32: the queries of ``rows`` or ``window``, position-encoded and scaled, so
         that their products with keys are attention logits; None if the plan did not ask for them, or if
         more than a product makes a logit (soft capping).
     asked : Tensor or None
