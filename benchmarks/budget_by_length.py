@@ -21,7 +21,7 @@ import torch
 import refreekv
 from checkpoints import load
 from refreekv.engines.transformers.naming import NAME
-from refreekv.evaluation import families
+from refreekv.evaluation.data import families
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refreekv.evaluation import store
+from refreekv.evaluation import results as store
 from refreekv.planner import budgets
 
 HERE = Path(__file__).parent

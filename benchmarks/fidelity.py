@@ -25,10 +25,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import checkpoints
-from refreekv.evaluation import runner, store, summary, sweeps
-from refreekv.evaluation.encoding import encode
-from refreekv.evaluation.fidelity import Bench
-from refreekv.evaluation.samples import Sample
+from refreekv.evaluation import results as store
+from refreekv.evaluation import summary, sweeps
+from refreekv.evaluation.data.encoding import encode
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity import runner
+from refreekv.evaluation.fidelity.bench import Bench
 
 SHAPES: dict[str, dict[str, int]] = {
     # A 1.5B of Qwen2's proportions, a 135M of SmolLM2's, and one to try things with.
@@ -96,7 +98,7 @@ def samples_of(arguments: argparse.Namespace, plan: "Plan", tokenizer: Any) -> l
         vocabulary = SHAPES[arguments.random]["vocab_size"]
         texts = [" ".join(str(rng.randrange(vocabulary)) for _ in range(length)) for length in lengths]
         return [Sample(str(index), "random", text) for index, text in enumerate(texts)]
-    from refreekv.evaluation import families
+    from refreekv.evaluation.data import families
 
     found: list[list[Sample]] = []
     for name, count in plan.families.items():
@@ -116,7 +118,7 @@ def samples_of(arguments: argparse.Namespace, plan: "Plan", tokenizer: Any) -> l
 
 def _limit(name: str, count: int) -> dict[str, int]:
     """Generated families are made to length, and say how many; of data all is looked through."""
-    from refreekv.evaluation import families, stress
+    from refreekv.evaluation.data import families, stress
 
     return {"limit": count} if families.parse(name)[0] in stress.FAMILIES else {}
 
@@ -153,7 +155,7 @@ class Plan:
         if arguments.plan is not None:
             plan = cls(**tomllib.loads(arguments.plan.read_text(encoding="utf-8")))
             return replace(plan, policies=[*plan.policies, *arguments.policy], suites=[*plan.suites, *arguments.suite])
-        from refreekv.evaluation import families
+        from refreekv.evaluation.data import families
 
         names = families.split([arguments.families]) if arguments.families else families.names()
         return cls(

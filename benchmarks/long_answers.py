@@ -22,7 +22,7 @@ from transformers import DynamicCache
 import refreekv
 from checkpoints import load
 from refreekv.engines.transformers.naming import NAME
-from refreekv.evaluation import families
+from refreekv.evaluation.data import families
 
 STEP = 64
 """Tokens in one call; intervals are multiples."""

@@ -21,9 +21,9 @@ from transformers import DynamicCache
 from fidelity import load
 from refreekv.core.quantisation import SINKS, centre_of, round_trip
 from refreekv.engines.transformers.naming import NAME
-from refreekv.evaluation import families
-from refreekv.evaluation.encoding import encode
-from refreekv.evaluation.metrics import divergence
+from refreekv.evaluation.data import families
+from refreekv.evaluation.data.encoding import encode
+from refreekv.evaluation.fidelity.metrics import divergence
 
 RECENT = 64
 FP8 = torch.float8_e4m3fn

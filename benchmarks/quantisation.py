@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refreekv.evaluation import store, summary, sweeps
+from refreekv.evaluation import results as store
+from refreekv.evaluation import summary, sweeps
+from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, parse
 from refreekv.evaluation.records import FidelityRecord
-from refreekv.evaluation.stored import format_of, kept_bytes, parse
 
 HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64)}
 

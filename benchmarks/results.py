@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refreekv.evaluation import store, summary, sweeps
+from refreekv.evaluation import results as store
+from refreekv.evaluation import summary, sweeps
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.sweeps import FULL
 

@@ -22,7 +22,7 @@ from fidelity import load
 from number_formats import prompts
 from refreekv.core.coded_lines import fits
 from refreekv.engines.transformers.naming import NAME
-from refreekv.evaluation.metrics import divergence
+from refreekv.evaluation.fidelity.metrics import divergence
 
 
 @torch.inference_mode()

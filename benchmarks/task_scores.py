@@ -29,14 +29,15 @@ import transformers
 import refreekv
 from checkpoints import load
 from refreekv.engines.transformers.attachment import attached
-from refreekv.evaluation import sweeps, task_loading, task_tables
+from refreekv.evaluation import sweeps, task_tables
+from refreekv.evaluation.fidelity.runner import device_name
 from refreekv.evaluation.records import CHANCE, TaskRecord
-from refreekv.evaluation.runner import device_name
-from refreekv.evaluation.store import RecordFile, Results, read_records
+from refreekv.evaluation.results import RecordFile, Results, read_records
 from refreekv.evaluation.sweeps import FULL
-from refreekv.evaluation.task_loading import BenchTask
 from refreekv.evaluation.task_tables import Estimate, FamilyResult
-from refreekv.evaluation.tasks import Plan, Settings, plan, run
+from refreekv.evaluation.tasks import loading as task_loading
+from refreekv.evaluation.tasks.loading import BenchTask
+from refreekv.evaluation.tasks.running import Plan, Settings, plan, run
 from refreekv.report import format_bytes
 
 STARTED = time.monotonic()

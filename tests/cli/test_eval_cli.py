@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from helpers.models import save_with_characters
 from refreekv.cli.commands import app
-from refreekv.evaluation import families
-from refreekv.evaluation.samples import Sample
-from refreekv.evaluation.store import read
+from refreekv.evaluation.data import families
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.results import read
 
 POLICIES = ("--policy", "refreekv:threshold=0.1,0.3,frozen_layers=1", "--policy", "streaming-llm:ratio=0.5")
 
@@ -117,13 +117,6 @@ def test_mistakes_are_said_in_a_line(folder, tmp_path, arguments, words):
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
-
-
-def test_report_without_its_library(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    result = invoke("--model", folder, "--out", tmp_path / "o.jsonl", "--html", tmp_path / "r.html")
-    assert result.exit_code == 2
-    assert "refreekv[report]" in result.stderr
 
 
 def test_fidelity_needs_no_terminal_packages(tmp_path):

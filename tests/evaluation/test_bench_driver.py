@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from helpers.models import save_with_characters
-from refreekv.evaluation.store import read
+from refreekv.evaluation.results import read
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fidelity.py"
 RANDOM = ("--random", "tiny", "--text-tokens", "60", "--limit", "5", "--device", "cpu", "--dtype", "float32")

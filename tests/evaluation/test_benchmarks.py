@@ -14,14 +14,15 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import VOCAB, build
 from refreekv import ReFreeKVCache
-from refreekv.evaluation import coqa, sandbox, task_loading
-from refreekv.evaluation.benchmarks import BENCHMARKS, PAPER, PUNKT
-from refreekv.evaluation.datasets import DataMissing
-from refreekv.evaluation.encoding import MARK
+from refreekv.evaluation.data.datasets import DataMissing
+from refreekv.evaluation.data.encoding import MARK
 from refreekv.evaluation.records import TaskRecord
-from refreekv.evaluation.store import RecordFile
-from refreekv.evaluation.task_loading import load, names
-from refreekv.evaluation.tasks import Settings, plan, run, score
+from refreekv.evaluation.results import RecordFile
+from refreekv.evaluation.tasks import coqa, sandbox
+from refreekv.evaluation.tasks import loading as task_loading
+from refreekv.evaluation.tasks.benchmarks import BENCHMARKS, PAPER, PUNKT
+from refreekv.evaluation.tasks.loading import load, names
+from refreekv.evaluation.tasks.running import Settings, plan, run, score
 from refreekv.policies import create
 
 LONG = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from refreekv.evaluation import families, stress, stress_code, stress_text
-from refreekv.evaluation.datasets import DATASETS, DataMissing
-from refreekv.evaluation.families import load, names, split
-from refreekv.evaluation.scoring import metrics, score
+from refreekv.evaluation.data import families, stress, stress_code, stress_text
+from refreekv.evaluation.data.datasets import DATASETS, DataMissing
+from refreekv.evaluation.data.families import load, names, split
+from refreekv.evaluation.tasks.scoring import metrics, score
 
 LONG = {"context": "Bo lives in Rome.", "input": "Where does Bo live?", "answers": ["Rome", "in Rome"], "id": "row"}
 RULER = {

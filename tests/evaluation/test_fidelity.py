@@ -10,11 +10,12 @@ import torch
 from helpers.models import VOCAB, build, full_layers
 from refreekv import ReFreeKVCache, policies
 from refreekv.core.selection import Selection
-from refreekv.evaluation import choosing, masked, metrics, sweeps
-from refreekv.evaluation.decoding import until_stop
-from refreekv.evaluation.encoding import Encoded, encode
-from refreekv.evaluation.fidelity import Bench, Job
-from refreekv.evaluation.samples import Sample
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.data.encoding import Encoded, encode
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity import choosing, masked, metrics
+from refreekv.evaluation.fidelity.bench import Bench, Job
+from refreekv.evaluation.fidelity.decoding import until_stop
 from refreekv.policies import LayerView, Policy, ProbePlan
 
 

@@ -9,10 +9,11 @@ import torch
 
 from evaluation.test_fidelity import bench, tokens
 from refreekv import policies
-from refreekv.evaluation import runner, sweeps
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity import runner
 from refreekv.evaluation.records import FidelityRecord
-from refreekv.evaluation.samples import Sample
-from refreekv.evaluation.store import ResultsFile, read
+from refreekv.evaluation.results import ResultsFile, read
 from refreekv.evaluation.summary import bootstrap, markdown, summarize
 
 # -- results files ------------------------------------------------------------------------------

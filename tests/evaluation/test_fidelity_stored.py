@@ -9,8 +9,8 @@ from evaluation.test_fidelity import ASKED, POLICIES, Uneven, bench, job, tokens
 from helpers.models import build
 from refreekv import KVDtype, ReFreeKVCache
 from refreekv.evaluation import sweeps
-from refreekv.evaluation.prefill import SharedPrefill, fork, forward
-from refreekv.evaluation.stored import StoredPolicy, format_of, parse
+from refreekv.evaluation.fidelity.formats import StoredPolicy, format_of, parse
+from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.storage.arena import KVArena
 
 NUMBERS = [KVDtype("fp8", recent=0), KVDtype("int8", recent=9), KVDtype("int4", recent=9), KVDtype("int4", recent=500)]

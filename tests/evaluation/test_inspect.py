@@ -1,9 +1,11 @@
 """``refreekv inspect``: the page against the cache it speaks of, in a real browser too."""
 
+import base64
 import html
 import itertools
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from helpers.driving import POLICIES
 from helpers.models import prompts
 from refreekv import ReFreeKVCache
 from refreekv.cli.detokenizing import Detokenizer, token_texts
-from refreekv.evaluation.inspection import Inspection
+from refreekv.evaluation.inspect.inspection import Inspection, encode_positions
 
 pytest.importorskip("jinja2")
 
@@ -124,6 +126,24 @@ def test_layers_and_report_must_belong_together(llama):
         inspection_of(llama, CUT, 40, tokens=[])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_encoded_positions_decode_to_the_ranges(seed):
+    rng = random.Random(seed)
+    for length in (1, 7, 8, 9, 300):
+        kept = {at for at in range(length) if rng.random() < rng.choice([0.02, 0.5, 0.98])}
+        beyond = [[length - 1, length + 5]] * (length - 1 in kept)
+        encoded = encode_positions([[at, at + 1] for at in sorted(kept)] + beyond, length)
+        if isinstance(encoded, str):
+            bits = base64.b64decode(encoded)
+            decoded = {at for at in range(length) if bits[at // 8] >> (at % 8) & 1}
+        else:
+            ends = [sum(encoded[: i + 1]) for i in range(len(encoded))]
+            decoded = {at for i in range(1, len(ends), 2) for at in range(ends[i - 1], ends[i])}
+        assert decoded == kept
+    assert isinstance(encode_positions([[0, 9_000]], 10_000), list)
+    assert isinstance(encode_positions([[at, at + 1] for at in range(0, 10_000, 2)], 10_000), str)
+
+
 # -- the command ------------------------------------------------------------------------
 
 
@@ -175,7 +195,7 @@ def test_bad_input_is_refused_in_a_line(run, folder, tmp_path):
 
 def test_the_picture_shows_the_shares(llama, tmp_path):
     pytest.importorskip("matplotlib")
-    from refreekv.evaluation.inspection_png import kept_shares, write_png
+    from refreekv.evaluation.inspect.png import kept_shares, write_png
 
     made = inspection_of(llama, UNEVEN, 1_500, full="$x^$ " * 400, compressed="شيء آخر\n\n" * 40)
     heads = kept_sets(made)
@@ -277,11 +297,11 @@ def test_both_answers_with_the_first_difference_marked(shown, llama):
     page = shown(inspection_of(llama, CUT, 60))
     answers = page.all(".answer", "[n.textContent, n.querySelector('mark').textContent]")
     assert answers == [["The keeper wrote a line.", "a"], ["The keeper wrote eleven pages.", "eleven"]]
-    assert "differ from token 4 of 6 on" in page.all(".verdict", "n.innerText")[0]
+    assert "differ from token 4 of 6 on" in page.all(".agreement", "n.innerText")[0]
     same = inspection_of(llama, CUT, 60, compressed="The keeper wrote a line.", first_difference=None)
     page = shown(same)
     assert page.all("mark", "n") == []
-    assert page.all(".verdict", "n.innerText") == ["All 6 new tokens are the same."]
+    assert page.all(".agreement", "n.innerText") == ["All 6 new tokens are the same."]
 
 
 def test_reasons_to_keep_are_those_of_the_report(shown, llama):

@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import VOCAB, build
 from refreekv import ReFreeKVCache
-from refreekv.evaluation.lm_eval_model import CompressedLM, evaluate
+from refreekv.evaluation.tasks.lm_eval_model import CompressedLM, evaluate
 
 WORDS = [f"w{index}" for index in range(VOCAB - 2)]
 HALF = {"name": "streaming-llm", "spec": "streaming-llm:ratio=0.3"}

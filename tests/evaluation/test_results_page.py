@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from helpers.models import build
-from refreekv.evaluation import runner, sweeps
-from refreekv.evaluation.fidelity import Bench
-from refreekv.evaluation.samples import Sample
+from refreekv.evaluation import sweeps
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity import runner
+from refreekv.evaluation.fidelity.bench import Bench
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "results.py"
 spec = importlib.util.spec_from_file_location("benchmark_results", SCRIPT)

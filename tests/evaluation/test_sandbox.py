@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from refreekv.evaluation import sandbox
-from refreekv.evaluation.sandbox import NoIsolation, run_python
+from refreekv.evaluation.tasks import sandbox
+from refreekv.evaluation.tasks.sandbox import NoIsolation, run_python
 
 needs_isolation = pytest.mark.skipif(not sandbox.isolates(), reason="this system lets users open no namespaces")
 

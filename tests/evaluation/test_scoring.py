@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from refreekv.evaluation import sandbox, scoring
-from refreekv.evaluation.instructions import draw, follows, kinds
-from refreekv.evaluation.samples import Sample
-from refreekv.evaluation.scoring import score
+from refreekv.evaluation.data.instructions import draw, follows, kinds
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.tasks import sandbox, scoring
+from refreekv.evaluation.tasks.scoring import score
 
 needs_rapidfuzz = pytest.mark.skipif(
     importlib.util.find_spec("rapidfuzz") is None, reason="rapidfuzz is not installed (extra [eval])"

@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import save_with_characters
 from refreekv.evaluation.records import TaskRecord
-from refreekv.evaluation.store import read_records
+from refreekv.evaluation.results import read_records
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "task_scores.py"
 spec = importlib.util.spec_from_file_location("benchmark_task_scores", SCRIPT)

@@ -20,14 +20,14 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import VOCAB, build
 from refreekv.cli.commands import app
-from refreekv.evaluation.generation import Prompt, answer
+from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.records import TaskRecord
-from refreekv.evaluation.sample_task import SampleTask
-from refreekv.evaluation.samples import Sample
-from refreekv.evaluation.store import RecordFile, read_records
-from refreekv.evaluation.task_loading import BenchTask
+from refreekv.evaluation.results import RecordFile, read_records
 from refreekv.evaluation.task_tables import bootstrap, by_place, summarise
-from refreekv.evaluation.tasks import Settings, plan, run
+from refreekv.evaluation.tasks.generation import Prompt, answer
+from refreekv.evaluation.tasks.loading import BenchTask
+from refreekv.evaluation.tasks.running import Settings, plan, run
+from refreekv.evaluation.tasks.sample_task import SampleTask
 from refreekv.policies import create
 
 WORDS = [f"w{index}" for index in range(VOCAB - 2)]

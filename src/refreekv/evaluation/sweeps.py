@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from refreekv import policies
-from refreekv.evaluation.stored import MARK, StoredPolicy, parse
+from refreekv.evaluation.fidelity.formats import MARK, StoredPolicy, parse
 from refreekv.policies import Policy
 
 FULL = "full"

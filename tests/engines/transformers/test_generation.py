@@ -12,8 +12,8 @@ import refreekv
 from helpers.models import VOCAB, build
 from refreekv.engines.transformers import graph
 from refreekv.engines.transformers.attachment import attached
-from refreekv.evaluation import generation
-from refreekv.evaluation.generation import Prompt, answer
+from refreekv.evaluation.tasks import generation
+from refreekv.evaluation.tasks.generation import Prompt, answer
 from refreekv.policies import create
 
 WORDS = [f"w{index}" for index in range(VOCAB - 2)]

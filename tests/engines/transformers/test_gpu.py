@@ -9,9 +9,9 @@ import refreekv
 from helpers.models import build, prompts
 from refreekv.core.probes import attention_rows
 from refreekv.evaluation import sweeps
-from refreekv.evaluation.encoding import Encoded
-from refreekv.evaluation.fidelity import Bench, Job
-from refreekv.evaluation.samples import Sample
+from refreekv.evaluation.data.encoding import Encoded
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity.bench import Bench, Job
 
 pytestmark = [
     pytest.mark.gpu,

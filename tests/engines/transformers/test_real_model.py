@@ -7,9 +7,9 @@ import torch
 import refreekv
 from helpers import numpy_reference as slow
 from refreekv.evaluation import sweeps
-from refreekv.evaluation.encoding import Encoded
-from refreekv.evaluation.fidelity import Bench, Job
-from refreekv.evaluation.samples import Sample
+from refreekv.evaluation.data.encoding import Encoded
+from refreekv.evaluation.data.samples import Sample
+from refreekv.evaluation.fidelity.bench import Bench, Job
 
 pytestmark = pytest.mark.real_model
 

@@ -1,6 +1,5 @@
 """``refreekv eval``: what policies keep and what that costs, on a model of one's own."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from refreekv.cli.app import UserError, app, one_line, refusals
 from refreekv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
-    from refreekv.evaluation.samples import Sample
+    from refreekv.evaluation.data.samples import Sample
 
 TABLE_WIDTH = 180
 
@@ -72,7 +71,6 @@ def evaluate(
         int | None, typer.Option("--rows", metavar="N", help="Policies in one batch. Default: as memory allows.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for a browser.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -107,8 +105,6 @@ def evaluate(
     for name, value, least in (("--limit", limit, 1), ("--continuation", continuation, 1), ("--show", show, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
-    if html is not None and not _is_installed("jinja2"):
-        raise UserError("the HTML report needs Jinja2; run: pip install 'refreekv[report]'")
     from refreekv.evaluation import sweeps
 
     with refusals():
@@ -117,9 +113,10 @@ def evaluate(
 
     from refreekv.cli import loading
     from refreekv.cli.progress import counting, stderr_console
-    from refreekv.evaluation import runner, summary
-    from refreekv.evaluation.fidelity import Bench
-    from refreekv.evaluation.store import ResultsFile
+    from refreekv.evaluation import summary
+    from refreekv.evaluation.fidelity import runner
+    from refreekv.evaluation.fidelity.bench import Bench
+    from refreekv.evaluation.results import ResultsFile
 
     loaded = loading.load(loading.find(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with refusals():
@@ -147,10 +144,6 @@ def evaluate(
     tables = summary.summarize(records, seed=seed)
     if markdown is not None:
         _write(markdown, summary.markdown(tables, setup=setup))
-    if html is not None:
-        from refreekv.evaluation.html import write_report
-
-        write_report(records, html, title=f"Fidelity of {loaded.name}", setup=setup)
     if as_json:
         skipped = {f"{family}/{sample}": reason for (family, sample), reason in planned.skipped.items()}
         result = {"setup": setup, "not_run": missing, "skipped": skipped, **tables.to_dict()}
@@ -168,7 +161,7 @@ def _samples(
     wanted: list[str] | None, data_dir: Path | None, limit: int, seed: int
 ) -> tuple[list["Sample"], dict[str, str]]:
     """The samples of all families, and the families without data, with the reason."""
-    from refreekv.evaluation import families
+    from refreekv.evaluation.data import families
 
     with refusals():
         chosen = families.split(wanted) if wanted else list(families.names())
@@ -197,13 +190,6 @@ def _notes(missing: dict[str, str], planned: Any) -> list[str]:
     if planned.done:
         notes.append(f"{planned.done} results are in the file already")
     return notes
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # in sys.modules, yet not a module
-        return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from refreekv.cli.options import (
 if TYPE_CHECKING:
     from refreekv.cli.comparing import Comparison
     from refreekv.cli.loading import Loaded
-    from refreekv.evaluation.inspection import Inspection
+    from refreekv.evaluation.inspect.inspection import Inspection
 
 
 @app.command()
@@ -79,7 +79,7 @@ def inspect(
     try:
         inspection.write_html(page)
         if png is not None:
-            from refreekv.evaluation.inspection_png import write_png
+            from refreekv.evaluation.inspect.png import write_png
 
             write_png(inspection, png)
     except (OSError, ImportError) as error:
@@ -91,7 +91,7 @@ def inspect(
         typer.echo(json.dumps({**about, **result.to_dict(), "kept": inspection.kept, "files": written}, indent=2))
         return
     typer.echo(str(result.report).partition("\n")[0])
-    typer.echo(inspection.verdict)
+    typer.echo(inspection.agreement)
     typer.echo(f"Written: {', '.join(written)}")
 
 
@@ -111,7 +111,7 @@ def _inspection(
     import transformers
 
     from refreekv.cli.detokenizing import token_texts
-    from refreekv.evaluation.inspection import Inspection
+    from refreekv.evaluation.inspect.inspection import Inspection
 
     length = result.prompt_tokens
     full, compressed = result.full, result.compressed

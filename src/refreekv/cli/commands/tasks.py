@@ -16,8 +16,8 @@ from refreekv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOpt
 
 if TYPE_CHECKING:
     from refreekv.cli.loading import Loaded
-    from refreekv.evaluation.task_loading import BenchTask
     from refreekv.evaluation.task_tables import Estimate, FamilyResult, PolicyResult
+    from refreekv.evaluation.tasks.loading import BenchTask
     from refreekv.policies import Policy
 
 
@@ -50,7 +50,7 @@ class Request:
 
 def _list(wanted: bool) -> None:
     if wanted:
-        from refreekv.evaluation import task_loading
+        from refreekv.evaluation.tasks import loading as task_loading
 
         listing = task_loading.names()
         width = max(map(len, listing))
@@ -155,10 +155,11 @@ def tasks(
 def score_tasks(request: Request) -> None:
     """Load, run and show."""
     from refreekv.cli import loading
-    from refreekv.evaluation import sweeps, task_loading, task_tables
-    from refreekv.evaluation.benchmarks import PAPER
-    from refreekv.evaluation.families import split
-    from refreekv.evaluation.scoring import MetricUnavailable
+    from refreekv.evaluation import sweeps, task_tables
+    from refreekv.evaluation.data.families import split
+    from refreekv.evaluation.tasks import loading as task_loading
+    from refreekv.evaluation.tasks.benchmarks import PAPER
+    from refreekv.evaluation.tasks.scoring import MetricUnavailable
 
     with refusals():
         chosen = sweeps.choose(request.policy or ([] if request.suite else ["refreekv"]), request.suite or [])
@@ -213,9 +214,9 @@ def score_tasks(request: Request) -> None:
 def _run(
     request: Request, loaded: "Loaded", found: "list[BenchTask]", chosen: "dict[str, Policy]"
 ) -> tuple[list[Any], list[str]]:
-    from refreekv.evaluation import tasks as bench
     from refreekv.evaluation.records import TaskRecord
-    from refreekv.evaluation.store import RecordFile
+    from refreekv.evaluation.results import RecordFile
+    from refreekv.evaluation.tasks import running as bench
 
     settings = bench.Settings(
         loaded.name,

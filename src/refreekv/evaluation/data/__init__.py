@@ -1,0 +1,1 @@
+"""What is measured on: public datasets and generated prompts, by name."""

@@ -1,0 +1,99 @@
+"""Samples as tokens: what is compressed, what comes after it, and the gold answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refreekv.evaluation.data.samples import Sample
+
+ANSWER_TOKENS = 64
+"""Tokens of a gold answer that are scored."""
+
+MARK = "\x02refreekv-question\x03"
+"""Stands in a text where the part ends that is compressed before the rest is known."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one sample.
+
+    Attributes
+    ----------
+    context : list of int
+        What is prefilled and compressed.
+    question : list of int
+        The second turn; empty where the context holds everything.
+    answer : list of int
+        The first gold answer; empty where none is known.
+    text : str
+        The context before it was tokenized, chat template included.
+    """
+
+    context: list[int]
+    question: list[int]
+    answer: list[int]
+    text: str
+
+
+def encode(tokenizer: Any, sample: Sample) -> Encoded:
+    """Tokenize a sample.
+
+    A question belongs to the same user message as the prompt it is about: the message is
+    put into the chat template as a whole and cut where the prompt ends. Both parts are
+    tokenized alone, as a cache that was filled before the question was known would have it.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer. One without chat template gets the plain text.
+    sample : Sample
+        The sample.
+
+    Raises
+    ------
+    ValueError
+        The prompt has no tokens.
+    """
+    chat = sample.chat and bool(getattr(tokenizer, "chat_template", None))
+    if chat:
+        text, question = _in_template(tokenizer, sample)
+    else:
+        text = f"{sample.system}\n\n{sample.prompt}" if sample.system else sample.prompt
+        question = f"\n\n{sample.question}\n" if sample.question else ""
+    # A template writes its own beginning-of-sequence token.
+    context = _ids(tokenizer, text, special=not chat)
+    if not context:
+        raise ValueError(f"sample {sample.id!r} of {sample.family!r} has an empty prompt")
+    answer = sample.answers[0] if sample.answers else ""
+    if answer and not chat and not (question or text)[-1:].isspace():
+        answer = f" {answer}"
+    return Encoded(context, _ids(tokenizer, question), _ids(tokenizer, answer)[:ANSWER_TOKENS], text)
+
+
+def _in_template(tokenizer: Any, sample: Sample) -> tuple[str, str]:
+    """The chat text up to the prompt's end, and from the question on."""
+    content = f"{sample.prompt}{MARK}{sample.question}" if sample.question else sample.prompt
+    text = _render(tokenizer, sample.system, content)
+    if not sample.question:
+        return text, ""
+    context, _, question = text.partition(MARK)
+    return context, f"\n\n{question}"
+
+
+def _render(tokenizer: Any, system: str, content: str) -> str:
+    from jinja2 import TemplateError  # chat templates need it anyway
+
+    user = [{"role": "user", "content": content}]
+    if system:
+        try:
+            return _apply(tokenizer, [{"role": "system", "content": system}, *user])
+        except TemplateError:  # templates that know no system prompt say so in this way
+            user = [{"role": "user", "content": f"{system}\n\n{content}"}]
+    return _apply(tokenizer, user)
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) if text else []

@@ -1,0 +1,367 @@
+"""One prefill for all policies: the full cache, what each policy would keep, and caches that keep it.
+
+The policies decide on what the library shows them at the end of a layer's prompt, after the
+last layer and for many layers at once (`refreekv.evaluation.fidelity.choosing`). What they keep then
+serves two ways, with one policy a row in each: `SharedPrefill.masked` reads the shared
+tensors through masks, which is fast and good for one call; `SharedPrefill.branch` is a batch
+compacted by the library as for any user, which can go on generating.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from refreekv import policies
+from refreekv.core.quantisation import KVDtype, centre_of
+from refreekv.core.surrogates import StandIns, put
+from refreekv.engines.transformers.accounting import entry_bytes
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.naming import cache_argument
+from refreekv.engines.transformers.prompt import PromptState
+from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
+from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, stored_layer
+from refreekv.policies import Policy, ProbePlan
+from refreekv.pruning.calls import AttentionCall
+from refreekv.pruning.decide import Decision, KeptRow
+from refreekv.storage.arena import KVArena
+
+
+class _CapturingLayer(ReFreeKVLayer):
+    """Keeps everything, and what many policies need to see of it."""
+
+    def __init__(self, index: int, ordinal: int, state: PromptState, plans: Sequence[ProbePlan]):
+        super().__init__(index, ordinal, state)
+        self._plans = plans
+
+    def _prune(self, call: AttentionCall, behind: int) -> None:
+        (entries,) = self._entries(call, behind)
+        self.captured = capture(self._plans, call, entries, self.state.scores_of(self.ordinal))
+
+
+class _Known(Decision):
+    """Rows that were decided on before."""
+
+    def __init__(self, rows: list[KeptRow]):
+        self._known = rows
+
+    def rows(self) -> list[KeptRow]:
+        return self._known
+
+
+class _BranchLayer(ReFreeKVLayer):
+    """Rows of one prompt, each compacted as its policy decided."""
+
+    @classmethod
+    def of(
+        cls,
+        shared: _CapturingLayer,
+        kept: list[KeptRow],
+        state: PromptState,
+        kv_dtype: KVDtype | None,
+        standing: StandIns | None,
+    ) -> "_BranchLayer":
+        layer = cls(shared.index, shared.ordinal, state, kv_dtype)
+        keys, values = shared.dense
+        layer.lazy_initialization(keys, values)
+        # Views: what no row drops anything of is copied by the first `update` only.
+        keys, values = (entries.expand(len(kept), -1, -1, -1) for entries in (keys, values))
+        if standing is not None:
+            keys, values = keys.clone(), values.clone()
+            put(standing, keys, values)
+        layer.keys, layer.values = keys, values
+        layer._length = shared.get_seq_length()
+        if kv_dtype is not None:
+            key, value = (centre_of(part).expand(len(kept), -1, -1) for part in shared.dense)
+            layer._centres = key, value
+        layer._settle([_Known(kept)], behind=0)
+        return layer
+
+
+class _RoomyLayer(DynamicLayer):
+    """A dense layer with room for the tokens to come: growing it copies nothing.
+
+    Holds a copy of the entries ``[B, H_kv, n, D]`` given.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._room = [torch.nn.functional.pad(entries, (0, 0, 0, room)) for entries in (keys, values)]
+        self._show(keys.shape[2])
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self._length = length
+        keys, values = (entries[:, :, :length] for entries in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, stop = self._length, self._length + key_states.shape[2]
+        for room, entries in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = entries
+        return self._show(stop)
+
+
+class SharedPrefill:
+    """One prompt in a full cache, with what each policy would keep of it.
+
+    To be made while refreekv is attached to the model and gradients are off.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    context : list of int
+        The prompt.
+    asked : dict
+        Names to policies; None stands for the full cache.
+
+    Attributes
+    ----------
+    length : int
+        Tokens of the prompt.
+    logits : Tensor
+        ``[V]``: prediction of the token after the prompt. Pruning comes after it.
+    """
+
+    def __init__(self, model: Any, context: Sequence[int], asked: Mapping[str, Policy | None]):
+        self.length = len(context)
+        self._config = model.config
+        self._asked = asked
+        plans = plans_of(asked.values(), self.length)
+        self._cache = self._new_cache()
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, ReFreeKVLayer):
+                self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
+        if any(policy is not None and policy.reads_copy_scores for policy in asked.values()):
+            self._cache.state.copy_scores = copy_scores(model)
+        self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
+        for layer in self._cache.layers:
+            if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
+                # A view of the last tokens would hold on to the whole prompt.
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        self._choice = choose(asked, [layer.captured for layer in self._layers])
+
+    @property
+    def _layers(self) -> list[_CapturingLayer]:
+        return [layer for layer in self._cache.layers if isinstance(layer, _CapturingLayer)]
+
+    def _new_cache(self) -> PrunedCache:
+        # Nothing is ever pruned through this policy: decisions are made and applied here.
+        return PrunedCache(self._config, policies.create("refreekv", frozen_layers="all"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's keys are."""
+        return self._cache.pruned_layers[0].dense[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of all layers."""
+        return sum(_held(layer) for layer in self._cache.layers)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether `join` can put this prompt beside others: only attention layers have a length to fill up."""
+        return all(type(layer) in (_CapturingLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers)
+
+    def full(self) -> DynamicCache:
+        """Transformers' own cache with all entries; it shares their storage until it grows."""
+        cache = DynamicCache(config=self._config.get_text_config(decoder=True))
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, _CapturingLayer):
+                cache.layers[index] = _dense_layer(*layer.dense)
+            else:
+                cache.layers[index] = _copied(layer)
+        return cache
+
+    def masked(self, names: Sequence[str]) -> DynamicCache:
+        """One policy a row over the shared entries, for a single call: what that brings is not stored."""
+        cache = DynamicCache(config=self._config.get_text_config(decoder=True))
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, _CapturingLayer):
+                cache.layers[index] = stored_layer(
+                    *layer.dense,
+                    self._choice.keep(layer.ordinal, names),
+                    names,
+                    self._asked,
+                    self._choice.standing(layer.ordinal, names),
+                )
+            else:
+                cache.layers[index] = _copied(layer, rows=len(names))
+        return cache
+
+    def kept(self, names: Sequence[str]) -> list[list[list[int]]]:
+        """Entries that policies keep, by policy, layer and KV head (one number where heads are alike)."""
+        return self._choice.counts(names)
+
+    def bytes(self, name: str, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """K/V bytes of the prompt in a full cache, and in a policy's that keeps so many by layer and KV head."""
+        number = format_of(self._asked[name])
+        full = held = 0
+        counts = iter(kept)
+        for layer in self._cache.layers:
+            if isinstance(layer, _CapturingLayer):
+                keys, values = layer.dense
+                sizes = keys.shape[-1], values.shape[-1]
+                full += self.length * entry_bytes(layer)
+                held += kept_bytes(next(counts), layer.kv_heads, sizes, keys.element_size(), number)
+            else:
+                full += (other := _held(layer))
+                held += other
+        return full, held
+
+    def branch(self, names: Sequence[str]) -> PrunedCache:
+        """A batch of physically pruned caches, one policy a row; all store what they keep in one number format.
+
+        Raises
+        ------
+        ValueError
+            Policies with different number formats.
+        """
+        numbers = {format_of(self._asked[name]) for name in names}
+        if len(numbers) > 1:
+            raise ValueError(f"one batch cannot store K/V in several number formats: {', '.join(map(str, numbers))}")
+        (number,) = numbers
+        cache = self._new_cache()
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, _CapturingLayer):
+                cache.layers[index] = _BranchLayer.of(
+                    layer,
+                    self._choice.rows(layer.ordinal, names),
+                    cache.state,
+                    number,
+                    self._choice.standing(layer.ordinal, names),
+                )
+            else:
+                cache.layers[index] = _copied(layer, rows=len(names))
+        return cache
+
+
+def fork(cache: PrunedCache | DynamicCache) -> Any:
+    """A cache that goes on from the same entries; neither of the two changes the other.
+
+    Most layers replace their tensors and never write into them: copied is only what arenas and
+    layers of unknown kinds hold.
+    """
+    forked = copy.copy(cache)
+    forked.layers = [_copied(layer) for layer in cache.layers]
+    if isinstance(cache, PrunedCache):
+        assert isinstance(forked, PrunedCache)
+        forked.state = PromptState(cache.policy, cache.state.layers)
+        for layer in forked.pruned_layers:
+            layer.state = forked.state
+    return forked
+
+
+def join(caches: Sequence[DynamicCache], device: torch.device, *, room: int) -> tuple[DynamicCache, Tensor]:
+    """Full caches of single prompts as one left-padded batch, and its attention mask ``[B, longest]``.
+
+    There is room for ``room`` more tokens.
+    """
+    lengths = [cache.get_seq_length() for cache in caches]
+    joined = copy.copy(caches[0])
+    joined.layers = []
+    layers: tuple[Any, ...]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        longest = max(layer.keys.shape[2] for layer in layers)
+        keys, values = (
+            torch.cat([_padded(entries, longest) for entries in parts])
+            for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
+        if isinstance(layers[0], DynamicSlidingWindowLayer):
+            sliding = copy.copy(layers[0])
+            sliding.keys, sliding.values, sliding.cumulative_length = keys, values, max(lengths)
+            joined.layers.append(sliding)
+        else:
+            joined.layers.append(_RoomyLayer(keys, values, room))
+    starts = torch.tensor([max(lengths) - length for length in lengths], device=device)
+    return joined, (torch.arange(max(lengths), device=device) >= starts[:, None]).long()
+
+
+def forward(
+    model: Any,
+    tokens: Sequence[Sequence[int]] | Tensor,
+    cache: Any,
+    *,
+    start: int,
+    keep: int,
+    rows: int | None = None,
+) -> Tensor:
+    """Feed tokens at positions from ``start`` on; logits ``[B, keep, V]`` of the last ``keep``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    tokens : nested sequence or Tensor
+        ``[B, q]``, or ``[1, q]`` for the same tokens in all ``rows``.
+    cache : Cache
+        What was before; without padding.
+    start : int
+        Logical length of the cache.
+    keep : int
+        Lines of logits.
+    rows : int, optional
+        Rows of the cache, where they get the same tokens.
+    """
+    ids = torch.as_tensor(tokens, device=model.device)
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    if rows is not None:
+        ids = ids.expand(rows, -1)
+    return call(model, ids, cache, positions=positions.expand(ids.shape[0], -1), mask=None, keep=keep)
+
+
+def call(model: Any, ids: Tensor, cache: Any, *, positions: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+    """One forward pass; logits of the last ``keep`` tokens only, where the model can leave the others out."""
+    limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    stored = cache_argument(model.forward, cache)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **stored, **limit)
+    logits: Tensor = output.logits[:, -keep:]
+    return logits
+
+
+def kept_ranges(cache: PrunedCache, row: int) -> Iterator[list[list[int]]]:
+    """For each full-attention layer, the positions that any KV head of a row keeps, as half-open ranges."""
+    for layer in cache.pruned_layers:
+        if layer.ragged is None:
+            yield [[0, layer.get_seq_length()]]
+            continue
+        columns = torch.cat(layer.columns(row).tensors(torch.device("cpu"))).unique(sorted=True)
+        breaks = (columns.diff() > 1).nonzero().flatten() + 1
+        yield [[int(part[0]), int(part[-1]) + 1] for part in columns.tensor_split(breaks.tolist()) if len(part)]
+
+
+def _dense_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def _copied(layer: Any, rows: int = 1) -> Any:
+    """A layer of its own with the same state, in ``rows`` equal rows."""
+    replaces_tensors = isinstance(layer, ReFreeKVLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    copied = copy.copy(layer) if replaces_tensors else copy.deepcopy(layer)
+    if rows > 1 or (isinstance(layer, ReFreeKVLayer) and isinstance(layer.ragged, KVArena)):
+        copied.batch_repeat_interleave(rows)
+    return copied
+
+
+def _padded(entries: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(entries, (0, 0, length - entries.shape[2], 0))
+
+
+def _held(layer: Any) -> int:
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -1,0 +1,1 @@
+"""What is kept of one prompt, as a page and as a picture."""

@@ -1,0 +1,1 @@
+"""Task scores through lm-eval, with full and with physically pruned caches."""

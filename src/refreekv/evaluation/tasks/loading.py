@@ -1,0 +1,320 @@
+"""From names of tasks to tasks of lm-eval, with data from local files or from the hub."""
+
+import contextlib
+import difflib
+import io
+import logging
+import random
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refreekv.evaluation.data import families
+from refreekv.evaluation.data.datasets import DataMissing, local_rows
+from refreekv.evaluation.data.encoding import MARK
+from refreekv.evaluation.tasks.benchmarks import BENCHMARKS, PUNKT, Benchmark
+from refreekv.evaluation.tasks.scoring import MetricUnavailable
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own default."""
+
+LM_EVAL = "pip install 'refreekv[eval]'"
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """A task that is ready to be asked.
+
+    Attributes
+    ----------
+    name : str
+        Its name in results.
+    task : lm_eval.api.task.Task
+        Has the prompts and the metrics.
+    metric : str
+        The one that tables show; empty: the first that the task gives.
+    scale : float
+        Factor that brings it to 0 … 1.
+    chat : bool
+        Whether its prompts suit a chat template.
+    indices : list of int or None
+        Documents to ask; None: all.
+    """
+
+    name: str
+    task: Any
+    metric: str = ""
+    scale: float = 1.0
+    chat: bool = True
+    indices: list[int] | None = None
+
+
+def names() -> dict[str, str]:
+    """All tasks of our own list, each with a one-line description."""
+    described = {name: benchmark.summary for name, benchmark in BENCHMARKS.items()}
+    described |= {name: summary for name, summary in families.names().items() if families.scored(name)}
+    return {name: described[name] for name in sorted(described)}
+
+
+def load(
+    wanted: Iterable[str],
+    tokenizer: Any,
+    *,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    execute_code: bool = False,
+) -> tuple[list[BenchTask], dict[str, str]]:
+    """Load tasks.
+
+    Parameters
+    ----------
+    wanted : iterable of str
+        Names of `names`, with parameters as families take them (``niah:tokens=4000``), or with
+        ``after`` where the question is to come after its text was compressed (``qasper:after``);
+        or any name that lm-eval knows.
+    tokenizer : PreTrainedTokenizerBase
+        Measures the lengths of tasks that lm-eval generates.
+    data_dir : Path, optional
+        Folder with datasets as JSONL, in place of the hub.
+    limit : int, optional
+        Documents of each task at most, chosen at random but in the dataset's order.
+    seed : int
+        Decides which ones, and what is generated.
+    execute_code : bool
+        Whether code that a model wrote may be run, in a sandbox.
+
+    Returns
+    -------
+    list of BenchTask
+        What can be run.
+    dict
+        What cannot, and why: data, a package or a permission is missing.
+
+    Raises
+    ------
+    ValueError
+        Unknown task or parameter, or a file with other data.
+    """
+    _import_lm_eval()
+    found: list[BenchTask] = []
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="refreekv-tokenizer-") as folder, quiet_lm_eval():
+        catalogue = _Catalogue(tokenizer, Path(folder))
+        for name in dict.fromkeys(wanted):
+            try:
+                found += _load(name, catalogue, data_dir, limit, seed, execute_code)
+            except (DataMissing, MetricUnavailable) as error:
+                missing[name] = " ".join(str(error).split())
+    return found, missing
+
+
+def _import_lm_eval() -> None:
+    try:
+        import lm_eval.tasks  # noqa: F401 - optional, and slow to import
+    except ImportError as error:
+        raise MetricUnavailable(f"tasks run through lm-eval ({error}); run: {LM_EVAL}") from error
+
+
+class _Catalogue:
+    """lm-eval's tasks, folder by folder: looking through all of them takes many seconds."""
+
+    def __init__(self, tokenizer: Any, folder: Path):
+        # RULER's generators load the tokenizer by name; this one may have none.
+        tokenizer.save_pretrained(folder)
+        self._metadata: dict[str, Any] = {"tokenizer": str(folder)}
+        self._managers: dict[str, Any] = {}
+
+    @property
+    def manager(self) -> Any:
+        """Of all tasks."""
+        return self._of("")
+
+    def _of(self, place: str) -> Any:
+        if place not in self._managers:
+            import lm_eval.tasks
+
+            path = str(Path(lm_eval.tasks.__file__).parent / place)
+            self._managers[place] = lm_eval.tasks.TaskManager(
+                include_path=path, include_defaults=False, metadata=self._metadata
+            )
+        return self._managers[place]
+
+    def task(self, base: str, changes: dict[str, Any]) -> Any:
+        """A task of lm-eval, named ``folder/task``, with another configuration."""
+        place, _, name = base.partition("/")
+        loaded = self._of(place).load({"group": "refreekv", "task": [{"task": name, **changes}]})
+        (task,) = loaded["tasks"].values()
+        return task
+
+
+def _load(
+    name: str, catalogue: _Catalogue, data_dir: Path | None, limit: int | None, seed: int, execute_code: bool
+) -> list[BenchTask]:
+    plain, _, after = name.partition(":")
+    plain = plain.strip().lower().replace("_", "-")
+    if plain in BENCHMARKS:
+        benchmark = BENCHMARKS[plain]
+        if after not in ("", families.AFTER) or (after and benchmark.context_end is None):
+            raise ValueError(f"task {plain!r} has no parameter {after!r}" + _what_it_has(benchmark))
+        if benchmark.executes_code:
+            _check_execution(execute_code)
+        task = _benchmark(plain, benchmark, catalogue, data_dir, seed, after=bool(after))
+        label = f"{plain}:{after}" if after else plain
+        indices = _choose(task, limit, f"{plain}/{seed}")
+        return [BenchTask(label, task, benchmark.metric, benchmark.scale, benchmark.chat, indices)]
+    if plain in families.names():
+        return [_family(name, data_dir, limit, seed)]
+    if name in catalogue.manager.all_tasks:
+        return _of_lm_eval(name, catalogue, limit, seed)
+    near = difflib.get_close_matches(plain, [*names(), *catalogue.manager.all_tasks], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no task is named {name!r}{hint}; see: refreekv tasks --list, and lm-eval ls tasks")
+
+
+def _what_it_has(benchmark: Benchmark) -> str:
+    return f"; it has: {families.AFTER}" if benchmark.context_end else "; it has none"
+
+
+def _benchmark(
+    name: str, benchmark: Benchmark, catalogue: _Catalogue, data_dir: Path | None, seed: int, *, after: bool
+) -> Any:
+    files = " and ".join(benchmark.files)
+    changes = dict(benchmark.config)
+    if data_dir is not None:
+        try:
+            rows = [dict(row) for row in benchmark.rows(*(local_rows(data_dir, file) for file in benchmark.files))]
+        except KeyError as error:
+            raise ValueError(f"a row of {files} has no field {error}: not the expected dataset") from error
+        if not rows:
+            raise DataMissing(f"{files} holds no sample of {name}")
+        changes["custom_dataset"] = lambda **_: {benchmark.split: _dataset(rows)}
+    elif not benchmark.hub:
+        raise DataMissing(f"this dataset is not on the hub in this form: give --data-dir with {files}")
+    _check_requirement(benchmark)  # may take a download, so only for what is there
+    task = _constructed(benchmark.base, changes, catalogue, seed, f"give --data-dir with {files}")
+    if after:
+        _ask_after(task, benchmark)
+    return task
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def _constructed(base: str, changes: dict[str, Any], catalogue: _Catalogue, seed: int, hint: str) -> Any:
+    random.seed(seed)  # some tasks shuffle their choices with it
+    try:
+        if base:
+            return catalogue.task(base, changes)
+        from lm_eval.api.task import ConfigurableTask
+
+        return ConfigurableTask(config={"task": "refreekv", **changes})
+    except (ImportError, AssertionError) as error:  # asserts are how some check versions of packages
+        raise MetricUnavailable(
+            f"lm-eval's {base} needs a package that is not there ({error}); run: {LM_EVAL}"
+        ) from error
+    except Exception as error:  # the hub's many ways to be out of reach
+        if "custom_dataset" in changes:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataMissing(f"its data could not be had ({type(error).__name__}: {reason}); {hint}") from error
+
+
+def _check_execution(allowed: bool) -> None:
+    if not allowed:
+        raise MetricUnavailable("it runs code that the model wrote; allow that, in a sandbox, with --execute-code")
+    from refreekv.evaluation.tasks import sandbox
+
+    try:
+        sandbox.check()
+    except sandbox.NoIsolation as error:
+        raise MetricUnavailable(str(error)) from error
+
+
+def _check_requirement(benchmark: Benchmark) -> None:
+    """Fail with one line now, rather than in the middle of a run."""
+    if benchmark.requires != PUNKT:
+        return
+    try:
+        import nltk
+    except ImportError as error:
+        raise MetricUnavailable(f"its checks need nltk; run: {LM_EVAL}") from error
+    kind, _, place = PUNKT.partition(":")
+    try:
+        nltk.data.find(place)
+    except LookupError:
+        package = place.rpartition("/")[2]
+        nltk.download(package, quiet=True)
+        try:
+            nltk.data.find(place)
+        except LookupError as error:
+            raise DataMissing(
+                f"its checks need {kind}'s {package}, which could not be downloaded; "
+                f"run where there is a network: python -m nltk.downloader {package}"
+            ) from error
+
+
+def _ask_after(task: Any, benchmark: Benchmark) -> None:
+    """Mark in each prompt where the text ends, so that what follows comes after its compression."""
+    template, end = task.config.doc_to_text, benchmark.context_end
+    assert end is not None
+
+    def marked(doc: Any) -> str:
+        prompt = task.doc_to_text(doc, template)
+        at = end(doc, prompt)
+        return f"{prompt[:at]}{MARK}{prompt[at:]}"
+
+    task.config.doc_to_text = marked
+
+
+def _choose(task: Any, limit: int | None, seed: str) -> list[int] | None:
+    count = len(task.eval_docs)
+    if limit is None or limit >= count:
+        return None
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def _family(name: str, data_dir: Path | None, limit: int | None, seed: int) -> BenchTask:
+    from refreekv.evaluation.tasks.sample_task import SampleTask
+    from refreekv.evaluation.tasks.scoring import score
+
+    samples = families.load(name, data_dir=data_dir, limit=limit, seed=seed)
+    if not samples[0].metric:
+        raise ValueError(f"{name} has no score; measure its fidelity with: refreekv eval --families {name}")
+    score(samples[0], "")  # is its library there?
+    return BenchTask(samples[0].family, SampleTask(samples), "score")
+
+
+def _of_lm_eval(name: str, catalogue: _Catalogue, limit: int | None, seed: int) -> list[BenchTask]:
+    random.seed(seed)
+    try:
+        loaded = catalogue.manager.load(name)["tasks"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataMissing(f"lm-eval could not load it ({type(error).__name__}: {reason})") from error
+    found = []
+    for one, task in loaded.items():
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise MetricUnavailable(
+                f"{one} asks for rolling log-likelihoods, which run in one pass where compression never acts"
+            )
+        found.append(BenchTask(one, task, chat=False, indices=_choose(task, limit, f"{one}/{seed}")))
+    return found
+
+
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Within, lm-eval and what it loads print nothing and log errors only."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
