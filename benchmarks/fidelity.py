@@ -181,8 +181,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10, help="samples of each family")
     parser.add_argument("--max-tokens", type=int, default=runner.MAX_TOKENS)
     parser.add_argument("--continuation", type=int, default=48)
-    parser.add_argument("--show", type=int, default=0)
-    parser.add_argument("--plan", type=Path, help="a TOML file with the fields of Plan, in place of the six above")
+    parser.add_argument("--plan", type=Path, help="a TOML file with the fields of Plan, in place of the five above")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--together", type=int)
@@ -213,9 +212,7 @@ def main() -> None:
             raise TimeoutError
 
     try:
-        records = runner.run(
-            bench, samples, policies, arguments.out, show=arguments.show, on_sample=on_sample, **common
-        )
+        records = runner.run(bench, samples, policies, arguments.out, on_sample=on_sample, **common)
     except TimeoutError:
         print("out of time: run the same command again to go on")
         records = store.read(arguments.out).records

@@ -61,12 +61,6 @@ def test_eval_end_to_end(folder, tmp_path):
     assert {record.policy for record in results.records} == {*specs, "streaming-llm:ratio=0.5"}
     assert len(results.records) == 2 * 2 * 4
     assert results.setup["continuation"] == 6
-    shown = [record for record in results.records if record.positions is not None]
-    assert {record.sample for record in shown} == {"early-0", "late-0"}
-    assert all(record.tokens and "".join(record.tokens) == record.prompt for record in shown)
-    late = [record for record in shown if record.family == "late"]
-    assert late[0].prompt.startswith("[user]")
-    assert "which?" not in late[0].prompt
     assert all(record.answer_nll_change is not None for record in results.records)
     text = page.read_text()
     assert "## early" in text

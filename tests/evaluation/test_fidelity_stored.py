@@ -1,7 +1,5 @@
 """Policies with a number format in the bench: against caches of the library that really store it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -10,8 +8,7 @@ from helpers.models import build
 from refreekv import KVDtype, ReFreeKVCache
 from refreekv.evaluation import sweeps
 from refreekv.evaluation.fidelity.formats import StoredPolicy, format_of, parse
-from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
-from refreekv.storage.arena import KVArena
+from refreekv.evaluation.fidelity.prefill import SharedPrefill, forward
 
 NUMBERS = [KVDtype("fp8", recent=0), KVDtype("int8", recent=9), KVDtype("int4", recent=9), KVDtype("int4", recent=500)]
 STORED = {
@@ -50,39 +47,6 @@ def test_one_call_for_all_equals_caches_that_store_it(name, attention):
 
 
 @torch.no_grad()
-def test_branches_store_one_format_each(llama):
-    with_cache = ReFreeKVCache(llama, "full")
-    asked = {name: STORED[name] for name in STORED if name.endswith("@int4:recent=9")}
-    shared = SharedPrefill(llama, tokens(57, 0), ASKED | asked)
-    fed = tokens(9, 1)
-    branch = fork(shared.branch(list(asked)))
-    with branch.decoding():
-        alone = forward(llama, [fed], branch, start=57, keep=9, rows=len(asked))
-    masked = forward(llama, [fed], shared.masked(list(asked)), start=57, keep=9, rows=len(asked))
-    torch.testing.assert_close(masked, alone, atol=2e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match="several number formats"):
-        shared.branch(["cut", *asked])
-    del with_cache
-
-
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@torch.no_grad()
-def test_forks_of_storage_that_grows_in_place_leave_each_other_alone(llama, kv_dtype):
-    cache = ReFreeKVCache(llama, "streaming-llm", ratio=0.5, kv_dtype=kv_dtype)
-    cache.state.arena = True
-    forward(llama, [tokens(57, 0)], cache, start=0, keep=1)
-    assert all(isinstance(layer.ragged, KVArena) for layer in cache.pruned_layers)
-    forks, found = [fork(cache) for _ in range(3)], []
-    for branch, fed in zip(forks, (1, 2, 1), strict=True):
-        with branch.decoding():
-            found.append(forward(llama, [tokens(9, fed)], branch, start=57, keep=9))
-    assert torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[1])
-    assert [branch.get_seq_length() for branch in (*forks, cache)] == [66, 66, 66, 57]
-    assert forks[0].pruned_layers[0].ragged.lengths[0][0] == cache.pruned_layers[0].ragged.lengths[0][0] + 9
-
-
-@torch.no_grad()
 def test_copy_scores_are_measured_for_a_policy_that_comes_with_a_format_only(llama):
     with_cache = ReFreeKVCache(llama, "full")
     for spec, measured in (("adaptive@int8", True), ("snapkv:ratio=0.5@int8", False)):
@@ -93,19 +57,15 @@ def test_copy_scores_are_measured_for_a_policy_that_comes_with_a_format_only(lla
 
 def test_records(llama):
     names = ["cut", "cut@int4:recent=9", "full@int8:recent=9", "uneven@int4:recent=9"]
-    one = job(asked={"full": None, **{name: (POLICIES | STORED)[name] for name in names}}, show=True)
+    one = job(asked={"full": None, **{name: (POLICIES | STORED)[name] for name in names}})
     (records,) = bench(llama).measure([one])
     by_name = {record.policy: record for record in records}
     plain, stored = by_name["cut"], by_name["cut@int4:recent=9"]
     assert stored.kept_heads == plain.kept_heads
     assert stored.bytes_kept < plain.bytes_kept
-    assert stored.positions == plain.positions
-    assert stored.text is not None
     assert stored.kl_mean != plain.kl_mean
     assert by_name["full@int8:recent=9"].budget == 1.0
     assert 0 < by_name["full@int8:recent=9"].kl_mean < 0.05
-    (hidden,) = bench(llama).measure([replace(one, show=False)])
-    assert [record.kl_mean for record in hidden] == [record.kl_mean for record in records]
 
 
 def test_specifications():

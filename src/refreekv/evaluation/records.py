@@ -40,14 +40,6 @@ class FidelityRecord:
         Change of the first gold answer's mean negative log-likelihood, in nats per token.
     kept_heads : list of list of float
         Kept share by layer and KV head (one entry where heads are alike).
-    positions : list or None
-        For samples picked for display: by layer, the kept positions as half-open ranges.
-    text, text_full : str or None
-        For samples picked for display: greedy answers with this and with the full cache.
-    prompt : str or None
-        For samples picked for display: the text that was compressed.
-    tokens : list of str or None
-        For samples picked for display: the text of each token of the prompt.
     """
 
     sample: str
@@ -67,11 +59,6 @@ class FidelityRecord:
     first_divergence: int | None = None
     answer_nll_change: float | None = None
     kept_heads: list[list[float]] | None = None
-    positions: list[list[list[int]]] | None = None
-    text: str | None = None
-    text_full: str | None = None
-    prompt: str | None = None
-    tokens: list[str] | None = None
 
     @property
     def key(self) -> Key:

@@ -58,14 +58,6 @@ def evaluate(
     continuation: Annotated[
         int, typer.Option("--continuation", metavar="N", help="Tokens of the full cache's answer to compare.")
     ] = 48,
-    show: Annotated[
-        int,
-        typer.Option(
-            "--show",
-            metavar="N",
-            help="Samples of each family stored with kept positions, tokens and the answers each policy really gives.",
-        ),
-    ] = 1,
     seed: Annotated[int, typer.Option("--seed", help="For the choice of samples and the intervals.")] = 0,
     rows: Annotated[
         int | None, typer.Option("--rows", metavar="N", help="Policies in one batch. Default: as memory allows.")
@@ -102,7 +94,7 @@ def evaluate(
             )
         )
         return
-    for name, value, least in (("--limit", limit, 1), ("--continuation", continuation, 1), ("--show", show, 0)):
+    for name, value, least in (("--limit", limit, 1), ("--continuation", continuation, 1)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     from refreekv.evaluation import sweeps
@@ -131,7 +123,7 @@ def evaluate(
     console = stderr_console()
     with results:
         with loading.quiet_transformers():
-            planned = runner.plan(bench, samples, chosen, results, max_tokens=max_tokens, show=show)
+            planned = runner.plan(bench, samples, chosen, results, max_tokens=max_tokens)
         for text in _notes(missing, planned):
             console.print(text, markup=False, soft_wrap=True)
         jobs = len(planned.jobs)

@@ -14,7 +14,7 @@ cache (and not pruned again), and comparison begins at the first.
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,20 +22,18 @@ from torch import Tensor
 
 from refreekv.engines.transformers.api import check_model
 from refreekv.engines.transformers.attachment import Attachment
-from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import (
     Continuation,
     Start,
-    continue_branch,
     continue_full,
     stop_tokens,
     until_stop,
 )
 from refreekv.evaluation.fidelity.formats import format_of
 from refreekv.evaluation.fidelity.metrics import TokenMetrics, divergence, negative_log_likelihood, token_metrics
-from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward, kept_ranges
+from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.policies import Policy
 
@@ -52,14 +50,11 @@ class Job:
         Its tokens.
     policies : dict
         Names for the records to policies; None stands for the full cache.
-    show : bool
-        Whether to add positions, tokens and real greedy answers to the records.
     """
 
     sample: Sample
     encoded: Encoded
     policies: Mapping[str, Policy | None]
-    show: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,8 +173,6 @@ class _Prepared:
                 records.append(FidelityRecord(**record))
         order = {name: index for index, name in enumerate(self.job.policies)}
         records.sort(key=lambda record: order[record.policy])
-        if self.job.show:
-            return self._displayed(records, answer, tokens, stop, size)
         return records
 
     def _feed(self, names: list[str], fed: list[int], *, keep: int) -> Tensor:
@@ -238,23 +231,6 @@ class _Prepared:
             **vars(metrics),
         }
 
-    def _displayed(
-        self, records: list[FidelityRecord], answer: Continuation, tokens: list[int], stop: set[int], size: int
-    ) -> list[FidelityRecord]:
-        """The records with positions, tokens, and greedy answers of the physically pruned caches."""
-        common: dict[str, Any] = {
-            "text_full": self._decode(tokens),
-            "prompt": self.job.encoded.text,
-            "tokens": [self.bench.tokenizer.decode([token]) for token in self.job.encoded.context],
-        }
-        by_name = {record.policy: record for record in records}
-        for group in self._batches(list(by_name), size):
-            branch = self.shared.branch(group)
-            for row, (name, text) in enumerate(zip(group, self._texts(branch, answer, stop, len(group)), strict=True)):
-                shown = {"positions": list(kept_ranges(branch, row)), "text": text, **common}
-                by_name[name] = replace(by_name[name], **shown)
-        return list(by_name.values())
-
     def _batches(self, names: list[str], size: int) -> Iterator[list[str]]:
         """Policies in batches that store what they keep in one number format."""
 
@@ -265,21 +241,6 @@ class _Prepared:
             group = list(alike)
             yield from (group[at : at + size] for at in range(0, len(group), size))
 
-    def _texts(self, branch: PrunedCache, answer: Continuation, stop: set[int], rows: int) -> list[str]:
-        """Greedy answers of the rows, decoded token by token."""
-        cache, question = fork(branch), self.job.encoded.question
-        if question:
-            with cache.decoding():
-                logits = forward(self.bench.model, [question], cache, start=self.shared.length, keep=1, rows=rows)
-            first = logits[:, 0].argmax(-1)
-        else:
-            first = answer.tokens[:1].expand(rows)
-        found = continue_branch(self.bench.model, cache, first, self.start.length, self.bench.continuation, stop)
-        return [self._decode(until_stop(row, stop)) for row in found]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self.bench.tokenizer.decode(tokens, skip_special_tokens=True))
-
     def _group_size(self, fed: int) -> int:
         """Policies in one batch, equally many in each."""
         names = len(self.job.policies)
@@ -289,9 +250,6 @@ class _Prepared:
             vocabulary = self.start.logits.shape[-1] * self.start.logits.element_size()
             # Logits, what comparing them takes, and the layers' activations.
             row = 4 * fed * vocabulary
-            if self.job.show:
-                # The branch, at worst all of it, and each layer's copy of it with the new entries.
-                row += 2 * self.shared.nbytes
             size = max(1, min(64 if device.type == "cuda" else 16, int(0.6 * free_bytes(device)) // row))
         groups = -(-names // size)
         return -(-names // groups)

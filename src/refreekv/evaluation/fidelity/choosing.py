@@ -15,8 +15,7 @@ from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import StandIns
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
-from refreekv.pruning.decide import KeptRow, layer_view, select
-from refreekv.storage.columns import Columns
+from refreekv.pruning.decide import layer_view, select
 
 ROWS = {"cuda": 2**28, "cpu": 2**24}
 """Probed attention (float32) that exists at once, by kind of device."""
@@ -110,31 +109,11 @@ class Choice:
             found.append([one[:1] if name in same else one for one, same in zip(heads, self.alike, strict=True)])
         return found
 
-    def rows(self, layer: int, names: Sequence[str]) -> list[KeptRow]:
-        """What policies keep of one layer as a cache layer takes it; waits for the device."""
-        mask, standing = self.keep(layer, names), self.stand_ins[layer]
-        if mask is None:
-            return [KeptRow(Columns.of_ranges((0, self.length)), (self.length,))] * len(names)
-        found = []
-        for name, heads in zip(names, mask, strict=True):
-            distinct = heads[:1] if name in self.alike[layer] else heads
-            if name in standing:
-                distinct = distinct.scatter(-1, *_taken(standing[name], distinct))
-            columns = tuple(head.nonzero()[:, 0].int() for head in distinct)
-            found.append(KeptRow(Columns(heads=columns), (self.length,) * len(columns)))
-        return found
-
 
 def _filled(part: Tensor, count: int) -> Tensor:
     """``[1, H_kv, m, …]`` with zeros up to ``count``."""
     more = part.new_zeros(1, part.shape[1], count - part.shape[2], *part.shape[3:])
     return torch.cat([part, more], dim=2)
-
-
-def _taken(standing: StandIns, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns ``[H_kv, m]`` of stand-ins, and whether they are kept with these."""
-    columns = standing.columns[0]
-    return columns, keep.gather(-1, columns) | standing.real[0]
 
 
 def plans_of(asked: Iterable[Policy | None], length: int) -> list[ProbePlan]:

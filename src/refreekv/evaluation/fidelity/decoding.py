@@ -1,4 +1,4 @@
-"""Greedy continuations: of full caches, several prompts at once, and of branches."""
+"""Greedy continuations of full caches, several prompts at once."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.evaluation.fidelity.prefill import call, fork, join
 
 
@@ -81,7 +80,7 @@ def continue_full(
         return [answer for one in starts for answer in continue_full(model, [one], steps, stop, joined=False)]
     mask: Tensor | None = None
     if joined:
-        cache, mask = join([start.cache for start in starts], starts[0].logits.device, room=steps)
+        cache, mask = join([start.cache for start in starts], starts[0].logits.device, spare=steps)
         mask = mask if len(starts) > 1 else None
     else:
         cache = fork(starts[0].cache)
@@ -99,24 +98,6 @@ def continue_full(
         tokens.append(lines[-1].argmax(-1))
     rows = zip(torch.stack(tokens, dim=1), torch.stack(lines, dim=1), strict=True)
     return [Continuation(row, logits) for row, logits in rows]
-
-
-@torch.inference_mode()
-def continue_branch(
-    model: Any, cache: PrunedCache, first: Tensor, start: int, steps: int, stop: Collection[int] = ()
-) -> list[list[int]]:
-    """Greedy tokens of each row of a pruned cache, ``first`` (``[B]``) included; the cache grows."""
-    tokens = [first]
-    ended = _Ended(stop)
-    with cache.decoding():
-        for step in range(steps):
-            if ended.by(tokens):
-                break
-            positions = torch.full_like(tokens[-1], start + step)[:, None]
-            logits = call(model, tokens[-1][:, None], cache, positions=positions, mask=None, keep=1)
-            tokens.append(logits[:, 0].argmax(-1))
-    rows: list[list[int]] = torch.stack(tokens, dim=1).tolist()
-    return rows
 
 
 def until_stop(tokens: Sequence[int], stop: Collection[int]) -> list[int]:

@@ -1,15 +1,14 @@
-"""One prefill for all policies: the full cache, what each policy would keep, and caches that keep it.
+"""One prefill for all policies: the full cache, and what each policy would keep of it.
 
 The policies decide on what the library shows them at the end of a layer's prompt, after the
-last layer and for many layers at once (`refreekv.evaluation.fidelity.choosing`). What they keep then
-serves two ways, with one policy a row in each: `SharedPrefill.masked` reads the shared
-tensors through masks, which is fast and good for one call; `SharedPrefill.branch` is a batch
-compacted by the library as for any user, which can go on generating.
+last layer and for many layers at once (`refreekv.evaluation.fidelity.choosing`).
+`SharedPrefill.masked` then reads the shared tensors through masks, one policy a row: exact,
+fast, and good for one call.
 """
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from refreekv import policies
-from refreekv.core.quantisation import KVDtype, centre_of
-from refreekv.core.surrogates import StandIns, put
 from refreekv.engines.transformers.accounting import entry_bytes
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
@@ -29,8 +26,6 @@ from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
 from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, stored_layer
 from refreekv.policies import Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall
-from refreekv.pruning.decide import Decision, KeptRow
-from refreekv.storage.arena import KVArena
 
 
 class _CapturingLayer(ReFreeKVLayer):
@@ -45,60 +40,21 @@ class _CapturingLayer(ReFreeKVLayer):
         self.captured = capture(self._plans, call, entries, self.state.scores_of(self.ordinal))
 
 
-class _Known(Decision):
-    """Rows that were decided on before."""
-
-    def __init__(self, rows: list[KeptRow]):
-        self._known = rows
-
-    def rows(self) -> list[KeptRow]:
-        return self._known
-
-
-class _BranchLayer(ReFreeKVLayer):
-    """Rows of one prompt, each compacted as its policy decided."""
-
-    @classmethod
-    def of(
-        cls,
-        shared: _CapturingLayer,
-        kept: list[KeptRow],
-        state: PromptState,
-        kv_dtype: KVDtype | None,
-        standing: StandIns | None,
-    ) -> "_BranchLayer":
-        layer = cls(shared.index, shared.ordinal, state, kv_dtype)
-        keys, values = shared.dense
-        layer.lazy_initialization(keys, values)
-        # Views: what no row drops anything of is copied by the first `update` only.
-        keys, values = (entries.expand(len(kept), -1, -1, -1) for entries in (keys, values))
-        if standing is not None:
-            keys, values = keys.clone(), values.clone()
-            put(standing, keys, values)
-        layer.keys, layer.values = keys, values
-        layer._length = shared.get_seq_length()
-        if kv_dtype is not None:
-            key, value = (centre_of(part).expand(len(kept), -1, -1) for part in shared.dense)
-            layer._centres = key, value
-        layer._settle([_Known(kept)], behind=0)
-        return layer
-
-
-class _RoomyLayer(DynamicLayer):
-    """A dense layer with room for the tokens to come: growing it copies nothing.
+class _PreallocatedLayer(DynamicLayer):
+    """A dense layer with spare columns for the tokens to come: growing it copies nothing.
 
     Holds a copy of the entries ``[B, H_kv, n, D]`` given.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
+    def __init__(self, keys: Tensor, values: Tensor, spare: int):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self._room = [torch.nn.functional.pad(entries, (0, 0, 0, room)) for entries in (keys, values)]
+        self._buffers = [torch.nn.functional.pad(entries, (0, 0, 0, spare)) for entries in (keys, values)]
         self._show(keys.shape[2])
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:
         self._length = length
-        keys, values = (entries[:, :, :length] for entries in self._room)
+        keys, values = (entries[:, :, :length] for entries in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -107,8 +63,8 @@ class _RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, stop = self._length, self._length + key_states.shape[2]
-        for room, entries in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, start:stop] = entries
+        for buffer, entries in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = entries
         return self._show(stop)
 
 
@@ -221,53 +177,18 @@ class SharedPrefill:
                 held += other
         return full, held
 
-    def branch(self, names: Sequence[str]) -> PrunedCache:
-        """A batch of physically pruned caches, one policy a row; all store what they keep in one number format.
 
-        Raises
-        ------
-        ValueError
-            Policies with different number formats.
-        """
-        numbers = {format_of(self._asked[name]) for name in names}
-        if len(numbers) > 1:
-            raise ValueError(f"one batch cannot store K/V in several number formats: {', '.join(map(str, numbers))}")
-        (number,) = numbers
-        cache = self._new_cache()
-        for index, layer in enumerate(self._cache.layers):
-            if isinstance(layer, _CapturingLayer):
-                cache.layers[index] = _BranchLayer.of(
-                    layer,
-                    self._choice.rows(layer.ordinal, names),
-                    cache.state,
-                    number,
-                    self._choice.standing(layer.ordinal, names),
-                )
-            else:
-                cache.layers[index] = _copied(layer, rows=len(names))
-        return cache
-
-
-def fork(cache: PrunedCache | DynamicCache) -> Any:
-    """A cache that goes on from the same entries; neither of the two changes the other.
-
-    Most layers replace their tensors and never write into them: copied is only what arenas and
-    layers of unknown kinds hold.
-    """
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from the same entries; neither of the two changes the other."""
     forked = copy.copy(cache)
     forked.layers = [_copied(layer) for layer in cache.layers]
-    if isinstance(cache, PrunedCache):
-        assert isinstance(forked, PrunedCache)
-        forked.state = PromptState(cache.policy, cache.state.layers)
-        for layer in forked.pruned_layers:
-            layer.state = forked.state
     return forked
 
 
-def join(caches: Sequence[DynamicCache], device: torch.device, *, room: int) -> tuple[DynamicCache, Tensor]:
+def join(caches: Sequence[DynamicCache], device: torch.device, *, spare: int) -> tuple[DynamicCache, Tensor]:
     """Full caches of single prompts as one left-padded batch, and its attention mask ``[B, longest]``.
 
-    There is room for ``room`` more tokens.
+    It has columns for ``spare`` more tokens.
     """
     lengths = [cache.get_seq_length() for cache in caches]
     joined = copy.copy(caches[0])
@@ -284,7 +205,7 @@ def join(caches: Sequence[DynamicCache], device: torch.device, *, room: int) -> 
             sliding.keys, sliding.values, sliding.cumulative_length = keys, values, max(lengths)
             joined.layers.append(sliding)
         else:
-            joined.layers.append(_RoomyLayer(keys, values, room))
+            joined.layers.append(_PreallocatedLayer(keys, values, spare))
     starts = torch.tensor([max(lengths) - length for length in lengths], device=device)
     return joined, (torch.arange(max(lengths), device=device) >= starts[:, None]).long()
 
@@ -331,17 +252,6 @@ def call(model: Any, ids: Tensor, cache: Any, *, positions: Tensor, mask: Tensor
     return logits
 
 
-def kept_ranges(cache: PrunedCache, row: int) -> Iterator[list[list[int]]]:
-    """For each full-attention layer, the positions that any KV head of a row keeps, as half-open ranges."""
-    for layer in cache.pruned_layers:
-        if layer.ragged is None:
-            yield [[0, layer.get_seq_length()]]
-            continue
-        columns = torch.cat(layer.columns(row).tensors(torch.device("cpu"))).unique(sorted=True)
-        breaks = (columns.diff() > 1).nonzero().flatten() + 1
-        yield [[int(part[0]), int(part[-1]) + 1] for part in columns.tensor_split(breaks.tolist()) if len(part)]
-
-
 def _dense_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
@@ -351,9 +261,9 @@ def _dense_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
 
 def _copied(layer: Any, rows: int = 1) -> Any:
     """A layer of its own with the same state, in ``rows`` equal rows."""
-    replaces_tensors = isinstance(layer, ReFreeKVLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    replaces_tensors = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
     copied = copy.copy(layer) if replaces_tensors else copy.deepcopy(layer)
-    if rows > 1 or (isinstance(layer, ReFreeKVLayer) and isinstance(layer.ragged, KVArena)):
+    if rows > 1:
         copied.batch_repeat_interleave(rows)
     return copied
 

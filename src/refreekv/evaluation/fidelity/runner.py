@@ -2,7 +2,6 @@
 
 import datetime
 import platform
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +78,6 @@ def plan(
     results: ResultsFile,
     *,
     max_tokens: int = MAX_TOKENS,
-    show: int = 0,
 ) -> Plan:
     """Tokenize the samples and leave out what was measured or cannot be.
 
@@ -95,10 +93,8 @@ def plan(
         What is there already.
     max_tokens : int
         Longest prompt.
-    show : int
-        Samples of each family whose records get positions, tokens and texts.
     """
-    planned, shown = Plan(), Counter[str]()
+    planned = Plan()
     asked: dict[str, Policy | None] = {FULL: None, **policies}
     measured = results.results.keys
     for sample in samples:
@@ -107,11 +103,10 @@ def plan(
         if reason is not None:
             planned.skipped[sample.family, sample.id] = reason
             continue
-        shown[sample.family] += 1
         missing = {name: policy for name, policy in asked.items() if (sample.family, sample.id, name) not in measured}
         planned.done += len(asked) - len(missing)
         if missing:
-            planned.jobs.append(Job(sample, encoded, missing, show=shown[sample.family] <= show))
+            planned.jobs.append(Job(sample, encoded, missing))
     return planned
 
 
@@ -129,7 +124,6 @@ def run(
     path: Path,
     *,
     max_tokens: int = MAX_TOKENS,
-    show: int = 0,
     on_sample: Callable[[], None] = lambda: None,
     **setup: Any,
 ) -> list[FidelityRecord]:
@@ -142,5 +136,5 @@ def run(
     """
     full_names = {name: str(policy) for name, policy in policies.items()}
     with ResultsFile(path, setup_of(bench, max_tokens=max_tokens, **setup), full_names) as results:
-        execute(bench, plan(bench, samples, policies, results, max_tokens=max_tokens, show=show), results, on_sample)
+        execute(bench, plan(bench, samples, policies, results, max_tokens=max_tokens), results, on_sample)
         return results.results.records
