@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refreekv.core import spelling
 from refreekv.evaluation import results as store
 from refreekv.evaluation import summary, sweeps
 from refreekv.evaluation.records import FidelityRecord
@@ -304,9 +305,9 @@ def _axes(title: str) -> tuple[Any, Any]:
 
 def _on_grid(name: str) -> bool:
     """Whether a policy differs from its defaults in nothing but what moves its budget."""
-    base, _, parameters = name.partition(":")
+    base, items = spelling.parts(name)
     moved = sweeps.GRIDS.get(base, "ratio").partition("=")[0]
-    return all(part.partition("=")[0] == moved for part in parameters.split(",") if part)
+    return all(key == moved for key, _ in items)
 
 
 def frontier(run: Run, path: Path) -> None:

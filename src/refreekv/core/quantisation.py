@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from refreekv.core import codes
+from refreekv.core import codes, spelling
 from refreekv.core.rotation import rotate
 
 SINKS = 4
@@ -94,24 +94,18 @@ class KVDtype:
             return value
         if not isinstance(value, str):
             raise TypeError(f"kv_dtype must be a name such as 'int4', a KVDtype or None, got {value!r}")
-        kind, _, rest = value.partition(":")
+        kind, items = spelling.parts(value)
         known = [field.name for field in fields(cls)][1:]
-        parameters: dict[str, int] = {}
-        for item in filter(None, (part.strip() for part in rest.split(","))):
-            name, _, number = (part.strip() for part in item.partition("="))
-            if name not in known or not number.isdecimal():
-                raise ValueError(f"kv_dtype parameter {item!r} is none of {'=N, '.join(known)}=N")
-            parameters[name] = int(number)
-        return cls(kind.strip(), **parameters)
+        for name, number in items:
+            if name not in known or not (number or "").isdecimal():
+                written = name if number is None else f"{name}={number}"
+                raise ValueError(f"kv_dtype parameter {written!r} is none of {'=N, '.join(known)}=N")
+        return cls(kind, **{name: int(number or 0) for name, number in items})
 
     def __str__(self) -> str:
         usual = KVDtype(self.kind)
-        changed = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)[1:]
-            if getattr(self, field.name) != getattr(usual, field.name)
-        ]
-        return f"{self.kind}:{','.join(changed)}" if changed else self.kind
+        values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return spelling.spell(self.kind, {key: one for key, one in values.items() if one != getattr(usual, key)})
 
     @property
     def widths(self) -> tuple[int | None, int | None]:

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from refreekv import policies
+from refreekv.core import spelling
 from refreekv.evaluation.fidelity.formats import MARK, StoredPolicy, parse
 from refreekv.policies import Policy
 
@@ -41,22 +42,19 @@ def expand(spec: str) -> list[str]:
         A value before the first parameter's name, or a parameter named twice.
     """
     spec, mark, kind = spec.partition(MARK)
-    name, _, rest = spec.partition(":")
+    name, items = spelling.parts(spec)
     parameters: dict[str, list[str]] = {}
-    values: list[str] | None = None
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if equals:
-            if key in parameters:
-                raise ValueError(f"policy parameter {key!r} stands twice in {spec!r}; write {key}=1,2,3 for a list")
-            values = parameters[key] = [value]
-        elif values is None:
-            raise ValueError(f"policy parameter {item!r} in {spec!r} is not of the form name=value")
+    for key, value in items:
+        if value is None and not parameters:
+            raise ValueError(f"policy parameter {key!r} in {spec!r} is not of the form name=value")
+        if value is None:
+            list(parameters.values())[-1].append(key)
+        elif key in parameters:
+            raise ValueError(f"policy parameter {key!r} stands twice in {spec!r}; write {key}=1,2,3 for a list")
         else:
-            values.append(key)
-    combinations = itertools.product(*([f"{key}={value}" for value in values] for key, values in parameters.items()))
-    found = [f"{name.strip()}:{','.join(chosen)}" if chosen else name.strip() for chosen in combinations]
-    return [f"{one}{mark}{kind}" for one in found]
+            parameters[key] = [value]
+    combinations = (zip(parameters, values, strict=True) for values in itertools.product(*parameters.values()))
+    return [f"{spelling.spell(name, dict(chosen))}{mark}{kind}" for chosen in combinations]
 
 
 def specification(policy: Policy) -> str:
@@ -66,12 +64,12 @@ def specification(policy: Policy) -> str:
     """
     if isinstance(policy, StoredPolicy):
         return f"{specification(policy.policy)}{MARK}{policy.kv_dtype}"
-    changed = [
-        f"{field.name}={value}"
+    changed = {
+        field.name: value
         for field in dataclasses.fields(policy)  # type: ignore[arg-type]
         if (value := getattr(policy, field.name)) != field.default
-    ]
-    return f"{policy.name}:{','.join(changed)}" if changed else policy.name
+    }
+    return spelling.spell(policy.name, changed)
 
 
 def choose(specs: Iterable[str] = (), suites: Iterable[str] = ()) -> dict[str, Policy]:

@@ -1,10 +1,11 @@
 """Names to policies: the one list that the API, the command line and the tests share."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+from refreekv.core import spelling
+from refreekv.core.spelling import suggestion
 from refreekv.policies.base import Policy
 
 P = TypeVar("P", bound=type[Policy])
@@ -37,7 +38,7 @@ def available() -> dict[str, str]:
 def get(name: str) -> type[Policy]:
     """The policy class registered under ``name``; ValueError, with the nearest name, if there is none."""
     if name not in _POLICIES:
-        raise ValueError(f"no policy is named {name!r}{_suggest(name, _POLICIES)}; see refreekv.policies.available()")
+        raise ValueError(f"no policy is named {name!r}{suggestion(name, _POLICIES)}; see refreekv.policies.available()")
     return _POLICIES[name]
 
 
@@ -68,7 +69,7 @@ def create(name: str, **parameters: Any) -> Policy:
     for parameter in parameters:
         if parameter not in known:
             raise TypeError(
-                f"policy {name!r} has no parameter {parameter!r}{_suggest(parameter, known)}; "
+                f"policy {name!r} has no parameter {parameter!r}{suggestion(parameter, known)}; "
                 f"it has: {', '.join(known) or 'none'}"
             )
     return cls(**parameters)
@@ -85,14 +86,13 @@ def parse(spec: str, **parameters: Any) -> Policy:
     >>> parse("refreekv:threshold=0.05,sinks=8").sinks
     8
     """
-    name, _, rest = spec.partition(":")
+    name, items = spelling.parts(spec)
     written: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"policy parameter {item!r} in {spec!r} is not of the form name=value")
-        written[key.strip()] = _literal(value.strip())
-    return create(name.strip(), **(written | parameters))
+    for key, value in items:
+        if value is None:
+            raise ValueError(f"policy parameter {key!r} in {spec!r} is not of the form name=value")
+        written[key] = _literal(value)
+    return create(name, **(written | parameters))
 
 
 def resolve(policy: "str | Policy", **parameters: Any) -> Policy:
@@ -118,8 +118,3 @@ def _literal(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

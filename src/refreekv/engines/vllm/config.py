@@ -1,9 +1,9 @@
 """The plugin's options: the extra configuration of its KV connector."""
 
-import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from refreekv.core.spelling import suggestion
 from refreekv.policies import Policy
 from refreekv.policies.base import check_count, check_flag
 from refreekv.policies.registry import parse
@@ -45,8 +45,7 @@ class PluginOptions:
         known = [field.name for field in fields(cls)]
         for name in extra:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = suggestion(name, known)
                 raise ValueError(f"kv_connector_extra_config has no option {name!r} (there are {known}){hint}")
         return cls(**extra)
 

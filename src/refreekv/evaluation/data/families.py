@@ -5,13 +5,14 @@ A family is asked for as ``name``, with parameters as ``name:parameter=value,…
 was compressed.
 """
 
-import difflib
 import random
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from refreekv.core import spelling
+from refreekv.core.spelling import suggestion
 from refreekv.evaluation.data import stress
 from refreekv.evaluation.data.datasets import DATASETS, DataMissing, Dataset
 from refreekv.evaluation.data.readers import Item
@@ -75,23 +76,24 @@ def load(family: str, *, data_dir: Path | None = None, limit: int | None = None,
 
 def parse(family: str) -> tuple[str, dict[str, int | float], bool]:
     """Name, parameters and whether the question comes after; ValueError for what there is not."""
-    name, _, rest = family.strip().partition(":")
-    name = name.strip().lower().replace("_", "-")
+    name, items = spelling.parts(family)
+    name = name.lower().replace("_", "-")
     if name not in DATASETS and name not in stress.FAMILIES:
-        raise ValueError(f"no task family is named {name!r}{_suggest(name, names())}; there are: {', '.join(names())}")
+        raise ValueError(
+            f"no task family is named {name!r}{suggestion(name, names())}; there are: {', '.join(names())}"
+        )
     known = DATASETS[name].parameters if name in DATASETS else stress.parameters(name)
     parameters: dict[str, int | float] = {}
     after = False
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        if part == AFTER:
+    for key, value in items:
+        if (key, value) == (AFTER, None):
             if name not in DATASETS or not DATASETS[name].splits:
                 raise ValueError(f"{name} has no question apart from its text, so it cannot come {AFTER}")
             after = True
             continue
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in known:
+        if value is None or key not in known:
             raise ValueError(
-                f"family {name!r} has no parameter {key!r}{_suggest(key, known)}; "
+                f"family {name!r} has no parameter {key!r}{suggestion(key, known)}; "
                 f"it has: {', '.join(known) or 'none'}" + (f", and {AFTER}" if name in DATASETS else "")
             )
         parameters[key] = _number(name, key, value, known[key])
@@ -99,22 +101,8 @@ def parse(family: str) -> tuple[str, dict[str, int | float], bool]:
 
 
 def split(listing: Iterable[str]) -> list[str]:
-    """Families from comma-separated lists, where parameters may follow with commas too.
-
-    Examples
-    --------
-    >>> split(["gsm8k,niah:tokens=500,depths=3,qasper:after"])
-    ['gsm8k', 'niah:tokens=500,depths=3', 'qasper:after']
-    """
-    found: list[str] = []
-    for text in listing:
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            belongs = part == AFTER or ("=" in part and ":" not in part)
-            if belongs and found:
-                found[-1] += ("," if ":" in found[-1] else ":") + part
-            else:
-                found.append(part)
-    return list(dict.fromkeys(found))
+    """Families from comma-separated lists, where parameters may follow with commas too."""
+    return spelling.listed(listing, [AFTER])
 
 
 def _number(family: str, key: str, value: str, default: int | float) -> int | float:
@@ -130,8 +118,7 @@ def _number(family: str, key: str, value: str, default: int | float) -> int | fl
 
 def _canonical(name: str, parameters: dict[str, int | float], after: bool) -> str:
     """The family's name in results: with what changes its samples."""
-    parts = [*([AFTER] if after else []), *(f"{key}={value}" for key, value in sorted(parameters.items()))]
-    return f"{name}:{','.join(parts)}" if parts else name
+    return spelling.spell(name, dict(sorted(parameters.items())), [AFTER] if after else [])
 
 
 def _sample(family: str, index: int, item: Item, dataset: Dataset, after: bool) -> Sample:
@@ -150,8 +137,3 @@ def _sample(family: str, index: int, item: Item, dataset: Dataset, after: bool) 
         chat=item.chat,
         extra={"max_new_tokens": dataset.max_new_tokens, **item.extra},
     )
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

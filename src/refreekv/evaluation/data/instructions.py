@@ -4,13 +4,13 @@ Each kind is one function from an answer and the instruction's parameters to Tru
 False. The parameters are plain types, so that a sample can be written to JSON.
 """
 
-import difflib
 import json
 import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+from refreekv.core.spelling import suggestion
 from refreekv.evaluation.data import stress_text
 
 Check = Callable[..., bool]
@@ -43,8 +43,7 @@ def follows(instruction: dict[str, Any], text: str) -> bool:
     """
     kind = instruction["kind"]
     if kind not in _CHECKS:
-        near = difflib.get_close_matches(str(kind), _CHECKS, n=1)
-        raise ValueError(f"no instruction is of kind {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"no instruction is of kind {kind!r}{suggestion(str(kind), _CHECKS)}")
     parameters = {key: value for key, value in instruction.items() if key not in ("kind", "text")}
     return bool(text.strip()) and _CHECKS[kind](text.strip(), **parameters)
 

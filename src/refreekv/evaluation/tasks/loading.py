@@ -1,7 +1,6 @@
 """From names of tasks to tasks of lm-eval, with data from local files or from the hub."""
 
 import contextlib
-import difflib
 import io
 import logging
 import random
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refreekv.core.spelling import suggestion
 from refreekv.evaluation.data import families
 from refreekv.evaluation.data.datasets import DataMissing, local_rows
 from refreekv.evaluation.data.encoding import MARK
@@ -169,8 +169,7 @@ def _load(
         return [_family(name, data_dir, limit, seed)]
     if name in catalogue.manager.all_tasks:
         return _of_lm_eval(name, catalogue, limit, seed)
-    near = difflib.get_close_matches(plain, [*names(), *catalogue.manager.all_tasks], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = suggestion(plain, [*names(), *catalogue.manager.all_tasks])
     raise ValueError(f"no task is named {name!r}{hint}; see: refreekv tasks --list, and lm-eval ls tasks")
 
 

@@ -4,12 +4,12 @@ Every metric gives ``"score"`` (the number that tables show, in 0 … 1, higher 
 and whatever else is worth knowing.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from refreekv.core.spelling import suggestion
 from refreekv.evaluation.data.instructions import follows
 from refreekv.evaluation.data.samples import Sample
 
@@ -50,8 +50,7 @@ def score(sample: Sample, text: str) -> Scores:
     if not sample.metric:
         return {}
     if sample.metric not in _METRICS:
-        near = difflib.get_close_matches(sample.metric, _METRICS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = suggestion(sample.metric, _METRICS)
         raise ValueError(f"no metric is named {sample.metric!r}{hint}; there are: {', '.join(metrics())}")
     return _METRICS[sample.metric](sample, text)
 
