@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import checkpoints
 from refreekv.evaluation import results as store
-from refreekv.evaluation import summary, sweeps
+from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.data.encoding import encode
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity import runner
@@ -222,14 +222,14 @@ def main() -> None:
         print(f"most memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if not records:
         return
-    tables = summary.summarize(records, seed=plan.seed)
+    made = tables.fidelity(records, seed=plan.seed)
     setup = runner.setup_of(bench, **common)
-    text = summary.markdown(tables, setup=setup)
+    text = tables.markdown(made, setup=setup)
     print(text.partition("\n## ")[0] if arguments.markdown else text)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"setup": setup, **tables.to_dict()}, indent=1), encoding="utf-8")
+        arguments.json.write_text(json.dumps({"setup": setup, **made.to_dict()}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from refreekv.evaluation import results as store
-from refreekv.evaluation import summary, sweeps
+from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, parse
 from refreekv.evaluation.records import FidelityRecord
 
@@ -35,7 +35,7 @@ def share(record: FidelityRecord, sizes: tuple[int, int]) -> float:
 def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int]) -> list[tuple[str, ...]]:
     """A line of cells for each policy, the largest first."""
     table = []
-    for row in summary.summarize(records).overall:
+    for row in tables.fidelity(records).overall.itertuples():
         own = [record for record in records if record.policy == row.policy]
         shares = [share(record, sizes) for record in own]
         worst = max(own, key=lambda record: record.kl_mean)
@@ -45,9 +45,9 @@ def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int]) -> list[tupl
             str(row.n),
             f"{sum(shares) / len(shares):.1%}",
             f"{row.budget:.0%}",
-            f"{summary.nats(row.kl)} [{summary.nats(low)}, {summary.nats(high)}]",
-            f"{row.worst_family}: {summary.nats(row.worst_kl)}",
-            f"{summary.nats(worst.kl_mean)} ({worst.family})",
+            f"{tables.nats(row.kl)} [{tables.nats(low)}, {tables.nats(high)}]",
+            f"{row.worst_family}: {tables.nats(row.worst_kl)}",
+            f"{tables.nats(worst.kl_mean)} ({worst.family})",
             f"{row.same_path:.0%}",
         )
         table.append((sum(shares) / len(shares), cells))
@@ -72,8 +72,7 @@ def main() -> None:
     if sizes is None:
         parser.error(f"say the head sizes of {name} with --head-size")
     heading = ("policy", "n", "bytes", "entries", "mean KL [95%]", "worst family", "worst sample", "same path")
-    lines = [heading, ("---", *["---:"] * 4, "---", "---", "---:"), *rows(complete, sizes)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    text = tables.markdown_table(heading, rows(complete, sizes), left=(0, 5, 6)) + "\n"
     print(text)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")

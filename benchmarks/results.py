@@ -21,7 +21,7 @@ from typing import Any
 
 from refreekv.core import spelling
 from refreekv.evaluation import results as store
-from refreekv.evaluation import summary, sweeps
+from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.sweeps import FULL
 
@@ -84,7 +84,8 @@ class Run:
         self.records: list[FidelityRecord] = [one for one in results.records if isinstance(one, FidelityRecord)]
         if not self.records:
             raise SystemExit(f"{path} holds no fidelity records")
-        self.rows = {row.policy: row for row in summary.summarize(self.records).overall}
+        self.tables = tables.fidelity(self.records)
+        self.rows = by_policy(self.tables.overall)
 
     def of(self, policy: str) -> list[FidelityRecord]:
         """A policy's records."""
@@ -112,15 +113,14 @@ def compact(path: Path, folder: Path) -> None:
 # -- tables -------------------------------------------------------------------------------
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first column to the left."""
-    lines = [f"| {' | '.join(headings)} |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+def by_policy(table: Any) -> dict[str, Any]:
+    """The rows of one of a run's tables."""
+    return {row.policy: row for row in table.itertuples()}
 
 
 def _policies(run: Run, names: Sequence[str]) -> str:
     rows = [run.rows[name] for name in (FULL, *names) if name in run.rows]
-    return table(summary.HEADINGS, [summary.cells(row) for row in rows])
+    return tables.markdown_table(tables.HEADINGS, [tables.cells(row) for row in rows])
 
 
 def setup(run: Run) -> str:
@@ -158,26 +158,23 @@ def short(run: Run) -> str:
                 "full cache, run twice" if name == FULL else f"`{name}`",
                 f"{row.budget:.0%}",
                 f"{sum(long) / len(long):.0%}" if long else "–",
-                summary.nats(row.kl),
-                f"{summary.nats(row.worst_kl)} {row.worst_family}",
+                tables.nats(row.kl),
+                f"{tables.nats(row.worst_kl)} {row.worst_family}",
                 f"{row.same_path:.0%}",
             ]
         )
     count = sum(one.prompt_tokens >= LONG for one in run.of(FULL))
     headings = ["policy", "kept", f"kept of {LONG:,}+ tokens (n={count})", "mean KL", "worst family", "same path"]
-    return table(headings, rows)
+    return tables.markdown_table(headings, rows)
 
 
 def validation(run: Run) -> str:
     """Policies at about three quarters, and adaptive ones, over the families that served no choice."""
-    rows = {
-        row.policy: row
-        for row in summary.summarize(one for one in run.records if one.family not in DEVELOPMENT).overall
-    }
+    rows = by_policy(tables.fidelity(one for one in run.records if one.family not in DEVELOPMENT).overall)
     on_grid = [name for name in run.adaptive if _on_grid(name)]
     shown = [FULL, *on_grid, *(name for name in rows if name.endswith(":ratio=0.75") and _on_grid(name))]
     found = sorted((rows[name] for name in shown if name in rows), key=lambda row: (row.policy != FULL, row.kl))
-    return table(summary.HEADINGS, [summary.cells(row) for row in found])
+    return tables.markdown_table(tables.HEADINGS, [tables.cells(row) for row in found])
 
 
 def ablations(run: Run) -> str:
@@ -188,18 +185,17 @@ def ablations(run: Run) -> str:
 def families(run: Run) -> str:
     """Budget and KL of some policies by family."""
     shown = [name for name in ("refreekv", "adaptive", "snapkv:ratio=0.5", "h2o:ratio=0.5") if name in run.rows]
-    tables = summary.summarize(run.records).families
     rows = []
-    for family, found in tables.items():
-        by_name = {row.policy: row for row in found}
+    for family, found in run.tables.families.items():
+        by_name = by_policy(found)
         tokens = [record.prompt_tokens for record in run.of(FULL) if record.family == family]
-        cells = [family, str(len(tokens)), f"{sum(tokens) / len(tokens):,.0f}", summary.nats(by_name[FULL].kl)]
+        cells = [family, str(len(tokens)), f"{sum(tokens) / len(tokens):,.0f}", tables.nats(by_name[FULL].kl)]
         for name in shown:
             row = by_name.get(name)
-            cells.append("–" if row is None else f"{row.budget:.0%} / {summary.nats(row.kl)}")
+            cells.append("–" if row is None else f"{row.budget:.0%} / {tables.nats(row.kl)}")
         rows.append(cells)
     headings = ["family", "n", "tokens", "noise floor KL", *(f"{name}: budget / KL" for name in shown)]
-    return table(headings, rows)
+    return tables.markdown_table(headings, rows)
 
 
 def lengths(run: Run) -> str:
@@ -214,13 +210,13 @@ def lengths(run: Run) -> str:
             some = [record for record in run.of(name) if low <= record.prompt_tokens < high]
             if some:
                 budget, kl = (sum(getattr(one, field) for one in some) / len(some) for field in ("budget", "kl_mean"))
-                cells.append(f"{budget:.0%} / {summary.nats(kl)}")
+                cells.append(f"{budget:.0%} / {tables.nats(kl)}")
             else:
                 cells.append("–")
         rows.append(cells)
     counts = [sum(low <= n < high for n in tokens) for low, high in bounds]
     headings = [f"{low:,}–{high - 1:,} tokens, n={n}" for (low, high), n in zip(bounds, counts, strict=True)]
-    return table(["policy: budget / mean KL", *headings], rows)
+    return tables.markdown_table(["policy: budget / mean KL", *headings], rows)
 
 
 def paths(run: Run) -> str:
@@ -233,14 +229,14 @@ def paths(run: Run) -> str:
             change = 100.0 * (record.same_path - floor[record.family, record.sample])
             differences.setdefault(record.family, []).append(change)
         means = {family: sum(values) / len(values) for family, values in differences.items()}
-        interval = summary.bootstrap(differences) or (0.0, 0.0)
+        interval = tables.bootstrap_families(differences) or (0.0, 0.0)
         worst = min(means, key=means.__getitem__)
         change = "–", "–"
         if name != FULL:
             mean = sum(means.values()) / len(means)
             change = f"{mean:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]", f"{means[worst]:+.0f} {worst}"
         shown = "full cache, run twice" if name == FULL else f"`{name}`"
-        kl = f"{summary.nats(row.kl)}", f"{summary.nats(row.worst_kl)} {row.worst_family}"
+        kl = f"{tables.nats(row.kl)}", f"{tables.nats(row.worst_kl)} {row.worst_family}"
         rows.append([shown, f"{row.budget:.0%}", *kl, f"{row.same_path:.1%}", *change])
     headings = [
         "policy",
@@ -251,7 +247,7 @@ def paths(run: Run) -> str:
         "points to the floor [95%]",
         "its worst family",
     ]
-    return table(headings, rows)
+    return tables.markdown_table(headings, rows)
 
 
 TABLES: dict[str, Callable[[Run], str]] = {
@@ -315,7 +311,7 @@ def frontier(run: Run, path: Path) -> None:
     import matplotlib as mpl
 
     figure, axes = _axes(f"{run.setup['model']}: what is kept, and what that costs (n={run.rows[FULL].n})")
-    groups: dict[str, list[summary.Row]] = {}
+    groups: dict[str, list[Any]] = {}
     for name, row in run.rows.items():
         if name != FULL and _on_grid(name):
             groups.setdefault(name.partition(":")[0], []).append(row)

@@ -22,19 +22,21 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 import refreekv
 from checkpoints import load
 from refreekv.engines.transformers.attachment import attached
-from refreekv.evaluation import sweeps, task_tables
+from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.fidelity.runner import device_name
 from refreekv.evaluation.records import CHANCE, TaskRecord
 from refreekv.evaluation.results import RecordFile, Results, read_records
 from refreekv.evaluation.sweeps import FULL
-from refreekv.evaluation.task_tables import Estimate, FamilyResult
+from refreekv.evaluation.tables import Estimate
 from refreekv.evaluation.tasks import loading as task_loading
 from refreekv.evaluation.tasks.loading import BenchTask
 from refreekv.evaluation.tasks.running import Plan, Settings, plan, run
@@ -138,7 +140,7 @@ def measure(args: argparse.Namespace) -> None:
             start, before = time.monotonic(), len(results.results.records)
             records = run(model, tokenizer, [bench], turn, chosen, settings, results, progress=check)
             took, made = time.monotonic() - start, len(results.results.records) - before
-            scores = {one.policy: one.score for one in task_tables.summarise(records)[0]}
+            scores = {one.policy: one.score for one in tables.scores(records)[0].itertuples()}
             line = ", ".join(f"{policy} {100 * score.mean:.1f}" for policy, score in scores.items() if score)
             print(f"{bench.name}: {line} ({made} answers, {took:.1f} s)", flush=True)
 
@@ -168,7 +170,7 @@ class Model:
     """One model's results, by task and policy."""
 
     results: Results[TaskRecord]
-    table: dict[str, dict[str, FamilyResult]]
+    table: dict[str, dict[str, Any]]
 
     @property
     def useful(self) -> list[str]:
@@ -180,8 +182,8 @@ def read(path: Path) -> Model:
     """Results of one model; the file may be gzipped."""
     results = read_records(path, TaskRecord)
     results.records = answered_by_all(results.records)
-    table: dict[str, dict[str, FamilyResult]] = {}
-    for row in task_tables.summarise(results.records)[0]:
+    table: dict[str, dict[str, Any]] = {}
+    for row in tables.scores(results.records)[0].itertuples():
         table.setdefault(row.family, {})[row.policy] = row
     return Model(results, table)
 
@@ -202,7 +204,7 @@ def _above_chance(records: Iterable[TaskRecord], task: str) -> bool:
         for (sample, policy), score in scores.items()
         if policy == FULL and (sample, CHANCE) in scores
     ]
-    return task_tables.bootstrap(better).low > 0
+    return tables.bootstrap(better).low > 0
 
 
 def page(models: Sequence[Model], files: Sequence[Path]) -> str:
@@ -251,13 +253,9 @@ def _sections(model: Model) -> list[str]:
 
 
 def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
-    lines = [
-        f"Over the {len(useful)} tasks above chance, each counting the same:",
-        "",
-        "| policy | kept | K/V bytes | mean change | of the full score | worst task | same answer "
-        "| samples worse, better | tasks worse, established |",
-        "|---|---:|---:|---:|---:|---|---:|---:|---:|",
-    ]
+    headings = ["policy", "kept", "K/V bytes", "mean change", "of the full score", "worst task", "same answer"]
+    headings += ["samples worse, better", "tasks worse, established"]
+    lines = []
     for policy in policies:
         rows = [model.table[task][policy] for task in useful]
         shares = {task: _share(model.table[task], policy) for task in useful}
@@ -265,17 +263,23 @@ def _totals(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str
         mean = _shares_interval(model, useful, policy)
         kept, full = sum(row.bytes_kept for row in rows), sum(row.bytes_full for row in rows)
         lines.append(
-            f"| `{policy}` | {_mean(row.budget for row in rows):.0%} | {format_bytes(kept)} of {format_bytes(full)} "
-            f"| {100 * _mean(row.change.mean for row in rows if row.change):+.1f} "
-            f"| {mean.mean:.1%} [{mean.low:.1%}, {mean.high:.1%}] "
-            f"| {worst}: {shares[worst]:.1%}, {_change(model.table[worst][policy])} "
-            f"| {_mean(row.same for row in rows):.0%} | {_worse_and_better(model, useful, policy)} "
-            f"| {sum(row.change.high < 0 for row in rows if row.change)} |"
+            [
+                f"`{policy}`",
+                f"{_mean(row.budget for row in rows):.0%}",
+                f"{format_bytes(kept)} of {format_bytes(full)}",
+                f"{100 * _mean(row.change.mean for row in rows if row.change):+.1f}",
+                f"{mean.mean:.1%} [{mean.low:.1%}, {mean.high:.1%}]",
+                f"{worst}: {shares[worst]:.1%}, {_change(model.table[worst][policy])}",
+                f"{_mean(row.same for row in rows):.0%}",
+                _worse_and_better(model, useful, policy),
+                str(sum(row.change.high < 0 for row in rows if row.change)),
+            ]
         )
-    return "\n".join(lines)
+    title = f"Over the {len(useful)} tasks above chance, each counting the same:\n\n"
+    return title + tables.markdown_table(headings, lines, left=(0, 5))
 
 
-def _share(rows: dict[str, FamilyResult], policy: str) -> float:
+def _share(rows: dict[str, Any], policy: str) -> float:
     """A policy's score on a task as a share of the full cache's."""
     score, full = rows[policy].score, rows[FULL].score
     assert score is not None
@@ -296,51 +300,38 @@ def _shares_interval(model: Model, useful: Sequence[str], policy: str) -> Estima
     draws = []
     for task in useful:
         samples = [sample for family, sample, who in scores if family == task and who == FULL]
-        full, own = (
-            torch.tensor([scores[task, sample, who] for sample in samples], dtype=torch.float64)
-            for who in (FULL, policy)
-        )
-        chosen = torch.randint(len(samples), (task_tables.DRAWS, len(samples)), generator=generator)
-        draws.append(1 + (own - full)[chosen].mean(-1) / full.mean())
-    low, high = torch.stack(draws).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(_mean(_share(model.table[task], policy) for task in useful), low, high)
+        full, own = (np.array([scores[task, sample, who] for sample in samples]) for who in (FULL, policy))
+        draws.append(1 + (own - full)[tables.draws(len(samples), generator)].mean(-1) / full.mean())
+    return Estimate(
+        _mean(_share(model.table[task], policy) for task in useful), *tables.interval(np.mean(draws, axis=0))
+    )
 
 
 def _tasks(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
-    lines = [
-        "| task | n | tokens | chance | full | " + " | ".join(f"`{policy}`" for policy in policies) + " |",
-        "|---|---:|---:|---:|---:|" + "---:|" * len(policies),
-    ]
+    lines = []
     for task in useful:
         rows = model.table[task]
         full, chance = rows[FULL], rows[CHANCE]
         lengths = [one.prompt_tokens for one in model.results.records if one.family == task and one.policy == FULL]
         cells = [f"{_change(rows[policy])}, {rows[policy].budget:.0%} kept" for policy in policies]
-        lines.append(
-            f"| {task} | {full.n} | {round(_mean(lengths)):,} | {_points(chance)} | {_points(full)} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines)
+        lines.append([task, str(full.n), f"{round(_mean(lengths)):,}", _points(chance), _points(full), *cells])
+    headings = ["task", "n", "tokens", "chance", "full", *(f"`{policy}`" for policy in policies)]
+    return tables.markdown_table(headings, lines)
 
 
 def _needles(model: Model, useful: Sequence[str], policies: Sequence[str]) -> str:
-    grids = task_tables.by_place(model.results.records)
+    grids = tables.by_place(model.results.records)
     families = [task for task in useful if (task, FULL) in grids]
     if not families:
         return ""
     depths = sorted({depth for _, depth in grids[families[0], FULL]})
     lines = [
-        "Needles found, by depth in the text (0 %: its start):",
-        "",
-        "| task | cache | " + " | ".join(f"{depth:.0%}" for depth in depths) + " |",
-        "|---|---|" + "---:|" * len(depths),
+        [task, f"`{policy}`", *(f"{100 * score:.0f}" for score in grids[task, policy].values())]
+        for task in families
+        for policy in (FULL, *policies)
     ]
-    for task in families:
-        for policy in (FULL, *policies):
-            scores = list(grids[task, policy].values())
-            lines.append(f"| {task} | `{policy}` | " + " | ".join(f"{100 * score:.0f}" for score in scores) + " |")
-    return "\n".join(lines)
+    title = "Needles found, by depth in the text (0 %: its start):\n\n"
+    return title + tables.markdown_table(["task", "cache", *(f"{depth:.0%}" for depth in depths)], lines, left=(0, 1))
 
 
 def _rest(model: Model, useful: Sequence[str]) -> str:
@@ -360,11 +351,11 @@ def _rest(model: Model, useful: Sequence[str]) -> str:
     return text
 
 
-def _points(row: FamilyResult) -> str:
+def _points(row: Any) -> str:
     return f"{100 * row.score.mean:.1f}" if row.score else "–"
 
 
-def _change(row: FamilyResult) -> str:
+def _change(row: Any) -> str:
     change = row.change
     return f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]" if change else "–"
 

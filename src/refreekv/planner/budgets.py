@@ -2,15 +2,11 @@
 
 import importlib.resources
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = 1
-EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-"""Prompt lengths at which buckets begin."""
-LEAST = 3
-"""Prompts that a bucket needs to be used."""
 
 
 @dataclass(frozen=True)
@@ -160,49 +156,3 @@ def read(data: Mapping[str, Any]) -> list[Measured]:
         Measured(one["policy"], one["model"], one["source"], tuple(Bucket(**bucket) for bucket in one["buckets"]))
         for one in data["measured"]
     ]
-
-
-def dump(measured: Iterable[Measured]) -> str:
-    """The text of a file of measurements, a line for each."""
-    lines = ",\n".join(json.dumps(asdict(one)) for one in measured)
-    return f'{{"schema": {SCHEMA}, "measured": [\n{lines}\n]}}\n'
-
-
-def derive(records: Iterable[Any], source: Mapping[str, Any], *, seed: int = 0) -> list[Measured]:
-    """Measurements from the records of ``refreekv eval``, one for each policy and model.
-
-    Parameters
-    ----------
-    records : iterable of FidelityRecord
-        The records; those of the full cache are left out.
-    source : dict
-        What to store beside them.
-    seed : int
-        For the intervals.
-    """
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    families: dict[tuple[str, str], set[str]] = {}
-    for record in records:
-        if record.policy == "full":
-            continue
-        key = (record.policy, record.model)
-        groups.setdefault(key, []).append((record.prompt_tokens, record.budget))
-        families.setdefault(key, set()).add(record.family)
-    found = []
-    for (policy, model), pairs in sorted(groups.items()):
-        buckets = []
-        for start, stop in zip(EDGES, (*EDGES[1:], 2**31), strict=True):
-            shares = np.array([share for length, share in pairs if start <= length < stop])
-            if len(shares) < LEAST:
-                continue
-            means = generator.choice(shares, (2000, len(shares))).mean(1)
-            low, high = np.quantile(means, [0.025, 0.975])
-            numbers = (round(float(x), 4) for x in (shares.mean(), low, high, shares.max()))
-            buckets.append(Bucket(start, stop, len(shares), *numbers))
-        if buckets:
-            about = {**source, "families": len(families[policy, model])}
-            found.append(Measured(policy, model, about, tuple(buckets)))
-    return found
