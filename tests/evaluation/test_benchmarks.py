@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import VOCAB, build
 from refreekv import ReFreeKVCache
-from refreekv.evaluation.data.datasets import DataMissing
+from refreekv.evaluation.data import coqa
+from refreekv.evaluation.data.catalogue import DATASETS, PAPER
+from refreekv.evaluation.data.datasets import PUNKT, DataMissing
 from refreekv.evaluation.data.encoding import MARK
+from refreekv.evaluation.data.families import task_names
 from refreekv.evaluation.records import TaskRecord
 from refreekv.evaluation.results import RecordFile
-from refreekv.evaluation.tasks import coqa, sandbox
 from refreekv.evaluation.tasks import loading as task_loading
-from refreekv.evaluation.tasks.benchmarks import BENCHMARKS, PAPER, PUNKT
-from refreekv.evaluation.tasks.loading import load, names
+from refreekv.evaluation.tasks import sandbox
+from refreekv.evaluation.tasks.loading import load
 from refreekv.evaluation.tasks.running import Settings, plan, run, score
 from refreekv.policies import create
 
@@ -84,8 +87,9 @@ ROWS = {
     "qmsum_meetings.jsonl": {"meeting_id": 2, "transcript": "B: goodbye then"},
     "qmsum_queries.jsonl": {"meeting_id": 2, "kind": "general", "input": "Who left?", "answers": ["the cat sat down"]},
 }
-for benchmark in BENCHMARKS.values():
-    for file in benchmark.files:
+TASKS = {name: one.task for name, one in DATASETS.items() if one.task}
+for dataset in DATASETS.values():
+    for file in (*dataset.files, *(dataset.task.files if dataset.task else ())):
         ROWS.setdefault(file, RULER if file.startswith("ruler") else LONG)
 
 F1_TWO_OF_THREE = pytest.approx(4 / 5)
@@ -139,14 +143,9 @@ def no_punkt(monkeypatch):
     import nltk
 
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
-    monkeypatch.setitem(BENCHMARKS, "ifeval", _without_requirement())
-
-
-def _without_requirement():
-    from dataclasses import replace
-
-    assert BENCHMARKS["ifeval"].requires == PUNKT
-    return replace(BENCHMARKS["ifeval"], requires="")
+    assert TASKS["ifeval"].requires == PUNKT
+    free = replace(DATASETS["ifeval"], task=replace(TASKS["ifeval"], requires=""))
+    monkeypatch.setitem(DATASETS, "ifeval", free)
 
 
 def loaded(name, folder, tokenizer, model):
@@ -164,7 +163,7 @@ def worth(name):
 
 
 @pytest.mark.usefixtures("no_punkt")
-@pytest.mark.parametrize("name", [*sorted(set(BENCHMARKS) - {"gpqa", "truthfulqa"}), "theoremqa"])
+@pytest.mark.parametrize("name", [*sorted(set(TASKS) - {"gpqa", "truthfulqa"}), "theoremqa"])
 def test_scores_are_those_worked_out_by_hand(name, folder, tokenizer, model):
     if name == "humaneval" and not sandbox.isolates():
         pytest.skip("this system lets users open no namespaces")
@@ -208,12 +207,12 @@ def test_gpqa_takes_the_likeliest_choice(folder, tokenizer, model):
 
 def test_the_paper_s_tasks_are_all_there():
     assert len(PAPER) == len(set(PAPER)) == 13
-    assert set(PAPER) <= set(names())
-    assert {"humaneval", "ifeval", "math500", "niah"} <= set(names())
-    assert sum(name.startswith("ruler-") for name in names()) == 13  # RULER has thirteen
+    assert set(PAPER) <= set(task_names())
+    assert {"humaneval", "ifeval", "math500", "niah"} <= set(task_names())
+    assert sum(name.startswith("ruler-") for name in task_names()) == 13  # RULER has thirteen
 
 
-@pytest.mark.parametrize("name", [name for name, one in BENCHMARKS.items() if one.context_end])
+@pytest.mark.parametrize("name", [name for name, one in TASKS.items() if one.context_end])
 def test_questions_can_come_after(name, folder, tokenizer, model):
     _, whole = loaded(name, folder, tokenizer, model)
     _, apart = loaded(f"{name}:after", folder, tokenizer, model)
@@ -266,7 +265,7 @@ def test_ifeval_without_its_download_says_so_in_one_line(monkeypatch, folder, to
 
 
 def test_a_missing_package_is_named(monkeypatch, folder, tokenizer):
-    monkeypatch.setattr(task_loading._Catalogue, "task", _fails_to_import)
+    monkeypatch.setattr(task_loading._LmEvalTasks, "task", _fails_to_import)
     _, missing = load(["math500"], tokenizer, data_dir=folder)
     assert "No module named 'math_verify'" in missing["math500"]
     assert "pip install 'refreekv[eval]'" in missing["math500"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from refreekv.evaluation.data import families, stress, stress_code, stress_text
-from refreekv.evaluation.data.datasets import DATASETS, DataMissing
-from refreekv.evaluation.data.families import load, names, split
+from refreekv.evaluation.data.datasets import DataMissing
+from refreekv.evaluation.data.families import DATASETS, load, names, split
 from refreekv.evaluation.tasks.scoring import metrics, score
 
 LONG = {"context": "Bo lives in Rome.", "input": "Where does Bo live?", "answers": ["Rome", "in Rome"], "id": "row"}

@@ -14,7 +14,7 @@ from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity import runner
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.results import ResultsFile, read
-from refreekv.evaluation.summary import bootstrap, markdown, summarize
+from refreekv.evaluation.tables import bootstrap_families, fidelity, markdown
 
 # -- results files ------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def test_killed_and_resumed_gives_the_same_table(llama, tmp_path, torn):
     keys = [(record.sample, record.policy) for record in second.records]
     assert len(broken.read_bytes().splitlines()) == 2 + len(set(keys)) == 2 + len(keys) == 2 + 4 * 4
     assert first.keys == second.keys
-    one, other = (summarize(results.records).to_dict() for results in (first, second))
+    one, other = (fidelity(results.records).to_dict() for results in (first, second))
     assert_close(one, other)
     again = broken.read_bytes()
     run(llama, broken)
@@ -140,9 +140,9 @@ def test_summary_by_hand():
         replace(RECORD, family="two", kl_mean=8.0, top1=1.0, kl_max=9.0),
         replace(RECORD, policy="full", kl_mean=0.0, same_path=True, budget=1.0, bytes_kept=100),
     ]
-    summary = summarize(records)
-    assert [row.policy for row in summary.overall] == ["full", "p"]
-    row = summary.overall[1]
+    summary = fidelity(records)
+    assert list(summary.overall.policy) == ["full", "p"]
+    _, row = summary.overall.itertuples()
     assert row.n == 3
     assert row.kl == pytest.approx((2.0 + 8.0) / 2)
     assert (row.worst_family, row.worst_kl) == ("two", 8.0)
@@ -151,33 +151,33 @@ def test_summary_by_hand():
     assert row.budget == pytest.approx((0.6 + 0.5) / 2)
     assert row.answer_nll_change == 0.5
     assert (row.bytes_full, row.bytes_kept, row.kl_max) == (300, 150, 9.0)
-    assert [row.policy for row in summary.families["one"]] == ["full", "p"]
-    assert [row.policy for row in summary.families["two"]] == ["p"]
-    one = summary.families["one"][1]
+    assert list(summary.families["one"].policy) == ["full", "p"]
+    assert list(summary.families["two"].policy) == ["p"]
+    _, one = summary.families["one"].itertuples()
     assert (one.n, one.kl, one.worst_family) == (2, 2.0, None)
     assert one.kl_interval == (1.0, 3.0)
     text = markdown(summary, setup={"model": "m", "environment": {"torch": "1"}})
     assert "| full (noise floor) | 1 |" in text
     assert "8.000 two" in text
     assert "- environment: torch 1" in text
-    assert summarize(reversed(records)).to_dict()["families"] == summary.to_dict()["families"]
+    assert fidelity(reversed(records)).to_dict()["families"] == summary.to_dict()["families"]
     assert json.loads(json.dumps(summary.to_dict()))["overall"][1]["n"] == 3
 
 
 def test_bootstrap():
-    assert bootstrap({"one": [1.0], "two": [5.0]}) is None
-    assert bootstrap({"one": [2.0, 2.0, 2.0], "two": [4.0]}) == (3.0, 3.0)
+    assert bootstrap_families({"one": [1.0], "two": [5.0]}) is None
+    assert bootstrap_families({"one": [2.0, 2.0, 2.0], "two": [4.0]}) == (3.0, 3.0)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, generator=generator, dtype=torch.float64).tolist()
-    low, high = bootstrap({"one": values})
+    low, high = bootstrap_families({"one": values})
     mean = sum(values) / 400
     assert low < mean < high
     # The normal interval of a mean of 400 is 2 * 1.96 / 20 wide.
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert bootstrap({"one": values}) == (low, high)
-    assert bootstrap({"one": values}, seed=1) != (low, high)
+    assert bootstrap_families({"one": values}) == (low, high)
+    assert bootstrap_families({"one": values}, seed=1) != (low, high)
     # A second family as wide: the mean of two means varies less by the square root of two.
-    low, high = bootstrap({"one": values, "two": [-value for value in values]})
+    low, high = bootstrap_families({"one": values, "two": [-value for value in values]})
     assert high - low == pytest.approx(2 * 1.96 / 20 / math.sqrt(2), rel=0.15)
 
 

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from helpers.command_line import Outcome, runner
 from planner.test_plan import GEMMA_12B, LATENT, LLAMA, measured_on
-from refreekv.planner import budgets
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def llama_file(tmp_path: Path) -> str:
 @pytest.fixture
 def own_budgets(tmp_path: Path) -> str:
     file = tmp_path / "budgets.json"
-    file.write_text(budgets.dump([measured_on("one", 0.5, "refreekv:threshold=0.02")]))
+    measured = asdict(measured_on("one", 0.5, "refreekv:threshold=0.02"))
+    file.write_text(json.dumps({"schema": 1, "measured": [measured]}))
     return str(file)
 
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from refreekv.cli.views import header
+from refreekv.cli.views import header, table
 from refreekv.planner.fleet import Result
 from refreekv.planner.plan import Plan, Row
 from refreekv.planner.units import format_size
@@ -48,61 +48,56 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 
 def _scenarios(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for heading in ("", "kept", "K/V a token", "K/V in all", "at the peak", "fits", "longest context", "at once"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in plan.rows:
-        table.add_row(*_cells(plan, row))
-    return table
+    headings = ("", "kept", "K/V a token", "K/V in all", "at the peak", "fits", "longest context", "at once")
+    return table(headings, [_cells(plan, row) for row in plan.rows])
 
 
-def _cells(plan: Plan, row: Row) -> Iterable[Text | str]:
+def _cells(plan: Plan, row: Row) -> tuple[str | Text, ...]:
     limit = plan.model.context
     longest = f"{row.longest_context:,}" if row.longest_context else "none"
     if limit is not None and row.longest_context >= limit:
         longest += " (the model's)"
-    name = row.scenario if row.stored == "bf16" else f"{row.scenario}, {row.stored}"
-    yield name
-    yield f"{row.budget:.0%}"
-    yield format_size(round(row.bytes_per_token))
-    yield format_size(row.kv_bytes)
-    yield format_size(row.peak_bytes)
-    yield Text("yes", style="green") if row.fits else Text("no", style="bold red")
-    yield longest
-    yield f"{row.requests:,}"
+    return (
+        row.scenario if row.stored == "bf16" else f"{row.scenario}, {row.stored}",
+        f"{row.budget:.0%}",
+        format_size(round(row.bytes_per_token)),
+        format_size(row.kv_bytes),
+        format_size(row.peak_bytes),
+        Text("yes", style="green") if row.fits else Text("no", style="bold red"),
+        longest,
+        f"{row.requests:,}",
+    )
 
 
 def load_view(
     results: Sequence[Result], needed: dict[str, int | None], target: float, costs: dict[str, float]
 ) -> Table:
     """Simulations side by side, one column each."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.add_column("")
-    for result in results:
-        table.add_column(result.scenario, justify="right")
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
-    row("GPUs", *(f"{r.gpus:,}" for r in results))
-    row("Requests completed", *(f"{r.completed:,}" for r in results))
+    rows: dict[str, Iterable[str]] = {
+        "GPUs": (f"{r.gpus:,}" for r in results),
+        "Requests completed": (f"{r.completed:,}" for r in results),
+    }
     if any(r.refused for r in results):
-        row("Requests that no GPU can hold", *(f"{r.refused:,}" for r in results))
-    row("Running at once on a GPU, mean (most)", *(f"{r.mean_running:.1f} ({r.most_running:,})" for r in results))
-    row("Waiting for a GPU, mean", *(f"{r.mean_waiting:.1f}" for r in results))
-    row("K/V pool in use, mean", *(f"{r.pool_used:.0%}" for r in results))
-    row("Preemptions", *(f"{r.preemptions:,}" for r in results))
-    for name, attribute in (("First token", "first_token"), ("Whole answer", "latency")):
-        row(f"{name}, p50 / p90 / p99", *(_seconds(getattr(r, attribute)) for r in results))
-    row("Between tokens, p50 / p90 / p99", *(_seconds(r.between_tokens) for r in results))
-    row("Output tokens a second, all GPUs", *(f"{r.output_tokens_per_second:,.0f}" for r in results))
+        rows["Requests that no GPU can hold"] = (f"{r.refused:,}" for r in results)
+    rows |= {
+        "Running at once on a GPU, mean (most)": (f"{r.mean_running:.1f} ({r.most_running:,})" for r in results),
+        "Waiting for a GPU, mean": (f"{r.mean_waiting:.1f}" for r in results),
+        "K/V pool in use, mean": (f"{r.pool_used:.0%}" for r in results),
+        "Preemptions": (f"{r.preemptions:,}" for r in results),
+        "First token, p50 / p90 / p99": (_seconds(r.first_token) for r in results),
+        "Whole answer, p50 / p90 / p99": (_seconds(r.latency) for r in results),
+        "Between tokens, p50 / p90 / p99": (_seconds(r.between_tokens) for r in results),
+        "Output tokens a second, all GPUs": (f"{r.output_tokens_per_second:,.0f}" for r in results),
+    }
     if any(r.cost_per_million is not None for r in results):
-        row("A million tokens on these GPUs", *(_money(r.cost_per_million) for r in results))
-    words = (f"{needed[r.scenario]:,}" if needed[r.scenario] else "more than there are requests" for r in results)
-    row(f"GPUs for p90 first token ≤ {target:g} s", *words)
+        rows["A million tokens on these GPUs"] = (_money(r.cost_per_million) for r in results)
+    counts = (needed[r.scenario] for r in results)
+    rows[f"GPUs for p90 first token ≤ {target:g} s"] = (
+        f"{n:,}" if n else "more than there are requests" for n in counts
+    )
     if costs:
-        row("A million tokens on those", *(_money(costs.get(r.scenario)) for r in results))
-    return table
+        rows["A million tokens on those"] = (_money(costs.get(r.scenario)) for r in results)
+    return table(("", *(r.scenario for r in results)), [(name, *cells) for name, cells in rows.items()])
 
 
 def _seconds(values: dict[str, float]) -> str:

@@ -27,14 +27,14 @@ def waiting(console: Console, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def counting(console: Console, what: str, first: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar over ``total`` tokens; yields what to call at each one.
+def counting(console: Console, what: str, first: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar over ``total`` tokens, samples or answers; yields what to call at each one, or with how many.
 
-    Until the first token the bar says ``first`` (the prefill) instead of counting.
+    Until the first one the bar says ``first`` (the prefill) instead of counting.
     """
     if not console.is_terminal:
         console.print(f"{what} …", markup=False, soft_wrap=True)
-        yield lambda: None
+        yield lambda count=1: None
         return
     columns = (
         SpinnerColumn(),
@@ -45,4 +45,4 @@ def counting(console: Console, what: str, first: str, total: int) -> Iterator[Ca
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{what}: {first}", total=total)
-        yield lambda: progress.update(task, advance=1, description=what)
+        yield lambda count=1: progress.update(task, advance=count, description=what)

@@ -1,6 +1,7 @@
 """What results look like in a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -19,69 +20,85 @@ PARTING = "▶"
 
 def header(facts: dict[str, str]) -> Table:
     """What was run, a line each."""
-    table = Table.grid(padding=(0, 2, 0, 0))
+    grid = Table.grid(padding=(0, 2, 0, 0))
     for name, value in facts.items():
-        table.add_row(Text(name, style="bold"), Text(value))
-    return table
+        grid.add_row(Text(name, style="bold"), Text(value))
+    return grid
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    left: Sequence[int] = (0,),
+    gap: int = 3,
+    **options: Any,
+) -> Table:
+    """A table without lines; columns to the right but for those at the indices ``left``."""
+    made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold", **options)
+    for at, heading in enumerate(headings):
+        made.add_column(Text(heading), justify="left" if at in left else "right")
+    for row in rows:
+        # Text as it is: brackets are none of rich's marks.
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
 
 
 def comparison(width: int, loaded: Loaded, result: Comparison, policy: str) -> RenderableType:
     """Numbers, texts and layers of a comparison, in a terminal of ``width`` columns."""
     note = Text("Times are of one run each; whatever else the machine does shows in them.", style="dim")
     shown = layers(result.report, width)
-    return Group(numbers(result, policy), note, "", texts(loaded, result, policy), "", verdict(result), "", shown)
+    return Group(numbers(result, policy), note, "", texts(loaded, result, policy), "", agreement(result), "", shown)
 
 
 def numbers(result: Comparison, policy: str) -> Table:
     """Tokens, bytes and seconds, one column a run."""
     full, compressed, report = result.full, result.compressed, result.report
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for heading in ("", "full cache", policy, "change"):
-        table.add_column(heading, justify="left" if not heading else "right")
     kept = report.budget * result.prompt_tokens
-    table.add_row(
-        "Prompt tokens kept, a layer's mean",
-        f"{result.prompt_tokens:,}",
-        f"{kept:,.0f}",
-        _change(kept, result.prompt_tokens),
-    )
-    table.add_row(
-        f"K/V memory at {report.tokens:,} tokens",
-        format_bytes(report.bytes_before),
-        format_bytes(report.bytes_after),
-        _change(report.bytes_after, report.bytes_before),
-    )
-    table.add_row(
-        "Prefill, to the first new token",
-        f"{full.prefill_seconds:.2f} s",
-        f"{compressed.prefill_seconds:.2f} s",
-        _change(compressed.prefill_seconds, full.prefill_seconds),
-    )
+    rows = [
+        (
+            "Prompt tokens kept, a layer's mean",
+            f"{result.prompt_tokens:,}",
+            f"{kept:,.0f}",
+            _change(kept, result.prompt_tokens),
+        ),
+        (
+            f"K/V memory at {report.tokens:,} tokens",
+            format_bytes(report.bytes_before),
+            format_bytes(report.bytes_after),
+            _change(report.bytes_after, report.bytes_before),
+        ),
+        (
+            "Prefill, to the first new token",
+            f"{full.prefill_seconds:.2f} s",
+            f"{compressed.prefill_seconds:.2f} s",
+            _change(compressed.prefill_seconds, full.prefill_seconds),
+        ),
+    ]
     if full.token_seconds is not None and compressed.token_seconds is not None:
-        table.add_row(
-            "Decode, median of a token",
-            f"{1000 * full.token_seconds:.0f} ms",
-            f"{1000 * compressed.token_seconds:.0f} ms",
-            _change(compressed.token_seconds, full.token_seconds),
+        rows.append(
+            (
+                "Decode, median of a token",
+                f"{1000 * full.token_seconds:.0f} ms",
+                f"{1000 * compressed.token_seconds:.0f} ms",
+                _change(compressed.token_seconds, full.token_seconds),
+            )
         )
-    table.add_row("New tokens", str(len(full.tokens)), str(len(compressed.tokens)))
-    return table
+    rows.append(("New tokens", str(len(full.tokens)), str(len(compressed.tokens)), ""))
+    return table(("", "full cache", policy, "change"), rows)
 
 
 def texts(loaded: Loaded, result: Comparison, policy: str) -> Table:
     """Both texts side by side, the point where they part marked in each."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", expand=True)
-    table.add_column("Text with the full cache", ratio=1)
-    table.add_column(f"Text with {policy}", ratio=1)
     at = result.first_difference
-    table.add_row(
-        _marked(loaded, result.full, at, "green"),
-        _marked(loaded, result.compressed, at, "yellow"),
-    )
-    return table
+    row = _marked(loaded, result.full, at, "green"), _marked(loaded, result.compressed, at, "yellow")
+    made = table(("Text with the full cache", f"Text with {policy}"), [row], left=(0, 1), expand=True)
+    for column in made.columns:
+        column.ratio = 1
+    return made
 
 
-def verdict(result: Comparison) -> Text:
+def agreement(result: Comparison) -> Text:
     """Whether the texts are the same, in words."""
     at, count = result.first_difference, max(len(result.full.tokens), len(result.compressed.tokens))
     if at is None:

@@ -200,7 +200,7 @@ def nats(value: float | None) -> str:
 def texts(tables: Fidelity) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Title, headings and cells of each table: overall first, unless there is but one family."""
     count, worst = len(tables.families), HEADINGS.index("worst family")
-    found = []
+    found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = []
     if count != 1:
         rows = [cells(row) for row in tables.overall.itertuples()]
         found.append((f"Overall: mean of {count} families' means", HEADINGS, rows))

@@ -1,24 +1,80 @@
-"""Public benchmark datasets, from local JSONL files or from the Hugging Face hub.
+"""Public datasets: where their rows are, how they are read, and which of lm-eval's tasks scores them.
 
-Both sources go through the same reader (`readers`).
+Rows come from local JSONL files or from the Hugging Face hub, and go through the same readers.
 """
 
 import importlib
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from refreekv.evaluation.data import readers
 from refreekv.evaluation.data.readers import Item, Reader, Row
+
+PUNKT = "tokenizers/punkt_tab"
+"""A requirement: data that nltk downloads on first use."""
 
 
 class DataMissing(FileNotFoundError):  # noqa: N818 - named for what is the case
-    """A family's data is neither in the folder given nor on the hub."""
+    """A dataset is neither in the folder given nor on the hub."""
+
+
+def _unchanged(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows
+
+
+@dataclass(frozen=True)
+class LmEval:
+    """A dataset as a task of lm-eval, whose prompts, few-shot examples, answer extraction and metrics it has.
+
+    Attributes
+    ----------
+    base : str
+        lm-eval's task, with the folder it is in before a slash; empty where lm-eval has none that can
+        be used, and ``config`` is all.
+    metric : str
+        Of lm-eval's results the one that tables show; ``metric,filter`` where the task has filters.
+    rows : callable
+        Puts the rows of a dataset's files into the form that lm-eval's task expects.
+    files : tuple of str
+        Where they are others than the dataset's: JSONL files that hold it in a data directory.
+    split : str
+        Split that ``base`` evaluates.
+    config : dict
+        What differs from ``base``.
+    scale : float
+        Factor that brings the metric to 0 … 1.
+    chat : bool
+        Whether the prompt suits a chat template: no few-shot prompt, no text to be gone on with.
+    hub : bool
+        Whether it can come from the hub.
+    requires : str
+        `PUNKT`, or nothing.
+    context_end : callable or None
+        From a row and its prompt to where the text ends that a question is asked about, so that
+        the question can come after the text was compressed; None where there is no such place.
+    executes_code : bool
+        Whether scoring runs what the model wrote.
+    """
+
+    base: str
+    metric: str
+    rows: Callable[..., Iterable[Row]] = _unchanged
+    files: tuple[str, ...] = ()
+    split: str = "test"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    chat: bool = True
+    hub: bool = True
+    requires: str = ""
+    context_end: Callable[[Row, str], int] | None = None
+    executes_code: bool = False
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a family's rows are and how to read one.
+    """One dataset of the catalogue.
 
     Attributes
     ----------
@@ -26,28 +82,31 @@ class Dataset:
         One line.
     files : tuple of str
         JSONL files that hold it in a data directory; all are needed.
+    read : Reader or None
+        Called with the rows of each file and the parameters; None where it serves as a task of lm-eval only.
     hub : tuple or None
         Dataset, configuration and split on the hub.
-    read : Reader
-        Called with the rows of each file and the family's parameters.
-    metric : str
-        Name of the task metric; empty where there is none, or where the scores are lm-eval's (`benchmarks`).
     max_new_tokens : int
-        Room that an answer needs.
+        Tokens that an answer needs.
+    metric : str
+        Name of a metric of our own (`scoring`); empty where there is none, or where the scores are lm-eval's.
     parameters : dict
         What may be set, with defaults.
     splits : bool
         Whether items have a question apart, so that it can come after the text.
+    task : LmEval or None
+        How lm-eval scores it.
     """
 
     summary: str
     files: tuple[str, ...]
-    hub: tuple[str, str | None, str] | None
-    read: Reader
-    metric: str = ""
+    read: Reader | None = None
+    hub: tuple[str, str | None, str] | None = None
     max_new_tokens: int = 128
-    parameters: dict[str, int] = field(default_factory=dict)
+    metric: str = ""
+    parameters: Mapping[str, int] = field(default_factory=dict)
     splits: bool = False
+    task: LmEval | None = None
 
     def items(self, data_dir: Path | None, **parameters: int | float) -> list[Item]:
         """All items.
@@ -59,13 +118,9 @@ class Dataset:
         ValueError
             A file that holds something else.
         """
-        rows = [local_rows(data_dir, name) for name in self.files] if data_dir is not None else [self._from_hub()]
-        try:
-            return list(self.read(*rows, **{**self.parameters, **parameters}))
-        except KeyError as error:
-            raise ValueError(
-                f"a row of {' or '.join(self.files)} has no field {error}: not the expected dataset"
-            ) from error
+        assert self.read is not None
+        rows = [self._from_hub()] if data_dir is None else [_json_lines(data_dir, name) for name in self.files]
+        return _read(self.files, self.read, rows, {**self.parameters, **parameters})
 
     def _from_hub(self) -> list[Row]:
         needed = " and ".join(self.files)
@@ -89,8 +144,25 @@ class Dataset:
             ) from error
 
 
-def local_rows(data_dir: Path, name: str) -> list[Row]:
-    """Rows of a JSONL file; `DataMissing` if it is not there, ValueError if it is no JSONL."""
+def local_rows(data_dir: Path, files: Sequence[str], read: Callable[..., Iterable[Row]]) -> list[Row]:
+    """Rows of JSONL files as a reader gives them; raises what `Dataset.items` raises."""
+    return _read(files, read, [_json_lines(data_dir, name) for name in files], {})
+
+
+def _read(
+    files: Sequence[str], read: Callable[..., Iterable[Any]], rows: Sequence[list[Row]], parameters: Mapping[str, Any]
+) -> list[Any]:
+    needed = " and ".join(files)
+    try:
+        found = list(read(*rows, **parameters))
+    except KeyError as error:
+        raise ValueError(f"a row of {needed} has no field {error}: not the expected dataset") from error
+    if not found:
+        raise DataMissing(f"{needed} holds no sample")
+    return found
+
+
+def _json_lines(data_dir: Path, name: str) -> list[Row]:
     path = data_dir / name
     if not path.is_file():
         raise DataMissing(f"{data_dir} has no {name}")
@@ -103,155 +175,3 @@ def local_rows(data_dir: Path, name: str) -> list[Row]:
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
     return rows
-
-
-# -- the list -----------------------------------------------------------------------------
-
-_LONGBENCH = "Xnhyacinth/LongBench"
-
-
-def _longbench(summary: str, name: str, read: Reader, new: int, *, file: str = "", split: bool = True) -> Dataset:
-    return Dataset(
-        summary, (file or f"longbench_{name}.jsonl",), (_LONGBENCH, name, "test"), read, "", new, splits=split
-    )
-
-
-def _ruler_set(task: str, summary: str, new: int) -> Dataset:
-    return Dataset(summary, (f"ruler4k_{task}.jsonl",), None, readers.ruler, "", new, splits=True)
-
-
-_QASPER, _QMSUM = readers.long(readers.ARTICLE, "Article"), readers.long(readers.MEETING, "Transcript", "Query")
-_TWO_WIKI = readers.long(readers.PASSAGES, "Passages")
-
-DATASETS: dict[str, Dataset] = {
-    "gsm8k": Dataset(
-        "GSM8K test: grade school mathematics",
-        ("gsm8k.jsonl",),
-        ("openai/gsm8k", "main", "test"),
-        readers.gsm8k,
-        "",
-        320,
-    ),
-    "theoremqa": Dataset(
-        "TheoremQA without the rows that need a picture",
-        ("theoremqa.jsonl",),
-        ("TIGER-Lab/TheoremQA", None, "test"),
-        readers.theoremqa,
-        "theoremqa",
-        384,
-    ),
-    "truthfulqa": Dataset(
-        "TruthfulQA, generation",
-        ("truthfulqa.jsonl",),
-        ("truthfulqa/truthful_qa", "generation", "validation"),
-        readers.truthfulqa,
-        "",
-        64,
-    ),
-    "humaneval": Dataset(
-        "HumanEval: a function from its docstring",
-        ("humaneval.jsonl",),
-        ("openai/openai_humaneval", None, "test"),
-        readers.humaneval,
-        "",
-        384,
-    ),
-    "mt-bench": Dataset(
-        "MT-Bench, the second turn after the first was compressed; no score",
-        ("mt_bench.jsonl",),
-        ("HuggingFaceH4/mt_bench_prompts", None, "train"),
-        readers.mt_bench,
-        max_new_tokens=256,
-    ),
-    "qasper": _longbench("LongBench Qasper: questions about papers", "qasper", _QASPER, 128),
-    "qasper-e": _longbench(
-        "LongBench-E Qasper (local files: up to 4k words)",
-        "qasper_e",
-        _QASPER,
-        128,
-        file="longbench_e_qasper.jsonl",
-    ),
-    "2wikimqa": _longbench("LongBench 2WikiMQA: questions over several passages", "2wikimqa", _TWO_WIKI, 32),
-    "2wikimqa-e": _longbench(
-        "LongBench-E 2WikiMQA (local files: up to 4k words)",
-        "2wikimqa_e",
-        _TWO_WIKI,
-        32,
-        file="longbench_e_2wikimqa.jsonl",
-    ),
-    "qmsum": _longbench("LongBench QMSum: queries about meetings", "qmsum", _QMSUM, 256),
-    "narrativeqa": _longbench(
-        "LongBench NarrativeQA: questions about stories",
-        "narrativeqa",
-        readers.long(readers.STORY, "Story"),
-        64,
-    ),
-    "multi-news": _longbench(
-        "LongBench MultiNews: a summary of several articles",
-        "multi_news",
-        readers.long(readers.NEWS, "News", "Summary"),
-        384,
-    ),
-    "triviaqa": _longbench("LongBench TriviaQA, few-shot", "triviaqa", readers.few_shot, 32),
-    "lcc": _longbench("LongBench LCC: the next line of code", "lcc", readers.code_context, 64, split=False),
-    "qmsum-meetings": Dataset(
-        "QMSum test as published: whole meetings, general and specific queries",
-        ("qmsum_meetings.jsonl", "qmsum_queries.jsonl"),
-        None,
-        readers.qmsum_meetings,
-        "",
-        256,
-        splits=True,
-    ),
-    "musique": Dataset(
-        "MuSiQue as published (not LongBench's rows): questions over 20 passages",
-        ("musique_original.jsonl",),
-        ("dgslibisey/MuSiQue", None, "validation"),
-        readers.musique,
-        "",
-        32,
-        splits=True,
-    ),
-    "hotpotqa": Dataset(
-        "HotpotQA as published (not LongBench's rows), with distractor passages",
-        ("hotpotqa_original.jsonl",),
-        ("hotpotqa/hotpot_qa", "distractor", "validation"),
-        readers.musique,
-        "",
-        32,
-        splits=True,
-    ),
-    "ruler-vt": _ruler_set("vt", "RULER at 4k: variable tracking", 48),
-    "ruler-cwe": _ruler_set("cwe", "RULER at 4k: the ten most common words", 96),
-    "ruler-fwe": _ruler_set("fwe", "RULER at 4k: the three most frequent coded words", 48),
-    "ruler-niah-multikey-2": _ruler_set("niah_multikey_2", "RULER at 4k: one of very many keys", 32),
-    "ruler-niah-multikey-3": _ruler_set("niah_multikey_3", "RULER at 4k: one of very many UUIDs", 64),
-    **{
-        f"kv-retrieval-{pairs}": Dataset(
-            f"JSON key-value retrieval among {pairs} pairs of UUIDs",
-            (f"kv_retrieval_{pairs}.jsonl",),
-            None,
-            readers.kv_retrieval,
-            "share_found",
-            128,  # a sentence around a UUID, of a token a digit
-            splits=True,
-        )
-        for pairs in (75, 140)
-    },
-    "pg19": Dataset(
-        "PG-19: pieces of books and how they go on",
-        ("pg19.jsonl",),
-        ("emozilla/pg19-test", None, "test"),
-        readers.books,
-        max_new_tokens=256,
-        parameters={"chars": 16_000, "following": 1_000},
-    ),
-    "wikitext2": Dataset(
-        "WikiText-2 test: starts of articles and how they go on",
-        ("wikitext2.jsonl",),
-        ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
-        readers.articles,
-        max_new_tokens=256,
-        parameters={"chars": 12_000, "following": 600},
-    ),
-}

@@ -13,14 +13,16 @@ from pathlib import Path
 
 from refreekv.core import spelling
 from refreekv.core.spelling import suggestion
-from refreekv.evaluation.data import stress
-from refreekv.evaluation.data.datasets import DATASETS, DataMissing, Dataset
+from refreekv.evaluation.data import catalogue, stress
+from refreekv.evaluation.data.datasets import DataMissing, Dataset
 from refreekv.evaluation.data.readers import Item
 from refreekv.evaluation.data.samples import Sample
 
 AFTER = "after"
 
 __all__ = ["DataMissing", "load", "names", "parse", "split"]
+
+DATASETS = {name: dataset for name, dataset in catalogue.DATASETS.items() if dataset.read is not None}
 
 
 def names() -> dict[str, str]:
@@ -30,9 +32,11 @@ def names() -> dict[str, str]:
     return {name: described[name] for name in sorted(described)}
 
 
-def scored(name: str) -> bool:
-    """Whether a family has a score of its own; public benchmarks have lm-eval's (`benchmarks`)."""
-    return name in stress.FAMILIES or bool(DATASETS[name].metric)
+def task_names() -> dict[str, str]:
+    """All tasks, by lm-eval's metrics or by our own, each with a one-line description."""
+    described = {name: one.summary for name, one in catalogue.DATASETS.items() if one.task or one.metric}
+    described |= {name: summary for name, summary in names().items() if name in stress.FAMILIES}
+    return {name: described[name] for name in sorted(described)}
 
 
 def load(family: str, *, data_dir: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -66,8 +70,6 @@ def load(family: str, *, data_dir: Path | None = None, limit: int | None = None,
         return [replace(sample, family=_canonical(name, parameters, after)) for sample in made]
     dataset = DATASETS[name]
     items = list(enumerate(dataset.items(data_dir, **parameters)))
-    if not items:
-        raise DataMissing(f"{' and '.join(dataset.files)} holds no sample of {name}")
     if limit is not None and limit < len(items):
         chosen = random.Random(f"{name}/{seed}").sample(range(len(items)), limit)
         items = [items[index] for index in sorted(chosen)]

@@ -134,7 +134,7 @@ def long(instruction: str, label: str, asking: str = "Question") -> Reader:
                 f"{instruction}\n\n{label}:\n{row['context']}",
                 f"{instruction}\n\n{asking}: {question}\nAnswer:" if question else f"{instruction}\n\n{asking}:",
                 answers=tuple(row["answers"]),
-                key=str(row.get("id") or row.get("_id") or ""),
+                key=_id(row),
             )
 
     return read
@@ -155,7 +155,7 @@ def code_context(rows: Sequence[Row]) -> Iterable[Item]:
     """Code to go on with, as plain text."""
     for row in rows:
         text = row["context"] + (row.get("input") or row.get("question") or "")
-        yield Item(text, answers=tuple(row["answers"]), key=str(row.get("id") or row.get("_id") or ""), chat=False)
+        yield Item(text, answers=tuple(row["answers"]), key=_id(row), chat=False)
 
 
 def few_shot(rows: Sequence[Row]) -> Iterable[Item]:
@@ -171,6 +171,10 @@ def few_shot(rows: Sequence[Row]) -> Iterable[Item]:
 def musique(rows: Sequence[Row]) -> Iterable[Item]:
     """Questions over passages, of the corpora as published; unanswerable ones left out."""
     return long(PASSAGES, "Passages")([in_longbench_fields(row) for row in rows if row.get("answerable", True)])
+
+
+def _id(row: Row) -> str:
+    return str(row.get("id") or row.get("_id") or "")
 
 
 def in_longbench_fields(row: Row) -> Row:
@@ -198,6 +202,43 @@ def joined_meetings(meetings: Sequence[Row], queries: Sequence[Row]) -> list[Row
     """Queries with their meetings, in LongBench's fields."""
     transcripts = {row["meeting_id"]: row["transcript"] for row in meetings}
     return [{**row, "context": transcripts[row["meeting_id"]]} for row in queries if row["meeting_id"] in transcripts]
+
+
+# -- rows as lm-eval's tasks expect them --------------------------------------------------
+
+
+def truthfulqa_rows(rows: Sequence[Row]) -> Iterable[Row]:
+    """Fields of the hub's dataset."""
+    for row, item in zip(rows, truthfulqa(rows), strict=True):
+        yield {
+            "question": row.get("Question", row.get("question")),
+            "best_answer": item.answers[0],
+            "correct_answers": list(item.answers),
+            "incorrect_answers": item.extra["incorrect"],
+        }
+
+
+def longbench_rows(rows: Sequence[Row]) -> Iterable[Row]:
+    """LongBench's fields, also of corpora as published."""
+    for row in map(in_longbench_fields, rows):
+        yield {
+            "context": row["context"],
+            "question": row.get("input") or row.get("question") or "",
+            "answers": list(row["answers"]),
+            "id": _id(row),
+        }
+
+
+def meeting_rows(meetings: Sequence[Row], queries: Sequence[Row]) -> Iterable[Row]:
+    """Queries with their meetings, in LongBench's fields."""
+    return longbench_rows(joined_meetings(meetings, queries))
+
+
+def ruler_rows(rows: Sequence[Row]) -> Iterable[Row]:
+    """What lm-eval's generators make."""
+    for row in rows:
+        prefix = str(row.get("answer_prefix") or row.get("gen_prefix") or "").strip()
+        yield {"input": row["input"], "outputs": list(row["outputs"]), "gen_prefix": prefix, "max_length": 4096}
 
 
 # -- synthetic ----------------------------------------------------------------------------

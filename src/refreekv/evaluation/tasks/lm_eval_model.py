@@ -9,7 +9,6 @@ continuation is scored on what is left.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -286,74 +285,3 @@ class CompressedLM(HFLM):
         output = self.model(ids, **cache_argument(self.model.forward, cache), use_cache=True, logits_to_keep=keep)
         logits: Tensor = output.logits[0]
         return logits
-
-
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    tasks: list[Any],
-    policy: str | Policy = "refreekv",
-    *,
-    limit: int | None = None,
-    batch_size: int = 1,
-    include_path: Path | None = None,
-    chat: bool = False,
-    **options: Any,
-) -> dict[str, Any]:
-    """Run tasks of lm-eval with a compressed model.
-
-    Parameters
-    ----------
-    model, tokenizer
-        A loaded model.
-    tasks : list
-        Names of lm-eval tasks, or task configurations as dicts.
-    policy : str or Policy
-        What prunes.
-    limit : int, optional
-        Documents a task.
-    batch_size : int
-        Prompts a batch when generating.
-    include_path : Path, optional
-        Folder with further task definitions.
-    chat : bool
-        Whether to use the chat template.
-    **options
-        Passed to lm-eval's ``simple_evaluate``.
-
-    Returns
-    -------
-    dict
-        lm-eval's results, with ``"refreekv"``: the policy, the mean budget and the number of prompts.
-
-    Raises
-    ------
-    ValueError
-        Unknown task.
-    NotImplementedError
-        A task that needs rolling log-likelihoods.
-    """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    compressed = CompressedLM(model, policy, tokenizer=tokenizer, batch_size=batch_size)
-    # lm-eval's own tasks take many seconds to look through.
-    named = any(isinstance(task, str) for task in tasks)
-    manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=named)
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if isinstance(task, str) and task not in known]
-    if unknown:
-        raise ValueError(f"lm-eval has no task named {', '.join(unknown)}; see: lm-eval ls tasks")
-    results: dict[str, Any] = simple_evaluate(
-        compressed, tasks=tasks, limit=limit, task_manager=manager, apply_chat_template=chat, **options
-    )
-    results["refreekv"] = {
-        "policy": str(compressed.policy),
-        "budget": _mean(compressed.budgets),
-        "prompts": len(compressed.budgets),
-    }
-    return results
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 1.0

@@ -5,16 +5,17 @@ import io
 import logging
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refreekv.core import spelling
 from refreekv.core.spelling import suggestion
 from refreekv.evaluation.data import families
-from refreekv.evaluation.data.datasets import DataMissing, local_rows
+from refreekv.evaluation.data.catalogue import DATASETS
+from refreekv.evaluation.data.datasets import PUNKT, DataMissing, LmEval, local_rows
 from refreekv.evaluation.data.encoding import MARK
-from refreekv.evaluation.tasks.benchmarks import BENCHMARKS, PUNKT, Benchmark
 from refreekv.evaluation.tasks.scoring import MetricUnavailable
 
 FEWSHOT_SEED = 1234
@@ -51,13 +52,6 @@ class BenchTask:
     indices: list[int] | None = None
 
 
-def names() -> dict[str, str]:
-    """All tasks of our own list, each with a one-line description."""
-    described = {name: benchmark.summary for name, benchmark in BENCHMARKS.items()}
-    described |= {name: summary for name, summary in families.names().items() if families.scored(name)}
-    return {name: described[name] for name in sorted(described)}
-
-
 def load(
     wanted: Iterable[str],
     tokenizer: Any,
@@ -72,7 +66,7 @@ def load(
     Parameters
     ----------
     wanted : iterable of str
-        Names of `names`, with parameters as families take them (``niah:tokens=4000``), or with
+        Names of `families.task_names`, with parameters as families take them (``niah:tokens=4000``), or with
         ``after`` where the question is to come after its text was compressed (``qasper:after``);
         or any name that lm-eval knows.
     tokenizer : PreTrainedTokenizerBase
@@ -102,7 +96,7 @@ def load(
     found: list[BenchTask] = []
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="refreekv-tokenizer-") as folder, quiet_lm_eval():
-        catalogue = _Catalogue(tokenizer, Path(folder))
+        catalogue = _LmEvalTasks(tokenizer, Path(folder))
         for name in dict.fromkeys(wanted):
             try:
                 found += _load(name, catalogue, data_dir, limit, seed, execute_code)
@@ -118,7 +112,7 @@ def _import_lm_eval() -> None:
         raise MetricUnavailable(f"tasks run through lm-eval ({error}); run: {LM_EVAL}") from error
 
 
-class _Catalogue:
+class _LmEvalTasks:
     """lm-eval's tasks, folder by folder: looking through all of them takes many seconds."""
 
     def __init__(self, tokenizer: Any, folder: Path):
@@ -151,61 +145,47 @@ class _Catalogue:
 
 
 def _load(
-    name: str, catalogue: _Catalogue, data_dir: Path | None, limit: int | None, seed: int, execute_code: bool
+    name: str, catalogue: _LmEvalTasks, data_dir: Path | None, limit: int | None, seed: int, execute_code: bool
 ) -> list[BenchTask]:
-    plain, _, after = name.partition(":")
-    plain = plain.strip().lower().replace("_", "-")
-    if plain in BENCHMARKS:
-        benchmark = BENCHMARKS[plain]
-        if after not in ("", families.AFTER) or (after and benchmark.context_end is None):
-            raise ValueError(f"task {plain!r} has no parameter {after!r}" + _what_it_has(benchmark))
-        if benchmark.executes_code:
+    plain, items = spelling.parts(name)
+    plain = plain.lower().replace("_", "-")
+    dataset = DATASETS.get(plain)
+    if dataset is not None and dataset.task is not None:
+        task = dataset.task
+        for parameter in (f"{key}={value}" if value is not None else key for key, value in items):
+            if parameter != families.AFTER or task.context_end is None:
+                has = f"it has: {families.AFTER}" if task.context_end else "it has none"
+                raise ValueError(f"task {plain!r} has no parameter {parameter!r}; {has}")
+        if task.executes_code:
             _check_execution(execute_code)
-        task = _benchmark(plain, benchmark, catalogue, data_dir, seed, after=bool(after))
-        label = f"{plain}:{after}" if after else plain
-        indices = _choose(task, limit, f"{plain}/{seed}")
-        return [BenchTask(label, task, benchmark.metric, benchmark.scale, benchmark.chat, indices)]
+        made = _of_catalogue(task, task.files or dataset.files, catalogue, data_dir, seed)
+        if items:
+            _ask_after(made, task)
+        label = spelling.spell(plain, {}, [families.AFTER] if items else [])
+        return [BenchTask(label, made, task.metric, task.scale, task.chat, _choose(made, limit, f"{plain}/{seed}"))]
     if plain in families.names():
         return [_family(name, data_dir, limit, seed)]
     if name in catalogue.manager.all_tasks:
         return _of_lm_eval(name, catalogue, limit, seed)
-    hint = suggestion(plain, [*names(), *catalogue.manager.all_tasks])
-    raise ValueError(f"no task is named {name!r}{hint}; see: refreekv tasks --list, and lm-eval ls tasks")
+    hint = suggestion(plain, [*families.task_names(), *catalogue.manager.all_tasks])
+    raise ValueError(f"no task is named {name!r}{hint}; see: refreekv eval --list, and lm-eval ls tasks")
 
 
-def _what_it_has(benchmark: Benchmark) -> str:
-    return f"; it has: {families.AFTER}" if benchmark.context_end else "; it has none"
-
-
-def _benchmark(
-    name: str, benchmark: Benchmark, catalogue: _Catalogue, data_dir: Path | None, seed: int, *, after: bool
-) -> Any:
-    files = " and ".join(benchmark.files)
-    changes = dict(benchmark.config)
+def _of_catalogue(task: LmEval, files: Sequence[str], catalogue: _LmEvalTasks, data_dir: Path | None, seed: int) -> Any:
+    hint, changes = f"give --data-dir with {' and '.join(files)}", dict(task.config)
     if data_dir is not None:
-        try:
-            rows = [dict(row) for row in benchmark.rows(*(local_rows(data_dir, file) for file in benchmark.files))]
-        except KeyError as error:
-            raise ValueError(f"a row of {files} has no field {error}: not the expected dataset") from error
-        if not rows:
-            raise DataMissing(f"{files} holds no sample of {name}")
-        changes["custom_dataset"] = lambda **_: {benchmark.split: _dataset(rows)}
-    elif not benchmark.hub:
-        raise DataMissing(f"this dataset is not on the hub in this form: give --data-dir with {files}")
-    _check_requirement(benchmark)  # may take a download, so only for what is there
-    task = _constructed(benchmark.base, changes, catalogue, seed, f"give --data-dir with {files}")
-    if after:
-        _ask_after(task, benchmark)
-    return task
+        from datasets import Dataset
+
+        rows = Dataset.from_list([dict(row) for row in local_rows(data_dir, files, task.rows)])
+        changes["custom_dataset"] = lambda **_: {task.split: rows}
+    elif not task.hub:
+        raise DataMissing(f"this dataset is not on the hub in this form: {hint}")
+    if task.requires == PUNKT:
+        _check_punkt()  # may take a download, so only for what is there
+    return _constructed(task.base, changes, catalogue, seed, hint)
 
 
-def _dataset(rows: list[dict[str, Any]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(rows)
-
-
-def _constructed(base: str, changes: dict[str, Any], catalogue: _Catalogue, seed: int, hint: str) -> Any:
+def _constructed(base: str, changes: dict[str, Any], catalogue: _LmEvalTasks, seed: int, hint: str) -> Any:
     random.seed(seed)  # some tasks shuffle their choices with it
     try:
         if base:
@@ -235,32 +215,29 @@ def _check_execution(allowed: bool) -> None:
         raise MetricUnavailable(str(error)) from error
 
 
-def _check_requirement(benchmark: Benchmark) -> None:
+def _check_punkt() -> None:
     """Fail with one line now, rather than in the middle of a run."""
-    if benchmark.requires != PUNKT:
-        return
     try:
         import nltk
     except ImportError as error:
         raise MetricUnavailable(f"its checks need nltk; run: {LM_EVAL}") from error
-    kind, _, place = PUNKT.partition(":")
-    try:
-        nltk.data.find(place)
-    except LookupError:
-        package = place.rpartition("/")[2]
-        nltk.download(package, quiet=True)
+    package = PUNKT.rpartition("/")[2]
+    for attempt in range(2):
         try:
-            nltk.data.find(place)
+            nltk.data.find(PUNKT)
+            return
         except LookupError as error:
-            raise DataMissing(
-                f"its checks need {kind}'s {package}, which could not be downloaded; "
-                f"run where there is a network: python -m nltk.downloader {package}"
-            ) from error
+            if attempt:
+                raise DataMissing(
+                    f"its checks need nltk's {package}, which could not be downloaded; "
+                    f"run where there is a network: python -m nltk.downloader {package}"
+                ) from error
+            nltk.download(package, quiet=True)
 
 
-def _ask_after(task: Any, benchmark: Benchmark) -> None:
+def _ask_after(task: Any, way: LmEval) -> None:
     """Mark in each prompt where the text ends, so that what follows comes after its compression."""
-    template, end = task.config.doc_to_text, benchmark.context_end
+    template, end = task.config.doc_to_text, way.context_end
     assert end is not None
 
     def marked(doc: Any) -> str:
@@ -289,7 +266,7 @@ def _family(name: str, data_dir: Path | None, limit: int | None, seed: int) -> B
     return BenchTask(samples[0].family, SampleTask(samples), "score")
 
 
-def _of_lm_eval(name: str, catalogue: _Catalogue, limit: int | None, seed: int) -> list[BenchTask]:
+def _of_lm_eval(name: str, catalogue: _LmEvalTasks, limit: int | None, seed: int) -> list[BenchTask]:
     random.seed(seed)
     try:
         loaded = catalogue.manager.load(name)["tasks"]
