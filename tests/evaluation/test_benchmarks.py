@@ -165,7 +165,7 @@ def worth(name):
 @pytest.mark.usefixtures("no_punkt")
 @pytest.mark.parametrize("name", [*sorted(set(TASKS) - {"gpqa", "truthfulqa"}), "theoremqa"])
 def test_scores_are_those_worked_out_by_hand(name, folder, tokenizer, model):
-    if name == "humaneval" and not sandbox.isolates():
+    if name == "humaneval" and sandbox.isolates() is None:
         pytest.skip("this system lets users open no namespaces")
     task, document = loaded(name, folder, tokenizer, model)
     for text, value in worth(name).items():

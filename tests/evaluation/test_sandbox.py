@@ -1,6 +1,7 @@
 """The sandbox for code that a model wrote: what goes through, and that nothing else does."""
 
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -10,7 +11,17 @@ import pytest
 from refreekv.evaluation.tasks import sandbox
 from refreekv.evaluation.tasks.sandbox import NoIsolation, run_python
 
-needs_isolation = pytest.mark.skipif(not sandbox.isolates(), reason="this system lets users open no namespaces")
+needs_isolation = pytest.mark.skipif(sandbox.isolates() is None, reason="this system lets users open no namespaces")
+
+
+@pytest.fixture(params=[sandbox._bubblewrap, sandbox._unshare], ids=["bubblewrap", "unshare"], autouse=True)
+def way(request, monkeypatch):
+    """Each way in turn, where it is there and works."""
+    if request.param is not sandbox.isolates():
+        tool = "bwrap" if request.param is sandbox._bubblewrap else "unshare"
+        if shutil.which(tool) is None or not sandbox._run(request.param, "pass", 20.0, 1 << 30).passed:
+            pytest.skip(f"{tool} is not there or may open no namespaces")
+    monkeypatch.setattr(sandbox, "isolates", lambda: request.param)
 
 
 def succeeds(program, **options):
@@ -100,6 +111,6 @@ def _read(path):
 
 
 def test_without_isolation_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox, "isolates", lambda: False)
+    monkeypatch.setattr(sandbox, "isolates", lambda: None)
     with pytest.raises(NoIsolation, match="user namespaces"):
         run_python("pass")

@@ -174,7 +174,7 @@ def test_missing_library_is_named(monkeypatch):
         ("    return (\n", 0),
     ],
 )
-@pytest.mark.skipif(not sandbox.isolates(), reason="this system lets users open no namespaces")
+@pytest.mark.skipif(sandbox.isolates() is None, reason="this system lets users open no namespaces")
 def test_completed_functions(text, value):
     head, tests = 'def add(a, b):\n    """Sum."""\n', "def check(f):\n    assert f(1, 2) == 3\n"
     assert scoring.passes_tests(head, text, tests, "add") == value

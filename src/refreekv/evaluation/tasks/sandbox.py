@@ -1,9 +1,10 @@
 """Running Python that a model wrote, shut off from the machine.
 
-A process in namespaces of its own, which Linux lets any user open with ``unshare``: of the file
-system it sees Python's own files, read only, and an empty folder in memory; it has no network,
-sees no other process, and has no environment. Memory, time, file size and output are bounded. Where
-the system does not allow this, nothing is run.
+A process in namespaces of its own: of the file system it sees Python's own files, read only,
+and an empty folder in memory; it has no network, sees no other process, and has no
+environment. Memory, time, file size and output are bounded. The namespaces are bubblewrap's
+(``bwrap``) where it is installed and works; in containers it often may not, and then they are
+those that Linux lets any user open with ``unshare``. Where neither works, nothing is run.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -27,30 +29,36 @@ except ImportError:  # Windows has none
 OUTPUT_BYTES = 1 << 20
 """Output and files of a program at most."""
 
-_ENTER = """
-set -e
-root=$1; python=$2; shift 2
-mount --make-rprivate /
-mount -t tmpfs -o size=16m,mode=755 none "$root"
-mkdir "$root/cell" "$root/dev"
-mount -t tmpfs -o size=16m,mode=755 none "$root/cell"
-cat > "$root/cell/program.py"
-for place in "$@"; do
-    if [ -L "$place" ]; then ln -s "$(readlink "$place")" "$root$place"; continue; fi
-    mkdir -p "$root$place"
-    mount --bind "$place" "$root$place"
-    mount -o remount,bind,ro "$root$place"
-done
-touch "$root/dev/null"; mount --bind /dev/null "$root/dev/null"
-mount -o remount,ro "$root"
-cd "$root/cell"
-exec chroot "$root" "$python" -I -S -B -c '
+_CELL = 16 << 20
+"""Bytes of the folder in memory."""
+
+_PROGRAM = """
 import os, sys
 os.chdir("/cell")
 source = open("program.py", encoding="utf-8").read()
 sys.argv = ["program.py"]
 exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-' < /dev/null
+"""
+
+_ENTER = """
+set -e
+root=$1; shift; size=$1; shift
+mount --make-rprivate /
+mount -t tmpfs -o "size=$size,mode=755" none "$root"
+mkdir "$root/cell" "$root/dev"
+mount -t tmpfs -o "size=$size,mode=755" none "$root/cell"
+cat > "$root/cell/program.py"
+while [ "$1" != -- ]; do
+    if [ -L "$1" ]; then ln -s "$(readlink "$1")" "$root$1"; shift; continue; fi
+    mkdir -p "$root$1"
+    mount --bind "$1" "$root$1"
+    mount -o remount,bind,ro "$root$1"
+    shift
+done
+shift
+touch "$root/dev/null"; mount --bind /dev/null "$root/dev/null"
+mount -o remount,ro "$root"
+exec chroot "$root" "$@" < /dev/null
 """
 """Run by a shell that is root in namespaces of its own; the program comes through standard input."""
 
@@ -95,40 +103,62 @@ def run_python(program: str, *, seconds: float = 10.0, memory: int = 1 << 30) ->
     NoIsolation
         See there.
     """
-    check()
-    return _run(program, seconds, memory)
+    return _run(check(), program, seconds, memory)
 
 
-def check() -> None:
-    """Raise `NoIsolation` where nothing can be run."""
-    if not isolates():
+def check() -> "Way":
+    """The way by which programs are shut off here; `NoIsolation` where there is none."""
+    way = isolates()
+    if way is None:
         raise NoIsolation(
-            "running generated code needs Linux with user namespaces and unshare(1): this system has or allows none; "
-            "use a machine or container that does"
+            "running generated code needs Linux with user namespaces, and bubblewrap or unshare(1): this system has or "
+            "allows none; use a machine or container that does"
         )
+    return way
 
 
 @functools.cache
-def isolates() -> bool:
-    """Whether programs can be shut off here."""
-    if resource is None or not all(map(shutil.which, ("unshare", "mount", "chroot", "sh"))):
-        return False
-    return _run("pass", 20.0, 1 << 30).passed
+def isolates() -> "Way | None":
+    """How programs can be shut off here, if at all."""
+    if resource is None:
+        return None
+    ways: dict[Way, tuple[str, ...]] = {_bubblewrap: ("bwrap",), _unshare: ("unshare", "mount", "chroot", "sh")}
+    there = (way for way, needed in ways.items() if all(map(shutil.which, needed)))
+    return next((way for way in there if _run(way, "pass", 20.0, 1 << 30).passed), None)
 
 
-def _run(program: str, seconds: float, memory: int) -> Outcome:
+Way = Callable[[str, Sequence[str], Sequence[str]], list[str]]
+"""From an empty folder, places to be seen and a command to one that runs it shut off, its program on stdin."""
+
+
+def _bubblewrap(root: str, places: Sequence[str], command: Sequence[str]) -> list[str]:
+    del root  # bubblewrap makes its own
+    shown: list[str] = []
+    for place in map(Path, places):
+        shown += ["--symlink", str(place.readlink())] if place.is_symlink() else ["--ro-bind", str(place)]
+        shown.append(str(place))
+    options = "--unshare-all --die-with-parent --new-session --dev-bind /dev/null /dev/null"
+    cell = f"--size {_CELL} --tmpfs /cell --file 0 /cell/program.py --remount-ro / --chdir /cell"
+    return ["bwrap", *options.split(), *shown, *cell.split(), "--", *command]
+
+
+def _unshare(root: str, places: Sequence[str], command: Sequence[str]) -> list[str]:
+    namespaces = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts")
+    return ["unshare", *namespaces, "sh", "-c", _ENTER, "sandbox", root, str(_CELL), *places, "--", *command]
+
+
+def _run(way: Way, program: str, seconds: float, memory: int) -> Outcome:
     # The last line proves that the program was not left early by exit(0).
     token = os.urandom(8).hex()
     source = f"{program}\nprint({token!r})\n"
-    namespaces = ("--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts")
-    enter = ("sh", "-c", _ENTER, "sandbox")
+    command = [_interpreter(), "-I", "-S", "-B", "-c", _PROGRAM]
     with tempfile.TemporaryDirectory(prefix="refreekv-sandbox-") as folder:
         output, error = (open(Path(folder) / name, "w+b") for name in ("output", "error"))  # noqa: SIM115, PTH123
         with output, error:
             root = Path(folder) / "root"
             root.mkdir()
             process = subprocess.Popen(
-                ["unshare", *namespaces, *enter, str(root), _interpreter(), *_places()],
+                way(str(root), _places(), command),
                 cwd=folder,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
                 stdin=subprocess.PIPE,
@@ -149,7 +179,7 @@ def _run(program: str, seconds: float, memory: int) -> Outcome:
                 process.wait()
             said, complained = _end_of(output), _end_of(error)
     passed = not timed_out and process.returncode == 0 and said.rstrip().endswith(token)
-    # A process that used up its CPU time shows as 128 + SIGXCPU through the shell.
+    # A process that used up its CPU time shows as 128 + SIGXCPU through what started it.
     timed_out |= process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)
     return Outcome(passed, timed_out, complained)
 
