@@ -302,7 +302,7 @@ def test_activations_and_reserve_count():
     bare = Machine(3 * GIB, GIB, GIB // 2, activation_bytes=1000, logit_bytes=7, chunk=2048)
     assert memory.use(measured, bare, full, load).peak == GIB + 2048 * 1000 + 7
     assert memory.use(measured, replace(bare, chunk=None), full, load).peak == GIB + 8192 * 1000 + 7
-    assert bare.room == 3 * GIB - GIB - GIB // 2
+    assert bare.available == 3 * GIB - GIB - GIB // 2
     # Quantised K/V is read through a copy of one layer, 2 + 2 bytes for each of its elements, or decoded in place.
     for number, copied in ((KVDtype("int4", recent=0), 8192 * 2048 * 4), (KVDtype("int8"), 0)):
         stored = Scenario(str(number), lambda _: 1.0, number)

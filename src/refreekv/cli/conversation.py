@@ -170,10 +170,10 @@ class Conversation:
         if not new:
             raise MessageError("the message is empty: the tokenizer makes no token of it")
         prompt = [*self.tokens, *new]
-        room = self.max_new_tokens
+        limit = self.max_new_tokens
         if self.loaded.context is not None:
-            room = min(room, self.loaded.context - len(prompt))
-            if room < 1:
+            limit = min(limit, self.loaded.context - len(prompt))
+            if limit < 1:
                 raise MessageError(
                     f"with this message the conversation has {len(prompt):,} tokens, but the context of "
                     f"{self.loaded.name} is {self.loaded.context:,}; /reset starts a new one"
@@ -188,7 +188,7 @@ class Conversation:
                 if not self._read(cache, prompt, listener):
                     self._cache = _restored(cache, held)
                     raise MessageError("stopped while reading; the message is not part of the conversation")
-                answer = self._generate(cache, prompt, room, listener)
+                answer = self._generate(cache, prompt, limit, listener)
         except torch.OutOfMemoryError as error:
             raise MessageError(f"out of memory at {len(prompt):,} tokens; /reset starts a new conversation") from error
         finally:
@@ -200,7 +200,7 @@ class Conversation:
             prompt_tokens=len(prompt),
             read_tokens=len(prompt) - held,
             answer_tokens=len(answer.tokens),
-            ended=self._ended(answer, room),
+            ended=self._ended(answer, limit),
             prefill_seconds=answer.times[0] - begin,
             decode_seconds=answer.times[-1] - answer.times[0],
             report=cache.report,
@@ -229,7 +229,7 @@ class Conversation:
         listener.on_read(total, total)
         return not listener.stopped()
 
-    def _generate(self, cache: refreekv.ReFreeKVCache, prompt: list[int], room: int, listener: Listener) -> Answering:
+    def _generate(self, cache: refreekv.ReFreeKVCache, prompt: list[int], limit: int, listener: Listener) -> Answering:
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         from refreekv.engines.transformers.naming import NAME
@@ -247,17 +247,17 @@ class Conversation:
         model.generate(
             input_ids=torch.tensor([prompt], device=self.loaded.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.loaded.device),
-            generation_config=self._settings(room),
+            generation_config=self._settings(limit),
             streamer=answering,
             stopping_criteria=StoppingCriteriaList([Stop()]),
             **{NAME: cache},
         )
         return answering
 
-    def _settings(self, room: int) -> Any:
+    def _settings(self, limit: int) -> Any:
         model: Any = self.loaded.model
         settings = copy.deepcopy(model.generation_config)
-        settings.update(num_beams=1, max_length=None, max_new_tokens=room, eos_token_id=self._stop_tokens or None)
+        settings.update(num_beams=1, max_length=None, max_new_tokens=limit, eos_token_id=self._stop_tokens or None)
         if self.sampling.temperature == 0:
             settings.update(do_sample=False, temperature=None, top_p=None, top_k=None)
         elif self.sampling.temperature is not None:
@@ -266,12 +266,12 @@ class Conversation:
             settings.pad_token_id = self.loaded.tokenizer.pad_token_id or 0  # one row: nothing is padded
         return settings
 
-    def _ended(self, answer: Answering, room: int) -> str:
+    def _ended(self, answer: Answering, limit: int) -> str:
         if answer.tokens[-1] in self._stop_tokens:
             return "end"
         if answer.stopped:
             return "stopped"
-        return "length" if room == self.max_new_tokens else "context"
+        return "length" if limit == self.max_new_tokens else "context"
 
     # -- tokens -----------------------------------------------------------------------------
 

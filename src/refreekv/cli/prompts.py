@@ -42,7 +42,7 @@ def encode(loaded: "Loaded", text: str, *, chat: bool | None, max_new_tokens: in
     chat : bool or None
         Whether it is a user's message, put into the tokenizer's chat template. None: if there is one.
     max_new_tokens : int
-        Tokens for which the model's context must have room after the prompt.
+        Tokens for which the model's context must hold after the prompt.
 
     Raises
     ------

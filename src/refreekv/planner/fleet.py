@@ -103,16 +103,16 @@ def engine(
     Raises
     ------
     ValueError
-        No room for a single block, or a model whose cache does not grow.
+        No memory for a single block, or a model whose cache does not grow.
     """
     per_token = geometry.stored_per_token(scenario.number)
     if not per_token:
         raise ValueError("this model's cache does not grow with length, so there is no K/V pool to simulate")
     tokens = machine.chunk or 2048
     block = block_size * per_token
-    room = machine.room - tokens * machine.activation_bytes - running * machine.logit_bytes
-    if room < block:
-        raise ValueError("the weights leave no room for a K/V pool on this machine; see the table for what to change")
+    pool = machine.available - tokens * machine.activation_bytes - running * machine.logit_bytes
+    if pool < block:
+        raise ValueError("the weights leave no memory for a K/V pool on this machine; see the table for what to change")
 
     def blocks_for(prompt: int, output: int, complete: bool) -> int:
         if not complete:
@@ -124,7 +124,7 @@ def engine(
     def step_seconds(tokens: int, blocks: int) -> float:
         return speed.seconds(tokens, weight_bytes=machine.weights, kv_bytes=blocks * block, parameters=parameters)
 
-    return Engine(int(room // block), blocks_for, step_seconds, step_tokens=tokens, running=running)
+    return Engine(int(pool // block), blocks_for, step_seconds, step_tokens=tokens, running=running)
 
 
 def simulate(requests: Sequence[Request], one: Engine, gpus: int, *, name: str, price: float | None = None) -> Result:

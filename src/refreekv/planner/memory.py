@@ -41,7 +41,7 @@ class Machine:
     chunk: int | None = None
 
     @property
-    def room(self) -> int:
+    def available(self) -> int:
         """Bytes for K/V and activations; negative if the weights do not fit."""
         return self.memory - self.weights - self.reserve
 
@@ -144,7 +144,7 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
 
 def fits(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> bool:
     """Whether a load fits."""
-    return use(geometry, machine, scenario, load).peak <= machine.room
+    return use(geometry, machine, scenario, load).peak <= machine.available
 
 
 def longest_context(

@@ -137,7 +137,7 @@ def make(
     Raises
     ------
     ValueError
-        A context beyond the model's, no room for a prompt in it, or unknown weights.
+        A context beyond the model's, no tokens for a prompt in it, or unknown weights.
     ModelError
         A model that cannot be planned for.
     """
@@ -193,7 +193,7 @@ def _row(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, l
         per_token,
         taken.kv,
         machine.weights + machine.reserve + taken.peak,
-        taken.peak <= machine.room,
+        taken.peak <= machine.available,
         longest_context(geometry, machine, scenario, load, limit),
         most_requests(geometry, machine, scenario, load),
     )
@@ -212,7 +212,7 @@ def _advice(
     advice: list[str] = []
 
     def fits(machine: Machine = machine, scenario: Scenario = scenario) -> bool:
-        return use(geometry, machine, scenario, load).peak <= machine.room
+        return use(geometry, machine, scenario, load).peak <= machine.available
 
     row = rows[-1]
     if machine.chunk is None and fits(replace(machine, chunk=CHUNK)):
@@ -283,6 +283,6 @@ def _notes(
     if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
         notes.append(
             "One request alone: a prompt read in chunks is held in full until its end, so pruning makes no longer "
-            "prompt fit; it makes room for more requests and turns."
+            "prompt fit; more requests and turns fit."
         )
     return notes

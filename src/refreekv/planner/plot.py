@@ -58,7 +58,7 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_xscale("log", base=2)
     _name_contexts(axes, contexts)
     axes.set_xlim(contexts[0], contexts[-1])
-    # Room for the legend above what matters; lines far beyond the memory may leave the picture.
+    # Space for the legend above what matters; lines far beyond the memory may leave the picture.
     axes.set_ylim(0, 1.35 * max(memory, min(highest, 1.6 * memory), fixed))
     requests = plan.load.requests
     axes.set_xlabel(f"context of each request, tokens ({plan.load.output:,} of them generated)")

@@ -208,7 +208,7 @@ def _console() -> "Console":
     from rich.console import Console
 
     console = Console(highlight=False)
-    # Files have room for whole tables.
+    # Files hold whole tables.
     return console if console.is_terminal else Console(highlight=False, width=TABLE_WIDTH)
 
 

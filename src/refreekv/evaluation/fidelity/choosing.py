@@ -61,7 +61,7 @@ class Choice:
         By layer, boolean ``[P, H_kv, n]``; None if all policies keep everything.
     alike : list of set of str
         By layer, the policies whose KV heads all keep the same positions.
-    stand_ins : list of dict
+    surrogates : list of dict
         By layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks
         do not show these.
     """
@@ -70,7 +70,7 @@ class Choice:
     length: int
     masks: list[Tensor | None]
     alike: list[set[str]]
-    stand_ins: list[dict[str, StandIns]]
+    surrogates: list[dict[str, StandIns]]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
         """The mask of one layer for some policies, in their order."""
@@ -79,9 +79,9 @@ class Choice:
             return mask
         return mask[[self.names[name] for name in names]]
 
-    def standing(self, layer: int, names: Sequence[str]) -> StandIns | None:
-        """Stand-ins of some policies, in their order, a row each; None if none has any."""
-        there = self.stand_ins[layer]
+    def surrogates_of(self, layer: int, names: Sequence[str]) -> StandIns | None:
+        """Surrogates of some policies, in their order, a row each; None if none has any."""
+        there = self.surrogates[layer]
         like = next((there[name] for name in names if name in there), None)
         if like is None:
             return None
@@ -97,10 +97,10 @@ class Choice:
         device = next((mask.device for mask in masks if mask is not None), torch.device("cpu"))
         everything = torch.full((len(names), 1), self.length, device=device)
         numbers = [everything if mask is None else mask.sum(-1).to(device) for mask in masks]
-        for number, standing in zip(numbers, self.stand_ins, strict=True):
+        for number, held in zip(numbers, self.surrogates, strict=True):
             for row, name in enumerate(names):
-                if name in standing:
-                    number[row] += standing[name].real.sum(-1)[0].to(device)
+                if name in held:
+                    number[row] += held[name].real.sum(-1)[0].to(device)
         table = torch.cat(numbers, dim=1).tolist()
         found = []
         for name, row in zip(names, table, strict=True):
@@ -153,14 +153,14 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     """
     masks: list[Tensor | None] = []
     alike: list[set[str]] = []
-    standing: list[dict[str, StandIns]] = []
+    surrogates: list[dict[str, StandIns]] = []
     noted: dict[str, list[LayerScores]] = {}
     while len(masks) < len(layers):
         group = _group(layers[len(masks) :])
         kept, same, stands = _choose(asked, group, len(masks), len(layers), noted)
         masks += kept
         alike += same
-        standing += stands
+        surrogates += stands
     names = {name: row for row, name in enumerate(asked)}
     for name, scores in noted.items():
         policy = asked[name]
@@ -171,7 +171,7 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
             mask[names[name]] = selection.keep[0]
             if selection.keep.shape[1] > 1:
                 alike[layer].discard(name)
-    return Choice(names, layers[0].keys.shape[2], masks, alike, standing)
+    return Choice(names, layers[0].keys.shape[2], masks, alike, surrogates)
 
 
 def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
@@ -192,7 +192,7 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 def _choose(
     asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
 ) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, StandIns]]]:
-    """Of some layers, the first of which is number ``start``: masks ``[P, H_kv, n]``, whose heads are alike, stand-ins.
+    """Masks ``[P, H_kv, n]`` of some layers from number ``start`` on, whose heads are alike, and surrogates.
 
     Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
     their masks keep everything.
@@ -221,11 +221,11 @@ def _choose(
     for row, name in enumerate(asked):
         if chosen[name] is not None and frozen[name]:
             masks[row, : frozen[name]] = True
-    standing = {
+    surrogates = {
         name: one.stand_ins for name, one in chosen.items() if isinstance(one, Selection) and one.stand_ins is not None
     }
     by_layer = [
-        {name: StandIns(*(part[at : at + 1] for part in one)) for name, one in standing.items() if at >= frozen[name]}
+        {name: StandIns(*(part[at : at + 1] for part in one)) for name, one in surrogates.items() if at >= frozen[name]}
         for at in range(count)
     ]
     return list(masks.unbind(1)), alike, by_layer

@@ -102,7 +102,7 @@ class StoredLayer(MaskedLayer):
         Boolean ``[P, H_kv, n]``: what each row keeps; None: everything.
     numbers : sequence of KVDtype or None
         The format of each row.
-    standing : StandIns or None
+    surrogates : StandIns or None
         As in `MaskedLayer`.
     """
 
@@ -112,7 +112,7 @@ class StoredLayer(MaskedLayer):
         values: Tensor,
         keep: Tensor | None,
         numbers: Sequence[KVDtype | None],
-        standing: StandIns | None = None,
+        surrogates: StandIns | None = None,
     ):
         kinds = sorted({number for number in numbers if number is not None}, key=str)
         self._prompt = keys.shape[2]
@@ -124,7 +124,7 @@ class StoredLayer(MaskedLayer):
             torch.cat([keys, *(part for part, _ in stored)], dim=2),
             torch.cat([values, *(part for _, part in stored)], dim=2),
             torch.stack([_visible(row, number, kinds) for row, number in zip(keep, numbers, strict=True)]),
-            None if standing is None else _standing_stored(standing, numbers, centres),
+            None if surrogates is None else _stored_surrogates(surrogates, numbers, centres),
         )
 
     def get_seq_length(self) -> int:
@@ -138,13 +138,13 @@ def stored_layer(
     keep: Tensor | None,
     names: Sequence[str],
     asked: Mapping[str, Policy | None],
-    standing: StandIns | None = None,
+    surrogates: StandIns | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
     numbers = [format_of(asked[name]) for name in names]
     if not any(numbers):
-        return MaskedLayer(keys, values, keep, standing)
-    return StoredLayer(keys, values, keep, numbers, standing)
+        return MaskedLayer(keys, values, keep, surrogates)
+    return StoredLayer(keys, values, keep, numbers, surrogates)
 
 
 def _stored(entries: Pair, number: KVDtype, centres: Pair) -> Pair:
@@ -153,13 +153,13 @@ def _stored(entries: Pair, number: KVDtype, centres: Pair) -> Pair:
     return keys, values
 
 
-def _standing_stored(standing: StandIns, numbers: Sequence[KVDtype | None], centres: Pair) -> StandIns:
-    """Stand-ins as each row's format gives them back."""
-    parts = zip(standing.keys.split(1), standing.values.split(1), strict=True)
+def _stored_surrogates(surrogates: StandIns, numbers: Sequence[KVDtype | None], centres: Pair) -> StandIns:
+    """Surrogates as each row's format gives them back."""
+    parts = zip(surrogates.keys.split(1), surrogates.values.split(1), strict=True)
     rows = [
         row if number is None else _stored(row, number, centres) for row, number in zip(parts, numbers, strict=True)
     ]
-    return standing._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))
+    return surrogates._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))
 
 
 def _visible(keep: Tensor, number: KVDtype | None, kinds: Sequence[KVDtype]) -> Tensor:

@@ -31,13 +31,13 @@ class MaskedLayer(DynamicLayer):
         ``[1, H_kv, n, D]``.
     keep : Tensor or None
         Boolean ``[P, H_kv, n]``, a row each; None: all see everything.
-    standing : StandIns or None
+    surrogates : StandIns or None
         ``[P, H_kv, m]``: entries of each row's own, seen beside what it keeps.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, standing: StandIns | None = None):
+    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, surrogates: StandIns | None = None):
         super().__init__()
-        self._standing = standing
+        self._surrogates = surrogates
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self._hidden = None if keep is None else ~keep
@@ -102,8 +102,8 @@ class MaskedLayer(DynamicLayer):
         count, heads, queries, dim = query.shape
         future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
         hidden = future.repeat(heads // key.shape[1], 1)[None, None]
-        if self._standing is not None:
-            _, more_keys, more_values, real = (part[rows] for part in self._standing)
+        if self._surrogates is not None:
+            _, more_keys, more_values, real = (part[rows] for part in self._surrogates)
             key, value = torch.cat([more_keys, key], dim=2), torch.cat([more_values, value], dim=2)
             absent = ~real[:, :, None].expand(-1, -1, hidden.shape[2], -1)
             hidden = torch.cat([absent, hidden.expand(*absent.shape[:2], -1, -1)], dim=-1)

@@ -151,7 +151,7 @@ class SharedPrefill:
                     self._choice.keep(layer.ordinal, names),
                     names,
                     self._asked,
-                    self._choice.standing(layer.ordinal, names),
+                    self._choice.surrogates_of(layer.ordinal, names),
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))

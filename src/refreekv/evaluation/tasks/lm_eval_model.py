@@ -188,7 +188,7 @@ class CompressedLM(HFLM):
                 yield group[start : start + self.batch_size]
 
     def _fitted_prompt(self, asked: Asked) -> Asked:
-        """The prompt, cut on the left to leave room for the answer."""
+        """The prompt, cut on the left to fit with the answer."""
         excess = asked.length + asked.limit - self.max_length
         if excess <= 0:
             return asked
@@ -243,14 +243,14 @@ class CompressedLM(HFLM):
         return [result for result in results if result is not None]
 
     def _fitted(self, request: Request) -> tuple[int, ...]:
-        """The context, cut on the left to leave room for the continuation."""
+        """The context, cut on the left to fit with the continuation."""
         _, context, continuation = request
-        room = self.max_length + 1 - len(continuation)
-        if room < 1:
+        longest = self.max_length + 1 - len(continuation)
+        if longest < 1:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens does not fit the model's context of {self.max_length}"
             )
-        return tuple(context[-room:])
+        return tuple(context[-longest:])
 
     def _score(
         self, context: list[int], continuations: list[list[int]]

@@ -103,8 +103,10 @@ def plan(model: Any, tokenizer: Any, tasks: Iterable[BenchTask], settings: Setti
         context = int(lm.max_length)
         for task in tasks:
             kept = planned.documents.setdefault(task.name, [])
-            for document, room in _documents(lm, task, settings):
-                longest = context - room if settings.max_tokens is None else min(context - room, settings.max_tokens)
+            for document, reserved in _documents(lm, task, settings):
+                longest = (
+                    context - reserved if settings.max_tokens is None else min(context - reserved, settings.max_tokens)
+                )
                 if document.length > longest:
                     planned.left_out.append(
                         f"{task.name}/{document.id}: {document.length:,} tokens, at most {longest:,} can be asked"
@@ -115,7 +117,7 @@ def plan(model: Any, tokenizer: Any, tasks: Iterable[BenchTask], settings: Setti
 
 
 def _documents(lm: CompressedLM, bench: BenchTask, settings: Settings) -> Iterator[tuple[Document, int]]:
-    """A task's samples, each with the room that its answer needs."""
+    """A task's samples, each with the tokens that its answer needs."""
     task = bench.task
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
@@ -139,12 +141,12 @@ def _documents(lm: CompressedLM, bench: BenchTask, settings: Settings) -> Iterat
             if settings.max_new_tokens is not None and asked.limit > settings.max_new_tokens:
                 requests[0].args[1]["max_gen_toks"] = settings.max_new_tokens
                 asked = lm.ask(requests[0])
-            length, room = asked.length, asked.limit
+            length, reserved = asked.length, asked.limit
         else:
             length = len(lm.tok_encode(requests[0].args[0]))
-            room = max(len(lm.tok_encode(request.args[1], add_special_tokens=False)) for request in requests)
+            reserved = max(len(lm.tok_encode(request.args[1], add_special_tokens=False)) for request in requests)
         doc = requests[0].doc
-        yield Document(f"{getattr(doc, 'id', index)}-{_digest(requests)}", doc, requests, length), room
+        yield Document(f"{getattr(doc, 'id', index)}-{_digest(requests)}", doc, requests, length), reserved
 
 
 def _digest(requests: Iterable[Any]) -> str:
@@ -303,7 +305,7 @@ def score(bench: BenchTask, document: Document, responses: Sequence[Any]) -> dic
     Raises
     ------
     ValueError
-        The task does not give the metric that it should be judged by.
+        The task does not give the metric that it should be scored by.
     """
     for request, response in zip(document.requests, responses, strict=True):
         request.resps, request.filtered_resps = [response], {}
