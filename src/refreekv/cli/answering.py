@@ -12,21 +12,13 @@ from refreekv.cli.detokenizing import Detokenizer
 
 @dataclass(frozen=True)
 class Listener:
-    """What wants to know how an answer comes along; every part may be left out.
+    """What wants to know how an answer comes along; every part may be left out."""
 
-    Attributes
-    ----------
-    on_read : callable
-        ``(read, total)``: tokens of the message read so far.
-    on_text : callable
-        ``(text, tokens, seconds)``: new text, tokens so far, seconds since the first one.
-    stopped : callable
-        Whether to stop; asked after each chunk and each token.
-    """
-
+    # ``(read, total)``: tokens of the message read so far
     on_read: Callable[[int, int], None] = lambda read, total: None
+    # ``(text, tokens, seconds)``: new text, tokens so far, seconds since the first one
     on_text: Callable[[str, int, float], None] = lambda text, tokens, seconds: None
-    stopped: Callable[[], bool] = lambda: False
+    stopped: Callable[[], bool] = lambda: False  # whether to stop; asked after each chunk and each token
 
 
 class Answering:

@@ -14,24 +14,14 @@ from refreekv.cli.running import Run
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two greedy generations from one prompt.
+    """Two greedy generations from one prompt."""
 
-    Attributes
-    ----------
-    prompt_tokens : int
-        Length of the prompt.
-    full, compressed : Run
-        With the full cache, and with the policy.
-    report : CompressionReport
-        What the policy kept, at the end of its run.
-    kept : list
-        Which positions are then held, as `PrunedCache.kept_ranges` gives them.
-    """
-
-    prompt_tokens: int
+    prompt_tokens: int  # length of the prompt
+    # with the full cache, and with the policy
     full: Run
     compressed: Run
-    report: refreekv.CompressionReport
+    report: refreekv.CompressionReport  # what the policy kept, at the end of its run
+    # which positions are then held, as `PrunedCache.kept_ranges` gives them
     kept: list[tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=list)
 
     @property

@@ -23,52 +23,29 @@ class MessageError(UserError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes
-    ----------
-    temperature : float or None
-        0 is greedy; None takes the model's own settings.
-    seed : int or None
-        Makes sampling repeatable.
-    """
-
-    temperature: float | None = None
-    seed: int | None = None
+    temperature: float | None = None  # 0 is greedy; None takes the model's own settings
+    seed: int | None = None  # makes sampling repeatable
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message and its answer.
+    """One message and its answer."""
 
-    Attributes
-    ----------
-    message, answer : str
-        What was said.
-    prompt_tokens : int
-        Tokens of the whole conversation when the answer began.
-    read_tokens : int
-        Those of them that were new to the cache.
-    answer_tokens : int
-        Tokens generated, an end token included.
-    ended : str
-        ``"end"``: by itself; ``"stopped"``: by the user; ``"length"``: at the most tokens asked
-        for; ``"context"``: where the model's context ends.
-    prefill_seconds, decode_seconds : float
-        From the message to the first token, and from there to the last.
-    report : CompressionReport
-        The cache at the end of the answer.
-    """
-
+    # what was said
     message: str
     answer: str
-    prompt_tokens: int
-    read_tokens: int
-    answer_tokens: int
+    prompt_tokens: int  # tokens of the whole conversation when the answer began
+    read_tokens: int  # those of them that were new to the cache
+    answer_tokens: int  # tokens generated, an end token included
+    # ``"end"``: by itself; ``"stopped"``: by the user; ``"length"``: at the most tokens asked for; ``"context"``: where
+    # the model's context ends
     ended: str
+    # from the message to the first token, and from there to the last
     prefill_seconds: float
     decode_seconds: float
-    report: refreekv.CompressionReport
+    report: refreekv.CompressionReport  # the cache at the end of the answer
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -32,21 +32,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """Where a model is."""
 
-    Attributes
-    ----------
-    place : str
-        A folder, or a model id of the hub.
-    gguf : str or None
-        Name of the .gguf file in the folder.
-    local : bool
-        Whether everything is on this machine; the hub is then never asked.
-    """
-
-    place: str
-    gguf: str | None = None
-    local: bool = True
+    place: str  # A folder, or a model id of the hub
+    gguf: str | None = None  # name of the .gguf file in the folder
+    local: bool = True  # whether everything is on this machine; the hub is then never asked
 
     @property
     def name(self) -> str:

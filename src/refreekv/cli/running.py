@@ -17,30 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What one generation gave and took.
+    """What one generation gave and took."""
 
-    Attributes
-    ----------
-    text : str
-        The new text.
-    tokens : list of int
-        The new tokens, an end token included.
-    prefill_seconds : float
-        From the call to the first new token.
-    decode_seconds : float
-        From the first new token to the last.
-    token_seconds : float or None
-        Median time from one new token to the next; None if there was only one.
-    kv_bytes : int
-        Storage of all key and value tensors at the end, measured on the cache itself.
-    """
-
-    text: str
-    tokens: list[int]
-    prefill_seconds: float
-    decode_seconds: float
-    token_seconds: float | None
-    kv_bytes: int
+    text: str  # the new text
+    tokens: list[int]  # the new tokens, an end token included
+    prefill_seconds: float  # from the call to the first new token
+    decode_seconds: float  # from the first new token to the last
+    token_seconds: float | None  # median time from one new token to the next; None if there was only one
+    kv_bytes: int  # storage of all key and value tensors at the end, measured on the cache itself
 
 
 def check_max_new_tokens(count: int) -> None:

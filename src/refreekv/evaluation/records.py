@@ -16,49 +16,31 @@ class FidelityRecord:
     """How far one policy's cache takes the model from its own full-cache answer on one sample.
 
     Both run over the same tokens: the full cache's greedy continuation (teacher forcing).
-
-    Attributes
-    ----------
-    sample, family, policy, model : str
-        What was measured. ``policy`` is the policy's specification; ``"full"`` is the full
-        cache run a second time through the same kernels, the noise floor.
-    prompt_tokens, continuation_tokens : int
-        Length of what was compressed, and of what was compared after it.
-    budget : float
-        Kept share of the prompt, over all full-attention layers, frozen ones included.
-    bytes_full, bytes_kept : int
-        K/V bytes of the prompt in a full and in this cache.
-    kl_mean, kl_p99, kl_max : float
-        KL(full || pruned) in nats over the compared tokens.
-    top1 : float
-        Share of tokens whose most likely next token is the same.
-    same_path : bool
-        Whether all of them are.
-    first_divergence : int or None
-        Index of the first that is not.
-    answer_nll_change : float or None
-        Change of the first gold answer's mean negative log-likelihood, in nats per token.
-    kept_heads : list of list of float
-        Kept share by layer and KV head (one entry where heads are alike).
     """
 
+    # what was measured. ``policy`` is the policy's specification; ``"full"`` is the full cache run a second time
+    # through the same kernels, the noise floor.
     sample: str
     family: str
     policy: str
     model: str
+    # length of what was compressed, and of what was compared after it
     prompt_tokens: int
     continuation_tokens: int
-    budget: float
+    budget: float  # kept share of the prompt, over all full-attention layers, frozen ones included
+    # K/V bytes of the prompt in a full and in this cache
     bytes_full: int
     bytes_kept: int
+    # KL(full || pruned) in nats over the compared tokens
     kl_mean: float
     kl_p99: float
     kl_max: float
-    top1: float
-    same_path: bool
-    first_divergence: int | None = None
+    top1: float  # share of tokens whose most likely next token is the same
+    same_path: bool  # whether all of them are
+    first_divergence: int | None = None  # index of the first that is not
+    # change of the first gold answer's mean negative log-likelihood, in nats per token
     answer_nll_change: float | None = None
-    kept_heads: list[list[float]] | None = None
+    kept_heads: list[list[float]] | None = None  # kept share by layer and KV head (one entry where heads are alike)
 
     @property
     def key(self) -> Key:
@@ -78,42 +60,26 @@ class FidelityRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """One policy's answer to one sample, scored.
+    """One policy's answer to one sample, scored."""
 
-    Attributes
-    ----------
-    sample, family, policy, model : str
-        What was measured. ``sample`` holds a digest of the prompt, so that results of another
-        version of it are not taken for this one's; ``policy`` is a specification, or ``"full"``.
-    prompt_tokens, new_tokens : int
-        Length of the compressed part, and of what came after it.
-    budget : float
-        Kept share of the prompt, over all full-attention layers, frozen ones included.
-    bytes_full, bytes_kept : int
-        K/V bytes of the full-attention layers at the end of the answer.
-    text : str
-        The answer; where likelihoods are compared, the likeliest choice.
-    scores : dict
-        ``"score"``, the number that tables show, and the task's further metrics.
-    same_as_full : bool or None
-        Whether the full cache gave the same text; None for itself.
-    place : list or None
-        Of a needle: length of its haystack, and depth in it (0: start, 1: end).
-    """
-
+    # what was measured. ``sample`` holds a digest of the prompt, so that results of another version of it are not taken
+    # for this one's; ``policy`` is a specification, or ``"full"``.
     sample: str
     family: str
     policy: str
     model: str
+    # length of the compressed part, and of what came after it
     prompt_tokens: int
     new_tokens: int
-    budget: float
+    budget: float  # kept share of the prompt, over all full-attention layers, frozen ones included
+    # K/V bytes of the full-attention layers at the end of the answer
     bytes_full: int
     bytes_kept: int
-    text: str
+    text: str  # the answer; where likelihoods are compared, the likeliest choice
+    # ``"score"``, the number that tables show, and the task's further metrics
     scores: dict[str, float] = field(default_factory=dict)
-    same_as_full: bool | None = None
-    place: list[float] | None = None
+    same_as_full: bool | None = None  # whether the full cache gave the same text; None for itself
+    place: list[float] | None = None  # of a needle: length of its haystack, and depth in it (0: start, 1: end)
 
     @property
     def key(self) -> Key:

@@ -43,21 +43,12 @@ F = TypeVar("F", bound="RecordFile[Any]")
 
 @dataclass
 class Results(Generic[R]):
-    """What a results file holds.
+    """What a results file holds."""
 
-    Attributes
-    ----------
-    setup : dict
-        The run's settings; ``"environment"`` in it is for the reader only.
-    policies : dict
-        Specifications to policies with all their parameters.
-    records : list
-        Each (family, sample, policy) once.
-    """
-
+    # the run's settings; ``"environment"`` in it is for the reader only
     setup: dict[str, Any] = field(default_factory=dict)
-    policies: dict[str, str] = field(default_factory=dict)
-    records: list[R] = field(default_factory=list)
+    policies: dict[str, str] = field(default_factory=dict)  # specifications to policies with all their parameters
+    records: list[R] = field(default_factory=list)  # each (family, sample, policy) once
 
     @property
     def keys(self) -> set[Key]:

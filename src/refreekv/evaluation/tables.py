@@ -96,17 +96,10 @@ class Fidelity:
     likely next token; ``same_path``, the share of samples where all have, with
     ``same_path_interval``; ``answer_nll_change``, None without gold answers; ``budget``, the kept
     share; ``bytes_full`` and ``bytes_kept``; ``worst_family`` by mean KL and its ``worst_kl``.
-
-    Attributes
-    ----------
-    overall : DataFrame
-        Over all families.
-    families : dict
-        Family names to tables, in which no family is the worst.
     """
 
-    overall: pd.DataFrame
-    families: Mapping[str, pd.DataFrame]
+    overall: pd.DataFrame  # over all families
+    families: Mapping[str, pd.DataFrame]  # family names to tables, in which no family is the worst
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, ready for JSON."""

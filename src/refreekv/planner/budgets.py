@@ -11,49 +11,27 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Bucket:
-    """Kept shares of prompts whose length lies in ``[start, stop)``.
+    """Kept shares of prompts whose length lies in ``[start, stop)``."""
 
-    Attributes
-    ----------
-    start, stop : int
-        Prompt tokens.
-    n : int
-        Prompts measured.
-    mean, low, high : float
-        Mean share, and its 95% bootstrap interval.
-    most : float
-        The largest share of any prompt.
-    """
-
+    # prompt tokens
     start: int
     stop: int
-    n: int
+    n: int  # prompts measured
+    # mean share, and its 95% bootstrap interval
     mean: float
     low: float
     high: float
-    most: float
+    most: float  # the largest share of any prompt
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a policy kept on one model.
+    """What a policy kept on one model."""
 
-    Attributes
-    ----------
-    policy : str
-        The policy's shortest specification.
-    model : str
-        The model's name.
-    source : dict
-        Command, date, machine, versions, number of task families.
-    buckets : tuple of Bucket
-        By prompt length.
-    """
-
-    policy: str
-    model: str
-    source: dict[str, Any]
-    buckets: tuple[Bucket, ...]
+    policy: str  # the policy's shortest specification
+    model: str  # the model's name
+    source: dict[str, Any]  # command, date, machine, versions, number of task families
+    buckets: tuple[Bucket, ...]  # by prompt length
 
     def bucket(self, prompt: int) -> Bucket:
         """The bucket for a prompt; the nearest one where none of its length was measured."""
@@ -66,20 +44,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a policy is expected to keep.
+    """What a policy is expected to keep."""
 
-    Attributes
-    ----------
-    source : str
-        Where it is from, in words.
-    measured : tuple of Measured
-        Measurements it is from; empty for policies whose parameters say it.
-    ratio, size : float, int or None
-        A budget that a parameter fixes.
-    """
-
-    source: str
-    measured: tuple[Measured, ...] = ()
+    source: str  # where it is from, in words
+    measured: tuple[Measured, ...] = ()  # measurements it is from; empty for policies whose parameters say it
+    # A budget that a parameter fixes
     ratio: float | None = None
     size: int | None = None
 

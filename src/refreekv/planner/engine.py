@@ -26,54 +26,26 @@ from refreekv.planner.trace import Request
 
 @dataclass(frozen=True)
 class Engine:
-    """How one engine schedules.
+    """How one engine schedules."""
 
-    Attributes
-    ----------
-    blocks : int
-        Blocks in its pool.
-    blocks_for : callable
-        Prompt tokens read, output tokens held and whether the prompt is complete, to blocks.
-    step_seconds : callable
-        Tokens computed in a step and blocks read in it, to seconds.
-    step_tokens : int
-        Tokens in one step at most.
-    running : int
-        Requests in one step at most.
-    """
-
-    blocks: int
+    blocks: int  # blocks in its pool
+    # prompt tokens read, output tokens held and whether the prompt is complete, to blocks
     blocks_for: Callable[[int, int, bool], int]
-    step_seconds: Callable[[int, int], float]
-    step_tokens: int = 2048
-    running: int = 256
+    step_seconds: Callable[[int, int], float]  # tokens computed in a step and blocks read in it, to seconds
+    step_tokens: int = 2048  # tokens in one step at most
+    running: int = 256  # requests in one step at most
 
 
 @dataclass
 class Job:
-    """A request under way.
+    """A request under way."""
 
-    Attributes
-    ----------
-    request : Request
-        What was asked.
-    read : int
-        Tokens of the present prompt that are computed.
-    generated : int
-        Tokens generated so far, over all attempts.
-    again : int
-        Tokens generated before the last time it gave back, which are read like a prompt.
-    blocks : int
-        Blocks it holds.
-    first, done : float or None
-        When its first and its last token came.
-    """
-
-    request: Request
-    read: int = 0
-    generated: int = 0
-    again: int = 0
-    blocks: int = 0
+    request: Request  # what was asked
+    read: int = 0  # tokens of the present prompt that are computed
+    generated: int = 0  # tokens generated so far, over all attempts
+    again: int = 0  # tokens generated before the last time it gave back, which are read like a prompt
+    blocks: int = 0  # blocks it holds
+    # when its first and its last token came
     first: float | None = None
     done: float | None = None
 
@@ -85,57 +57,33 @@ class Job:
 
 @dataclass
 class Totals:
-    """Sums over steps, to take means of.
+    """Sums over steps, to take means of."""
 
-    Attributes
-    ----------
-    steps, preemptions : int
-        Steps run, and times a request gave back.
-    busy : float
-        Seconds in steps.
-    running_seconds, waiting_seconds, block_seconds : float
-        Requests that ran, that waited, and blocks in use, times seconds.
-    running_steps : int
-        Requests that ran, summed over steps.
-    most_running : int
-        Requests in one step at most.
-    """
-
+    # steps run, and times a request gave back
     steps: int = 0
     preemptions: int = 0
-    busy: float = 0.0
+    busy: float = 0.0  # seconds in steps
+    # requests that ran, that waited, and blocks in use, times seconds
     running_seconds: float = 0.0
     waiting_seconds: float = 0.0
     block_seconds: float = 0.0
-    running_steps: int = 0
-    most_running: int = 0
+    running_steps: int = 0  # requests that ran, summed over steps
+    most_running: int = 0  # requests in one step at most
 
 
 @dataclass
 class Replica:
-    """One engine and its queue.
+    """One engine and its queue."""
 
-    Attributes
-    ----------
-    engine : Engine
-        How it schedules.
-    now : float
-        Its time: when its last step ended.
-    waiting, active : deque, list of Job
-        Requests in line, and those that run, in the order in which they were admitted.
-    finished, refused : list of Job
-        Requests with all their tokens, and those that the pool can never hold.
-    totals : Totals
-        Sums over its steps.
-    """
-
-    engine: Engine
-    now: float = 0.0
+    engine: Engine  # how it schedules
+    now: float = 0.0  # its time: when its last step ended
+    # requests in line, and those that run, in the order in which they were admitted
     waiting: deque[Job] = field(default_factory=deque)
     active: list[Job] = field(default_factory=list)
+    # requests with all their tokens, and those that the pool can never hold
     finished: list[Job] = field(default_factory=list)
     refused: list[Job] = field(default_factory=list)
-    totals: Totals = field(default_factory=Totals)
+    totals: Totals = field(default_factory=Totals)  # sums over its steps
     outstanding: int = 0
     _free: int = -1
 

@@ -16,21 +16,11 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Speed:
-    """How long a step takes: whichever is longer of moving bytes and computing, and a fixed part.
+    """How long a step takes: whichever is longer of moving bytes and computing, and a fixed part."""
 
-    Attributes
-    ----------
-    bandwidth : float
-        Bytes a second that the memory gives in practice.
-    flops : float
-        Operations a second that matrix products reach in practice.
-    overhead : float
-        Seconds of each step that neither explains: scheduling, launches, sampling.
-    """
-
-    bandwidth: float
-    flops: float
-    overhead: float
+    bandwidth: float  # bytes a second that the memory gives in practice
+    flops: float  # operations a second that matrix products reach in practice
+    overhead: float  # seconds of each step that neither explains: scheduling, launches, sampling
 
     def seconds(self, tokens: int, *, weight_bytes: float, kv_bytes: float, parameters: float) -> float:
         """Seconds of a step that computes ``tokens`` with all weights and reads ``kv_bytes``."""
@@ -41,47 +31,26 @@ class Speed:
 
 @dataclass(frozen=True)
 class Result:
-    """What a simulation gave.
+    """What a simulation gave."""
 
-    Attributes
-    ----------
-    scenario : str
-        How K/V was kept.
-    gpus : int
-        Engines, each with a copy of the model.
-    completed, refused : int
-        Requests with all their tokens; those that no engine can ever hold.
-    seconds : float
-        From the first arrival to the last token.
-    mean_running, most_running, mean_waiting : float, int, float
-        Requests of one engine, over the time it works.
-    pool_used : float
-        Mean share of the K/V pool, over the time an engine works.
-    preemptions : int
-        Times a request had to give its blocks back.
-    first_token, latency, between_tokens : dict
-        Seconds by percentile: to the first token, to the last, and a token in between.
-    output_tokens_per_second : float
-        Of all engines.
-    cost_per_million : float or None
-        Price of a million tokens, prompt and output, at the price given.
-    """
-
-    scenario: str
-    gpus: int
+    scenario: str  # how K/V was kept
+    gpus: int  # engines, each with a copy of the model
+    # requests with all their tokens; those that no engine can ever hold
     completed: int
     refused: int
-    seconds: float
+    seconds: float  # from the first arrival to the last token
+    # requests of one engine, over the time it works
     mean_running: float
     most_running: int
     mean_waiting: float
-    pool_used: float
-    preemptions: int
+    pool_used: float  # mean share of the K/V pool, over the time an engine works
+    preemptions: int  # times a request had to give its blocks back
+    # seconds by percentile: to the first token, to the last, and a token in between
     first_token: dict[str, float]
     latency: dict[str, float]
     between_tokens: dict[str, float]
-    output_tokens_per_second: float
-    cost_per_million: float | None = None
+    output_tokens_per_second: float  # of all engines
+    cost_per_million: float | None = None  # price of a million tokens, prompt and output, at the price given
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types."""

@@ -24,28 +24,17 @@ PLAIN_BYTES = 2
 
 @dataclass(frozen=True)
 class LayerKV:
-    """What one layer stores.
+    """What one layer stores."""
 
-    Attributes
-    ----------
-    kind : str
-        ``"full"``: all tokens, and what may be pruned. ``"window"``: the last ``window``
-        tokens. ``"latent"``: a compressed vector for each token (MLA). ``"state"``: a fixed
-        number of bytes.
-    heads, key_size, value_size : int
-        KV heads, and elements of a key and of a value in each.
-    window : int or None
-        Tokens that a window layer holds.
-    state_bytes : int
-        Bytes whatever the length.
-    """
-
+    # ``"full"``: all tokens, and what may be pruned. ``"window"``: the last ``window`` tokens. ``"latent"``: a
+    # compressed vector for each token (MLA). ``"state"``: a fixed number of bytes.
     kind: LayerKind
+    # KV heads, and elements of a key and of a value in each
     heads: int = 0
     key_size: int = 0
     value_size: int = 0
-    window: int | None = None
-    state_bytes: int = 0
+    window: int | None = None  # tokens that a window layer holds
+    state_bytes: int = 0  # bytes whatever the length
 
     @property
     def elements(self) -> int:

@@ -14,31 +14,15 @@ MOST = 100_000
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory and what is in it whatever the requests.
+    """The memory and what is in it whatever the requests."""
 
-    Attributes
-    ----------
-    memory : int
-        Bytes of the GPU, or of all GPUs that share the model.
-    weights : int
-        Bytes of the weights.
-    reserve : int
-        Bytes for what no formula knows: the driver's context, workspaces, captured graphs,
-        what the allocator cannot use.
-    activation_bytes : int
-        Bytes that one token takes while a prompt is read.
-    logit_bytes : int
-        Bytes of one token's logits; one line for each request.
-    chunk : int or None
-        Prompt tokens read in one call; None: the whole prompt.
-    """
-
-    memory: int
-    weights: int
+    memory: int  # bytes of the GPU, or of all GPUs that share the model
+    weights: int  # bytes of the weights
+    # bytes for what no formula knows: the driver's context, workspaces, captured graphs, what the allocator cannot use
     reserve: int
-    activation_bytes: int
-    logit_bytes: int
-    chunk: int | None = None
+    activation_bytes: int  # bytes that one token takes while a prompt is read
+    logit_bytes: int  # bytes of one token's logits; one line for each request
+    chunk: int | None = None  # prompt tokens read in one call; None: the whole prompt
 
     @property
     def available(self) -> int:
@@ -48,43 +32,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to keep K/V.
+    """One way to keep K/V."""
 
-    Attributes
-    ----------
-    name : str
-        What to call it.
-    budget : callable
-        Prompt tokens to the share of them that is kept.
-    number : KVDtype or None
-        How kept entries are stored.
-    compacts : bool
-        Whether the prompt is held in full before it is compacted.
-    """
-
-    name: str
-    budget: Callable[[int], float]
-    number: KVDtype | None = None
-    compacts: bool = True
+    name: str  # what to call it
+    budget: Callable[[int], float]  # prompt tokens to the share of them that is kept
+    number: KVDtype | None = None  # how kept entries are stored
+    compacts: bool = True  # whether the prompt is held in full before it is compacted
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for.
+    """What is asked for."""
 
-    Attributes
-    ----------
-    context : int
-        Tokens of a request, prompt and output.
-    output : int
-        Those that are generated; all of them stay.
-    requests : int
-        At once.
-    """
-
-    context: int
-    output: int
-    requests: int = 1
+    context: int  # tokens of a request, prompt and output
+    output: int  # those that are generated; all of them stay
+    requests: int = 1  # at once
 
     @property
     def prompt(self) -> int:
@@ -98,18 +60,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Use:
-    """Bytes in use at a peak.
+    """Bytes in use at a peak."""
 
-    Attributes
-    ----------
-    kv : int
-        K/V of all requests when their last token is generated.
-    peak : int
-        K/V and activations at the worse of two moments: when the last request's prompt is
-        read beside the others, and at the end.
-    """
-
-    kv: int
+    kv: int  # K/V of all requests when their last token is generated
+    # K/V and activations at the worse of two moments: when the last request's prompt is read beside the others, and at
+    # the end
     peak: int
 
 

@@ -21,39 +21,17 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Row:
-    """One scenario.
+    """One scenario."""
 
-    Attributes
-    ----------
-    scenario : str
-        ``"full cache"``, ``"worst case"`` (the policy keeps everything) or ``"expected"``.
-    stored : str
-        Number format of kept K/V.
-    budget : float
-        Share of the prompt that is kept.
-    bytes_per_token : float
-        K/V bytes of one more prompt token, as kept.
-    kv_bytes : int
-        K/V of all requests when they are complete.
-    peak_bytes : int
-        Everything at the worst moment, weights and reserve included.
-    fits : bool
-        Whether that is in the machine's memory.
-    longest_context : int
-        For the asked number of requests.
-    requests : int
-        That fit at once, of the asked context.
-    """
-
-    scenario: str
-    stored: str
-    budget: float
-    bytes_per_token: float
-    kv_bytes: int
-    peak_bytes: int
-    fits: bool
-    longest_context: int
-    requests: int
+    scenario: str  # ``"full cache"``, ``"worst case"`` (the policy keeps everything) or ``"expected"``
+    stored: str  # number format of kept K/V
+    budget: float  # share of the prompt that is kept
+    bytes_per_token: float  # K/V bytes of one more prompt token, as kept
+    kv_bytes: int  # K/V of all requests when they are complete
+    peak_bytes: int  # everything at the worst moment, weights and reserve included
+    fits: bool  # whether that is in the machine's memory
+    longest_context: int  # for the asked number of requests
+    requests: int  # that fit at once, of the asked context
 
 
 @dataclass(frozen=True)

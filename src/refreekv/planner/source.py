@@ -21,24 +21,12 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """A model known by its configuration.
+    """A model known by its configuration."""
 
-    Attributes
-    ----------
-    name : str
-        What to call it.
-    config : PreTrainedConfig
-        The whole configuration; of a multimodal model, with its parts.
-    checkpoint_bytes : int or None
-        Bytes of the tensors in its checkpoint, if an index or headers were at hand.
-    checkpoint_source : str or None
-        Where that is from.
-    """
-
-    name: str
-    config: "PreTrainedConfig"
-    checkpoint_bytes: int | None = None
-    checkpoint_source: str | None = None
+    name: str  # what to call it
+    config: "PreTrainedConfig"  # the whole configuration; of a multimodal model, with its parts
+    checkpoint_bytes: int | None = None  # bytes of the tensors in its checkpoint, if an index or headers were at hand
+    checkpoint_source: str | None = None  # where that is from
     raw: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -9,17 +9,10 @@ FIELDS = ("arrival", "prompt_tokens", "output_tokens")
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a load.
+    """One request of a load."""
 
-    Attributes
-    ----------
-    arrival : float
-        Seconds from the start.
-    prompt, output : int
-        Tokens.
-    """
-
-    arrival: float
+    arrival: float  # seconds from the start
+    # tokens
     prompt: int
     output: int
 

@@ -12,46 +12,22 @@ BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the weights, and where the number is from.
+    """Bytes of the weights, and where the number is from."""
 
-    Attributes
-    ----------
-    bytes : int
-        All of them: every expert of a mixture, tied embeddings once.
-    parameters : int
-        Their number, from the model's shapes.
-    form : str
-        ``"bf16"``, ``"int8"``, ``"int4"``, or ``"checkpoint"`` for as it is stored.
-    source : str
-        Where it is from, in words.
-    """
-
-    bytes: int
-    parameters: int
-    form: str
-    source: str
+    bytes: int  # all of them: every expert of a mixture, tied embeddings once
+    parameters: int  # their number, from the model's shapes
+    form: str  # ``"bf16"``, ``"int8"``, ``"int4"``, or ``"checkpoint"`` for as it is stored
+    source: str  # where it is from, in words
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model.
+    """Parameters of a model."""
 
-    Attributes
-    ----------
-    matrices : int
-        In matrix products of the layers, experts included: what quantisation makes smaller.
-    others : int
-        Embeddings, the output head, norms, biases: in 16 bits in any case.
-    experts : int
-        Those of the matrices that belong to experts, of which a token uses a few.
-    partial : bool
-        Whether the language model alone was counted, as its other parts could not be built here.
-    """
-
-    matrices: int
-    others: int
-    experts: int = 0
-    partial: bool = False
+    matrices: int  # in matrix products of the layers, experts included: what quantisation makes smaller
+    others: int  # embeddings, the output head, norms, biases: in 16 bits in any case
+    experts: int = 0  # those of the matrices that belong to experts, of which a token uses a few
+    partial: bool = False  # whether the language model alone was counted, as its other parts could not be built here
 
     @property
     def total(self) -> int:

@@ -26,87 +26,43 @@ def _unchanged(rows: Sequence[Row]) -> Sequence[Row]:
 
 @dataclass(frozen=True)
 class LmEval:
-    """A dataset as a task of lm-eval, whose prompts, few-shot examples, answer extraction and metrics it has.
+    """A dataset as a task of lm-eval, whose prompts, few-shot examples, answer extraction and metrics it has."""
 
-    Attributes
-    ----------
-    base : str
-        lm-eval's task, with the folder it is in before a slash; empty where lm-eval has none that can
-        be used, and ``config`` is all.
-    metric : str
-        Of lm-eval's results the one that tables show; ``metric,filter`` where the task has filters.
-    rows : callable
-        Puts the rows of a dataset's files into the form that lm-eval's task expects.
-    files : tuple of str
-        Where they are others than the dataset's: JSONL files that hold it in a data directory.
-    split : str
-        Split that ``base`` evaluates.
-    config : dict
-        What differs from ``base``.
-    scale : float
-        Factor that brings the metric to 0 … 1.
-    chat : bool
-        Whether the prompt suits a chat template: no few-shot prompt, no text to be gone on with.
-    hub : bool
-        Whether it can come from the hub.
-    requires : str
-        `PUNKT`, or nothing.
-    context_end : callable or None
-        From a row and its prompt to where the text ends that a question is asked about, so that
-        the question can come after the text was compressed; None where there is no such place.
-    executes_code : bool
-        Whether scoring runs what the model wrote.
-    """
-
+    # lm-eval's task, with the folder it is in before a slash; empty where lm-eval has none that can be used, and
+    # ``config`` is all
     base: str
-    metric: str
+    metric: str  # Of lm-eval's results the one that tables show; ``metric,filter`` where the task has filters
+    # puts the rows of a dataset's files into the form that lm-eval's task expects
     rows: Callable[..., Iterable[Row]] = _unchanged
+    # where they are others than the dataset's: JSONL files that hold it in a data directory
     files: tuple[str, ...] = ()
-    split: str = "test"
-    config: Mapping[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
-    chat: bool = True
-    hub: bool = True
-    requires: str = ""
+    split: str = "test"  # split that ``base`` evaluates
+    config: Mapping[str, Any] = field(default_factory=dict)  # what differs from ``base``
+    scale: float = 1.0  # factor that brings the metric to 0 … 1
+    chat: bool = True  # whether the prompt suits a chat template: no few-shot prompt, no text to be gone on with
+    hub: bool = True  # whether it can come from the hub
+    requires: str = ""  # `PUNKT`, or nothing
+    # from a row and its prompt to where the text ends that a question is asked about, so that the question can come
+    # after the text was compressed; None where there is no such place
     context_end: Callable[[Row, str], int] | None = None
-    executes_code: bool = False
+    executes_code: bool = False  # whether scoring runs what the model wrote
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset of the catalogue.
+    """One dataset of the catalogue."""
 
-    Attributes
-    ----------
-    summary : str
-        One line.
-    files : tuple of str
-        JSONL files that hold it in a data directory; all are needed.
-    read : Reader or None
-        Called with the rows of each file and the parameters; None where it serves as a task of lm-eval only.
-    hub : tuple or None
-        Dataset, configuration and split on the hub.
-    max_new_tokens : int
-        Tokens that an answer needs.
-    metric : str
-        Name of a metric of our own (`scoring`); empty where there is none, or where the scores are lm-eval's.
-    parameters : dict
-        What may be set, with defaults.
-    splits : bool
-        Whether items have a question apart, so that it can come after the text.
-    task : LmEval or None
-        How lm-eval scores it.
-    """
-
-    summary: str
-    files: tuple[str, ...]
+    summary: str  # one line
+    files: tuple[str, ...]  # JSONL files that hold it in a data directory; all are needed
+    # called with the rows of each file and the parameters; None where it serves as a task of lm-eval only
     read: Reader | None = None
-    hub: tuple[str, str | None, str] | None = None
-    max_new_tokens: int = 128
+    hub: tuple[str, str | None, str] | None = None  # dataset, configuration and split on the hub
+    max_new_tokens: int = 128  # tokens that an answer needs
+    # name of a metric of our own (`scoring`); empty where there is none, or where the scores are lm-eval's
     metric: str = ""
-    parameters: Mapping[str, int] = field(default_factory=dict)
-    splits: bool = False
-    task: LmEval | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)  # what may be set, with defaults
+    splits: bool = False  # whether items have a question apart, so that it can come after the text
+    task: LmEval | None = None  # how lm-eval scores it
 
     def items(self, data_dir: Path | None, **parameters: int | float) -> list[Item]:
         """All items.

@@ -14,24 +14,12 @@ MARK = "\x02refreekv-question\x03"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sample.
+    """Token ids of one sample."""
 
-    Attributes
-    ----------
-    context : list of int
-        What is prefilled and compressed.
-    question : list of int
-        The second turn; empty where the context holds everything.
-    answer : list of int
-        The first gold answer; empty where none is known.
-    text : str
-        The context before it was tokenized, chat template included.
-    """
-
-    context: list[int]
-    question: list[int]
-    answer: list[int]
-    text: str
+    context: list[int]  # what is prefilled and compressed
+    question: list[int]  # the second turn; empty where the context holds everything
+    answer: list[int]  # the first gold answer; empty where none is known
+    text: str  # the context before it was tokenized, chat template included
 
 
 def encode(tokenizer: Any, sample: Sample) -> Encoded:

@@ -14,33 +14,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """One row as a task.
+    """One row as a task."""
 
-    Attributes
-    ----------
-    text : str
-        The prompt, or what a question is asked about.
-    question : str
-        The question about ``text``, to be appended or to come later.
-    turn : str
-        A second turn of the conversation.
-    answers : tuple of str
-        Gold answers.
-    key : str
-        What the row calls itself; empty: its number.
-    chat : bool
-        As in `Sample`.
-    extra : dict
-        As in `Sample`.
-    """
-
-    text: str
-    question: str = ""
-    turn: str = ""
-    answers: tuple[str, ...] = ()
-    key: str = ""
-    chat: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    text: str  # the prompt, or what a question is asked about
+    question: str = ""  # the question about ``text``, to be appended or to come later
+    turn: str = ""  # A second turn of the conversation
+    answers: tuple[str, ...] = ()  # gold answers
+    key: str = ""  # what the row calls itself; empty: its number
+    chat: bool = True  # as in `Sample`
+    extra: dict[str, Any] = field(default_factory=dict)  # as in `Sample`
 
 
 Reader = Callable[..., Iterable[Item]]

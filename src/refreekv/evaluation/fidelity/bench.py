@@ -40,47 +40,25 @@ from refreekv.policies import Policy
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure on one sample.
+    """What to measure on one sample."""
 
-    Attributes
-    ----------
-    sample : Sample
-        The sample.
-    encoded : Encoded
-        Its tokens.
-    policies : dict
-        Names for the records to policies; None stands for the full cache.
-    """
-
-    sample: Sample
-    encoded: Encoded
-    policies: Mapping[str, Policy | None]
+    sample: Sample  # the sample
+    encoded: Encoded  # its tokens
+    policies: Mapping[str, Policy | None]  # names for the records to policies; None stands for the full cache
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A model under measurement.
+    """A model under measurement."""
 
-    Attributes
-    ----------
-    model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
-        The model and what turns its tokens into text.
-    name : str
-        The model's name in the records.
-    continuation : int
-        Tokens to compare at most; an answer that ends earlier is compared to its end.
-    rows : int or None
-        Policies in one batch; None: as many as the free memory holds.
-    together : int or None
-        Samples whose full caches are decoded in one batch; None: 16 on a GPU, where a step
-        costs the same for one and for many, and 1 elsewhere.
-    """
-
+    # the model and what turns its tokens into text
     model: Any
     tokenizer: Any
-    name: str
-    continuation: int = 48
-    rows: int | None = None
+    name: str  # the model's name in the records
+    continuation: int = 48  # tokens to compare at most; an answer that ends earlier is compared to its end
+    rows: int | None = None  # policies in one batch; None: as many as the free memory holds
+    # samples whose full caches are decoded in one batch; None: 16 on a GPU, where a step costs the same for one and for
+    # many, and 1 elsewhere
     together: int | None = None
 
     def __post_init__(self) -> None:

@@ -26,50 +26,25 @@ Asked = Mapping[str, Policy | None]
 
 @dataclass(frozen=True)
 class Captured:
-    """What policies need to see of one layer of a single prompt.
+    """What policies need to see of one layer of a single prompt."""
 
-    Attributes
-    ----------
-    call : AttentionCall
-        Its ``query`` and ``mask`` are of no use any more.
-    keys, values : Tensor
-        ``[1, H_kv, n, D]``.
-    queries : dict
-        Probe plans to the queries that they ask for.
-    copy_scores : Tensor or None
-        ``[1, H_kv]``.
-    """
-
-    call: AttentionCall
+    call: AttentionCall  # its ``query`` and ``mask`` are of no use any more
+    # ``[1, H_kv, n, D]``
     keys: Tensor
     values: Tensor
-    queries: dict[ProbePlan, Queries]
-    copy_scores: Tensor | None = None
+    queries: dict[ProbePlan, Queries]  # probe plans to the queries that they ask for
+    copy_scores: Tensor | None = None  # ``[1, H_kv]``
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What policies keep of each layer of one prompt, on the device.
+    """What policies keep of each layer of one prompt, on the device."""
 
-    Attributes
-    ----------
-    names : dict
-        The policies' names to their rows.
-    length : int
-        Tokens of the prompt.
-    masks : list of Tensor or None
-        By layer, boolean ``[P, H_kv, n]``; None if all policies keep everything.
-    alike : list of set of str
-        By layer, the policies whose KV heads all keep the same positions.
-    surrogates : list of dict
-        By layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks
-        do not show these.
-    """
-
-    names: dict[str, int]
-    length: int
-    masks: list[Tensor | None]
-    alike: list[set[str]]
+    names: dict[str, int]  # the policies' names to their rows
+    length: int  # tokens of the prompt
+    masks: list[Tensor | None]  # by layer, boolean ``[P, H_kv, n]``; None if all policies keep everything
+    alike: list[set[str]]  # by layer, the policies whose KV heads all keep the same positions
+    # by layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks do not show these
     surrogates: list[dict[str, StandIns]]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:

@@ -13,37 +13,19 @@ from refreekv.evaluation.fidelity.prefill import call, fork, join
 
 @dataclass(frozen=True)
 class Start:
-    """A full cache with everything in it that comes before the answer.
+    """A full cache with everything in it that comes before the answer."""
 
-    Attributes
-    ----------
-    cache : DynamicCache
-        One row, no padding; never changed here.
-    length : int
-        Its tokens.
-    logits : Tensor
-        ``[V]``: prediction of the answer's first token.
-    """
-
-    cache: DynamicCache
-    length: int
-    logits: Tensor
+    cache: DynamicCache  # one row, no padding; never changed here
+    length: int  # its tokens
+    logits: Tensor  # ``[V]``: prediction of the answer's first token
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the full cache goes on with.
+    """What the full cache goes on with."""
 
-    Attributes
-    ----------
-    tokens : Tensor
-        ``[N + 1]``: the answer, its first token included.
-    logits : Tensor
-        ``[N + 1, V]``: what each of them was chosen from.
-    """
-
-    tokens: Tensor
-    logits: Tensor
+    tokens: Tensor  # ``[N + 1]``: the answer, its first token included
+    logits: Tensor  # ``[N + 1, V]``: what each of them was chosen from
 
 
 def stop_tokens(model: Any) -> set[int]:

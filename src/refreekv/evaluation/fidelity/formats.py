@@ -24,18 +24,10 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class StoredPolicy(Policy):
-    """A policy, and the number format that what it keeps is stored in.
+    """A policy, and the number format that what it keeps is stored in."""
 
-    Attributes
-    ----------
-    policy : Policy
-        Decides on what to keep.
-    kv_dtype : KVDtype
-        The format.
-    """
-
-    policy: Policy
-    kv_dtype: KVDtype
+    policy: Policy  # decides on what to keep
+    kv_dtype: KVDtype  # the format
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen_layers", self.policy.frozen_layers)

@@ -11,26 +11,15 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """One run compared with the full cache's, over the same tokens.
+    """One run compared with the full cache's, over the same tokens."""
 
-    Attributes
-    ----------
-    kl_mean, kl_p99, kl_max : float
-        KL(full || pruned) in nats; the 99th percentile is interpolated linearly.
-    top1 : float
-        Share of tokens with the same most likely next token.
-    same_path : bool
-        Whether all of them have.
-    first_divergence : int or None
-        Index of the first that has not.
-    """
-
+    # KL(full || pruned) in nats; the 99th percentile is interpolated linearly
     kl_mean: float
     kl_p99: float
     kl_max: float
-    top1: float
-    same_path: bool
-    first_divergence: int | None
+    top1: float  # share of tokens with the same most likely next token
+    same_path: bool  # whether all of them have
+    first_divergence: int | None  # index of the first that has not
 
 
 def divergence(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,21 +24,12 @@ MAX_TOKENS = 6500
 
 @dataclass
 class Plan:
-    """What a run has to do.
+    """What a run has to do."""
 
-    Attributes
-    ----------
-    jobs : list of Job
-        What is still to measure.
-    skipped : dict
-        Samples that cannot be measured, as ``(family, id)``, and why.
-    done : int
-        Pairs of sample and policy that the results file holds already.
-    """
-
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)  # what is still to measure
+    # samples that cannot be measured, as ``(family, id)``, and why
     skipped: dict[tuple[str, str], str] = field(default_factory=dict)
-    done: int = 0
+    done: int = 0  # pairs of sample and policy that the results file holds already
 
 
 def setup_of(bench: Bench, *, max_tokens: int = MAX_TOKENS, **more: Any) -> dict[str, Any]:

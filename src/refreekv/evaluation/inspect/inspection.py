@@ -26,44 +26,28 @@ HeadRanges = Sequence[Sequence[Sequence[int]]]
 class Inspection:
     """One prompt, what was kept of it, and the answers with and without pruning.
 
-    Attributes
-    ----------
-    model, policy : str
-        What to call the model; the policy with its parameters.
-    tokens : sequence of str
-        The text of each prompt token.
-    kept : sequence of HeadRanges
-        Kept positions of each full-attention layer, in the order of ``report.prunable``.
-        Positions behind the prompt are not shown.
-    report : CompressionReport
-        The state of the cache at the end of the pruned answer.
-    full, compressed : str
-        The answers with the full cache and with the policy.
-    first_difference : int or None
-        Index of the first new token that differs; None if all are the same.
-    new_tokens : int
-        Tokens of the longer answer.
-    facts : dict
-        What else is known of the run (dtype, machine, command, …), shown as it is.
-    date : str
-        When it was made; by default now.
-
     Raises
     ------
     ValueError
         If positions and report speak of different layers, or there is no token.
     """
 
+    # what to call the model; the policy with its parameters
     model: str
     policy: str
-    tokens: Sequence[str]
+    tokens: Sequence[str]  # the text of each prompt token
+    # kept positions of each full-attention layer, in the order of ``report.prunable``. Positions behind the prompt are
+    # not shown.
     kept: Sequence[HeadRanges]
-    report: CompressionReport
+    report: CompressionReport  # the state of the cache at the end of the pruned answer
+    # the answers with the full cache and with the policy
     full: str
     compressed: str
-    first_difference: int | None
-    new_tokens: int
+    first_difference: int | None  # index of the first new token that differs; None if all are the same
+    new_tokens: int  # tokens of the longer answer
+    # what else is known of the run (dtype, machine, command, …), shown as it is
     facts: dict[str, str] = field(default_factory=dict)
+    # when it was made; by default now
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
     def __post_init__(self) -> None:

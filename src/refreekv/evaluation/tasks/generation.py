@@ -19,36 +19,19 @@ from refreekv.policies import Policy
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is compressed, and what comes after that and before the answer.
+    """What is compressed, and what comes after that and before the answer."""
 
-    Attributes
-    ----------
-    context : list of int
-        Compressed when its last token was read.
-    question : list of int
-        Read after that and not compressed; may be empty.
-    """
-
-    context: list[int]
-    question: list[int]
+    context: list[int]  # compressed when its last token was read
+    question: list[int]  # read after that and not compressed; may be empty
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer.
+    """One greedy answer."""
 
-    Attributes
-    ----------
-    tokens : list of int
-        New tokens, a stop token included.
-    budget : float
-        Kept share of the context, over all full-attention layers.
-    bytes_full, bytes_kept : int
-        K/V bytes at the end, over the full-attention layers: of a full cache, and held.
-    """
-
-    tokens: list[int]
-    budget: float
+    tokens: list[int]  # new tokens, a stop token included
+    budget: float  # kept share of the context, over all full-attention layers
+    # K/V bytes at the end, over the full-attention layers: of a full cache, and held
     bytes_full: int
     bytes_kept: int
 

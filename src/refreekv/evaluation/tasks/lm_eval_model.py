@@ -32,21 +32,11 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 @dataclass(frozen=True)
 class Asked:
-    """A generation request as tokens.
+    """A generation request as tokens."""
 
-    Attributes
-    ----------
-    prompt : Prompt
-        What is compressed, and what comes after that.
-    limit : int
-        New tokens at most.
-    stop : tuple of str
-        Texts that end the answer.
-    """
-
-    prompt: Prompt
-    limit: int
-    stop: tuple[str, ...]
+    prompt: Prompt  # what is compressed, and what comes after that
+    limit: int  # new tokens at most
+    stop: tuple[str, ...]  # texts that end the answer
 
     @property
     def length(self) -> int:
@@ -56,21 +46,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measured:
-    """What answering one request took.
+    """What answering one request took."""
 
-    Attributes
-    ----------
-    prompt_tokens, new_tokens : int
-        Length of what was compressed, and of what came after it.
-    budget : float
-        Kept share of the prompt, over all full-attention layers.
-    bytes_full, bytes_kept : int
-        K/V bytes at the end, over the full-attention layers: of a full cache, and held.
-    """
-
+    # length of what was compressed, and of what came after it
     prompt_tokens: int
     new_tokens: int
-    budget: float
+    budget: float  # kept share of the prompt, over all full-attention layers
+    # K/V bytes at the end, over the full-attention layers: of a full cache, and held
     bytes_full: int
     bytes_kept: int
 

@@ -26,30 +26,14 @@ LM_EVAL = "pip install 'refreekv[eval]'"
 
 @dataclass(frozen=True)
 class BenchTask:
-    """A task that is ready to be asked.
+    """A task that is ready to be asked."""
 
-    Attributes
-    ----------
-    name : str
-        Its name in results.
-    task : lm_eval.api.task.Task
-        Has the prompts and the metrics.
-    metric : str
-        The one that tables show; empty: the first that the task gives.
-    scale : float
-        Factor that brings it to 0 … 1.
-    chat : bool
-        Whether its prompts suit a chat template.
-    indices : list of int or None
-        Documents to ask; None: all.
-    """
-
-    name: str
-    task: Any
-    metric: str = ""
-    scale: float = 1.0
-    chat: bool = True
-    indices: list[int] | None = None
+    name: str  # its name in results
+    task: Any  # has the prompts and the metrics
+    metric: str = ""  # the one that tables show; empty: the first that the task gives
+    scale: float = 1.0  # factor that brings it to 0 … 1
+    chat: bool = True  # whether its prompts suit a chat template
+    indices: list[int] | None = None  # documents to ask; None: all
 
 
 def load(

@@ -21,31 +21,15 @@ from refreekv.policies import Policy, create
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs beside tasks and policies.
+    """What a run needs beside tasks and policies."""
 
-    Attributes
-    ----------
-    model_name : str
-        What to call the model in results.
-    max_new_tokens : int or None
-        Limit of answers where a task's own is higher.
-    max_tokens : int or None
-        Longest prompt to be asked.
-    batch_size : int
-        Prompts a batch; those with a later question go one by one.
-    chat : bool or None
-        Whether to use the tokenizer's chat template; None: where there is one and the task's
-        prompts suit it.
-    seed : int
-        For tasks that shuffle.
-    """
-
-    model_name: str
-    max_new_tokens: int | None = None
-    max_tokens: int | None = None
-    batch_size: int = 1
+    model_name: str  # what to call the model in results
+    max_new_tokens: int | None = None  # limit of answers where a task's own is higher
+    max_tokens: int | None = None  # longest prompt to be asked
+    batch_size: int = 1  # prompts a batch; those with a later question go one by one
+    # whether to use the tokenizer's chat template; None: where there is one and the task's prompts suit it
     chat: bool | None = None
-    seed: int = 0
+    seed: int = 0  # for tasks that shuffle
 
     def to_dict(self) -> dict[str, Any]:
         """What records of one file must share: everything that changes an answer."""
@@ -54,40 +38,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Document:
-    """One sample of a task, as requests to the model.
+    """One sample of a task, as requests to the model."""
 
-    Attributes
-    ----------
-    id : str
-        Which one it is, with a digest of its requests.
-    doc : Any
-        The row.
-    requests : list of lm_eval.api.instance.Instance
-        One, or one a choice where likelihoods are compared.
-    length : int
-        Tokens of the prompt.
-    """
-
-    id: str
-    doc: Any
-    requests: list[Any]
-    length: int
+    id: str  # which one it is, with a digest of its requests
+    doc: Any  # the row
+    requests: list[Any]  # one, or one a choice where likelihoods are compared
+    length: int  # tokens of the prompt
 
 
 @dataclass
 class Plan:
-    """What a run has to do.
+    """What a run has to do."""
 
-    Attributes
-    ----------
-    documents : dict
-        Names of tasks to their samples.
-    left_out : list of str
-        Samples that cannot be asked, and why.
-    """
-
-    documents: dict[str, list[Document]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    documents: dict[str, list[Document]] = field(default_factory=dict)  # names of tasks to their samples
+    left_out: list[str] = field(default_factory=list)  # samples that cannot be asked, and why
 
     @property
     def count(self) -> int:

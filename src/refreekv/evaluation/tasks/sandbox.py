@@ -65,21 +65,11 @@ exec chroot "$root" "$@" < /dev/null
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """How a program ended."""
 
-    Attributes
-    ----------
-    passed : bool
-        Whether it came to its end with exit code 0.
-    timed_out : bool
-        Whether it was stopped for time.
-    error : str
-        The end of what it wrote to stderr.
-    """
-
-    passed: bool
-    timed_out: bool
-    error: str
+    passed: bool  # whether it came to its end with exit code 0
+    timed_out: bool  # whether it was stopped for time
+    error: str  # the end of what it wrote to stderr
 
 
 class NoIsolation(RuntimeError):  # noqa: N818 - named for what is the case
