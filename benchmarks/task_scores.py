@@ -34,7 +34,8 @@ from refreekv.engines.transformers.attachment import attached
 from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.fidelity.runner import device_name
 from refreekv.evaluation.records import CHANCE, TaskRecord
-from refreekv.evaluation.results import RecordFile, Results, read_records
+from refreekv.evaluation.results import RecordFile, Results
+from refreekv.evaluation.results import read as read_records
 from refreekv.evaluation.sweeps import FULL
 from refreekv.evaluation.tables import Estimate
 from refreekv.evaluation.tasks import loading as task_loading

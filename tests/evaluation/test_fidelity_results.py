@@ -13,7 +13,7 @@ from refreekv.evaluation import sweeps
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity import runner
 from refreekv.evaluation.records import FidelityRecord
-from refreekv.evaluation.results import ResultsFile, read
+from refreekv.evaluation.results import RecordFile, read
 from refreekv.evaluation.tables import bootstrap_families, fidelity, markdown
 
 # -- results files ------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_other_settings_are_refused(llama, tmp_path):
         runner.run(bench(llama, continuation=6), samples(1), CHOSEN, path, seed=0)
     changed = {name: str(policy) for name, policy in CHOSEN.items()} | {"streaming-llm:ratio=0.5": "something else"}
     with pytest.raises(ValueError, match="something else"):
-        ResultsFile(path, read(path).setup, changed)
+        RecordFile(path, read(path).setup, changed, FidelityRecord)
     assert path.read_bytes() == before
     path.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="line 1: not a results file"):
@@ -109,13 +109,13 @@ def test_other_settings_are_refused(llama, tmp_path):
 def test_two_writers_are_refused(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "results.jsonl"
-    with ResultsFile(path, {"a": 1}, {}), pytest.raises(BlockingIOError, match="another process"):
-        ResultsFile(path, {"a": 1}, {})
-    ResultsFile(path, {"a": 1}, {}).__exit__(None, None, None)
+    with RecordFile(path, {"a": 1}, {}, FidelityRecord), pytest.raises(BlockingIOError, match="another process"):
+        RecordFile(path, {"a": 1}, {}, FidelityRecord)
+    RecordFile(path, {"a": 1}, {}, FidelityRecord).__exit__(None, None, None)
 
 
 def test_too_long_samples_are_left_out(llama, tmp_path):
-    with ResultsFile(tmp_path / "r.jsonl", {"a": 1}, {}) as results:
+    with RecordFile(tmp_path / "r.jsonl", {"a": 1}, {}, FidelityRecord) as results:
         planned = runner.plan(bench(llama), samples(3), CHOSEN, results, max_tokens=21)
         assert [one.sample.id for one in planned.jobs] == ["s0", "s1"]
         assert "22 tokens are more than the 21" in planned.skipped["numbers", "s2"]

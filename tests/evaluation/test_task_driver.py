@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import save_with_characters
 from refreekv.evaluation.records import TaskRecord
-from refreekv.evaluation.results import read_records
+from refreekv.evaluation.results import read
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "task_scores.py"
 spec = importlib.util.spec_from_file_location("benchmark_task_scores", SCRIPT)
@@ -39,7 +39,7 @@ def run(monkeypatch, model, out, *more):
     arguments = [model, "--plan", model.parent / "plan.toml", "--data-dir", model, "--out", out, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["task_scores", *map(str, arguments), "--dtype", "float32", *more])
     driver.main()
-    return read_records(out, TaskRecord)
+    return read(out, TaskRecord)
 
 
 def test_tasks_take_turns_and_a_cut_run_goes_on(model, tmp_path, monkeypatch, capsys):
@@ -59,12 +59,12 @@ def test_tasks_take_turns_and_a_cut_run_goes_on(model, tmp_path, monkeypatch, ca
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(lines[: 2 + 16 + 9]))
-    held = read_records(cut, TaskRecord).records
+    held = read(cut, TaskRecord).records
     counted = driver.read(cut).results.records
     assert len(counted) == 16 < len(held) == 25
     assert [one for one in held if one.sample in {other.sample for other in counted}] == counted
     run(monkeypatch, model, cut, "--time-limit", "0")
-    assert read_records(cut, TaskRecord).records == held
+    assert read(cut, TaskRecord).records == held
     assert run(monkeypatch, model, cut).records == whole.records
 
 

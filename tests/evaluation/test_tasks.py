@@ -22,7 +22,7 @@ from helpers.models import VOCAB, build
 from refreekv.cli.commands import app
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.records import TaskRecord
-from refreekv.evaluation.results import RecordFile, read_records
+from refreekv.evaluation.results import RecordFile, read
 from refreekv.evaluation.tables import bootstrap, by_place, scores
 from refreekv.evaluation.tasks.generation import Prompt, answer
 from refreekv.evaluation.tasks.loading import BenchTask
@@ -120,7 +120,7 @@ def test_a_later_question_is_not_compressed(tiny, tokenizer, tmp_path):
 def test_resuming(tiny, tokenizer, tmp_path):
     path, policies = tmp_path / "out" / "results.jsonl", {"half": HALF}
     records, _ = measured(tiny, tokenizer, samples(), policies, path=path)
-    stored = read_records(path, TaskRecord).records
+    stored = read(path, TaskRecord).records
     assert sorted(stored, key=str) == sorted(records, key=str)
 
     # Killed in the middle of a line: cut off and measured again, nothing else is.
@@ -137,7 +137,7 @@ def test_resuming(tiny, tokenizer, tmp_path):
     # Another sample under the same name is another sample; other settings do not go into one file.
     changed = [replace(samples()[0], prompt=words(20, 99))]
     measured(tiny, tokenizer, changed, {}, path=path)
-    assert len(read_records(path, TaskRecord).records) == 13
+    assert len(read(path, TaskRecord).records) == 13
     with pytest.raises(ValueError, match="max_new_tokens = 8"):
         measured(tiny, tokenizer, changed, {}, replace(SETTINGS, max_new_tokens=3), path=path)
 
@@ -302,7 +302,7 @@ def test_killed_and_resumed(folder, tmp_path):
     assert out.read_bytes().startswith(whole)  # nothing lost, nothing written anew
     unbroken = command(*args, tmp_path / "unbroken.jsonl")
     assert json.loads(resumed.stdout) == json.loads(unbroken.stdout)
-    one, other = (read_records(path, TaskRecord).records for path in (out, tmp_path / "unbroken.jsonl"))
+    one, other = (read(path, TaskRecord).records for path in (out, tmp_path / "unbroken.jsonl"))
     assert len(out.read_bytes().splitlines()) == 2 + 60  # nothing repeated
     assert sorted(map(str, one)) == sorted(map(str, other))
 

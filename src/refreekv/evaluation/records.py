@@ -1,7 +1,7 @@
 """Lines of results files: one policy on one sample."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 Key = tuple[str, str, str]
 """Family, sample, policy."""
@@ -12,18 +12,38 @@ to this one. A task where the full cache is no better says nothing about policie
 
 
 @dataclass(frozen=True)
-class FidelityRecord:
+class Record:
+    """One line of a results file."""
+
+    sample: str  # unique within its family
+    family: str
+    policy: str  # a policy's specification, or ``"full"``
+    model: str
+
+    @property
+    def key(self) -> Key:
+        """What makes it one and the same measurement."""
+        return self.family, self.sample, self.policy
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, fields without a value left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """From what `to_dict` gave; unknown keys are ignored, so that newer files still load."""
+        known = {one.name for one in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class FidelityRecord(Record):
     """How far one policy's cache takes the model from its own full-cache answer on one sample.
 
-    Both run over the same tokens: the full cache's greedy continuation (teacher forcing).
+    Both run over the same tokens: the full cache's greedy continuation (teacher forcing). ``"full"`` is
+    the full cache run a second time through the same kernels, the noise floor.
     """
 
-    # what was measured. ``policy`` is the policy's specification; ``"full"`` is the full cache run a second time
-    # through the same kernels, the noise floor.
-    sample: str
-    family: str
-    policy: str
-    model: str
     # length of what was compressed, and of what was compared after it
     prompt_tokens: int
     continuation_tokens: int
@@ -42,32 +62,14 @@ class FidelityRecord:
     answer_nll_change: float | None = None
     kept_heads: list[list[float]] | None = None  # kept share by layer and KV head (one entry where heads are alike)
 
-    @property
-    def key(self) -> Key:
-        """What makes it one and the same measurement."""
-        return self.family, self.sample, self.policy
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain types, fields without a value left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "FidelityRecord":
-        """From what `to_dict` gave; unknown keys are ignored, so that newer files still load."""
-        known = {one.name for one in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
-
 
 @dataclass(frozen=True)
-class TaskRecord:
-    """One policy's answer to one sample, scored."""
+class TaskRecord(Record):
+    """One policy's answer to one sample, scored.
 
-    # what was measured. ``sample`` holds a digest of the prompt, so that results of another version of it are not taken
-    # for this one's; ``policy`` is a specification, or ``"full"``.
-    sample: str
-    family: str
-    policy: str
-    model: str
+    ``sample`` holds a digest of the prompt, so that results of another version of it are not taken for this one's.
+    """
+
     # length of the compressed part, and of what came after it
     prompt_tokens: int
     new_tokens: int
@@ -80,18 +82,3 @@ class TaskRecord:
     scores: dict[str, float] = field(default_factory=dict)
     same_as_full: bool | None = None  # whether the full cache gave the same text; None for itself
     place: list[float] | None = None  # of a needle: length of its haystack, and depth in it (0: start, 1: end)
-
-    @property
-    def key(self) -> Key:
-        """What makes it one and the same measurement."""
-        return self.family, self.sample, self.policy
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "TaskRecord":
-        """From what `to_dict` gave; unknown keys are ignored, so that newer files still load."""
-        known = {one.name for one in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})

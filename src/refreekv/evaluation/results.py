@@ -13,32 +13,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
-from refreekv.evaluation.records import FidelityRecord, Key
+from refreekv.evaluation.records import FidelityRecord, Key, Record
 
 SETUP, POLICIES = "refreekv_setup", "refreekv_policies"
 """Keys of the lines that are no records."""
 
 
-class Record(Protocol):
-    """One line of a results file."""
-
-    @property
-    def key(self) -> Key:
-        """What makes it one and the same measurement."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain types."""
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Any:
-        """From what `to_dict` gave."""
-
-
 R = TypeVar("R", bound=Record)
-F = TypeVar("F", bound="RecordFile[Any]")
 
 
 @dataclass
@@ -56,12 +39,7 @@ class Results(Generic[R]):
         return {record.key for record in self.records}
 
 
-def read(path: Path) -> Results[FidelityRecord]:
-    """`read_records` of a fidelity run."""
-    return read_records(path, FidelityRecord)
-
-
-def read_records(path: Path, record: type[R]) -> Results[R]:
+def read(path: Path, record: type[R] = FidelityRecord) -> Results[R]:  # type: ignore[assignment]
     """Read a results file of one kind of record, may be gzipped; a last line that was not finished is left out.
 
     Raises
@@ -128,13 +106,7 @@ class RecordFile(Generic[R]):
         Another process is writing it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        setup: Mapping[str, Any],
-        policies: Mapping[str, str],
-        record: type[R],
-    ):
+    def __init__(self, path: Path, setup: Mapping[str, Any], policies: Mapping[str, str], record: type[R]):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("a+b")
@@ -188,20 +160,11 @@ class RecordFile(Generic[R]):
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def __enter__(self: F) -> F:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-
-
-class ResultsFile(RecordFile[FidelityRecord]):
-    """The results file of a fidelity run."""
-
-    def __init__(self, path: Path, setup: Mapping[str, Any], policies: Mapping[str, str]):
-        super().__init__(path, setup, policies, FidelityRecord)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

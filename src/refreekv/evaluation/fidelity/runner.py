@@ -15,7 +15,7 @@ from refreekv.evaluation.data.encoding import ANSWER_TOKENS, encode
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.bench import Bench, Job, skip_reason
 from refreekv.evaluation.records import FidelityRecord
-from refreekv.evaluation.results import ResultsFile
+from refreekv.evaluation.results import RecordFile
 from refreekv.evaluation.sweeps import FULL
 from refreekv.policies import Policy
 
@@ -66,7 +66,7 @@ def plan(
     bench: Bench,
     samples: Sequence[Sample],
     policies: Mapping[str, Policy],
-    results: ResultsFile,
+    results: RecordFile[FidelityRecord],
     *,
     max_tokens: int = MAX_TOKENS,
 ) -> Plan:
@@ -80,7 +80,7 @@ def plan(
         The samples.
     policies : dict
         Specifications to policies; the full cache is added in front.
-    results : ResultsFile
+    results : RecordFile[FidelityRecord]
         What is there already.
     max_tokens : int
         Longest prompt.
@@ -101,7 +101,9 @@ def plan(
     return planned
 
 
-def execute(bench: Bench, planned: Plan, results: ResultsFile, on_sample: Callable[[], None] = lambda: None) -> None:
+def execute(
+    bench: Bench, planned: Plan, results: RecordFile[FidelityRecord], on_sample: Callable[[], None] = lambda: None
+) -> None:
     """Measure what is planned; each sample is on the disk before ``on_sample`` is called for it."""
     for records in bench.measure(planned.jobs):
         results.append(records)
@@ -126,6 +128,6 @@ def run(
         The file holds results of other settings.
     """
     full_names = {name: str(policy) for name, policy in policies.items()}
-    with ResultsFile(path, setup_of(bench, max_tokens=max_tokens, **setup), full_names) as results:
+    with RecordFile(path, setup_of(bench, max_tokens=max_tokens, **setup), full_names, FidelityRecord) as results:
         execute(bench, plan(bench, samples, policies, results, max_tokens=max_tokens), results, on_sample)
         return results.results.records
