@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     # Triton runs kernels in its interpreter; it asks when it is imported, which others do first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest.register_assert_rewrite("helpers.driving")
+pytest.register_assert_rewrite("helpers")
 
 from helpers.browsing import open_browser  # noqa: E402
 from helpers.driving import POLICIES  # noqa: E402

@@ -5,61 +5,24 @@ import json
 import signal
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import refreekv
-from cli.test_cli_errors import assert_refused
-from helpers.command_line import SHAPE, runner
+from helpers.command_line import DIALOGUE, assert_refused, runner, save_chat_model, words
 from refreekv.cli import loading
 from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError
 from refreekv.cli.chatting import printable, stop_on_interrupt
 from refreekv.cli.conversation import Conversation, MessageError, Sampling
 
-WORDS = [f"w{index}" for index in range(90)]
-SPECIAL = ["<pad>", "<unk>", "<user>", "<system>", "<assistant>", "<end>"]
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}> {{ message.content | trim }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 FULL = refreekv.policies.create("full")
 ADAPTIVE = refreekv.policies.create(
     "adaptive", min_length=8, window=4, constant=0.2, hit=0.9, follow=1, lost_mass=0.6, copying=0.9
 )
 PRUNING = refreekv.policies.create("refreekv", threshold=0.1, frozen_layers=1, probe_rows=4)
-
-
-def words(count, seed):
-    return " ".join(f"w{(seed * 31 + index * index) % 90}" for index in range(count))
-
-
-def save_chat_model(
-    folder: Path, template: str | None = TEMPLATE, *, end: bool = False, context: int = 4_096, **changes
-) -> Path:
-    """A Llama that talks in words; with ``end`` it soon ends its answers by itself."""
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
-    raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>",
-        additional_special_tokens=SPECIAL[2:],
-    )  # fmt: skip
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(5)
-    shape = {**SHAPE, "max_position_embeddings": context, **changes}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **shape))
-    model.lm_head.weight.data[: len(SPECIAL)] *= 1e-3  # words only
-    if end:
-        model.lm_head.weight.data[5] = model.lm_head.weight.data[6:].sum(0) * 0.4
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +234,7 @@ def test_without_a_template_the_text_goes_on(tmp_path):
     ("template", "system", "fragment"),
     [
         (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE,
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + DIALOGUE,
             "w1",
             "does not take this system prompt: no system role",
         ),

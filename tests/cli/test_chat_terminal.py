@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.test_chat import save_chat_model, words
+from helpers.command_line import save_chat_model, words
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux (Debian: tmux)")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, T5Config
 
-from helpers.command_line import PROMPT, SHAPE, Outcome, runner, save_llama, save_tokenizer
+from helpers.command_line import PROMPT, SHAPE, Outcome, assert_refused, runner, save_llama, save_tokenizer
 from refreekv.cli import loading
 
 
@@ -28,17 +28,6 @@ def prompt_file(tmp_path: Path) -> str:
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT, encoding="utf-8")
     return str(file)
-
-
-def assert_refused(outcome: Outcome, *fragments: str) -> None:
-    assert outcome.code == 2
-    assert outcome.out == ""
-    progress = ("Loading ", "Warming up", "Full cache")
-    said = [line for line in outcome.err.splitlines() if not line.startswith(progress)]
-    assert len(said) == 1, outcome.err
-    assert said[0].startswith("refreekv: error: ")
-    for fragment in fragments:
-        assert fragment in said[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 import refreekv
 from helpers import models
-from policies import test_adaptive as adaptive_tests
+from helpers.layers import random_layer, view_of
 from refreekv import policies
 from refreekv.core.surrogates import put, stand_ins
 
@@ -194,8 +194,8 @@ def test_a_later_turn_evicts_without_them():
 
 
 def test_none_is_made_where_heads_share_a_set_or_none_is_asked_for():
-    layer = adaptive_tests.a_layer(0, 40)[:3]
+    layer = random_layer(0, 40)[:3]
     scores = torch.zeros(1, 2)
     for changes, given in (({"shared": True}, scores), ({"stand_ins": 0}, scores), ({}, None)):
         policy = policies.create("adaptive", **{"min_length": 8, "window": 6, "constant": 0.4, **changes})
-        assert policy.select(adaptive_tests.the_view(policy, *layer, scores=given)).stand_ins is None
+        assert policy.select(view_of(policy, *layer, scores=given)).stand_ins is None

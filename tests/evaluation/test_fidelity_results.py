@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluation.test_fidelity import bench, tokens
+from helpers.fidelity import bench, tokens
 from refreekv import policies
 from refreekv.evaluation import sweeps
 from refreekv.evaluation.data.samples import Sample

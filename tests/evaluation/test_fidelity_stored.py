@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evaluation.test_fidelity import ASKED, POLICIES, Uneven, bench, job, tokens
+from helpers.fidelity import ASKED, POLICIES, Uneven, bench, job, tokens
 from helpers.models import build
 from refreekv import KVDtype, ReFreeKVCache
 from refreekv.evaluation import sweeps

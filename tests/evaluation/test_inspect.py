@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import refreekv
-from cli.test_cli_errors import assert_refused
-from helpers.command_line import PROMPT, runner, save_llama
+from helpers.command_line import PROMPT, assert_refused, runner, save_llama
 from helpers.driving import POLICIES
 from helpers.models import prompts
 from refreekv import ReFreeKVCache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.fidelity import NumberTokenizer
 from helpers.models import build
 from refreekv.evaluation import sweeps
 from refreekv.evaluation.data.samples import Sample
@@ -17,16 +18,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "results.py"
 spec = importlib.util.spec_from_file_location("benchmark_results", SCRIPT)
 results = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(results)
-
-
-class NumberTokenizer:
-    chat_template = None
-
-    def __call__(self, text, **_):
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, tokens, **_):
-        return " ".join(map(str, tokens))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.test_segment_kernels import LENGTHS, run
+from helpers.segments import LENGTHS, run
 from refreekv import KVDtype
 from refreekv.core.coded_lines import from_lines, half_of, line_bytes, to_lines
 from refreekv.kernels import ops, reference

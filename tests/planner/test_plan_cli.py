@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.command_line import Outcome, runner
-from planner.test_plan import GEMMA_12B, LATENT, LLAMA, measured_on
+from helpers.planning import GEMMA_12B, LATENT, LLAMA, measured_on
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_simulated_load(run, llama_file, tmp_path):
         (["--price", "-1"], ["--price must be more than 0"]),
         (["--bandwidth", "fast"], ["--bandwidth 'fast' is not a size"]),
         (["--budgets", "nowhere.json"], ["cannot read --budgets"]),
-        (["--vram", "2GB", "--trace", "TRACE"], ["no room for a K/V pool"]),
+        (["--vram", "2GB", "--trace", "TRACE"], ["no memory for a K/V pool"]),
     ],
 )
 def test_bad_input(run, llama_file, tmp_path, arguments, fragments):

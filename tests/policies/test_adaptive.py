@@ -10,39 +10,18 @@ from hypothesis import strategies as st
 
 import refreekv
 from helpers import models
+from helpers.layers import random_layer, view_of
 from refreekv import policies
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.copy_scores import _KNOWN, copy_scores
 from refreekv.policies import LayerView
-from refreekv.pruning.calls import AttentionCall, Entries, Queries
-from refreekv.pruning.decide import layer_view
 
 SMALL = {"min_length": 8, "window": 6, "spread": 8, "constant": 0.15, "spread_factor": 2.0, "follow": 3, "hit": 0.6}
 
 
 def made(**changes):
     return policies.create("adaptive", **{**SMALL, "lost_mass": 0.5, **changes})
-
-
-def a_layer(seed, n, batch=2, heads=4, kv_heads=2, dim=6, pads=(), sharp=2.0):
-    """Keys, values and all queries of a prompt, with left padding in some rows."""
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(batch, kv_heads, n, dim, generator=generator) for _ in range(2))
-    queries = sharp * torch.randn(batch, heads, n, dim, generator=generator)
-    valid = None
-    if pads:
-        valid = torch.ones(batch, n, dtype=torch.bool)
-        for row, count in enumerate(pads):
-            valid[row, :count] = False
-    return keys, values, queries, valid
-
-
-def the_view(policy, keys, values, queries, valid=None, scores=None, earlier=None):
-    n = keys.shape[2]
-    entries = Entries(keys, values, valid, torch.arange(n), Queries.of_call(queries, 0, valid), earlier)
-    call = AttentionCall(queries, None)
-    return layer_view(policy.probe_plan(n), call, entries, 0, 1, scores)
 
 
 # -- the slow twin ---------------------------------------------------------------------------------
@@ -97,9 +76,9 @@ def slow(policy, keys, queries, scores):
 )
 def test_against_the_slow_twin(seed, changes):
     policy = made(**changes)
-    keys, values, queries, _ = a_layer(seed, n=30 + 7 * seed)
+    keys, values, queries, _ = random_layer(seed, n=30 + 7 * seed)
     scores = torch.tensor([[0.0, 0.3 if seed % 2 else 0.05]])
-    selection = policy.select(the_view(policy, keys, values, queries, scores=scores))
+    selection = policy.select(view_of(policy, keys, values, queries, scores=scores))
     expected = np.stack([slow(policy, k, q, scores[0].tolist()) for k, q in zip(keys, queries, strict=True)])
     assert (selection.keep.numpy() == expected).all()
     if seed % 2 == 0:
@@ -131,12 +110,12 @@ def test_neighbours_by_hand():
     pads=st.integers(0, 30),
 )
 def test_a_stricter_constant_never_keeps_less_and_the_protected_stay(seed, n, constants, pads):
-    keys, values, queries, valid = a_layer(seed, n, pads=(min(pads, n - 1), 0))
+    keys, values, queries, valid = random_layer(seed, n, pads=(min(pads, n - 1), 0))
     real = torch.ones(2, n, dtype=torch.bool) if valid is None else valid
     kept = []
     for constant in sorted(constants):
         policy = made(constant=constant)
-        selection = policy.select(the_view(policy, keys, values, queries, valid, torch.zeros(1, 2)))
+        selection = policy.select(view_of(policy, keys, values, queries, valid, torch.zeros(1, 2)))
         keep = real[:, None].expand(2, 2, n) if selection is None else selection.keep & real[:, None]
         kept.append(keep)
         protected = real & ((real.cumsum(1) <= policy.sinks) | (real.flip(1).cumsum(1).flip(1) <= policy.window))
@@ -150,17 +129,17 @@ def test_a_stricter_constant_never_keeps_less_and_the_protected_stay(seed, n, co
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 70), pads=st.integers(1, 20))
 def test_neighbours_in_the_batch_and_padding_change_nothing(seed, n, pads):
     policy = made()
-    keys, values, queries, _ = a_layer(seed, n, batch=1)
+    keys, values, queries, _ = random_layer(seed, n, batch=1)
     scores = torch.tensor([[0.0, 0.05]])
-    alone = policy.select(the_view(policy, keys, values, queries, scores=scores))
-    other = a_layer(seed + 1, n + pads, batch=1)
+    alone = policy.select(view_of(policy, keys, values, queries, scores=scores))
+    other = random_layer(seed + 1, n + pads, batch=1)
     padded = [
         torch.cat([torch.nn.functional.pad(a, (0, 0, pads, 0)), b])
         for a, b in zip((keys, values, queries), other[:3], strict=True)
     ]
     valid = torch.ones(2, n + pads, dtype=torch.bool)
     valid[0, :pads] = False
-    together = policy.select(the_view(policy, *padded, valid, scores))
+    together = policy.select(view_of(policy, *padded, valid, scores))
     if alone is None:
         assert together is None or together.keep[0, :, pads:].all()
     else:
@@ -169,7 +148,7 @@ def test_neighbours_in_the_batch_and_padding_change_nothing(seed, n, pads):
 
 def test_padding_between_two_turns_is_no_distance():
     policy = made(follow=2, hit=0.2)
-    keys, values, queries, _ = a_layer(5, 40, batch=1, sharp=3.0)
+    keys, values, queries, _ = random_layer(5, 40, batch=1, sharp=3.0)
     apart = [
         torch.cat([part[:, :, :20], part.new_zeros(1, part.shape[1], 7, 6), part[:, :, 20:]], 2)
         for part in (keys, values, queries)
@@ -178,20 +157,20 @@ def test_padding_between_two_turns_is_no_distance():
     valid[:, 20:27] = False
     # The same distances in columns for both, so that the spread queries count for the same positions.
     alone = policy.select(
-        the_view(dataclasses.replace(policy, spread=1), keys, values, queries, scores=torch.zeros(1, 2))
+        view_of(dataclasses.replace(policy, spread=1), keys, values, queries, scores=torch.zeros(1, 2))
     )
-    both = policy.select(the_view(dataclasses.replace(policy, spread=1), *apart, valid, torch.zeros(1, 2)))
+    both = policy.select(view_of(dataclasses.replace(policy, spread=1), *apart, valid, torch.zeros(1, 2)))
     assert torch.equal(both.keep[:, :, valid[0]], alone.keep)
 
 
 def test_flat_rows_one_token_rows_and_masked_rows():
     policy = made(lost_mass=0.0)
-    keys, values, queries, _ = a_layer(0, 40)
-    flat = policy.select(the_view(policy, keys, values, torch.zeros_like(queries), scores=torch.zeros(1, 2)))
+    keys, values, queries, _ = random_layer(0, 40)
+    flat = policy.select(view_of(policy, keys, values, torch.zeros_like(queries), scores=torch.zeros(1, 2)))
     assert flat.keep.all(), "all positions are alike: none may go where no mass may"
     valid = torch.zeros(2, 40, dtype=torch.bool)
     valid[0, -1] = valid[1, -20:] = True
-    selection = policy.select(the_view(policy, keys, values, queries, valid, torch.zeros(1, 2)))
+    selection = policy.select(view_of(policy, keys, values, queries, valid, torch.zeros(1, 2)))
     assert selection.keep[0, :, -1].all()
     assert not torch.isnan(selection.metric).any()
     assert not any(torch.isnan(share).any() for share in selection.reasons.values())
@@ -204,29 +183,29 @@ def test_constant_zero_and_short_prompts_ask_for_nothing():
 
 
 def test_what_copies_is_kept_whole_and_without_scores_heads_share():
-    keys, values, queries, _ = a_layer(3, 60)
+    keys, values, queries, _ = random_layer(3, 60)
     policy = made(constant=0.2, lost_mass=0.9)
-    scored = policy.select(the_view(policy, keys, values, queries, scores=torch.tensor([[0.0, 0.2]])))
+    scored = policy.select(view_of(policy, keys, values, queries, scores=torch.tensor([[0.0, 0.2]])))
     assert scored.keep[:, 1].all()
     assert not scored.keep[:, 0].all()
-    blind = policy.select(the_view(policy, keys, values, queries))
+    blind = policy.select(view_of(policy, keys, values, queries))
     assert torch.equal(blind.keep[:, 0], blind.keep[:, 1])
     assert not blind.keep.all()
     one = dataclasses.replace(policy, shared=True).select(
-        the_view(policy, keys, values, queries, scores=torch.zeros(1, 2))
+        view_of(policy, keys, values, queries, scores=torch.zeros(1, 2))
     )
-    each = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
+    each = policy.select(view_of(policy, keys, values, queries, scores=torch.zeros(1, 2)))
     assert one.keep.shape[1] == 1
     assert torch.equal(one.keep[:, 0], each.keep.any(1))
 
 
 def test_what_an_earlier_turn_left_stays():
     policy = made(constant=0.4, lost_mass=0.9, follow=0)
-    keys, values, queries, _ = a_layer(4, 50, batch=1)
+    keys, values, queries, _ = random_layer(4, 50, batch=1)
     earlier = (torch.arange(50) < 20)[None, None]
-    kept = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2), earlier=earlier))
+    kept = policy.select(view_of(policy, keys, values, queries, scores=torch.zeros(1, 2), earlier=earlier))
     assert kept.keep[..., :20].all()
-    free = policy.select(the_view(policy, keys, values, queries, scores=torch.zeros(1, 2)))
+    free = policy.select(view_of(policy, keys, values, queries, scores=torch.zeros(1, 2)))
     assert not free.keep[..., :20].all()
 
 

@@ -5,24 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.arenas import INT8, check_changes, check_entries, exact, lengths_of, moves, rounded
 from refreekv import KVDtype
 from refreekv.core.coded_lines import fits, from_lines, half_of, line_bytes, to_lines
 from refreekv.kernels import ragged_decode
 from refreekv.kernels.reference import decode_segment
 from refreekv.storage.coded_arena import CodedArena
 from refreekv.storage.ragged import RaggedKV
-from storage.test_arena import check_changes, check_entries, exact, lengths_of, moves
 
 SIZES = (16, 8)
-INT8 = KVDtype("int8")
-
-
-def rounded(entries):
-    """What an entry comes back as."""
-    group = INT8.group_size(entries.shape[-1])
-    lines = to_lines(entries.reshape(-1, entries.shape[-1]), group)
-    back = from_lines(lines, entries.shape[-1], group, half_of(entries.dtype), entries.dtype)
-    return back.view(entries.shape)
 
 
 def as_judge(plain):

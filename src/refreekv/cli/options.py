@@ -4,22 +4,7 @@ from typing import Annotated
 
 import typer
 
-from refreekv.engines import DEFAULT_POLICY
-
-__all__ = [
-    "DEFAULT_POLICY",
-    "ChatOption",
-    "DeviceMapOption",
-    "DeviceOption",
-    "DtypeOption",
-    "JsonOption",
-    "MaxNewTokensOption",
-    "ModelOption",
-    "PolicyOption",
-    "PromptFileOption",
-    "TrustOption",
-    "WeightsOption",
-]
+from refreekv.engines import DEFAULT_POLICY as DEFAULT_POLICY
 
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="MODEL", help="A local folder, a .gguf file, or a model id of the hub.")
@@ -32,9 +17,7 @@ PromptFileOption = Annotated[
 PolicyOption = Annotated[
     str,
     typer.Option(
-        "--policy",
-        metavar="NAME[:PARAM=VALUE,…]",
-        help="What decides on what to keep; see `refreekv policies`.",
+        "--policy", metavar="NAME[:PARAM=VALUE,…]", help="What decides on what to keep; see `refreekv policies`."
     ),
 ]
 

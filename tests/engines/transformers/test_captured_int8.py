@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import refreekv
+from helpers.arenas import rounded
 from helpers.driving import POLICIES, RAGGED, Uneven, feed, prefill, storage_bytes, tensors_of
 from helpers.models import build, prompts
 from refreekv.engines.transformers.attachment import attached
 from refreekv.storage.coded_arena import CodedArena
 from refreekv.storage.quantised import QuantisedKV
 from refreekv.storage.ragged import RaggedKV
-from storage.test_coded_arena import rounded
 
 
 def close(one, other):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engines.transformers.test_equivalence import assert_same, check_nothing_evicted, loop, turns_of
 from helpers.driving import RAGGED, check_bytes, feed, prefill
+from helpers.equivalence import assert_same, check_nothing_evicted, loop, turns_of
 from helpers.models import build, prompts
 from helpers.peer_reference import FREE, SLOW, PeerReference, make
 from helpers.reference import NAME as REFERENCE

@@ -60,27 +60,24 @@ def encode(tokenizer: Any, sample: Sample) -> Encoded:
 def _in_template(tokenizer: Any, sample: Sample) -> tuple[str, str]:
     """The chat text up to the prompt's end, and from the question on."""
     content = f"{sample.prompt}{MARK}{sample.question}" if sample.question else sample.prompt
-    text = _render(tokenizer, sample.system, content)
-    if not sample.question:
-        return text, ""
+    system = [{"role": "system", "content": sample.system}] if sample.system else []
+    text = render(tokenizer, [*system, {"role": "user", "content": content}], add_generation_prompt=True)
     context, _, question = text.partition(MARK)
-    return context, f"\n\n{question}"
+    return context, f"\n\n{question}" if sample.question else ""
 
 
-def _render(tokenizer: Any, system: str, content: str) -> str:
+def render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """A conversation in the chat template; one without system role gets the system prompt in the user's message."""
     from jinja2 import TemplateError  # chat templates need it anyway
 
-    user = [{"role": "user", "content": content}]
-    if system:
-        try:
-            return _apply(tokenizer, [{"role": "system", "content": system}, *user])
-        except TemplateError:  # templates that know no system prompt say so in this way
-            user = [{"role": "user", "content": f"{system}\n\n{content}"}]
-    return _apply(tokenizer, user)
-
-
-def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError:  # templates that know no system prompt say so in this way
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        system, first, *rest = messages
+        merged = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+        return str(tokenizer.apply_chat_template([merged, *rest], tokenize=False, **options))
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:

@@ -15,15 +15,34 @@ from refreekv.evaluation.data import stress_text
 
 Check = Callable[..., bool]
 
-_CHECKS: dict[str, Check] = {}
+
+def _contains(text: str, word: str, times: int = 1) -> bool:
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)) >= times
 
 
-def _checks(kind: str) -> Callable[[Check], Check]:
-    def add(check: Check) -> Check:
-        _CHECKS[kind] = check
-        return check
+def _json(text: str, key: str) -> bool:
+    try:
+        value = json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text))
+    except ValueError:
+        return False
+    return isinstance(value, dict) and key in value
 
-    return add
+
+_CHECKS: dict[str, Check] = {
+    "starts-with": lambda text, phrase: text.lower().startswith(phrase.lower()),
+    "ends-with": lambda text, phrase: text.rstrip(" .!\"'*").lower().endswith(phrase.rstrip(" .!").lower()),
+    "contains": _contains,
+    "avoids": lambda text, word: not _contains(text, word),
+    "no-character": lambda text, character: character not in text,
+    "lower-case": lambda text: text == text.lower(),
+    "upper-case": lambda text: text == text.upper() and any(letter.isalpha() for letter in text),
+    "bullets": lambda text, count: len(re.findall(r"^\s*[-*•] +\S", text, re.MULTILINE)) == count,
+    "sentences-at-most": lambda text, count: len(re.findall(r"[.!?]+(?=\s|$)", text)) <= count,
+    "words-at-most": lambda text, count: len(text.split()) <= count,
+    "words-at-least": lambda text, count: len(text.split()) >= count,
+    "quoted": lambda text: len(text) > 2 and text[0] in '"“' and text[-1] in '"”',
+    "json": _json,
+}
 
 
 def follows(instruction: dict[str, Any], text: str) -> bool:
@@ -51,76 +70,6 @@ def follows(instruction: dict[str, Any], text: str) -> bool:
 def kinds() -> list[str]:
     """All kinds of instructions."""
     return sorted(_CHECKS)
-
-
-@_checks("starts-with")
-def _starts(text: str, phrase: str) -> bool:
-    return text.lower().startswith(phrase.lower())
-
-
-@_checks("ends-with")
-def _ends(text: str, phrase: str) -> bool:
-    return text.rstrip(" .!\"'*").lower().endswith(phrase.rstrip(" .!").lower())
-
-
-@_checks("contains")
-def _contains(text: str, word: str, times: int = 1) -> bool:
-    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)) >= times
-
-
-@_checks("avoids")
-def _avoids(text: str, word: str) -> bool:
-    return not _contains(text, word)
-
-
-@_checks("no-character")
-def _no_character(text: str, character: str) -> bool:
-    return character not in text
-
-
-@_checks("lower-case")
-def _lower(text: str) -> bool:
-    return text == text.lower()
-
-
-@_checks("upper-case")
-def _upper(text: str) -> bool:
-    return text == text.upper() and any(letter.isalpha() for letter in text)
-
-
-@_checks("bullets")
-def _bullets(text: str, count: int) -> bool:
-    return len(re.findall(r"^\s*[-*•] +\S", text, re.MULTILINE)) == count
-
-
-@_checks("sentences-at-most")
-def _sentences_at_most(text: str, count: int) -> bool:
-    return len(re.findall(r"[.!?]+(?=\s|$)", text)) <= count
-
-
-@_checks("words-at-most")
-def _words_at_most(text: str, count: int) -> bool:
-    return len(text.split()) <= count
-
-
-@_checks("words-at-least")
-def _words_at_least(text: str, count: int) -> bool:
-    return len(text.split()) >= count
-
-
-@_checks("quoted")
-def _quoted(text: str) -> bool:
-    return len(text) > 2 and text[0] in '"“' and text[-1] in '"”'
-
-
-@_checks("json")
-def _json(text: str, key: str) -> bool:
-    body = re.sub(r"^```(?:json)?\s*|\s*```$", "", text)
-    try:
-        value = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(value, dict) and key in value
 
 
 def draw(rng: random.Random, count: int) -> list[dict[str, Any]]:

@@ -24,13 +24,7 @@ from refreekv.engines.transformers.api import check_model
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
-from refreekv.evaluation.fidelity.decoding import (
-    Continuation,
-    Start,
-    continue_full,
-    stop_tokens,
-    until_stop,
-)
+from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
 from refreekv.evaluation.fidelity.formats import format_of
 from refreekv.evaluation.fidelity.metrics import TokenMetrics, divergence, negative_log_likelihood, token_metrics
 from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward

@@ -211,13 +211,7 @@ def join(caches: Sequence[DynamicCache], device: torch.device, *, spare: int) ->
 
 
 def forward(
-    model: Any,
-    tokens: Sequence[Sequence[int]] | Tensor,
-    cache: Any,
-    *,
-    start: int,
-    keep: int,
-    rows: int | None = None,
+    model: Any, tokens: Sequence[Sequence[int]] | Tensor, cache: Any, *, start: int, keep: int, rows: int | None = None
 ) -> Tensor:
     """Feed tokens at positions from ``start`` on; logits ``[B, keep, V]`` of the last ``keep``.
 

@@ -22,7 +22,7 @@ except ImportError as error:
 
 import refreekv
 from refreekv.engines.transformers.naming import cache_argument
-from refreekv.evaluation.data.encoding import MARK
+from refreekv.evaluation.data.encoding import MARK, render
 from refreekv.evaluation.sweeps import FULL
 from refreekv.evaluation.tasks.generation import Answer, Prompt, answer, held
 from refreekv.policies import Policy, parse
@@ -91,17 +91,8 @@ class CompressedLM(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; a template without system role gets it within the user's message."""
-        from jinja2 import TemplateError
-
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        try:
-            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
-        except TemplateError:
-            if chat_history[0]["role"] != "system" or len(chat_history) < 2:
-                raise
-            system, first, *rest = chat_history
-            merged = {**first, "content": f"{system['content']}\n\n{first['content']}"}
-            return str(self.tokenizer.apply_chat_template([merged, *rest], tokenize=False, **options))
+        return render(self.tokenizer, chat_history, **options)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids; as in lm-eval, which however needs a tokenizer to have a first or last token."""
