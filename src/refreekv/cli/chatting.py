@@ -160,7 +160,7 @@ class Chat:
     def _answer(self, message: str) -> None:
         text = f"{self._file}\n\n{message.strip()}" if self._file else message.strip()
         with stop_on_interrupt() as stopped:
-            shown: _Streaming = _Drawing(self) if self.live else _Writing(self)
+            shown: _Writing = _Drawing(self) if self.live else _Writing(self)
             with shown:
                 listener = Listener(shown.on_read, shown.on_text, stopped)
                 turn = self.conversation.say(text, listener)
@@ -227,36 +227,26 @@ class Chat:
         self.side.print(Text(text, style=style), soft_wrap=not self.live)
 
 
-class _Streaming(contextlib.AbstractContextManager["_Streaming"]):
-    """Shows one answer while it comes."""
+class _Writing(contextlib.AbstractContextManager["_Writing"]):
+    """Shows one answer while it comes: in files and pipes the text as it is, then a line break."""
 
     def __init__(self, chat: Chat):
         self.chat = chat
 
     def __exit__(self, *error: object) -> None:
-        """Nothing to clear away."""
+        if error[0] is None:
+            self.chat.console.file.write("\n")
 
     def on_read(self, read: int, total: int) -> None:
         """Take note of how much of the message was read."""
 
     def on_text(self, text: str, tokens: int, seconds: float) -> None:
         """Show new text."""
-        raise NotImplementedError
-
-
-class _Writing(_Streaming):
-    """For files and pipes: the text as it comes, then a line break."""
-
-    def on_text(self, text: str, tokens: int, seconds: float) -> None:
         self.chat.console.file.write(text)
         self.chat.console.file.flush()
 
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self.chat.console.file.write("\n")
 
-
-class _Drawing(_Streaming):
+class _Drawing(_Writing):
     """For terminals: whole lines scroll, the last one and the live line below it are drawn again and again."""
 
     def __init__(self, chat: Chat):

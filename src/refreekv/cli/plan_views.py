@@ -70,7 +70,7 @@ def _cells(plan: Plan, row: Row) -> tuple[str | Text, ...]:
 
 
 def load_view(
-    results: Sequence[Result], needed: dict[str, int | None], target: float, costs: dict[str, float]
+    results: Sequence[Result], needed: dict[str, int | None], target: float, costs: dict[str, float | None]
 ) -> Table:
     """Simulations side by side, one column each."""
     rows: dict[str, Iterable[str]] = {

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from refreekv.cli.app import UserError
+import refreekv
+from refreekv.cli.app import UserError, refusals
 from refreekv.cli.loading import Loaded, quiet_transformers
+from refreekv.policies import Policy
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -27,10 +29,12 @@ class Run:
     kv_bytes: int  # storage of all key and value tensors at the end, measured on the cache itself
 
 
-def check_max_new_tokens(count: int) -> None:
-    """`UserError` unless at least one token is asked for."""
-    if count < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {count}")
+def parse(policy: str, kv_dtype: str | None, max_new_tokens: int) -> tuple[Policy, refreekv.KVDtype | None]:
+    """What the options say; `UserError` for what they cannot, or unless at least one token is asked for."""
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    with refusals():
+        return refreekv.policies.parse(policy), refreekv.KVDtype.parse(kv_dtype)
 
 
 def generate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from refreekv.planner.engine import Engine, Job, Replica
 from refreekv.planner.geometry import Geometry
-from refreekv.planner.memory import Machine, Scenario
+from refreekv.planner.memory import Machine, Scenario, last
 from refreekv.planner.trace import Request
 
 PERCENTILES = (50, 90, 99)
@@ -62,7 +62,6 @@ def engine(
     machine: Machine,
     scenario: Scenario,
     speed: Speed,
-    *,
     parameters: float,
     block_size: int = 16,
     running: int = 256,
@@ -120,11 +119,7 @@ def gpus_needed(requests: Sequence[Request], one: Engine, *, target: float, perc
         high *= 2
         if high > min(MOST_GPUS, 2 * len(requests)):
             return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return last(high // 2, high, lambda count: not enough(count)) + 1
 
 
 def _result(replicas: Sequence[Replica], start: float, *, name: str, price: float | None) -> Result:

@@ -117,9 +117,7 @@ def longest_context(
         if fits(geometry, machine, scenario, load.at(high)):
             fitting = high
             continue
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(geometry, machine, scenario, load.at(middle)) else (low, middle)
+        low = last(low, high, lambda context: fits(geometry, machine, scenario, load.at(context)))
         return max(fitting, low if fits(geometry, machine, scenario, load.at(low)) else 0)
     return fitting
 
@@ -135,7 +133,12 @@ def most_requests(geometry: Geometry, machine: Machine, scenario: Scenario, load
     low, high = 1, 2
     while high < MOST and many(high):
         low, high = high, 2 * high
+    return min(last(low, high, many), MOST)
+
+
+def last(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The last number in ``[low, high)`` up to which something holds, found by halves; ``low`` at least."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if many(middle) else (low, middle)
-    return min(low, MOST)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

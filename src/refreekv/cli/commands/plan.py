@@ -102,12 +102,8 @@ def plan(
     Three scenarios: the full cache; the worst case, in which the policy keeps everything; and what
     the policy is expected to keep, from measurements. With --trace also: what a load needs.
     """
-    for name, value in (
-        ("--concurrency", concurrency),
-        ("--gpus", gpus),
-        ("--max-running", max_running),
-        ("--block-size", block_size),
-    ):
+    counts = {"--concurrency": concurrency, "--gpus": gpus, "--max-running": max_running, "--block-size": block_size}
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     for name, number in (("--first-token", target), ("--tflops", tflops), ("--price", price)):
@@ -121,10 +117,11 @@ def plan(
         _check_plot(plot)
 
     with refusals():
+        from refreekv.planner.fleet import Speed
         from refreekv.planner.units import parse_bytes
 
         memory, kept_free = parse_bytes(vram, "--vram"), parse_bytes(reserve, "--reserve")
-        speed = _speed(bandwidth, tflops, step_overhead)
+        speed = Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, step_overhead / 1000)
         made = _make(
             model, memory, kept_free, context, output, concurrency, weights, kv, policy, prefill_chunk, budgets
         )
@@ -165,12 +162,8 @@ def plan(
         console = Console(highlight=False, width=160)
     console.print(plan_views.plan_view(made))
     if load is not None:
-        console.print(
-            "",
-            Text(f"Load of {trace}", style="bold"),
-            plan_views.load_view(load[0], load[1], target, load[2]),
-            sep="\n",
-        )
+        title = Text(f"Load of {trace}", style="bold")
+        console.print("", title, plan_views.load_view(load[0], load[1], target, load[2]), sep="\n")
         console.print(Text(LEFT_OUT, style="dim"))
     if plot is not None:
         console.print(Text(f"Drawn: {plot}", style="dim"))
@@ -181,13 +174,6 @@ def _check_plot(path: Path) -> None:
         raise UserError("--plot needs Matplotlib; run: pip install 'refreekv[report]'")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot writes .png, .svg or .pdf, not {path.suffix or 'a file without an ending'!r}")
-
-
-def _speed(bandwidth: str, tflops: float, overhead: float) -> "Speed":
-    from refreekv.planner.fleet import Speed
-    from refreekv.planner.units import parse_bytes
-
-    return Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, overhead / 1000)
 
 
 def _make(
@@ -234,7 +220,7 @@ def _make(
         load=Load(tokens, generated, concurrency),
         weights=weights,
         number=number,
-        policy=str(parsed.name if parsed.name == policy else policy),
+        policy=policy,
         expected=measured.expected(parsed, found.name, own),
         reserve=reserve,
         chunk=chunk,
@@ -250,7 +236,7 @@ def _simulate(
     target: float,
     block_size: int,
     max_running: int,
-) -> tuple[list["Result"], dict[str, int | None], dict[str, float]]:
+) -> tuple[list["Result"], dict[str, int | None], dict[str, float | None]]:
     """Each scenario on the asked GPUs; how many it needs; what a million tokens costs on those."""
     from refreekv.planner import fleet
     from refreekv.planner import trace as traces
@@ -263,24 +249,16 @@ def _simulate(
     active = made.counts.active(made.model.text)
     results: list[Result] = []
     needed: dict[str, int | None] = {}
-    costs: dict[str, float] = {}
+    costs: dict[str, float | None] = {}
     for scenario in made.scenarios:
         if scenario.name == "worst case" and made.number is None:
             continue  # the same as the full cache
         with refusals():
-            engine = fleet.engine(
-                made.geometry,
-                made.machine,
-                scenario,
-                speed,
-                parameters=active,
-                block_size=block_size,
-                running=max_running,
-            )
+            engine = fleet.engine(made.geometry, made.machine, scenario, speed, active, block_size, max_running)
         results.append(fleet.simulate(requests, engine, gpus, name=scenario.name, price=price))
         needed[scenario.name] = count = fleet.gpus_needed(requests, engine, target=target)
         if count and price is not None:
-            cost = fleet.simulate(requests, engine, count, name=scenario.name, price=price).cost_per_million
-            assert cost is not None
-            costs[scenario.name] = cost
+            costs[scenario.name] = fleet.simulate(
+                requests, engine, count, name=scenario.name, price=price
+            ).cost_per_million
     return results, needed, costs

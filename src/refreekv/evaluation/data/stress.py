@@ -15,7 +15,7 @@ from typing import Any
 from refreekv.evaluation.data import instructions, stress_text
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.data.stress_code import repository
-from refreekv.evaluation.data.stress_text import distinct, hide, in_words
+from refreekv.evaluation.data.stress_text import distinct, hide
 
 Maker = Callable[..., Sample]
 
@@ -347,8 +347,3 @@ def _long_code(rng: random.Random, index: int, *, tokens: int = 3000) -> Sample:
     )
     extra = {"max_new_tokens": 24, "stop": ["\n"]}
     return _sample(prompt, [f" {order[0]}"], metric="edit_similarity", chat=False, extra=extra)
-
-
-def describe_sizes(name: str) -> str:
-    """A family's parameters as text, for listings."""
-    return in_words([f"{key}={value}" for key, value in parameters(name).items()])

@@ -199,8 +199,3 @@ def code(rng: random.Random) -> str:
             lambda: f"{rng.getrandbits(32):08x}-{rng.getrandbits(16):04x}",
         )
     )()
-
-
-def in_words(items: Sequence[str]) -> str:
-    """``a, b and c``."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

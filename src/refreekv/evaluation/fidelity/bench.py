@@ -26,7 +26,7 @@ from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
 from refreekv.evaluation.fidelity.formats import format_of
-from refreekv.evaluation.fidelity.metrics import TokenMetrics, divergence, negative_log_likelihood, token_metrics
+from refreekv.evaluation.fidelity.metrics import divergence, negative_log_likelihood, token_metrics
 from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.policies import Policy
@@ -183,7 +183,7 @@ class _Prepared:
         return changes
 
     def _record(
-        self, name: str, kept: list[list[int]], metrics: TokenMetrics, compared: int, change: float | None
+        self, name: str, kept: list[list[int]], metrics: dict[str, Any], compared: int, change: float | None
     ) -> dict[str, Any]:
         shares = [[count / self.shared.length for count in layer] for layer in kept]
         full, held = self.shared.bytes(name, kept)
@@ -200,7 +200,7 @@ class _Prepared:
             "bytes_kept": held,
             "kept_heads": [[round(share, 6) for share in layer] for layer in shares],
             "answer_nll_change": change,
-            **vars(metrics),
+            **metrics,
         }
 
     def _batches(self, names: list[str], size: int) -> Iterator[list[str]]:

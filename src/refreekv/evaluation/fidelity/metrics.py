@@ -1,25 +1,12 @@
 """How far two runs over the same tokens are apart: pure tensor functions."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK = 2**24
 """Logits that are widened to float32 at once. Bounds the transient copies (64 MiB each)."""
-
-
-@dataclass(frozen=True)
-class TokenMetrics:
-    """One run compared with the full cache's, over the same tokens."""
-
-    # KL(full || pruned) in nats; the 99th percentile is interpolated linearly
-    kl_mean: float
-    kl_p99: float
-    kl_max: float
-    top1: float  # share of tokens with the same most likely next token
-    same_path: bool  # whether all of them have
-    first_divergence: int | None  # index of the first that has not
 
 
 def divergence(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +46,10 @@ def divergence(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return kl.clamp_min_(0.0), logits.argmax(-1) == reference.argmax(-1)
 
 
-def token_metrics(kl: Tensor, agrees: Tensor) -> list[TokenMetrics]:
-    """What `divergence` gave, summed up for each row; waits for the device once.
+def token_metrics(kl: Tensor, agrees: Tensor) -> list[dict[str, Any]]:
+    """What `divergence` gave, summed up for each row as fields of a `FidelityRecord`; waits for the device once.
+
+    The 99th percentile is interpolated linearly.
 
     Raises
     ------
@@ -68,18 +57,17 @@ def token_metrics(kl: Tensor, agrees: Tensor) -> list[TokenMetrics]:
         If a divergence is not a number: some logits were not.
     """
     numbers = torch.stack([kl.mean(1), torch.quantile(kl, 0.99, dim=1), kl.amax(1)], dim=1)
-    table = torch.cat([numbers, agrees.float()], dim=1).tolist()
-    return [_of_row(row[:3], [value > 0.5 for value in row[3:]]) for row in table]
+    return [_of_row(row[:3], row[3:]) for row in torch.cat([numbers, agrees.float()], dim=1).tolist()]
 
 
-def _of_row(numbers: list[float], agrees: list[bool]) -> TokenMetrics:
+def _of_row(numbers: list[float], agrees: list[float]) -> dict[str, Any]:
     if any(number != number for number in numbers):
         raise ValueError(
             "the model's logits are not numbers (overflow?): fidelity cannot be measured; try bfloat16 or float32"
         )
-    first = next((index for index, same in enumerate(agrees) if not same), None)
-    mean, p99, largest = numbers
-    return TokenMetrics(mean, p99, largest, sum(agrees) / len(agrees), same_path=first is None, first_divergence=first)
+    first = agrees.index(0.0) if 0.0 in agrees else None
+    found = dict(zip(("kl_mean", "kl_p99", "kl_max"), numbers, strict=True))
+    return {**found, "top1": sum(agrees) / len(agrees), "same_path": first is None, "first_divergence": first}
 
 
 def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:

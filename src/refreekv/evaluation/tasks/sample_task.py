@@ -39,19 +39,10 @@ class SampleTask(Task):
         self._config = TaskConfig(task=samples[0].family, generation_kwargs={"until": []}, num_fewshot=0)
 
     def download(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the samples are there."""
+        """Nothing: the samples are there, all of them for testing."""
 
-    def has_training_docs(self) -> bool:
-        """There are none."""
-        return False
-
-    def has_validation_docs(self) -> bool:
-        """There are none."""
-        return False
-
-    def has_test_docs(self) -> bool:
-        """All samples are."""
-        return True
+    has_training_docs = has_validation_docs = staticmethod(lambda: False)
+    has_test_docs = staticmethod(lambda: True)
 
     def test_docs(self) -> list[Sample]:
         """The samples."""
