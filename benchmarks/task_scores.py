@@ -53,9 +53,9 @@ class Wanted:
     Attributes
     ----------
     tasks : list of str
-        As for ``refreekv tasks``, in the order of their turns.
+        As for ``refreekv eval --tasks``, in the order of their turns.
     policies : list of str
-        As for ``refreekv tasks``. The full cache is measured always.
+        As for ``refreekv eval``. The full cache is measured always.
     samples : int
         Of each task at most.
     turn : int
@@ -223,7 +223,7 @@ INTRODUCTION = """
 # Task scores
 
 Greedy answers, generated with the physically pruned cache, through lm-eval's tasks and our generated families
-(`refreekv tasks --list`). Points of 100. These are small models: what they cannot do with a full cache says nothing.
+(`refreekv eval --list`). Points of 100. These are small models: what they cannot do with a full cache says nothing.
 
 - Brackets are 95 % bootstrap intervals over samples, of the mean paired difference to the full cache or of the mean
   share of its score; a difference whose interval holds zero is not established at this n. Where no sample changed the
