@@ -106,7 +106,7 @@ def find_demo_model() -> Source:
 
 
 def load(
-    source: Source,
+    source: Source | str,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -118,8 +118,8 @@ def load(
 
     Parameters
     ----------
-    source : Source
-        From `find` or `find_demo_model`.
+    source : Source or str
+        From `find_demo_model`, or what `find` takes.
     dtype : str
         One of `DTYPES`. ``"auto"`` takes what the checkpoint says. A .gguf file is unpacked
         and says nothing: float32 on a CPU, where it is much faster than bfloat16 unless the
@@ -139,6 +139,8 @@ def load(
     UserError
         For whatever keeps the model from loading; nothing but foreign files is involved.
     """
+    if isinstance(source, str):
+        source = find(source)
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     quantising.check(weights, source.gguf)

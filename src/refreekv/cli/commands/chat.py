@@ -46,12 +46,7 @@ def chat(
         raise UserError(f"--temperature must be a number from 0 on, got {temperature}")
     parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     loaded = loading.load(
-        loading.find(model),
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-        device_map=device_map,
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
     conversation = Conversation(
         loaded,

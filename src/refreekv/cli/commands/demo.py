@@ -45,7 +45,7 @@ def demo(
 
     parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     given = prompts.read(None, prompt_file) if prompt_file is not None else None
-    source = loading.find_demo_model() if model is None else loading.find(model)
+    source = loading.find_demo_model() if model is None else model
     loaded = loading.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if given is not None:
         name = "stdin" if prompt_file == "-" else str(prompt_file)

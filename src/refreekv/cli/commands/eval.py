@@ -172,7 +172,7 @@ def evaluate(
     missing: dict[str, str] = {}
     if not tasks:
         samples, missing = _samples(families, data_dir, limit or 10, seed)
-    loaded = loading.load(loading.find(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = loading.load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="refreekv-eval-") as folder:
         request = _Request(loaded, chosen, data_dir, out or Path(folder) / "results.jsonl", seed, as_json)
         if tasks:

@@ -37,9 +37,8 @@ def generate(
 
     parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
     text = prompts.read(prompt, prompt_file)
-    source = loading.find(model)
     loaded = loading.load(
-        source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
     inputs = prompts.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
     prompt_tokens = inputs["input_ids"].shape[1]

@@ -48,12 +48,7 @@ def inspect(
     _check_writable(page, png)
     text = prompts.read(prompt, prompt_file)
     loaded = loading.load(
-        loading.find(model),
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-        device_map=device_map,
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
     inputs = prompts.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
     result = comparing.compare(loaded, inputs, parsed, max_new_tokens=max_new_tokens, kv_dtype=stored)

@@ -84,9 +84,8 @@ def _fact(rng: random.Random, key: str, value: str) -> str:
 
 
 @_family("multi-key-retrieval")
-def _multi_key(rng: random.Random, index: int, *, tokens: int = 2000, keys: int = 16) -> Sample:
+def _multi_key(rng: random.Random, _index: int, *, tokens: int = 2000, keys: int = 16) -> Sample:
     """One of many similar keys, its value hidden in prose."""
-    del index
     names, values = _keys(rng, keys), distinct(lambda: stress_text.code(rng), keys)
     facts = [_fact(rng, key, value) for key, value in zip(names, values, strict=True)]
     at = rng.randrange(keys)
@@ -99,9 +98,8 @@ def _multi_key(rng: random.Random, index: int, *, tokens: int = 2000, keys: int 
 
 
 @_family("multi-value-retrieval")
-def _multi_value(rng: random.Random, index: int, *, tokens: int = 2000, keys: int = 5, values: int = 4) -> Sample:
+def _multi_value(rng: random.Random, _index: int, *, tokens: int = 2000, keys: int = 5, values: int = 4) -> Sample:
     """All values of one key, spread over the text among those of other keys."""
-    del index
     names = _keys(rng, keys)
     codes = distinct(lambda: stress_text.code(rng), keys * values)
     pairs = [(names[i % keys], code) for i, code in enumerate(codes)]
@@ -116,9 +114,8 @@ def _multi_value(rng: random.Random, index: int, *, tokens: int = 2000, keys: in
 
 
 @_family("variable-tracking")
-def _variables(rng: random.Random, index: int, *, tokens: int = 2000, chains: int = 3, hops: int = 4) -> Sample:
+def _variables(rng: random.Random, _index: int, *, tokens: int = 2000, chains: int = 3, hops: int = 4) -> Sample:
     """Every variable that gets a value through a chain of assignments."""
-    del index
     letters = "ABCDEFGHJKLMNPQRSTUVWXYZ"
     names = distinct(lambda: "".join(rng.choice(letters) for _ in range(5)), chains * (hops + 1))
     numbers = distinct(lambda: str(rng.randint(10000, 99999)), chains)
@@ -171,9 +168,8 @@ def _needle(
 
 
 @_family("question-after")
-def _question_after(rng: random.Random, index: int, *, tokens: int = 2000, facts: int = 12) -> Sample:
+def _question_after(rng: random.Random, _index: int, *, tokens: int = 2000, facts: int = 12) -> Sample:
     """A question that comes after the text was compressed."""
-    del index
     people = rng.sample(stress_text.PEOPLE, facts)
     kinds: list[tuple[str, str, Callable[[], str]]] = [
         ("{who} was born in {value}.", "Where was {who} born?", lambda: stress_text.word(rng, 3).capitalize()),
@@ -208,9 +204,8 @@ def _question_after(rng: random.Random, index: int, *, tokens: int = 2000, facts
 
 
 @_family("instructions")
-def _instructions(rng: random.Random, index: int, *, tokens: int = 1200, count: int = 4) -> Sample:
+def _instructions(rng: random.Random, _index: int, *, tokens: int = 1200, count: int = 4) -> Sample:
     """Several instructions spread over one long prompt, each of them checked."""
-    del index
     orders = instructions.draw(rng, count)
     texts = [order["text"] for order in orders]
     head = texts[: (count + 1) // 2]
@@ -296,9 +291,8 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str, int]:
 
 
 @_family("few-shot-arithmetic")
-def _arithmetic(rng: random.Random, index: int, *, shots: int = 16, steps: int = 3, tokens: int = 0) -> Sample:
+def _arithmetic(rng: random.Random, _index: int, *, shots: int = 16, steps: int = 3, tokens: int = 0) -> Sample:
     """A story sum after many solved ones: so many, or as many as fill the tokens asked for."""
-    del index
     solved: list[str] = []
     length = 0.0
     while length < tokens if tokens else len(solved) < shots:

@@ -3,6 +3,7 @@
 Drawn with Matplotlib, so that neither a browser nor a display is needed.
 """
 
+import itertools
 import textwrap
 import unicodedata
 from pathlib import Path
@@ -137,7 +138,8 @@ def _shares(axes: "Axes", inspection: Inspection) -> None:
 
 def _lines(mine: str, other: str) -> tuple[list[str], int | None]:
     """An answer as lines that fit, and the line in which it parts from the other one."""
-    at = _part_at(mine, other) if mine != other else None
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False))
+    at = len(list(alike)) if mine != other else None
     lines = _wrapped(mine if at is None else f"{mine[:at]}{PARTING}{mine[at:]}") or [""]
     parting = next((number for number, line in enumerate(lines) if PARTING in line), None) if at is not None else None
     if len(lines) > ANSWER_LINES:
@@ -163,13 +165,6 @@ def _plain(text: str) -> str:
     """Without what Matplotlib would read as mathematics, and without control characters."""
     shown = "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "·" for c in text)
     return shown.replace("$", r"\$")
-
-
-def _part_at(first: str, second: str) -> int:
-    return next(
-        (at for at, (one, two) in enumerate(zip(first, second, strict=False)) if one != two),
-        min(len(first), len(second)),
-    )
 
 
 def _quiet(axes: "Axes") -> None:

@@ -124,7 +124,13 @@ def _edit(sample: Sample, text: str) -> Scores:
 
 def edit_similarity(one: str, other: str) -> float:
     """``2·LCS / (len + len)``: one minus the normalised distance by insertions and deletions."""
-    return float(_library("rapidfuzz.fuzz").ratio(one, other)) / 100
+    try:
+        import rapidfuzz.fuzz
+    except ImportError as error:
+        raise MetricUnavailable(
+            "this metric needs rapidfuzz, which is not installed; run: pip install 'refreekv[eval]'"
+        ) from error
+    return float(rapidfuzz.fuzz.ratio(one, other)) / 100
 
 
 @_metric("share_found")
@@ -199,15 +205,3 @@ def _letters(text: str) -> str:
 
 def _mean(values: list[Any]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _library(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0].replace("_", "-")
-        raise MetricUnavailable(
-            f"this metric needs {package}, which is not installed; run: pip install 'refreekv[eval]'"
-        ) from error
