@@ -1,8 +1,9 @@
 """The method on transformers: `compress` and `ReFreeKVCache`."""
 
 import copy
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from refreekv.core.quantisation import KVDtype
 from refreekv.engines import DEFAULT_POLICY
+from refreekv.engines.transformers import sessions
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
@@ -73,7 +75,7 @@ class ReFreeKVCache(PrunedCache):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        model = self._model() if self._model is not None else None
+        model = self.state.model() if self.state.model is not None else None
         if isinstance(model, PreTrainedModel):
             weakref.finalize(copied, Attachment.attach(model).detach)
         return copied
@@ -105,6 +107,7 @@ class CompressionSession:
         self.kv_dtype = kv_dtype
         self.decode_interval = decode_interval
         self._model = model
+        self._opened: sessions.Opened | None = None
         # Weak: the session must not keep a finished answer's keys and values alive.
         self._latest: weakref.ref[PrunedCache] | None = None
         self._snapshot = CompressionReport(str(policy), 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
@@ -122,11 +125,45 @@ class CompressionSession:
             return cache.report
         return self._snapshot
 
-    def new_cache(self) -> PrunedCache:
-        """A cache for a call that brings none."""
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function as if this block had been opened around it, in whatever thread.
+
+        A block belongs to the thread or context that opened it, and a new thread starts without any.
+
+        Raises
+        ------
+        RuntimeError
+            The block was left.
+        TypeError
+            A coroutine or generator function, whose body runs later: open a block inside of it.
+
+        Examples
+        --------
+        >>> with refreekv.compress(model) as kv:  # doctest: +SKIP
+        ...     inputs["streamer"] = TextIteratorStreamer(tokenizer)
+        ...     thread = threading.Thread(target=kv.run, args=(model.generate,), kwargs=inputs)
+        ...     thread.start()
+        ...     for text in inputs["streamer"]:
+        ...         print(text, end="")
+        ...     thread.join()
+        """
+        if self._opened is None or self._opened.session is None:
+            raise RuntimeError("the compress block of this session was left; open another one")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"run calls a function, and the body of {getattr(function, '__name__', function)} would run later: "
+                "open a compress block inside of it"
+            )
+        with sessions.in_force(self._opened):
+            return function(*args, **kwargs)
+
+    def new_cache(self, *, nested: bool = False) -> PrunedCache:
+        """A cache for a call that brings none; ``nested``: inside an answer, which the report stays about."""
         cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode, self.decode_interval)
         cache.bind(self._model)
-        self._latest = weakref.ref(cache)
+        if not nested:
+            cache.owner = weakref.ref(self)
+            self._latest = weakref.ref(cache)
         return cache
 
     def observe(self, cache: PrunedCache) -> None:
@@ -149,7 +186,13 @@ def compress(
 
     Calls of ``model.generate``, of a pipeline around the model and of the model itself get
     a `PrunedCache` if they bring no cache. There is no budget to choose. On exit, also after
-    an exception, the model is exactly as before.
+    an exception, the model is exactly as before, but for what was changed about it by others.
+
+    A block belongs to the thread or context (`contextvars`) that opened it: calls in other threads
+    stay plain, so that threads may each open their own, on one model, and asyncio tasks likewise.
+    A new thread has no block, also if it was started inside of one; hand calls over to it with
+    `CompressionSession.run`, or pass a `ReFreeKVCache`. Of nested blocks the innermost is in force.
+    A cache that outlives its block is of use in another block on the same model only.
 
     Parameters
     ----------
@@ -195,11 +238,11 @@ def compress(
     check_model(model)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
-    attachment.sessions.append(session)
+    session._opened = opened = attachment.open(session)
     try:
         yield session
     finally:
-        attachment.sessions.remove(session)
+        attachment.close(opened)
         attachment.detach()
 
 

@@ -1,72 +1,77 @@
 """Putting refreekv into a model, and taking it out again without a trace."""
 
+import copy
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from refreekv.engines.transformers.attention import PREFIX, twin
+from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.graph import Decoder
-from refreekv.engines.transformers.naming import NAME, cache_given, name_among
-from refreekv.engines.transformers.stop_checks import deferred_stop_checks
+from refreekv.engines.transformers.naming import arguments, cache_given, name_among
+from refreekv.engines.transformers.prompt import ATTACHMENT
+from refreekv.engines.transformers.routing import Route, attention_configs
 
-ATTRIBUTE = "_refreekv_attachment"
+logger = logging.getLogger("refreekv")
+
 _lock = threading.RLock()
-
-
-class Session(Protocol):
-    """Who makes the cache of a call that brings none."""
-
-    def new_cache(self) -> PrunedCache:
-        """Make the cache."""
-
-    def observe(self, cache: PrunedCache) -> None:
-        """Look at a cache that was just pruned, or whose call ended."""
 
 
 class Attachment:
     """What is changed about a model while refreekv is in use on it. One a model, counted.
 
     Changed are: the name of the attention implementation in the configurations of its
-    attention modules; a forward hook before and one after the model; and ``generate``,
-    shadowed on the instance so that a cache learns where the prompt ends; while that runs, also
+    attention modules; a forward hook before and one after the model; and what `generate` comes
+    by on the model (``following.ROLES``), shadowed on the instance; while that runs, also
     ``forward``, so that a captured step can take its place. All of it goes back when the last
-    user detaches.
+    user detaches; what somebody else has put in its place meanwhile stays.
 
     Attributes
     ----------
-    sessions : list of Session
-        The ``compress`` blocks that are open on the model, the innermost last.
+    defaults : dict
+        What the model's generation configuration said about caches when refreekv came.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.users = 0
-        self.sessions: list[Session] = []
-        self._implementations: list[tuple[PreTrainedConfig, str]] = []
+        self.defaults = {name: _said(model, name) for name in ("use_cache", "cache_implementation")}
+        self._uses_cache = _config_uses_cache(model)
+        self._opened: list[sessions.Opened] = []
+        self._routes: list[Route] = []
+        self._shadows: dict[str, tuple[following.Shadow, Any]] = {}
         self._hooks: list[Any] = []
         self._signature = inspect.signature(model.forward)
         self._decoder = Decoder(model)
         self._generating = 0
-        self._shadowed_forward: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """That of a copied model: it follows the copy, and nobody uses it yet; who does first leaves no trace of it."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        own = {**vars(self), "users": 0, "_generating": 0, "_opened": []}
+        routes = own.pop("_routes")
+        copied.__dict__.update(copy.deepcopy(own, memo))
+        copied._routes = [route.of_copy(copy.deepcopy(route.config, memo)) for route in routes]
+        return copied
 
     @classmethod
     def attach(cls, model: PreTrainedModel) -> "Attachment":
         """The model's attachment, with one more user."""
         with _lock:
-            attachment: Attachment | None = model.__dict__.get(ATTRIBUTE)
+            attachment: Attachment | None = model.__dict__.get(ATTACHMENT)
             if attachment is None:
                 attachment = cls(model)
                 attachment._install()
-                model.__dict__[ATTRIBUTE] = attachment
             attachment.users += 1
             return attachment
 
@@ -75,8 +80,33 @@ class Attachment:
         with _lock:
             self.users -= 1
             if self.users == 0:
-                del self.model.__dict__[ATTRIBUTE]
                 self._remove()
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the model is followed."""
+        return self.model.__dict__.get(ATTACHMENT) is self
+
+    # -- blocks ---------------------------------------------------------------------------
+
+    def open(self, session: sessions.Session) -> sessions.Opened:
+        """Let a session serve what this context calls."""
+        opened = sessions.Opened(self, session)
+        self._opened.append(opened)
+        sessions.enter(opened)
+        return opened
+
+    def close(self, opened: sessions.Opened) -> None:
+        """Let a session serve no more, in whatever context."""
+        self._opened.remove(opened)
+        sessions.leave(opened)
+        if opened.missed and not opened.served:
+            logger.warning(
+                "nothing was pruned in a compress block on a %s: the calls that were made meanwhile came from other "
+                "threads, and a block belongs to the thread or context that opened it. Hand them over with run: "
+                "threading.Thread(target=kv.run, args=(model.generate,), kwargs=inputs)",
+                type(self.model).__name__,
+            )
 
     # -- installing -----------------------------------------------------------------------
 
@@ -88,14 +118,14 @@ class Attachment:
                 f"{type(model).__name__} computes attention without transformers' attention interface; "
                 "refreekv cannot prune its cache"
             )
-        names = [(config, twin(config._attn_implementation or "eager")) for config in self._attention_configs()]
-        for config, name in names:
-            self._implementations.append((config, config._attn_implementation))
-            config._attn_implementation = {"": name}  # this configuration only, not its parts
-        self._shadowed = model.__dict__.get("generate")
-        generate: Callable[..., Any] | None = getattr(model, "generate", None)
-        if generate is not None:
-            model.__dict__["generate"] = self._wrap_generate(generate)
+        if _is_compiled(model):
+            raise ValueError(_COMPILED)
+        self._routes = Route.take(attention_configs(model))
+        model.__dict__[ATTACHMENT] = self
+        for name, role in following.ROLES.items():
+            original = getattr(model, name, None)
+            if original is not None:
+                self._shadow(name, following.Shadow(self, role, original))
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -104,97 +134,136 @@ class Attachment:
     def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.model.__dict__.pop("generate", None)
-        if self._shadowed is not None:
-            self.model.__dict__["generate"] = self._shadowed
+        for name in list(self._shadows):
+            self._unshadow(name)
+        del self.model.__dict__[ATTACHMENT]
         self._decoder.close()
-        for config, name in self._implementations:
-            config._attn_implementation = {"": name}
+        for route in self._routes:
+            route.give_back()
 
-    def _attention_configs(self) -> list[PreTrainedConfig]:
-        """Configurations that the decoder's attention modules and its masks read."""
-        text = self.model.config.get_text_config(decoder=True)
-        found = {id(text): text}
-        for module in self.model.modules():
-            config = getattr(module, "config", None)
-            if isinstance(config, PreTrainedConfig) and hasattr(module, "layer_idx"):
-                found[id(config)] = config
-        return [config for config in found.values() if not (config._attn_implementation or "").startswith(PREFIX)]
+    def _shadow(self, name: str, shadow: following.Shadow) -> None:
+        own = self.model.__dict__
+        self._shadows[name] = shadow, own.get(name)
+        own[name] = shadow
+
+    def _unshadow(self, name: str) -> None:
+        own = self.model.__dict__
+        shadow, before = self._shadows.pop(name)
+        if own.get(name) is not shadow:
+            return  # somebody has put in something else, or taken it out
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before
 
     # -- forward --------------------------------------------------------------------------
 
     @contextmanager
     def captured_steps(self) -> Iterator[None]:
-        """Within, captured steps may stand in for the model's forward.
-
-        Not longer than that: a copy of the model that is made meanwhile would run the original.
-        """
-        own = self.model.__dict__
+        """Within, captured steps may stand in for the model's forward."""
         with _lock:
             self._generating += 1
             if self._generating == 1:
-                self._shadowed_forward = own.get("forward")
-                own["forward"] = self._wrap_forward(self.model.forward)
+                self._shadow("forward", following.Shadow(self, _step, self.model.forward))
         try:
             yield
         finally:
             with _lock:
                 self._generating -= 1
                 if self._generating == 0:
-                    del own["forward"]
-                    if self._shadowed_forward is not None:
-                        own["forward"] = self._shadowed_forward
+                    self._unshadow("forward")
 
-    def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            out = None if args else self._decoder(forward, kwargs)
-            return forward(*args, **kwargs) if out is None else out
+    @property
+    def may_capture(self) -> Callable[[PrunedCache], bool]:
+        """Tells whether tokens that follow a cache's prompt are likely to come from a captured step."""
+        return self._decoder.may_capture
 
-        return wrapper
+    def note_unseen(self, cache: PrunedCache) -> None:
+        """Say why a call that did not come through the model's `generate` has no captured steps."""
+        self._decoder.refuse(
+            cache,
+            self.model.device,
+            "generate was taken from the model before refreekv was in use on it; call model.generate",
+        )
 
-    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def step(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """The output of a captured step; None if ``forward`` has to run itself."""
+        return self._decoder(forward, kwargs)
+
+    # ``kwargs`` and the rest may be missing: while hooks come and go, a call in another thread may find one of
+    # them without the note that it takes keywords. Such a call has no block and no cache of ours.
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Check what a call brings, and give it a cache if it brings none."""
-        given = _arguments(self._signature, args, kwargs)
-        cache = cache_given(given)
-        if cache is None and self.sessions and self._uses_cache(given):
-            cache = self.sessions[-1].new_cache()
+        if kwargs is None:
+            return None
+        given = arguments(self._signature, args, kwargs)
+        cache, opened = cache_given(given), sessions.innermost(self)
+        if opened is None:
+            for other in self._opened:
+                other.missed = True
+        if cache is None and opened is not None and self._wants_cache(given):
+            cache = opened.new_cache()
             bound = self._signature.bind_partial(*args, **kwargs)
-            name = name_among(self._signature.parameters)
-            if name in self._signature.parameters:
-                bound.arguments[name] = cache
-            else:
-                bound.arguments["kwargs"] = {**bound.arguments.get("kwargs", {}), name: cache}
+            self._put(bound, name_among(self._signature.parameters), cache)
             args, kwargs = bound.args, bound.kwargs
         if not isinstance(cache, PrunedCache):
-            if cache is not None and self.sessions:
-                raise _foreign_cache(cache)
+            if cache is not None and opened is not None:
+                raise following.foreign_cache(cache)
             return args, kwargs
+        if opened is not None:
+            opened.served = True
         if given.get("output_attentions") or getattr(self.model.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True is not supported with a pruned cache: the weights would have another length "
                 "in every layer and row; call the model without it"
             )
+        if _is_compiled(self.model, parts=False):
+            raise ValueError(_COMPILED)
         cache.check_model(self.model)
+        if given.get("use_cache") is None:
+            # A checkpoint may say no; there is a cache.
+            bound = self._signature.bind_partial(*args, **kwargs)
+            self._put(bound, "use_cache", True)
+            args, kwargs = bound.args, bound.kwargs
+        for route in self._routes:
+            route.ensure()
         for name in ("input_ids", "inputs_embeds"):
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
             if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
                 cache.state.copy_scores = copy_scores(self.model)
+        cache.begin_forward()
         return args, kwargs
 
-    def _uses_cache(self, given: dict[str, Any]) -> bool:
-        use_cache = given.get("use_cache")
-        text = self.model.config.get_text_config(decoder=True)
-        return bool(getattr(text, "use_cache", True) if use_cache is None else use_cache)
+    def _put(self, bound: inspect.BoundArguments, name: str, value: object) -> None:
+        """Add a keyword argument to a call."""
+        if name in self._signature.parameters:
+            bound.arguments[name] = value
+        elif any(one.kind is one.VAR_KEYWORD for one in self._signature.parameters.values()):
+            bound.arguments["kwargs"] = {**bound.arguments.get("kwargs", {}), name: value}
 
-    def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _wants_cache(self, given: dict[str, Any]) -> bool:
+        use_cache = given.get("use_cache")
+        if use_cache is not None:
+            return bool(use_cache)
+        # What a checkpoint says is nobody's wish, unless somebody trains it.
+        says = _config_uses_cache(self.model)
+        return says or (not self._uses_cache and not torch.is_grad_enabled())
+
+    def changed(self, name: str) -> Any:
+        """What somebody has set in the model's generation configuration since refreekv came; None if nothing."""
+        said = _said(self.model, name)
+        return None if said == self.defaults[name] else said
+
+    def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
         """Make sure that the model really went through the cache and through refreekv's attention."""
-        cache = cache_given(_arguments(self._signature, args, kwargs))
+        if not output:
+            return
+        cache = cache_given(arguments(self._signature, args, kwargs))
         if not isinstance(cache, PrunedCache):
             return
-        cache.state.check_reported()
+        cache.state.end_forward()
         cache.state.settle()
         if cache.is_unused:
             raise RuntimeError(
@@ -202,51 +271,7 @@ class Attachment:
                 "refreekv cannot prune it"
             )
         if cache.state.take_news():
-            self._observe(cache)
-
-    def _observe(self, cache: PrunedCache) -> None:
-        for session in self.sessions:
-            session.observe(cache)
-
-    # -- generate -------------------------------------------------------------------------
-
-    def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        # Not that of the function itself: a wrapper around generate may take anything and say nothing.
-        signature = inspect.signature(GenerationMixin.generate.__get__(self.model))
-
-        @functools.wraps(generate)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            given = _arguments(signature, args, kwargs)
-            cache = cache_given(given)
-            if cache is None and self.sessions and self._option(given, "use_cache") is not False:
-                implementation = self._option(given, "cache_implementation")
-                if implementation not in (None, "dynamic"):
-                    raise ValueError(
-                        f"cache_implementation={implementation!r} cannot be combined with refreekv: static, quantised "
-                        "and offloaded caches have no room for pruning; leave it out (quantised storage: "
-                        "compress(model, kv_dtype='int4'))"
-                    )
-                kwargs.pop("cache_implementation", None)
-                cache = kwargs[NAME] = self.sessions[-1].new_cache()
-            if not isinstance(cache, PrunedCache):
-                return generate(*args, **kwargs)
-            try:
-                with (
-                    self.captured_steps(),
-                    deferred_stop_checks(self._decoder.may_capture),
-                    cache.state.until(_prompt_end(given), generating=True),
-                ):
-                    return generate(*args, **kwargs)
-            finally:
-                self._observe(cache)
-
-        return wrapper
-
-    def _option(self, given: dict[str, Any], name: str) -> Any:
-        """A generation option, from where `generate` looks for it: arguments first, then configurations."""
-        config = given.get("generation_config") or self.model.generation_config
-        value = given.get(name)
-        return getattr(config, name, None) if value is None else value
+            cache.tell_owner()
 
 
 @contextmanager
@@ -259,33 +284,35 @@ def attached(model: PreTrainedModel) -> Iterator[Attachment]:
         attachment.detach()
 
 
-def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, with those of ``**kwargs`` beside the named ones."""
-    if not args:
-        return kwargs
-    given = signature.bind_partial(*args, **kwargs).arguments
-    return {**given, **given.get("kwargs", {})}
+def _step(attachment: Attachment, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    out = None if args else attachment.step(forward, kwargs)
+    return forward(*args, **kwargs) if out is None else out
 
 
-def _prompt_end(given: dict[str, Any]) -> int:
-    """Logical length at which the prompt of a `generate` call ends.
-
-    The attention mask spans everything, old turns included, also where only the new
-    tokens are passed; without one the tokens themselves are the whole sequence.
-    """
-    mask = given.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return int(mask.shape[1])
-    for name in ("inputs", "input_ids", "inputs_embeds"):
-        tokens = given.get(name)
-        if tokens is not None:
-            return int(tokens.shape[1])
-    return 1  # generate starts from the beginning-of-sequence token
+def _said(model: PreTrainedModel, name: str) -> Any:
+    return getattr(getattr(model, "generation_config", None), name, None)
 
 
-def _foreign_cache(cache: object) -> TypeError:
-    kind = type(cache).__name__
-    hint = f"leave {NAME} out, or pass a refreekv.ReFreeKVCache"
-    if isinstance(cache, Cache) and cache.is_compileable:
-        return TypeError(f"a static cache ({kind}) has fixed shapes and cannot be pruned; {hint}")
-    return TypeError(f"a {kind} passed inside refreekv.compress would not be pruned; {hint}")
+def _config_uses_cache(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(decoder=True), "use_cache", True))
+
+
+_COMPILED = (
+    "the model is compiled by torch.compile, and refreekv cannot follow keys and values into compiled code: hand it the "
+    "model before that (model._orig_mod), or leave torch.compile out. On CUDA refreekv captures decoding in a graph of "
+    "its own"
+)
+
+
+def _is_compiled(model: nn.Module, *, parts: bool = True) -> bool:
+    """Whether attention runs in compiled code: the model's own, or that of a part with attention in it."""
+    modules = model.modules() if parts else [model]
+    return any(
+        (
+            module._compiled_call_impl is not None
+            or hasattr(module, "_torchdynamo_orig_callable")
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+        )
+        and (module is model or any(hasattr(part, "layer_idx") for part in module.modules()))
+        for module in modules
+    )

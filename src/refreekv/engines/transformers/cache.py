@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
@@ -15,6 +16,13 @@ from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies import Policy
 from refreekv.policies.base import check_count
 from refreekv.report import CompressionReport
+
+
+class Owner(Protocol):
+    """Who made a cache and reports on it."""
+
+    def observe(self, cache: "PrunedCache") -> None:
+        """Look at a cache that was just pruned, or whose call ended."""
 
 
 class PrunedCache(DynamicCache):
@@ -77,22 +85,41 @@ class PrunedCache(DynamicCache):
                 + (f", sliding window {window})" if (window := getattr(text, "sliding_window", None)) else ")")
             )
 
-        self._model: weakref.ref[torch.nn.Module] | None = None
+        self.owner: weakref.ref[Owner] | None = None
         self.first = self.pruned_layers[0]
         """The first layer that may be pruned, whose length is that of the cache."""
         self.decode = decode
 
     def bind(self, model: torch.nn.Module) -> None:
         """Say which model the cache is for, so that another one is refused."""
-        self._model = weakref.ref(model)
+        self.state.model = weakref.ref(model)
 
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise ValueError if the cache is bound to another model."""
-        if self._model is not None and self._model() is not model:
+        if self.state.model is not None and self.state.model() is not model:
             raise ValueError(
                 f"this cache was made for another model than the {type(model).__name__} it is used with; "
                 "make one cache for each model"
             )
+
+    def begin_forward(self) -> None:
+        """Note that its model begins to run with it; see `PromptState.begin_forward`."""
+        self.state.begin_forward(lambda: {layer.get_seq_length() for layer in self.pruned_layers})
+
+    def tell_owner(self) -> None:
+        """Let the block that made it take down its report."""
+        owner = None if self.owner is None else self.owner()
+        if owner is not None:
+            owner.observe(self)
+
+    @property
+    def draft_room(self) -> int | None:
+        """Draft tokens that may be fed behind the next token without a decision over them; None: any number."""
+        if self.state.end is not None and self.first.get_seq_length() < self.state.end:
+            return 0  # they would attend to what is evicted by the time they are asked for
+        if self.state.decode_interval is None:
+            return None
+        return max(self.state.decode_interval - self.first.generated_since - 2, 0)
 
     @property
     def is_unused(self) -> bool:

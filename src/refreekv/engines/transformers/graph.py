@@ -351,13 +351,22 @@ class Decoder:
 
     def _check_model(self) -> None:
         """Raise UncapturableError for what a replay would silently leave out."""
+        for config in {id(c): c for c in (self._model.config, self._model.config.get_text_config(decoder=True))}.values():
+            asked = [name for name, value in vars(config).items() if name.startswith("output_") and value]
+            if asked:
+                raise UncapturableError(f"the model's configuration asks for {', '.join(sorted(asked))}")
         if self._model.training:
             raise UncapturableError("the model is in training mode")
         if len({p.device for p in self._model.parameters()}) > 1:
             raise UncapturableError("the model is spread over several devices")
         for name, module in self._model.named_modules():
-            if name and (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
+            if name and (_hooks(module) or hasattr(module, "_hf_hook")):
                 raise UncapturableError(f"{name} has forward hooks, which a captured step would not call")
+
+    def refuse(self, cache: PrunedCache, device: torch.device, reason: str) -> None:
+        """Say why there will be no captured steps for a cache, if there would be some otherwise."""
+        if cache.decode != "eager" and (device.type == "cuda" or cache.state.arena):
+            self._log(reason)
 
     def _log(self, reason: str) -> None:
         if reason not in self._logged:
@@ -370,6 +379,16 @@ class Decoder:
             step.release()
         self._steps.clear()
         self._last = None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Hooks of a module that do something at each call.
+
+    transformers leaves some on each layer once outputs of layers were asked for. They do nothing unless these are
+    asked for again, which is no call for a captured step.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != "transformers.utils.output_capturing"]
 
 
 @functools.cache

@@ -351,6 +351,11 @@ class ReFreeKVLayer(DynamicLayer):
         return self.keys, self.values
 
     @property
+    def generated_since(self) -> int:
+        """Generated tokens since the last pruning, where these are pruned, too."""
+        return self._queries.generated_tokens
+
+    @property
     def batch(self) -> int:
         """Rows that the layer holds."""
         if self.ragged is not None:

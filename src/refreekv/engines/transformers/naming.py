@@ -33,3 +33,11 @@ def cache_given(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call by name; None if there is none."""
     cache = arguments.get(NAME)
     return arguments.get(_OLD) if cache is None else cache
+
+
+def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, with those of ``**kwargs`` beside the named ones."""
+    if not args:
+        return kwargs
+    given = signature.bind_partial(*args, **kwargs).arguments
+    return {**given, **given.get("kwargs", {})}

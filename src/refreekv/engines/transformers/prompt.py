@@ -1,13 +1,19 @@
 """Where the prompt ends, and which layers still have to be compacted: what a cache's layers share."""
 
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from refreekv.policies import Policy
 from refreekv.pruning.joint import JointPruning
+
+ATTACHMENT = "_refreekv_attachment"
+"""Attribute of a model that leads to its attachment, while it has one."""
 
 
 @dataclass
@@ -42,6 +48,10 @@ class PromptState:
         a row, which masks would say again.
     arena : bool or None
         Whether layers go to storage with room to grow; None: on CUDA they do.
+    model : weakref to Module, or None
+        The model that the cache is for; None: any.
+    forward : int or None
+        The thread in which the model runs with the cache; None: it does not.
     """
 
     policy: Policy
@@ -54,17 +64,29 @@ class PromptState:
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False
     arena: bool | None = None
+    model: weakref.ref[nn.Module] | None = None
+    forward: int | None = None
+    _frame: int | None = None
     _unsettled: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
     def until(self, end: int, *, generating: bool = False) -> Iterator[None]:
         """Within, the prompt ends at logical length ``end`` and what follows is decoding."""
-        before = self.end, self.generating
-        self.end, self.generating = end, generating
+        before = self.end, self.generating, self._frame
+        self.end, self.generating, self._frame = end, generating, None
         try:
             yield
         finally:
-            self.end, self.generating = before
+            self.end, self.generating, self._frame = before
+
+    def follow(self, end: int, frame: int) -> None:
+        """The prompt ends at logical length ``end`` as long as a function runs; ``frame`` as for `on_stack`."""
+        self.end, self._frame = end, frame
+
+    def refresh(self) -> None:
+        """Forget the end of a prompt if the function that it was said for has returned."""
+        if self._frame is not None and not on_stack(self._frame):
+            self.end = self._frame = None
 
     def decodes(self, before: int) -> bool:
         """Whether the token at logical length ``before`` is one that `generate` made."""
@@ -104,7 +126,7 @@ class PromptState:
 
     def clear(self) -> None:
         """Forget what is under way."""
-        self.awaiting = None
+        self.awaiting = self.forward = None
         self.joint.clear()
         self._unsettled.clear()
 
@@ -113,11 +135,71 @@ class PromptState:
         news, self.news = self.news, False
         return news
 
-    def check_reported(self) -> None:
-        """Raise RuntimeError if some layer's attention never came back to refreekv."""
-        if self.awaiting is not None:
+    # -- forwards ---------------------------------------------------------------------------
+
+    def begin_forward(self, lengths: Callable[[], set[int]]) -> None:
+        """Note that the model begins to run with the cache; ``lengths`` tells those of the layers.
+
+        Raises
+        ------
+        RuntimeError
+            An earlier forward was interrupted on its way, or another one has not ended.
+        """
+        here = threading.get_ident()
+        if self.forward is None:
+            self._check_reported()
+        elif self.awaiting is not None or len(lengths()) > 1:
             raise RuntimeError(
-                f"the attention of layer {self.awaiting} never reported back to refreekv. Either the model computes "
-                "attention without transformers' attention interface (unsupported: nothing could be pruned), or the "
-                "cache was made for another model, or a forward pass was interrupted; then call reset() on the cache"
+                "the last forward pass with this cache was interrupted (by an exception or a key), so that some layers "
+                "hold tokens that others do not: call reset() on the cache, or make a new one, and read the prompt again"
+                if self.forward == here
+                else "a forward pass with this cache has begun in another thread and has not ended. A cache serves one "
+                "call at a time: make one for each thread; if that pass was interrupted, call reset() on the cache"
             )
+        self.forward = here
+
+    def end_forward(self) -> None:
+        """Note that the model has run; RuntimeError if the attention of its last layer did not come back."""
+        self._check_reported()
+        self.forward = None
+
+    def check_reported(self) -> None:
+        """Raise RuntimeError if what is stored next could not be pruned; asked by each layer before it stores."""
+        self.refresh()
+        model = None if self.model is None else self.model()
+        if model is not None and ATTACHMENT not in vars(model):
+            raise RuntimeError(
+                f"this cache was made in a refreekv.compress block that was left, and the {type(model).__name__} now "
+                "computes attention as if there were no refreekv: use the cache inside of the block or of another one "
+                "on the same model, or make a refreekv.ReFreeKVCache, which needs no block"
+            )
+        self._check_reported()
+
+    def _check_reported(self) -> None:
+        if self.awaiting is None:
+            return
+        model = None if self.model is None else self.model()
+        name = "its model" if model is None else f"the {type(model).__name__} that it was made for"
+        if self.forward is None:
+            raise RuntimeError(
+                f"something else than {name} has stored keys in layer {self.awaiting} of this cache: another model, or "
+                "a call of update() itself. refreekv cannot follow what is done with them; make one cache for each "
+                "model, and call reset() on this one"
+            )
+        raise RuntimeError(
+            f"layer {self.awaiting} of the model computes attention without transformers' attention interface, from "
+            "keys that it took from the cache; refreekv cannot prune this model's cache"
+        )
+
+
+def on_stack(frame: int) -> bool:
+    """Whether a function has not returned yet, asked from inside of it or from elsewhere.
+
+    ``frame`` is the ``id`` of its frame, as the frame itself would keep all its variables alive.
+    """
+    at = sys._getframe(1)
+    while at is not None:
+        if id(at) == frame:
+            return True
+        at = at.f_back  # type: ignore[assignment]
+    return False
