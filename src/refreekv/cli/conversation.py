@@ -235,6 +235,7 @@ class Conversation:
         model: Any = self.loaded.model
         settings = copy.deepcopy(model.generation_config)
         settings.update(num_beams=1, max_length=None, max_new_tokens=limit, eos_token_id=self._stop_tokens or None)
+        settings.update(use_cache=True, cache_implementation=None)
         if self.sampling.temperature == 0:
             settings.update(do_sample=False, temperature=None, top_p=None, top_k=None)
         elif self.sampling.temperature is not None:

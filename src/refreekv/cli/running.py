@@ -74,6 +74,7 @@ def generate(
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
     settings.update(repetition_penalty=1.0, no_repeat_ngram_size=0)  # greedy, also for models that say otherwise
     settings.update(max_length=None, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
+    settings.update(use_cache=True, cache_implementation=None)  # whatever caches the checkpoint was trained with
     if settings.pad_token_id is None:
         settings.pad_token_id = loaded.tokenizer.pad_token_id or 0  # one prompt: nothing is padded
     clock = _Clock(on_token, stream)

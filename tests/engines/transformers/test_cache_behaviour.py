@@ -191,30 +191,33 @@ def test_multi_token_steps_without_a_mask(llama):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_prompt_lookup_decoding(policy, attention):
-    """Drafted tokens are verified in one call and cropped: the prompt is pruned where it ends all the same."""
+    """Drafted tokens are verified in one call and cropped: what comes out is what comes without drafts.
+
+    None are fed with the prompt, which they would see unpruned.
+    """
     model = build("llama", attention=attention)
     name, parameters = POLICIES[policy]
     ids, _ = prompts((20,), seed=12)
     ids = ids.repeat(1, 3)  # so that the prompt has something to look up
     mask = torch.ones_like(ids)
     plain = ReFreeKVCache(model, name, **parameters)
-    wanted = greedy(model, ids, mask, plain, steps=14)
+    wanted = greedy(model, ids, mask, plain, steps=30)
     calls = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     assisted = ReFreeKVCache(model, name, **parameters)
-    got = greedy(model, ids, mask, assisted, steps=14, prompt_lookup_num_tokens=4)
+    drafts = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    got = greedy(model, ids, mask, assisted, steps=30, **drafts)
     handle.remove()
     assert torch.equal(got, wanted)
-    assert calls[0] > ids.shape[1] or any(count > 1 for count in calls[1:])  # something was drafted
+    assert calls[0] == ids.shape[1]
+    assert any(count > 1 for count in calls[1:])  # something was drafted
     for left, right in zip(plain.report.prunable, assisted.report.prunable, strict=True):
         assert [(row.prompt_length, row.kept) for row in left.rows] == [(r.prompt_length, r.kept) for r in right.rows]
     assert assisted.report.budget < 1
     with refreekv.compress(model, name, **parameters):
-        inside = model.generate(
-            ids, attention_mask=mask, max_new_tokens=14, do_sample=False, prompt_lookup_num_tokens=4
-        )
+        inside = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **drafts)
     assert torch.equal(inside, wanted)
 
 

@@ -17,7 +17,7 @@ from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.graph import Decoder
-from refreekv.engines.transformers.naming import arguments, cache_given, name_among
+from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
 from refreekv.engines.transformers.routing import Route, attention_configs
 
@@ -203,9 +203,7 @@ class Attachment:
                 other.missed = True
         if cache is None and opened is not None and self._wants_cache(given):
             cache = opened.new_cache()
-            bound = self._signature.bind_partial(*args, **kwargs)
-            self._put(bound, name_among(self._signature.parameters), cache)
-            args, kwargs = bound.args, bound.kwargs
+            args, kwargs = with_argument(self._signature, args, kwargs, name_among(self._signature.parameters), cache)
         if not isinstance(cache, PrunedCache):
             if cache is not None and opened is not None:
                 raise following.foreign_cache(cache)
@@ -222,9 +220,7 @@ class Attachment:
         cache.check_model(self.model)
         if given.get("use_cache") is None:
             # A checkpoint may say no; there is a cache.
-            bound = self._signature.bind_partial(*args, **kwargs)
-            self._put(bound, "use_cache", True)
-            args, kwargs = bound.args, bound.kwargs
+            args, kwargs = with_argument(self._signature, args, kwargs, "use_cache", True)
         for route in self._routes:
             route.ensure()
         for name in ("input_ids", "inputs_embeds"):
@@ -235,13 +231,6 @@ class Attachment:
                 cache.state.copy_scores = copy_scores(self.model)
         cache.begin_forward()
         return args, kwargs
-
-    def _put(self, bound: inspect.BoundArguments, name: str, value: object) -> None:
-        """Add a keyword argument to a call."""
-        if name in self._signature.parameters:
-            bound.arguments[name] = value
-        elif any(one.kind is one.VAR_KEYWORD for one in self._signature.parameters.values()):
-            bound.arguments["kwargs"] = {**bound.arguments.get("kwargs", {}), name: value}
 
     def _wants_cache(self, given: dict[str, Any]) -> bool:
         use_cache = given.get("use_cache")

@@ -104,6 +104,9 @@ class PrunedCache(DynamicCache):
 
     def begin_forward(self) -> None:
         """Note that its model begins to run with it; see `PromptState.begin_forward`."""
+        if self.state.decode_interval is not None:
+            for layer in self.pruned_layers:
+                layer.prune_verified()
         self.state.begin_forward(lambda: {layer.get_seq_length() for layer in self.pruned_layers})
 
     def tell_owner(self) -> None:

@@ -37,6 +37,8 @@ Groups = tuple[int, int] | None
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 _KNOWN |= NAMES
 """Arguments of a forward that a captured one can do with."""
+_OUTPUTS = ("output_hidden_states", "output_router_logits")
+"""What a configuration may ask for beside logits."""
 
 
 class UncapturableError(Exception):
@@ -351,10 +353,10 @@ class Decoder:
 
     def _check_model(self) -> None:
         """Raise UncapturableError for what a replay would silently leave out."""
-        for config in {id(c): c for c in (self._model.config, self._model.config.get_text_config(decoder=True))}.values():
-            asked = [name for name, value in vars(config).items() if name.startswith("output_") and value]
+        for config in (self._model.config, self._model.config.get_text_config(decoder=True)):
+            asked = [name for name in _OUTPUTS if getattr(config, name, False)]
             if asked:
-                raise UncapturableError(f"the model's configuration asks for {', '.join(sorted(asked))}")
+                raise UncapturableError(f"the model's configuration asks for {', '.join(asked)}")
         if self._model.training:
             raise UncapturableError("the model is in training mode")
         if len({p.device for p in self._model.parameters()}) > 1:

@@ -69,6 +69,7 @@ class ReFreeKVLayer(DynamicLayer):
         self.records: list[RowRecord] = []
         self._length = 0
         self._queries = HeldQueries()
+        self._unverified: AttentionCall | None = None
         self._unsettled = False
         self.kept_columns: list[Columns] = []
         self._pruned_length = 0
@@ -175,9 +176,23 @@ class ReFreeKVLayer(DynamicLayer):
                 self._queries = self._queries.with_chunk(call, before, self._length, plan)
         elif self.state.decode_interval is not None:
             self._queries = self._queries.with_generated(call.query)
-            if self._queries.generated_tokens >= self.state.decode_interval:
-                # Their queries are the probes.
-                self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
+            # Of several tokens some may be drafts: those that stay are known when the next call begins.
+            self._unverified = call if call.query.shape[2] > 1 else None
+            if self._unverified is None:
+                self._prune_generated(call)
+
+    @torch.no_grad()
+    def prune_verified(self) -> None:
+        """Look again at what was generated, if the last call may have had drafts in it: what is left is verified."""
+        call, self._unverified = self._unverified, None
+        if call is not None:
+            self._prune_generated(call)
+
+    def _prune_generated(self, call: AttentionCall) -> None:
+        interval = self.state.decode_interval
+        if interval is not None and self._queries.generated_tokens >= interval:
+            # Their queries are the probes.
+            self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
 
     # -- pruning --------------------------------------------------------------------------
 
@@ -185,6 +200,7 @@ class ReFreeKVLayer(DynamicLayer):
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         policy, parts = self.state.policy, self._entries(call, behind)
         self._queries = HeldQueries()
+        self._unverified = None
         self.state.news = True
         if self.ragged is None and self.kv_dtype is not None and not self._takes_arena(self.kv_dtype):
             self._centres = _centres(*parts)
@@ -323,6 +339,7 @@ class ReFreeKVLayer(DynamicLayer):
         if self.records:
             self.records = [self.records[row] for row in indices]
         self._queries = self._queries.of_rows(indices)
+        self._unverified = None  # of other rows; the next token's call serves as well
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put row ``beam_idx[i]`` at row ``i``, for beam search."""

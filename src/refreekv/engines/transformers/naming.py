@@ -39,5 +39,17 @@ def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
     """Arguments of a call by name, with those of ``**kwargs`` beside the named ones."""
     if not args:
         return kwargs
-    given = signature.bind_partial(*args, **kwargs).arguments
-    return {**given, **given.get("kwargs", {})}
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+    return {**given, **given.pop(rest, {})} if rest is not None else given
+
+
+def with_argument(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: object
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with one argument more; as it is, if the function takes none of that name."""
+    place = list(signature.parameters).index(name) if name in signature.parameters else len(args)
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    takes = name in signature.parameters or any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    return args, {**kwargs, name: value} if takes else kwargs

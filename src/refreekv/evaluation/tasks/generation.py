@@ -116,7 +116,7 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, min_p=None)
     # Said outright: what is None, generate takes from the model's configuration after all.
     settings.update(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0)
-    settings.update(cache_implementation=None)
+    settings.update(use_cache=True, cache_implementation=None)
     settings.update(max_length=None, max_new_tokens=max_new_tokens, return_dict_in_generate=False)
     if settings.pad_token_id is None:
         # Any token will do: the mask hides it.
