@@ -59,7 +59,7 @@ def prepare_generation_config(
     call itself says is.
     """
     settings, model_kwargs = original(generation_config, *args, **kwargs)
-    sessions.claimed(attachment, sys._getframe(2))  # the frame that called the shadow
+    answer = sessions.claimed(attachment, sys._getframe(2))  # the frame that called the shadow
     cache, opened = cache_given(model_kwargs), sessions.innermost(attachment)
     if cache is not None and not isinstance(cache, PrunedCache):
         if opened is not None:
@@ -91,8 +91,17 @@ def prepare_generation_config(
     settings.use_cache, settings.cache_implementation = True, None
     if cache is None:
         assert opened is not None
-        model_kwargs[NAME] = opened.new_cache()
+        cache = model_kwargs[NAME] = opened.new_cache()
+    if not answer.is_seen:
+        # The settings end with the call, just before the cache may.
+        weakref.finalize(settings, _tell_owner, weakref.ref(cache)).atexit = False
     return settings, model_kwargs
+
+
+def _tell_owner(held: "weakref.ref[PrunedCache]") -> None:
+    cache = held()
+    if cache is not None:
+        cache.tell_owner()
 
 
 def prepare_model_inputs(
