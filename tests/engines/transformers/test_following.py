@@ -122,8 +122,9 @@ def test_a_call_that_is_not_seen_to_begin_says_that_it_has_no_captured_steps(mod
 
 def test_a_pipeline_made_before(model, ids, tmp_path):
     """It hands over a copy of the model's generation configuration, whose word on caches is the checkpoint's."""
-    from helpers.models import save_with_characters
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from helpers.models import save_with_characters
 
     save_with_characters(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -292,7 +293,9 @@ def nested(model):
         "early exit": {"assistant_early_exit": 2},
         "forward": {"logits_processor": LogitsProcessorList([Ask(model)])},
         "generate": {"logits_processor": LogitsProcessorList([Ask(lambda ids: generate(model, ids, 2))])},
-        "generate from before": {"logits_processor": LogitsProcessorList([Ask(lambda ids: before(ids, max_length=10))])},
+        "generate from before": {
+            "logits_processor": LogitsProcessorList([Ask(lambda ids: before(ids, max_length=10))])
+        },
         "drafts": {"logits_processor": LogitsProcessorList([Ask(lambda ids: generate(model, ids, 9, **DRAFTS))])},
         "another cache": {
             "logits_processor": LogitsProcessorList(

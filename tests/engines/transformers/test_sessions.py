@@ -25,6 +25,7 @@ SPECS = [
     {"policy": "streaming-llm", "size": 20},
     {"policy": "snapkv", "size": 16, "window": 4},
     {"policy": "full"},
+    {"policy": "adaptive", "min_length": 16},
 ]
 WINDOW = SPECS[1]
 
@@ -76,7 +77,7 @@ def serve(model, jobs, threads=8):
 
 @pytest.mark.usefixtures("busy")
 def test_requests_in_threads_are_as_alone(model):
-    """Four policies and plain calls on one model, 200 requests in 8 threads."""
+    """Five policies and plain calls on one model, 200 requests in 8 threads."""
     before = state_of(model)
     asked = [prompts((length,), seed=length)[0] for length in (50, 41, 33, 60, 28)]
     kinds = list(itertools.product(asked, [*SPECS, None]))

@@ -1,7 +1,6 @@
 """Putting refreekv into a model, and taking it out again without a trace."""
 
 import copy
-import functools
 import inspect
 import logging
 import threading
@@ -103,7 +102,7 @@ class Attachment:
         if opened.missed and not opened.served:
             logger.warning(
                 "nothing was pruned in a compress block on a %s: the calls that were made meanwhile came from other "
-                "threads, and a block belongs to the thread or context that opened it. Hand them over with run: "
+                "threads or contexts, and a block belongs to the one that opened it. Hand calls over with run: "
                 "threading.Thread(target=kv.run, args=(model.generate,), kwargs=inputs)",
                 type(self.model).__name__,
             )
@@ -287,9 +286,9 @@ def _config_uses_cache(model: PreTrainedModel) -> bool:
 
 
 _COMPILED = (
-    "the model is compiled by torch.compile, and refreekv cannot follow keys and values into compiled code: hand it the "
-    "model before that (model._orig_mod), or leave torch.compile out. On CUDA refreekv captures decoding in a graph of "
-    "its own"
+    "the model is compiled by torch.compile, and refreekv cannot follow keys and values into compiled code: hand it "
+    "the model before that (model._orig_mod), or leave torch.compile out. On CUDA refreekv captures decoding in a "
+    "graph of its own"
 )
 
 

@@ -23,6 +23,7 @@ from refreekv.engines.transformers.stop_checks import deferred_stop_checks
 if TYPE_CHECKING:
     from refreekv.engines.transformers.attachment import Attachment
 
+
 class Shadow:
     """Stands in for a method on the model itself. A copied model has a copy, that leads to the copied model."""
 
@@ -31,6 +32,7 @@ class Shadow:
         self._attachment, self._role, self._original = attachment, role, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what follows the method, and through that the method itself."""
         if not self._attachment.is_installed:  # somebody has kept it
             return self._original(*args, **kwargs)
         return self._role(self._attachment, self._original, *args, **kwargs)

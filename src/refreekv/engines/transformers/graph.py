@@ -317,6 +317,8 @@ class Decoder:
         for layer in cache.layers:
             if not isinstance(layer, ReFreeKVLayer):
                 raise UncapturableError(f"the cache has a {type(layer).__name__}")
+            if layer.get_seq_length() == 0:
+                raise UncapturableError("the model runs without some of its layers")
             if not isinstance(layer.ragged, KVArena):
                 raise UncapturableError(f"a layer's entries are in a {type(layer.ragged or layer.keys).__name__}")
             layers.append(layer)
@@ -353,7 +355,8 @@ class Decoder:
 
     def _check_model(self) -> None:
         """Raise UncapturableError for what a replay would silently leave out."""
-        for config in (self._model.config, self._model.config.get_text_config(decoder=True)):
+        top: Any = self._model.config
+        for config in (top, top.get_text_config(decoder=True)):
             asked = [name for name in _OUTPUTS if getattr(config, name, False)]
             if asked:
                 raise UncapturableError(f"the model's configuration asks for {', '.join(asked)}")

@@ -150,8 +150,8 @@ class PromptState:
             self._check_reported()
         elif self.awaiting is not None or len(lengths()) > 1:
             raise RuntimeError(
-                "the last forward pass with this cache was interrupted (by an exception or a key), so that some layers "
-                "hold tokens that others do not: call reset() on the cache, or make a new one, and read the prompt again"
+                "the last forward pass with this cache was interrupted, by an exception or a key, and some of its layers "
+                "hold tokens that others do not: call reset() on it, or make a new one, and read the prompt again"
                 if self.forward == here
                 else "a forward pass with this cache has begun in another thread and has not ended. A cache serves one "
                 "call at a time: make one for each thread; if that pass was interrupted, call reset() on the cache"
