@@ -287,21 +287,19 @@ class Ask(LogitsProcessor):
 def nested(model):
     before = model.generate
     own = ReFreeKVCache(model, "full")
+
+    def ask(function):
+        return {"logits_processor": LogitsProcessorList([Ask(function)])}
+
     return {
         "guidance": {"guidance_scale": 1.5},
         "negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": prompts((40,), seed=3)[0]},
         "early exit": {"assistant_early_exit": 2},
-        "forward": {"logits_processor": LogitsProcessorList([Ask(model)])},
-        "generate": {"logits_processor": LogitsProcessorList([Ask(lambda ids: generate(model, ids, 2))])},
-        "generate from before": {
-            "logits_processor": LogitsProcessorList([Ask(lambda ids: before(ids, max_length=10))])
-        },
-        "drafts": {"logits_processor": LogitsProcessorList([Ask(lambda ids: generate(model, ids, 9, **DRAFTS))])},
-        "another cache": {
-            "logits_processor": LogitsProcessorList(
-                [Ask(lambda ids: (own.reset(), generate(model, ids, 2, past_key_values=own)))]
-            )
-        },
+        "forward": ask(model),
+        "generate": ask(lambda ids: generate(model, ids, 2)),
+        "generate from before": ask(lambda ids: before(ids, max_length=10)),
+        "drafts": ask(lambda ids: generate(model, ids, 9, **DRAFTS)),
+        "another cache": ask(lambda ids: (own.reset(), generate(model, ids, 2, past_key_values=own))),
     }
 
 

@@ -39,12 +39,12 @@ def test_a_cache_is_refused_outside_of_its_block_and_serves_in_another(ids, laye
         with torch.no_grad():
             return model(TOKEN, past_key_values=copy.deepcopy(cache) if way == "copy" else cache).logits
 
-    with pytest.raises(RuntimeError, match="in a refreekv.compress block that was left"):
+    with pytest.raises(RuntimeError, match="block that was left"):
         go_on()
     assert cache.get_seq_length() == 52
     with refreekv.compress(model, "full"):
         assert torch.equal(generate(model, sequences, past_key_values=cache), wanted)
-    with pytest.raises(RuntimeError, match="in a refreekv.compress block that was left"):
+    with pytest.raises(RuntimeError, match="block that was left"):
         go_on()
     other = ReFreeKVCache(model, **WINDOW)  # keeps the model as it has to be
     assert go_on().shape[0] == 1
@@ -83,7 +83,7 @@ def test_a_forward_that_was_interrupted(model, ids, error, at, layer):
         generate(model, ids, past_key_values=cache)
     handle.remove()
     if layer < 3:
-        with pytest.raises(RuntimeError, match=r"was interrupted .* reset\(\)"):
+        with pytest.raises(RuntimeError, match=r"was interrupted, .* reset\(\)"):
             generate(model, ids, past_key_values=cache)
     cache.reset()
     assert torch.equal(answered(model, ids, past_key_values=cache).sequences, wanted)
@@ -96,9 +96,10 @@ def test_attention_that_was_interrupted(model, ids, monkeypatch):
         calls.append(1)
         raise ZeroDivisionError
 
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError), torch.no_grad():
+    with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
-        model(ids, past_key_values=cache)
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            model(ids, past_key_values=cache)
     assert calls
     with pytest.raises(RuntimeError, match="was interrupted"), torch.no_grad():
         model(ids, past_key_values=cache)
@@ -108,9 +109,11 @@ def test_attention_that_was_interrupted(model, ids, monkeypatch):
 def test_keys_of_another_model(ids, layers):
     one, other = (build("llama", attention="sdpa", seed=seed, num_hidden_layers=layers) for seed in (1, 2))
     cache = ReFreeKVCache(one, **WINDOW)
+    if layers == 1:
+        with torch.no_grad():
+            other(ids, past_key_values=cache)  # all is there and attended to as ever
     with pytest.raises(RuntimeError, match="something else than the LlamaForCausalLM"), torch.no_grad():
-        for _ in range(2):
-            other(ids, past_key_values=cache)
+        other(ids, past_key_values=cache)
     with pytest.raises(RuntimeError, match="another model"), torch.no_grad():
         one(ids, past_key_values=cache)
     cache.reset()

@@ -150,7 +150,7 @@ class PromptState:
             self._check_reported()
         elif self.awaiting is not None or len(lengths()) > 1:
             raise RuntimeError(
-                "the last forward pass with this cache was interrupted, by an exception or a key, and some of its layers "
+                "the last forward pass with this cache was interrupted, by an exception or a key, and some layers "
                 "hold tokens that others do not: call reset() on it, or make a new one, and read the prompt again"
                 if self.forward == here
                 else "a forward pass with this cache has begun in another thread and has not ended. A cache serves one "
