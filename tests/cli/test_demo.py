@@ -1,7 +1,9 @@
 """``refreekv demo``: on a tiny model, and as a newcomer runs it, on the real one."""
 
 import importlib.util
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,35 @@ def test_demo_compares_two_real_runs(run, folder, prompt_file):
 
 
 @pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["demo", "generate", "inspect", "chat"])
+def test_what_a_checkpoint_says_about_caches_does_not_matter(run, folder, prompt_file, tmp_path, monkeypatch, command):
+    """Neither that it has none, as after training, nor which kind it would like."""
+    said = tmp_path / "said"
+    shutil.copytree(folder, said)
+    for file, settings in (
+        ("config.json", {"use_cache": False}),
+        ("generation_config.json", {"use_cache": False, "cache_implementation": "hybrid"}),
+    ):
+        known = json.loads((said / file).read_text())
+        (said / file).write_text(json.dumps(known | settings))
+    options = ["--policy", "streaming-llm:size=6"]
+    if command == "chat":
+        monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6 w7 w8 w9 w5 w6\n"))
+        options += ["--max-new-tokens", "4"]
+    elif command == "inspect":
+        options += ["--prompt-file", prompt_file, "--out", str(tmp_path / "page.html"), "--max-new-tokens", "4"]
+    else:
+        options += ["--prompt-file", prompt_file, "--max-new-tokens", "16"]
+    wanted = run(command, "--model", str(folder), *options)
+    if command == "chat":
+        monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6 w7 w8 w9 w5 w6\n"))
+    got = run(command, "--model", str(said), *options)
+    assert got.code == wanted.code == 0
+    assert "Traceback" not in got.err
+    if command in ("generate", "chat"):
+        assert got.out.splitlines()[:1] == wanted.out.splitlines()[:1]
+
+
 def test_demo_in_a_terminal(run, folder, prompt_file, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     arguments = (

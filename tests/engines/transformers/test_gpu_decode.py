@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import refreekv
 from helpers.driving import POLICIES, RAGGED, Uneven
 from helpers.models import build, prompts
 from refreekv.engines.transformers import graph
+from refreekv.engines.transformers.attachment import attached
 from refreekv.storage.arena import KVArena
 from refreekv.storage.coded_arena import CodedArena
 
@@ -269,3 +271,25 @@ def test_smollm2_200_tokens(smollm2, captures):
         assert torch.equal(*outcome)
     assert len(captures) == 2
     model.cpu()
+
+
+def test_threads_with_blocks_of_their_own_share_captured_steps(captures):
+    """One model, four policies and plain calls beside them: all as alone, whoever's turn it is."""
+    model = build("llama", attention="sdpa").cuda()
+    specs = [*POLICIES.values(), ("full", {}), None]
+    asked = [prompts((length,), seed=length)[0].cuda() for length in (50, 333)]
+
+    def answer(job):
+        spec, ids = job
+        if spec is None:
+            return model.generate(ids, max_new_tokens=20, do_sample=False).tolist(), None
+        with refreekv.compress(model, spec[0], **spec[1]) as kv:
+            tokens = model.generate(ids, max_new_tokens=20, do_sample=False).tolist()
+        return tokens, [[row.kept_heads for row in layer.rows] for layer in kv.report.prunable]
+
+    jobs = [(spec, ids) for spec in specs for ids in asked]
+    with attached(model):
+        wanted = [answer(job) for job in jobs]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(answer, jobs * 8)) == wanted * 8
+    assert len(captures) == 1

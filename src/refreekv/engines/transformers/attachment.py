@@ -179,11 +179,8 @@ class Attachment:
 
     def note_unseen(self, cache: PrunedCache) -> None:
         """Say why a call that did not come through the model's `generate` has no captured steps."""
-        self._decoder.refuse(
-            cache,
-            self.model.device,
-            "generate was taken from the model before refreekv was in use on it; call model.generate",
-        )
+        reason = "generate was taken from the model's class, or from the model before refreekv was in use on it"
+        self._decoder.refuse(cache, self.model.device, f"{reason}; call model.generate")
 
     def step(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of a captured step; None if ``forward`` has to run itself."""
