@@ -59,7 +59,6 @@ def test_demo_compares_two_real_runs(run, folder, prompt_file):
     assert result["same_text"] is False
 
 
-@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", ["demo", "generate", "inspect", "chat"])
 def test_what_a_checkpoint_says_about_caches_does_not_matter(run, folder, prompt_file, tmp_path, monkeypatch, command):
     """Neither that it has none, as after training, nor which kind it would like."""
@@ -89,6 +88,7 @@ def test_what_a_checkpoint_says_about_caches_does_not_matter(run, folder, prompt
         assert got.out.splitlines()[:1] == wanted.out.splitlines()[:1]
 
 
+@pytest.mark.parametrize("columns", [80, 120])
 def test_demo_in_a_terminal(run, folder, prompt_file, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     arguments = (
