@@ -75,7 +75,7 @@ class ReFreeKVCache(PrunedCache):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        model = self.state.model() if self.state.model is not None else None
+        model = self._model() if self._model is not None else None
         if isinstance(model, PreTrainedModel):
             weakref.finalize(copied, Attachment.attach(model).detach)
         return copied

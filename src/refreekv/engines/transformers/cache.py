@@ -85,6 +85,7 @@ class PrunedCache(DynamicCache):
                 + (f", sliding window {window})" if (window := getattr(text, "sliding_window", None)) else ")")
             )
 
+        self._model: weakref.ref[torch.nn.Module] | None = None
         self.owner: weakref.ref[Owner] | None = None
         self.first = self.pruned_layers[0]
         """The first layer that may be pruned, whose length is that of the cache."""
@@ -92,11 +93,11 @@ class PrunedCache(DynamicCache):
 
     def bind(self, model: torch.nn.Module) -> None:
         """Say which model the cache is for, so that another one is refused."""
-        self.state.model = weakref.ref(model)
+        self._model = self.state.model = weakref.ref(model)
 
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise ValueError if the cache is bound to another model."""
-        if self.state.model is not None and self.state.model() is not model:
+        if self._model is not None and self._model() is not model:
             raise ValueError(
                 f"this cache was made for another model than the {type(model).__name__} it is used with; "
                 "make one cache for each model"
