@@ -75,9 +75,10 @@ def decode_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZ
     moved = entries * 2 * size * TYPE.itemsize
     arenas = [arena(lengths, size) for _ in range(sets(moved))]
     queries = [random(batch, HEADS, 1, size) for _ in arenas]
+    form = arenas[0].form
 
     def call(query: torch.Tensor, table: torch.Tensor) -> Callable[[], object]:
-        return lambda: launch_ragged_decode(query, table, size, size**-0.5, 0, None, None, **settings)
+        return lambda: launch_ragged_decode(query, table, form, size**-0.5, 0, None, None, **settings)
 
     seconds = device_seconds([call(q, a.table) for q, a in zip(queries, arenas, strict=True)])
     return {"us": seconds * 1e6, "bandwidth": moved / seconds}
@@ -91,9 +92,7 @@ def coded_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZE
     queries = [random(batch, HEADS, 1, size) for _ in arenas]
 
     def call(query: torch.Tensor, made: CodedArena) -> Callable[[], object]:
-        return lambda: launch_coded_decode(
-            query, made.table, size, size**-0.5, 0, None, None, made.coding.groups, **settings
-        )
+        return lambda: launch_coded_decode(query, made.table, made.form, size**-0.5, 0, None, None, **settings)
 
     seconds = device_seconds([call(q, a) for q, a in zip(queries, arenas, strict=True)])
     return {"us": seconds * 1e6, "bandwidth": moved / seconds}
@@ -114,7 +113,7 @@ def coded_kernels() -> list[tuple[str, dict[str, float]]]:
         where = torch.tensor([(0, 4, length - kept)] * KV_HEADS, device="cuda")
 
         def gather(pair, target, where=where, length=length, kept=kept):
-            return lambda: kernels.gather(*pair, target.table, where, end=length, longest=kept, groups=target.groups)
+            return lambda: kernels.gather(*pair, target.table, where, target.form, end=length, longest=kept)
 
         seconds = device_seconds([gather(p, t) for p, t in zip(dense, targets, strict=True)])
         moved = kept * KV_HEADS * 2 * (SIZE * TYPE.itemsize + line)
@@ -122,7 +121,7 @@ def coded_kernels() -> list[tuple[str, dict[str, float]]]:
     for batch in (1, 32):
         room = coded_arena([(1000,) * KV_HEADS] * batch)
         new = random(batch, 1, KV_HEADS, SIZE).transpose(1, 2)
-        call = [lambda n=new, r=room: kernels.append(n, n, r.table, groups=r.groups)]
+        call = [lambda n=new, r=room: kernels.append(n, n, r.table, r.form)]
         rows.append((f"int8 append, batch {batch}", {"us": device_seconds(call, rounds=20) * 1e6}))
     return rows
 
@@ -138,7 +137,7 @@ def storage_kernels() -> list[tuple[str, dict[str, float]]]:
         where = torch.tensor(spans, device="cuda")
 
         def gather(pair, target, where=where, length=length, kept=kept):
-            return lambda: kernels.gather(*pair, target.table, where, end=length, longest=kept)
+            return lambda: kernels.gather(*pair, target.table, where, target.form, end=length, longest=kept)
 
         seconds = device_seconds([gather(p, t) for p, t in zip(dense, targets, strict=True)])
         moved = 2 * kept * KV_HEADS * 2 * SIZE * TYPE.itemsize
@@ -155,7 +154,7 @@ def storage_kernels() -> list[tuple[str, dict[str, float]]]:
     for batch in (1, 32):
         room = arena([(1000,) * KV_HEADS] * batch)
         new = random(batch, 1, KV_HEADS, SIZE).transpose(1, 2)
-        seconds = device_seconds([lambda n=new, r=room: kernels.append(n, n, r.table)], rounds=20)
+        seconds = device_seconds([lambda n=new, r=room: kernels.append(n, n, r.table, r.form)], rounds=20)
         rows.append((f"append, batch {batch}", {"us": seconds * 1e6}))
     return rows
 

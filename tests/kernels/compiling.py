@@ -11,12 +11,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from refreekv.core.coded_lines import half_of
 from refreekv.kernels import shared_memory
 from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
+from refreekv.kernels.storage import launch_append, launch_gather
 from refreekv.kernels.surrogates import launch_stand_ins
+from refreekv.kernels.table import Format
 
 LIMITS = {86: 101_376, 90: 232_448}
 """Bytes of shared memory of a block, by compute capability (CUDA C++ Programming Guide)."""
@@ -56,18 +59,43 @@ def stand_ins(dtype, heads, head_size):
 
 def decode(dtype, heads, head_size):
     table = torch.zeros(1, 4, dtype=torch.int64)
-    launch_ragged_decode(torch.zeros(1, heads, 1, head_size, dtype=dtype), table, head_size, 1.0, 0, None, None)
+    query, form = torch.zeros(1, heads, 1, head_size, dtype=dtype), Format((head_size,) * 2, dtype, dtype)
+    launch_ragged_decode(query, table, form, 1.0, 0, None, None)
+
+
+def decode_of_two_types(dtype, heads, head_size):
+    """As under autocast: keys in float32, values not."""
+    query, table = torch.zeros(1, heads, 1, head_size), torch.zeros(1, 4, dtype=torch.int64)
+    launch_ragged_decode(query, table, Format((head_size,) * 2, torch.float32, dtype), 1.0, 0, None, None)
 
 
 def coded_decode(dtype, heads, head_size):
     table, query = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, heads, 1, head_size, dtype=dtype)
-    launch_coded_decode(query, table, head_size, 1.0, 0, None, None, (64, 64))
+    launch_coded_decode(query, table, lines_of(dtype, head_size), 1.0, 0, None, None)
+
+
+def coded_decode_of_two_types(dtype, heads, head_size):
+    table, query = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, heads, 1, head_size)
+    form = Format((head_size,) * 2, torch.float16, dtype, (64, 64))
+    launch_coded_decode(query, table, form, 1.0, 0, None, None)
 
 
 def coded_storage(dtype, tokens, head_size):
     table, entries = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size, dtype=dtype)
-    launch_coded_append(entries, entries, table, (64, 64))
-    launch_coded_gather(entries, entries, table, torch.zeros(1, 3, dtype=torch.int64), tokens, tokens, (64, 64))
+    form = lines_of(dtype, head_size)
+    launch_coded_append(entries, entries, table, form)
+    launch_coded_gather(entries, entries, table, torch.zeros(1, 3, dtype=torch.int64), tokens, tokens, form)
+
+
+def storage_of_two_types(dtype, tokens, head_size):
+    table, keys = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size)
+    form, spans = Format((head_size,) * 2, torch.float32, torch.float32), torch.zeros(1, 3, dtype=torch.int64)
+    launch_append(keys, keys.to(dtype), table, form)
+    launch_gather(keys, keys.to(dtype), table, spans, tokens, tokens, form)
+
+
+def lines_of(dtype, head_size):
+    return Format((head_size,) * 2, half_of(dtype), half_of(dtype), (64, 64))
 
 
 def linear(dtype, rows, size):
@@ -80,6 +108,10 @@ CASES = [
     (stand_ins, torch.bfloat16, 8, 128),
     (stand_ins, torch.bfloat16, 8, 256),
     (decode, torch.float32, 8, 256),
+    (decode_of_two_types, torch.bfloat16, 8, 128),
+    (coded_decode_of_two_types, torch.bfloat16, 8, 128),
+    (storage_of_two_types, torch.bfloat16, 1, 128),
+    (storage_of_two_types, torch.float16, 40, 64),
     (coded_decode, torch.float32, 8, 256),
     (coded_decode, torch.bfloat16, 4, 128),
     (coded_decode, torch.float16, 16, 64),

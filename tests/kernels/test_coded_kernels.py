@@ -11,6 +11,7 @@ from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.reference import decode_segment
 from refreekv.kernels.storage import launch_move
+from refreekv.kernels.table import Format
 
 POISON = 0x7F
 """Numbers of these bytes are NaN in float16 and huge in bfloat16."""
@@ -24,8 +25,11 @@ class Lines:
     """Segments of lines, poisoned wherever nothing was written."""
 
     def __init__(self, lengths, sizes, dtype, device, room=0, capacities=None):
-        self.lengths, self.sizes, self.dtype, self.device = list(lengths), sizes, dtype, device
+        """``dtype`` is that of keys and values, or a pair."""
+        self.types = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+        self.lengths, self.sizes, self.device = list(lengths), sizes, device
         self.groups = tuple(group_of(size) for size in sizes)
+        self.form = Format(sizes, *map(half_of, self.types), self.groups)
         self.capacities = capacities or [length + room for length in lengths]
         self.keys, self.values = (
             [
@@ -38,15 +42,16 @@ class Lines:
         self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, c] for k, v, n, c in lines], device=device)
 
     def fill(self):
-        for part, size, group in zip((self.keys, self.values), self.sizes, self.groups, strict=True):
+        sides = zip((self.keys, self.values), self.sizes, self.types, self.groups, strict=True)
+        for part, size, kind, group in sides:
             for lines, length in zip(part, self.lengths, strict=True):
-                lines[:length] = to_lines(entries(length, size).to(self.dtype), group).to(self.device)
+                lines[:length] = to_lines(entries(length, size).to(kind), group).to(self.device)
         return self
 
     def exact(self, which, segment):
         """What the lines stand for, in float64."""
         lines = (self.keys, self.values)[which][segment].cpu()
-        half = half_of(self.dtype)
+        half = half_of(self.types[which])
         return from_lines(lines, self.sizes[which], self.groups[which], half, torch.float32).double()
 
 
@@ -107,7 +112,7 @@ def check_decode(
     # A view of what a projection writes, with other heads in between.
     query = torch.randn(batch, 1, 2 * heads, head_size, device=device).to(dtype).transpose(1, 2)[:, ::2]
     logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
-    arguments = (query, lines.table, value_size, 0.1, window, softcap, logits, lines.groups)
+    arguments = (query, lines.table, lines.form, 0.1, window, softcap, logits)
     if which == "kernel":
         got = launch_coded_decode(*arguments, **launch)
     else:
@@ -131,7 +136,7 @@ def test_small_scales_lose_little(dtype, close, device):
         lines.keys[segment][:] = to_lines(entries(length, 64).to(dtype), 64).to(device)
         lines.values[segment][:] = to_lines((1e-2 * torch.randn(length, 64)).to(dtype), 64).to(device)
     query = torch.randn(1, 8, 1, 64, device=device).to(dtype)
-    got = launch_coded_decode(query, lines.table, 64, 0.01, 0, None, None, lines.groups)
+    got = launch_coded_decode(query, lines.table, lines.form, 0.01, 0, None, None)
     want = [
         decode_segment(part.double().cpu()[0, :, 0], lines.exact(0, s), lines.exact(1, s), 0.01, None, None)
         for s, part in enumerate((query[:, :4], query[:, 4:]))
@@ -143,7 +148,7 @@ def test_decode_reads_a_ring(dtype, close, device):
     lines = Lines([32, 9], (64, 64), dtype, device, capacities=[32, 32]).fill()
     lines.table[0, 2] = 50
     query = torch.randn(1, 2, 1, 64, device=device).to(dtype)
-    got = launch_coded_decode(query, lines.table, 64, 0.125, 0, None, None, lines.groups)
+    got = launch_coded_decode(query, lines.table, lines.form, 0.125, 0, None, None)
     want = [
         decode_segment(query[0, h].double().cpu(), lines.exact(0, h)[:n], lines.exact(1, h)[:n], 0.125, None, None)[0]
         for h, n in enumerate((32, 9))
@@ -163,7 +168,7 @@ def test_append_encodes_to_the_bit(tokens, sizes, which, dtype, device):
     before = [[part.clone() for part in side] for side in (lines.keys, lines.values)]
     keys = entries(3, tokens, 2, sizes[0]).to(device, dtype).transpose(1, 2)
     values = entries(3, 2, tokens, sizes[1]).to(device, dtype)
-    run(which, device, launch_coded_append, reference.append, keys, values, lines.table, lines.groups)
+    run(which, device, launch_coded_append, reference.append, keys, values, lines.table, lines.form)
     for segment, length in enumerate(lengths):
         row, head = divmod(segment, 2)
         grown = 0 if segment == 4 else tokens
@@ -182,7 +187,7 @@ def test_entries_without_spread_and_halves(which, dtype, device):
     rows = torch.stack([torch.zeros(64), torch.full((64,), 5.0), torch.full((64,), -1e4), torch.arange(64) * 0.5])
     rows[3, -1] = 255.0
     new = rows[None, None].expand(1, 2, 4, 64).to(device, dtype)
-    run(which, device, launch_coded_append, reference.append, new, -new, lines.table, lines.groups)
+    run(which, device, launch_coded_append, reference.append, new, -new, lines.table, lines.form)
     for head in range(2):
         check_lines(lines.keys[head], rows.to(dtype), 64, 64)
         check_lines(lines.values[head], -rows.to(dtype), 64, 64)
@@ -205,9 +210,9 @@ def test_gather_encodes_ranges_and_indices_to_the_bit(sizes, which, dtype, devic
     spans = torch.tensor([(0, 4, 56), (some.data_ptr(), 70, 0), (0, 0, 33), (0, 0, end)], device=device)
     lines = Lines([len(w) for w in wanted], sizes, dtype, device, room=3)
     if which == "kernel":
-        launch_coded_gather(keys, values, lines.table, spans, end, max(lines.lengths), lines.groups)
+        launch_coded_gather(keys, values, lines.table, spans, end, max(lines.lengths), lines.form)
     else:
-        run(which, device, None, reference.gather, keys, values, lines.table, spans, end, lines.groups)
+        run(which, device, None, reference.gather, keys, values, lines.table, spans, end, lines.form)
     for segment, index in enumerate(wanted):
         row, head = divmod(segment, 2)
         for side, source in enumerate((keys, values)):
@@ -234,7 +239,7 @@ def test_lines_that_begin_at_odd_multiples_of_8_bytes_are_moved(device):
 def test_the_operators_are_what_torch_expects_of_them():
     lines = Lines([5, 9], (16, 16), torch.float32, "cpu", room=3).fill()
     entry = torch.randn(1, 2, 1, 16)
-    decode = (entry, lines.table, 16, 0.25, 0, None, None, lines.groups)
+    decode = (entry, lines.table, *lines.form, 0.25, 0, None, None)
     torch.library.opcheck(ops.ragged_decode, decode, test_utils=("test_schema", "test_faketensor"))
-    append = (entry, entry, lines.table, lines.groups)
+    append = (entry, entry, lines.table, *lines.form)
     torch.library.opcheck(ops.append, append, test_utils=("test_schema", "test_faketensor"))

@@ -8,6 +8,7 @@ from refreekv.kernels import ops, reference
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.reference import decode_segment
 from refreekv.kernels.storage import launch_append, launch_gather, launch_move
+from refreekv.kernels.table import Format
 
 POISON = float("nan")
 
@@ -16,10 +17,14 @@ class Segments:
     """Segments in storage of their own, poisoned wherever nothing was written."""
 
     def __init__(self, lengths, sizes, dtype, device, room=0, capacities=None):
+        """``dtype`` is that of keys and values, or a pair."""
+        types = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+        self.form = Format(sizes, *types)
         self.lengths = list(lengths)
         self.capacities = capacities or [length + room for length in lengths]
         self.keys, self.values = (
-            [torch.full((c, size), POISON, dtype=dtype, device=device) for c in self.capacities] for size in sizes
+            [torch.full((c, size), POISON, dtype=kind, device=device) for c in self.capacities]
+            for size, kind in zip(sizes, types, strict=True)
         )
         lines = zip(self.keys, self.values, self.lengths, self.capacities, strict=True)
         self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, c] for k, v, n, c in lines], device=device)
@@ -72,7 +77,7 @@ def check_decode(
     # A view of what a projection writes, with other heads in between.
     query = torch.randn(batch, 1, 2 * heads, head_size, device=device).to(dtype).transpose(1, 2)[:, ::2]
     logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
-    arguments = (query, segments.table, value_size, 0.2, window, softcap, logits)
+    arguments = (query, segments.table, segments.form, 0.2, window, softcap, logits)
     extra = (programs,) if which == "kernel" else ()
     got = run(which, device, launch_ragged_decode, reference.ragged_decode, *arguments, *extra)
     want = torch.zeros(batch, 1, heads, value_size, dtype=torch.float64, device=device)
@@ -95,9 +100,9 @@ def check_decode(
 @pytest.mark.parametrize("block", [16, 32])
 def test_decode_blocks_of_smaller_gpus(block, dtype, close, device):
     segments = Segments(LENGTHS["mixed"], (64, 64), dtype, device).fill()
-    arguments = (torch.randn(len(LENGTHS["mixed"]) // 2, 4, 1, 64, device=device).to(dtype), segments.table, 64, 0.2)
-    want = launch_ragged_decode(*arguments, 0, None, None)
-    close(launch_ragged_decode(*arguments, 0, None, None, block=block), want)
+    query = torch.randn(len(LENGTHS["mixed"]) // 2, 4, 1, 64, device=device).to(dtype)
+    arguments = (query, segments.table, segments.form, 0.2, 0, None, None)
+    close(launch_ragged_decode(*arguments, block=block), launch_ragged_decode(*arguments))
 
 
 def test_decode_reads_a_ring(dtype, close, device):
@@ -106,7 +111,7 @@ def test_decode_reads_a_ring(dtype, close, device):
     segments.lengths = [32, 9]
     segments.fill()
     query = torch.randn(1, 2, 1, 64, device=device).to(dtype)
-    got = launch_ragged_decode(query, segments.table, 64, 0.125, 0, None, None)
+    got = launch_ragged_decode(query, segments.table, segments.form, 0.125, 0, None, None)
     want = torch.stack(
         [
             decode_segment(query[0, h].double(), k[:n].double(), v[:n].double(), 0.125, None, None)
@@ -124,7 +129,7 @@ def test_append_writes_behind_what_is_there(tokens, which, device):
     before = [(k.clone(), v.clone()) for k, v in zip(segments.keys, segments.values, strict=True)]
     new_keys = torch.randn(3, tokens, 2, 80, device=device).half().transpose(1, 2)
     new_values = torch.randn(3, 2, tokens, 64, device=device).half()
-    run(which, device, launch_append, reference.append, new_keys, new_values, segments.table)
+    run(which, device, launch_append, reference.append, new_keys, new_values, segments.table, segments.form)
     for segment, length in enumerate(lengths):
         row, head = divmod(segment, 2)
         grown = 0 if segment == 4 else tokens
@@ -143,7 +148,7 @@ def test_append_goes_round_a_ring(which, device):
     entries = torch.randn(1, 2, 21, 64, device=device).half()
     for t in range(21):
         new = entries[:, :, t : t + 1]
-        run(which, device, launch_append, reference.append, new, -new, segments.table)
+        run(which, device, launch_append, reference.append, new, -new, segments.table, segments.form)
     assert segments.table[:, 2].tolist() == [21, 21]
     for head in range(2):
         for t in range(13, 21):
@@ -172,7 +177,7 @@ def test_gather_takes_ranges_and_indices(which, device):
     segments = Segments([len(w) for w in wanted], (80, 64), torch.float16, device, room=3)
     arguments = (keys, values, segments.table, torch.tensor(spans, device=device), end)
     extra = (max(segments.lengths),) if which == "kernel" else ()
-    run(which, device, launch_gather, reference.gather, *arguments, *extra)
+    run(which, device, launch_gather, reference.gather, *arguments, *extra, segments.form)
     for segment, index in enumerate(wanted):
         row, head = divmod(segment, 2)
         index = index.to(device)
@@ -197,6 +202,7 @@ def test_move_copies_what_both_hold(which, device):
 def test_the_operators_are_what_torch_expects_of_them():
     segments = Segments([5, 9], (16, 16), torch.float32, "cpu", room=3).fill()
     entry = torch.randn(1, 2, 1, 16)
-    decode = (entry, segments.table, 16, 0.25, 0, None, None)
+    decode = (entry, segments.table, *segments.form, 0.25, 0, None, None)
     torch.library.opcheck(ops.ragged_decode, decode, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(ops.append, (entry, entry, segments.table), test_utils=("test_schema", "test_faketensor"))
+    append = (entry, entry, segments.table, *segments.form)
+    torch.library.opcheck(ops.append, append, test_utils=("test_schema", "test_faketensor"))

@@ -71,7 +71,7 @@ def test_freed_rows_give_their_memory_back_and_take_nothing():
     assert arena.lengths == [judge.lengths[0], (0, 0), judge.lengths[2]]
     same(arena.select_rows([0, 2]), judge.select_rows([0, 2]))
     query = torch.randn(3, 4, 1, 16)
-    out = ragged_decode(query, arena.table, value_size=8)
+    out = ragged_decode(query, arena.table, arena.form)
     assert (out[1] == 0).all()
     keys, values = judge.segments(2)
     want = decode_segment(query[2, 2:, 0], keys[1], values[1], 0.25, None, None)

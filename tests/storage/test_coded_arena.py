@@ -33,7 +33,7 @@ def coded(plain):
 
 
 def same(arena, judge):
-    assert (arena.sizes, arena.dtype) == (SIZES, torch.float32)
+    assert (arena.sizes, arena.types) == (SIZES, (torch.float32,) * 2)
     check_entries(arena, judge)
     check_integrity(arena)
 
@@ -68,7 +68,7 @@ def test_freed_rows_give_their_memory_back_and_take_nothing():
     assert arena.lengths == [judge.lengths[0], (0, 0), judge.lengths[2]]
     same(arena.select_rows([0, 2]), judge.select_rows([0, 2]))
     query = torch.randn(3, 4, 1, 16)
-    out = ragged_decode(query, arena.table, value_size=8, groups=arena.groups)
+    out = ragged_decode(query, arena.table, arena.form)
     assert (out[1] == 0).all()
     keys, values = judge.segments(2)
     torch.testing.assert_close(out[2, 0, 2:], decode_segment(query[2, 2:, 0], keys[1], values[1], 0.25, None, None))

@@ -32,10 +32,10 @@ def fits(number: KVDtype | None, size: int) -> bool:
     return size % 8 == 0 and size // number.group_size(size) <= MOST_GROUPS
 
 
-def to_lines(entries: Tensor, group: int) -> Tensor:
-    """Entries ``[n, D]``, encoded: ``[n, line_bytes]``, uint8."""
+def to_lines(entries: Tensor, group: int, half: torch.dtype | None = None) -> Tensor:
+    """Entries ``[n, D]``, encoded with numbers in ``half`` (None: `half_of` theirs): ``[n, line_bytes]``, uint8."""
     count, size = entries.shape
-    half = half_of(entries.dtype)
+    half = half_of(entries.dtype) if half is None else half
     groups = entries.float().view(count, size // group, group)
     low = groups.amin(-1, keepdim=True).to(half)
     # The scales are rounded first, none of them to zero, and the codes computed for the rounded ones.
@@ -73,19 +73,23 @@ class Coding:
         Elements of a key and of a value.
     groups : (int, int)
         How many of them share a scale.
-    dtype : torch.dtype
-        Of the entries before and after.
+    halves : (torch.dtype, torch.dtype)
+        Types of the scales.
+    types : (torch.dtype, torch.dtype)
+        Of the keys and the values that come back.
     """
 
     sizes: tuple[int, int]
     groups: tuple[int, int]
-    dtype: torch.dtype
+    halves: tuple[torch.dtype, torch.dtype]
+    types: tuple[torch.dtype, torch.dtype]
 
     @classmethod
     def of(cls, number: KVDtype, keys: Tensor, values: Tensor) -> "Coding":
         """How a number format codes keys and values like these."""
-        sizes = keys.shape[-1], values.shape[-1]
-        return cls(sizes, (number.group_size(sizes[0]), number.group_size(sizes[1])), keys.dtype)
+        sizes, types = (keys.shape[-1], values.shape[-1]), (keys.dtype, values.dtype)
+        groups = number.group_size(sizes[0]), number.group_size(sizes[1])
+        return cls(sizes, groups, (half_of(types[0]), half_of(types[1])), types)
 
     def no_lines(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Storages of keys and of values without lines."""
@@ -95,8 +99,8 @@ class Coding:
 
     def keys(self, lines: Tensor) -> Tensor:
         """The keys ``[..., D]`` that lines stand for: a copy."""
-        return from_lines(lines, self.sizes[0], self.groups[0], half_of(self.dtype), self.dtype)
+        return from_lines(lines, self.sizes[0], self.groups[0], self.halves[0], self.types[0])
 
     def values(self, lines: Tensor) -> Tensor:
         """The values ``[..., Dv]`` that lines stand for: a copy."""
-        return from_lines(lines, self.sizes[1], self.groups[1], half_of(self.dtype), self.dtype)
+        return from_lines(lines, self.sizes[1], self.groups[1], self.halves[1], self.types[1])

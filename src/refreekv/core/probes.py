@@ -79,7 +79,7 @@ def wide_product(query: Tensor, key: Tensor) -> Tensor:
     """``query @ key^T``, accumulated and returned in float32; ``[B, H_kv, r, n]``."""
     batch, kv_heads, rows, dim = query.shape
     length = key.shape[2]
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.is_cuda and query.dtype == key.dtype != torch.float32:
         # The product of half-precision inputs straight into float32: no wide copy at all.
         keys = key.reshape(batch * kv_heads, length, dim)
         flat = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2), out_dtype=torch.float32)

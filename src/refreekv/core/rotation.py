@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from refreekv.core.autocast import without_autocast
+
 
 @lru_cache(maxsize=64)
 def rotation(size: int) -> Tensor:
@@ -52,7 +54,8 @@ def rotate(entries: Tensor, *, back: bool = False) -> Tensor:
     """
     dtype = torch.float64 if entries.dtype == torch.float64 else torch.float32
     matrix = rotation_like(entries.shape[-1], entries.device, dtype)
-    return entries.to(dtype) @ (matrix.T if back else matrix)
+    with without_autocast(entries.device):
+        return entries.to(dtype) @ (matrix.T if back else matrix)
 
 
 def _hadamard(size: int) -> Tensor:

@@ -18,8 +18,10 @@ from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import StandIns
 from refreekv.kernels import ops, reference
+from refreekv.kernels.table import Format
 
 __all__ = [
+    "Format",
     "Needs",
     "ProbeReductions",
     "append",
@@ -187,7 +189,7 @@ def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) 
     return keep.scatter(-1, chosen.columns, keep.gather(-1, chosen.columns) | chosen.real)
 
 
-def append(keys: Tensor, values: Tensor, table: Tensor, *, groups: tuple[int, int] | None = None) -> None:
+def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """Put new entries behind each segment's last one, in place.
 
     Parameters
@@ -196,12 +198,18 @@ def append(keys: Tensor, values: Tensor, table: Tensor, *, groups: tuple[int, in
         ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``; of a ring, ``q`` must not exceed the capacity.
     table : Tensor
         See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
-    groups : (int, int), optional
-        Where the segments' entries are int8, in the lines of `core.coded_lines`: elements of a key, and
-        of a value, that share a scale. The table then has the addresses of lines. None: entries are
-        stored as they come.
+    form : Format
+        How the segments hold entries. Types that are narrower than theirs are widened, exactly.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, devices or types that the table and its format do not take: nothing was written.
     """
-    (ops.append_on_cuda if _at_once(keys) else ops.append)(keys, values, table, groups)
+    if _at_once(keys):
+        ops.append_on_cuda(keys, values, table, form)
+    else:
+        ops.append(keys, values, table, *form)
 
 
 def gather(
@@ -209,10 +217,10 @@ def gather(
     values: Tensor,
     table: Tensor,
     spans: Tensor,
+    form: Format,
     *,
     end: int,
     longest: int,
-    groups: tuple[int, int] | None = None,
 ) -> None:
     """Fill segments with chosen entries of dense keys and values; the table says how many.
 
@@ -226,14 +234,22 @@ def gather(
         ``[segments, 3]`` int64: ``(0, first, skip)`` takes the entries ``0 .. first - 1`` and then
         those from ``first + skip`` on; ``(address, first, 0)`` those that the ``first`` int32
         numbers at ``address`` name, and then those from ``end`` on.
+    form : Format
+        As in `append`.
     end : int
         See ``spans``.
     longest : int
         Entries of the longest segment.
-    groups : (int, int), optional
-        As in `append`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `append`.
     """
-    (ops.gather_on_cuda if _at_once(keys) else ops.gather)(keys, values, table, spans, end, longest, groups)
+    if _at_once(keys):
+        ops.gather_on_cuda(keys, values, table, spans, end, longest, form)
+    else:
+        ops.gather(keys, values, table, spans, end, longest, *form)
 
 
 def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, longest: int) -> None:
@@ -247,6 +263,11 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
         Of one entry; multiples of 8.
     longest : int
         Entries of the longest segment.
+
+    Raises
+    ------
+    ValueError
+        Tables of different length or on different devices, or other numbers of bytes.
     """
     (ops.move_on_cuda if _at_once(source) else ops.move)(source, target, key_bytes, value_bytes, longest)
 
@@ -254,13 +275,12 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
 def ragged_decode(
     query: Tensor,
     table: Tensor,
+    form: Format,
     *,
-    value_size: int,
     scaling: float | None = None,
     window: int = 0,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    groups: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention of one query a row over segments of any lengths.
 
@@ -269,24 +289,26 @@ def ragged_decode(
     query : Tensor
         ``[B, H, 1, D]``; the heads of a group, ``H / H_kv`` of them, share a segment.
     table : Tensor
-        See `kernels.table`; ``B * H_kv`` segments, their entries of the type of ``query`` or made of
-        such. A segment without entries gives zeros.
-    value_size : int
-        Head size ``Dv`` of the values.
+        See `kernels.table`; ``B * H_kv`` segments. One without entries gives zeros.
+    form : Format
+        How the segments hold entries; queries may be of another type.
     scaling : float, optional
         Factor on the logits; ``D ** -0.5`` if None.
     window : int
         Only this many last entries are seen; 0 means all.
     softcap, sinks
         As ``softcap`` and ``sink_logits`` in `core.probes.attention_rows`.
-    groups
-        As in `append`.
 
     Returns
     -------
     Tensor
-        ``[B, 1, H, Dv]``, as attention functions return it.
+        ``[B, 1, H, Dv]`` of the type of ``query``, as attention functions return it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, devices or types that the table and its format do not go with: nothing was read.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = ops.ragged_decode(query, table, value_size, scaling, window, softcap, sinks, groups)
+    out: Tensor = ops.ragged_decode(query, table, *form, scaling, window, softcap, sinks)
     return out

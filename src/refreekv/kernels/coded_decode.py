@@ -13,18 +13,20 @@ than eight; and sums over entries are left open until the last block.
 # mypy: disable-error-code="assignment"
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from refreekv.kernels import pdl, shared_memory
-from refreekv.kernels.coded_storage import format_of
+from refreekv.kernels.coded_storage import sizes_of
 from refreekv.kernels.decode import BLOCK_N, PROGRAMS_PER_MULTIPROCESSOR, _at, _share, run_in_parts
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.probe import _capped
+from refreekv.kernels.storage import TYPES
+from refreekv.kernels.table import Format, check_query
 
 REGISTERS = 65_536
 """Of a multiprocessor."""
@@ -57,9 +59,11 @@ def _coded_decode_kernel(
     query, table, out, denominators,
     segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, KEY_HALF: tl.constexpr, VALUE_HALF: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """``WEIGHT`` is the type that weights, times the scales of values, are multiplied in."""
     pdl.in_turn(EARLY)
     held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
@@ -103,7 +107,7 @@ def _coded_decode_kernel(
                     k = tl.load(key_codes + key_at)
                 else:
                     k = tl.load(key_codes + key_at, (d < KEY_GROUP)[None, :], 0)
-                scale, middle = _numbers(key_numbers, line * (KEY_LINE // 4) + g, HALF)
+                scale, middle = _numbers(key_numbers, line * (KEY_LINE // 4) + g, KEY_HALF)
                 product = tl.dot(_factors(k, dtype, BLOCK), q[g], input_precision="ieee")
                 logits += product * scale[:, None] + middle[:, None] * q_sums[g][None, :]
             logits = _capped(logits * scaling, softcap, HAS_CAP)
@@ -121,9 +125,9 @@ def _coded_decode_kernel(
                     v = tl.load(value_codes + value_at)
                 else:
                     v = tl.load(value_codes + value_at, (dv < VALUE_GROUP)[None, :], 0)
-                scale, middle = _numbers(value_numbers, line * (VALUE_LINE // 4) + g, HALF)
-                weights = (p * (scale * LARGER)[:, None]).to(dtype)
-                product = tl.dot(tl.trans(_factors(v, dtype, BLOCK)), weights, input_precision="ieee")
+                scale, middle = _numbers(value_numbers, line * (VALUE_LINE // 4) + g, VALUE_HALF)
+                weights = (p * (scale * LARGER)[:, None]).to(WEIGHT)
+                product = tl.dot(tl.trans(_factors(v, WEIGHT, BLOCK)), weights, input_precision="ieee")
                 new_results = new_results + (results[g] * shrink + product,)
                 new_middles = new_middles + (middles[g] * shrink + p * middle[:, None],)
             results, middles = new_results, new_middles
@@ -144,25 +148,27 @@ def _coded_decode_kernel(
 def launch_coded_decode(
     query: Tensor,
     table: Tensor,
-    value_size: int,
+    form: Format,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
-    groups: Sequence[int],
     programs: int | None = None,
     block: int | None = None,
     warps: int = 4,
     stages: int = 3,
 ) -> Tensor:
     """Run both kernels; parameters as in `kernels.ragged_decode` and `launch_ragged_decode`."""
-    lines = format_of(query.shape[-1], value_size, groups, query)
-    names = ("HEAD", "KEY_GROUP", "VALUE_GROUP", "KEY_LINE", "VALUE_LINE", "HALF")
+    check_query(query, table, form, sinks)
+    lines, value_size = sizes_of(form), form.sizes[1]
+    names = ("HEAD", "KEY_GROUP", "VALUE_GROUP", "KEY_LINE", "VALUE_LINE", "KEY_HALF", "VALUE_HALF")
     options: dict[str, Any] = {name: lines[name] for name in names}
+    weight = torch.promote_types(query.dtype, form.value_type)
+    options["WEIGHT"] = TYPES[weight]
     options |= {name: max(16, lines[name]) for name in ("BLOCK_K", "BLOCK_V")}
     heads = max(8, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0]))
     if block is None:
-        widest = max(options["BLOCK_K"], options["BLOCK_V"]) * query.element_size()
+        widest = max(options["BLOCK_K"], options["BLOCK_V"]) * weight.itemsize
         bytes_each = (stages - 1) * (lines["KEY_LINE"] + lines["VALUE_LINE"]) + 2 * widest
         block = _block_for(
             bytes_each, heads * query.shape[-1] * query.element_size(), shared_memory.for_tiles(query.device)

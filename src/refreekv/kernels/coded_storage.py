@@ -3,21 +3,18 @@
 A segment is a line of the table that `core.arena` describes, a line of an entry what `core.coded_lines` does.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.coded_lines import half_of, line_bytes
+from refreekv.core.coded_lines import line_bytes
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.storage import _chosen, elements_first
-
-TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16}
-TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
-"""The smallest normal number of a type, which a scale is at least."""
+from refreekv.kernels.storage import TYPES, _chosen, elements_first
+from refreekv.kernels.table import Format, check_entries, check_spans
 
 
 @triton.jit
@@ -56,7 +53,8 @@ def _coded_append_kernel(
     keys, values, table, tokens, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, HALF: tl.constexpr, TINY: tl.constexpr,
+    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, KEY_HALF: tl.constexpr, VALUE_HALF: tl.constexpr,
+    KEY_TINY: tl.constexpr, VALUE_TINY: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +72,11 @@ def _coded_append_kernel(
         source = t.to(tl.int64)
         _encode(
             keys + row * sk_b + head * sk_h, sk_n, source, key_out, line, real,
-            HEAD, KEY_GROUP, KEY_LINE, HALF, TINY, KEY_GROUPS, BLOCK_K,
+            HEAD, KEY_GROUP, KEY_LINE, KEY_HALF, KEY_TINY, KEY_GROUPS, BLOCK_K,
         )  # fmt: skip
         _encode(
             values + row * sv_b + head * sv_h, sv_n, source, value_out, line, real,
-            VALUE, VALUE_GROUP, VALUE_LINE, HALF, TINY, VALUE_GROUPS, BLOCK_V,
+            VALUE, VALUE_GROUP, VALUE_LINE, VALUE_HALF, VALUE_TINY, VALUE_GROUPS, BLOCK_V,
         )  # fmt: skip
     # All threads have read the length before any of them gets here.
     tl.debug_barrier()
@@ -90,7 +88,8 @@ def _coded_gather_kernel(
     keys, values, table, spans, end, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, HALF: tl.constexpr, TINY: tl.constexpr,
+    KEY_LINE: tl.constexpr, VALUE_LINE: tl.constexpr, KEY_HALF: tl.constexpr, VALUE_HALF: tl.constexpr,
+    KEY_TINY: tl.constexpr, VALUE_TINY: tl.constexpr,
     KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -103,44 +102,49 @@ def _coded_gather_kernel(
         source = _chosen(spans, segment, t, length, end)
         _encode(
             keys + row * sk_b + head * sk_h, sk_n, source, tl.load(table + segment * 4), line, real,
-            HEAD, KEY_GROUP, KEY_LINE, HALF, TINY, KEY_GROUPS, BLOCK_K,
+            HEAD, KEY_GROUP, KEY_LINE, KEY_HALF, KEY_TINY, KEY_GROUPS, BLOCK_K,
         )  # fmt: skip
         _encode(
             values + row * sv_b + head * sv_h, sv_n, source, tl.load(table + segment * 4 + 1), line, real,
-            VALUE, VALUE_GROUP, VALUE_LINE, HALF, TINY, VALUE_GROUPS, BLOCK_V,
+            VALUE, VALUE_GROUP, VALUE_LINE, VALUE_HALF, VALUE_TINY, VALUE_GROUPS, BLOCK_V,
         )  # fmt: skip
 
 
 @on_its_device
-def launch_coded_append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int]) -> None:
+def launch_coded_append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
+    check_entries(keys, values, table, form)
     keys, values = elements_first(keys), elements_first(values)
     block, warps = (1, 1) if keys.shape[2] == 1 else (16, 4)
     _coded_append_kernel[(table.shape[0],)](
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
-        **format_of(keys.shape[-1], values.shape[-1], groups, keys), BLOCK_T=block, num_warps=warps,
+        **sizes_of(form), BLOCK_T=block, num_warps=warps,
         **pdl.options(keys.shape[0] * keys.shape[2], keys),
     )  # fmt: skip
 
 
 @on_its_device
 def launch_coded_gather(
-    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, groups: Sequence[int]
+    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, form: Format
 ) -> None:
     """Fill segments from dense ``[B, H_kv, n, D]``; parameters as in `kernels.gather`."""
+    check_entries(keys, values, table, form)
+    check_spans(spans, table, end, keys.shape[2])
     keys, values = elements_first(keys), elements_first(values)
     block = 32
     _coded_gather_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table, spans, end, keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
-        **format_of(keys.shape[-1], values.shape[-1], groups, keys), BLOCK_T=block, num_warps=4,
+        **sizes_of(form), BLOCK_T=block, num_warps=4,
     )  # fmt: skip
 
 
-def format_of(key_size: int, value_size: int, groups: Sequence[int], like: Tensor) -> dict[str, Any]:
-    """What kernels are told of lines whose entries are of the type of ``like``."""
-    half = str(half_of(like.dtype)).removeprefix("torch.")
-    found: dict[str, Any] = {"HEAD": key_size, "VALUE": value_size, "HALF": TYPES[half], "TINY": TINY[half]}
-    for name, short, size, group in (("KEY", "K", key_size, groups[0]), ("VALUE", "V", value_size, groups[1])):
+def sizes_of(form: Format) -> dict[str, Any]:
+    """What kernels are told of lines."""
+    assert form.groups is not None
+    found: dict[str, Any] = {"HEAD": form.sizes[0], "VALUE": form.sizes[1]}
+    names = (("KEY", "K"), ("VALUE", "V"))
+    for (name, short), size, half, group in zip(names, form.sizes, form.types, form.groups, strict=True):
+        found |= {f"{name}_HALF": TYPES[half], f"{name}_TINY": torch.finfo(half).tiny}
         found |= {f"{name}_GROUP": group, f"{name}_LINE": line_bytes(size, group)}
         found |= {f"{name}_GROUPS": triton.next_power_of_2(size // group)}
         found |= {f"BLOCK_{short}": triton.next_power_of_2(group)}

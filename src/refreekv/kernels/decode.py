@@ -21,6 +21,8 @@ from torch import Tensor
 from refreekv.kernels import pdl, shared_memory
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.probe import LOG2E, _capped
+from refreekv.kernels.storage import TYPES
+from refreekv.kernels.table import Format, check_query
 
 BLOCK_N = 64
 """Keys of one block, the unit that work is shared out in, where the device has the shared memory."""
@@ -67,26 +69,27 @@ def _at(block, table, held, blocks, ends, BLOCK_S: tl.constexpr):
 def _decode_kernel(
     query, table, out, denominators,
     segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
-    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
+    PRODUCT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """``PRODUCT`` is the type that queries and keys are multiplied in: wide enough for both."""
     pdl.in_turn(EARLY)
     held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
-    pointer = tl.pointer_type(query.dtype.element_ty)
     while block < stop:
         segment, first, end, visible, skipped = _at(block, table, held, blocks, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
         # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
-        keys = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
-        values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+        keys = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
+        values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE)), 16)
         row = (segment // kv_heads).to(tl.int64)
         heads = (segment % kv_heads) * group + head
         q = tl.load(
             query + row * sq_b + heads[:, None] * sq_h + d[None, :], (head < group)[:, None] & (d < HEAD)[None, :], 0.0
-        )
+        ).to(PRODUCT)
         highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
         result = tl.zeros([BLOCK_G, BLOCK_V], tl.float32)
@@ -96,7 +99,7 @@ def _decode_kernel(
             line = skipped + n
             k = tl.load(keys + line[None, :] * HEAD + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
             v = tl.load(values + line[:, None] * VALUE + dv[None, :], inside[:, None] & (dv < VALUE)[None, :], 0.0)
-            logits = _capped(tl.dot(q, k, input_precision="ieee") * scaling, softcap, HAS_CAP)
+            logits = _capped(tl.dot(q, k.to(PRODUCT), input_precision="ieee") * scaling, softcap, HAS_CAP)
             logits = tl.where(inside[None, :], logits, float("-inf"))
             # A block holds at least one entry, so this is finite from the first one on.
             higher = tl.maximum(highest, tl.max(logits, 1))
@@ -166,7 +169,7 @@ def _join_kernel(
 def launch_ragged_decode(
     query: Tensor,
     table: Tensor,
-    value_size: int,
+    form: Format,
     scaling: float,
     window: int,
     softcap: float | None,
@@ -181,18 +184,20 @@ def launch_ragged_decode(
     ``programs`` is how many programs share the keys; None: as many as the device runs at once.
     ``block``, ``warps`` and ``stages`` (of software pipelining) are there to be measured.
     """
-    head_size = query.shape[-1]
+    check_query(query, table, form, sinks)
+    head_size, value_size = form.sizes
+    product = torch.promote_types(query.dtype, form.key_type)
+    widest = max(product.itemsize, form.value_type.itemsize)
     if stages is None:
-        stages = 3 if query.element_size() * (head_size + value_size) <= 512 else 2
+        stages = 3 if widest * (head_size + value_size) <= 512 else 2
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (head_size, value_size))
     block_g = max(16, triton.next_power_of_2(query.shape[0] * query.shape[1] // table.shape[0]))
     if block is None:
-        block = _block_for(
-            block_d, block_v, block_g, query.element_size(), stages, shared_memory.for_tiles(query.device)
-        )
+        block = _block_for(block_d, block_v, block_g, widest, stages, shared_memory.for_tiles(query.device))
     return run_in_parts(
         _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
-        HEAD=head_size, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
+        HEAD=head_size, KEY_TYPE=TYPES[form.key_type], VALUE_TYPE=TYPES[form.value_type], PRODUCT=TYPES[product],
+        BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refreekv.core import reductions
 from refreekv.kernels import reference
+from refreekv.kernels.table import Format
 
 
 @torch.library.custom_op("refreekv::probe_reductions", mutates_args=())
@@ -63,22 +64,34 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("refreekv::append", mutates_args=("table",))
-def append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
+def append(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    sizes: Sequence[int],
+    key_type: torch.dtype,
+    value_type: torch.dtype,
+    groups: Sequence[int] | None,
+) -> None:
     """`kernels.append`. The memory behind the table changes as well: who reads it, reads the table."""
-    reference.append(keys, values, table, groups)
+    reference.append(keys, values, table, _format(sizes, key_type, value_type, groups))
 
 
 @append.register_kernel("cuda")
-def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
+def _(keys: Tensor, values: Tensor, table: Tensor, *form: Any) -> None:
+    append_on_cuda(keys, values, table, _format(*form))
+
+
+def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """`append` in Triton, without the operator around it."""
-    if groups is not None:
+    if form.groups is not None:
         from refreekv.kernels.coded_storage import launch_coded_append
 
-        launch_coded_append(keys, values, table, groups)
+        launch_coded_append(keys, values, table, form)
         return
     from refreekv.kernels.storage import launch_append
 
-    launch_append(keys, values, table)
+    launch_append(keys, values, table, form)
 
 
 @torch.library.custom_op("refreekv::gather", mutates_args=("table",))
@@ -89,31 +102,32 @@ def gather(
     spans: Tensor,
     end: int,
     longest: int,
-    groups: Sequence[int] | None = None,
+    sizes: Sequence[int],
+    key_type: torch.dtype,
+    value_type: torch.dtype,
+    groups: Sequence[int] | None,
 ) -> None:
     """`kernels.gather`."""
-    reference.gather(keys, values, table, spans, end, groups)
+    reference.gather(keys, values, table, spans, end, _format(sizes, key_type, value_type, groups))
 
 
 @gather.register_kernel("cuda")
+def _(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, *form: Any) -> None:
+    gather_on_cuda(keys, values, table, spans, end, longest, _format(*form))
+
+
 def gather_on_cuda(
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    spans: Tensor,
-    end: int,
-    longest: int,
-    groups: Sequence[int] | None = None,
+    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, form: Format
 ) -> None:
     """`gather` in Triton, without the operator around it."""
-    if groups is not None:
+    if form.groups is not None:
         from refreekv.kernels.coded_storage import launch_coded_gather
 
-        launch_coded_gather(keys, values, table, spans, end, longest, groups)
+        launch_coded_gather(keys, values, table, spans, end, longest, form)
         return
     from refreekv.kernels.storage import launch_gather
 
-    launch_gather(keys, values, table, spans, end, longest)
+    launch_gather(keys, values, table, spans, end, longest, form)
 
 
 @torch.library.custom_op("refreekv::move", mutates_args=("target",))
@@ -134,38 +148,47 @@ def move_on_cuda(source: Tensor, target: Tensor, key_bytes: int, value_bytes: in
 def ragged_decode(
     query: Tensor,
     table: Tensor,
-    value_size: int,
+    sizes: Sequence[int],
+    key_type: torch.dtype,
+    value_type: torch.dtype,
+    groups: Sequence[int] | None,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
-    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
-    return reference.ragged_decode(query, table, value_size, scaling, window, softcap, sinks, groups)
+    form = _format(sizes, key_type, value_type, groups)
+    return reference.ragged_decode(query, table, form, scaling, window, softcap, sinks)
 
 
 @ragged_decode.register_kernel("cuda")
 def _(
     query: Tensor,
     table: Tensor,
-    value_size: int,
-    scaling: float,
-    window: int,
-    softcap: float | None,
-    sinks: Tensor | None,
-    groups: Sequence[int] | None = None,
+    sizes: Sequence[int],
+    key_type: torch.dtype,
+    value_type: torch.dtype,
+    groups: Sequence[int] | None,
+    *settings: Any,
 ) -> Tensor:
-    arguments = (query, table, value_size, scaling, window, softcap, sinks)
-    if groups is not None:
+    form = _format(sizes, key_type, value_type, groups)
+    if form.groups is not None:
         from refreekv.kernels.coded_decode import launch_coded_decode
 
-        return launch_coded_decode(*arguments, groups)
+        return launch_coded_decode(query, table, form, *settings)
     from refreekv.kernels.decode import launch_ragged_decode
 
-    return launch_ragged_decode(*arguments)
+    return launch_ragged_decode(query, table, form, *settings)
 
 
 @ragged_decode.register_fake
-def _(query: Tensor, table: Tensor, value_size: int, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], value_size)
+def _(query: Tensor, table: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], sizes[1])
+
+
+def _format(
+    sizes: Sequence[int], key_type: torch.dtype, value_type: torch.dtype, groups: Sequence[int] | None
+) -> Format:
+    """A format out of what operators are able to take."""
+    return Format((sizes[0], sizes[1]), key_type, value_type, None if groups is None else (groups[0], groups[1]))

@@ -276,6 +276,9 @@ def launch_probe_reductions(
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
     rows = group * probes
+    if query.dtype != key.dtype:  # as of a model that was moved to another type: products are of one
+        widest = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(widest), key.to(widest)
     if query.stride(-1) != 1:
         query = query.contiguous()
     if key.stride(-1) != 1:

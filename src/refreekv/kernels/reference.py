@@ -1,12 +1,29 @@
 """What the kernels over segments compute, in plain torch and in host memory, a segment at a time."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from refreekv.core.coded_lines import from_lines, half_of, line_bytes, to_lines
-from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE, entries
+from refreekv.core.autocast import without_autocast
+from refreekv.core.coded_lines import from_lines, line_bytes, to_lines
+from refreekv.kernels.table import (
+    CAPACITY,
+    KEY,
+    LENGTH,
+    VALUE,
+    Format,
+    check_entries,
+    check_move,
+    check_query,
+    check_spans,
+    entries,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,26 +35,40 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
-def append(keys: Tensor, values: Tensor, table: Tensor, groups: Sequence[int] | None = None) -> None:
+def _as_written(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute as on CUDA, where no operator of PyTorch is asked, so that autocast changes nothing."""
+
+    @functools.wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast(torch.device("cpu")):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+@_as_written
+def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """`kernels.append`."""
-    keys, values = _stored(keys, values, groups)
+    check_entries(keys, values, table, form)
+    keys, values = _stored(keys, values, form)
     kv_heads, tokens = keys.shape[1:3]
     for segment, (_, _, length, capacity) in enumerate(table.tolist()):
         if capacity == 0:
             continue
         row, head = divmod(segment, kv_heads)
-        stored_keys, stored_values = entries(table, segment, (keys.shape[-1], values.shape[-1]), keys.dtype)
+        stored_keys, stored_values = entries(table, segment, *_as_stored(form))
         line = (length + torch.arange(tokens)) % capacity
         stored_keys[line] = keys[row, head]
         stored_values[line] = values[row, head]
         table[segment, LENGTH] += tokens
 
 
-def gather(
-    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, groups: Sequence[int] | None = None
-) -> None:
+@_as_written
+def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, form: Format) -> None:
     """`kernels.gather`."""
-    keys, values = _stored(keys, values, groups)
+    check_entries(keys, values, table, form)
+    check_spans(spans, table, end, keys.shape[2])
+    keys, values = _stored(keys, values, form)
     kv_heads = keys.shape[1]
     for segment, ((_, _, length, _), (index, first, skip)) in enumerate(
         zip(table.tolist(), spans.tolist(), strict=True)
@@ -45,54 +76,63 @@ def gather(
         row, head = divmod(segment, kv_heads)
         position = torch.arange(length)
         if index:
-            listed = entries(torch.tensor([[index, 0, first, first]]), 0, (1, 1), torch.int32)[0][:, 0].long()
+            listed = entries(torch.tensor([[index, 0, first, first]]), 0, (1, 1), (torch.int32,) * 2)[0][:, 0].long()
             position = torch.cat([listed, torch.arange(end, end + length - first)])
         else:
             position = torch.where(position < first, position, position + skip)
-        stored_keys, stored_values = entries(table, segment, (keys.shape[-1], values.shape[-1]), keys.dtype)
+        stored_keys, stored_values = entries(table, segment, *_as_stored(form))
         stored_keys[:length] = keys[row, head][position]
         stored_values[:length] = values[row, head][position]
 
 
-def _stored(keys: Tensor, values: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """Entries ``[..., D]`` as segments hold them: as they are, or as lines."""
-    if groups is None:
-        return keys, values
+def _as_stored(form: Format) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
+    """Elements of a key and of a value, and their types: of lines, bytes."""
+    if form.groups is None:
+        return form.sizes, form.types
+    return tuple(map(line_bytes, form.sizes, form.groups)), (torch.uint8,) * 2
+
+
+def _stored(keys: Tensor, values: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Entries ``[..., D]`` as segments hold them: in their types, or as lines."""
+    if form.groups is None:
+        return keys.to(form.key_type), values.to(form.value_type)
     stored = []
-    for part, group in zip((keys, values), groups, strict=True):
-        lines = to_lines(part.reshape(-1, part.shape[-1]), group)
+    for part, half, group in zip((keys, values), form.types, form.groups, strict=True):
+        lines = to_lines(part.reshape(-1, part.shape[-1]), group, half)
         stored.append(lines.view(*part.shape[:-1], lines.shape[-1]))
     return stored[0], stored[1]
 
 
 def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:
     """`kernels.move`."""
+    check_move(source, target, key_bytes, value_bytes)
     for old, new in zip(source.tolist(), target.tolist(), strict=True):
         length = min(old[LENGTH], new[LENGTH])
         line = torch.tensor([[old[KEY], old[VALUE], length, length], [new[KEY], new[VALUE], length, length]])
-        sizes = (key_bytes, value_bytes)
-        for there, here in zip(entries(line, 0, sizes, torch.uint8), entries(line, 1, sizes, torch.uint8), strict=True):
+        lines = (key_bytes, value_bytes), (torch.uint8,) * 2
+        for there, here in zip(entries(line, 0, *lines), entries(line, 1, *lines), strict=True):
             here.copy_(there)
 
 
+@_as_written
 def ragged_decode(
     query: Tensor,
     table: Tensor,
-    value_size: int,
+    form: Format,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
-    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
-    batch, heads, _, head_size = query.shape
+    check_query(query, table, form, sinks)
+    batch, heads = query.shape[:2]
     kv_heads = len(table) // batch
     group = heads // kv_heads
-    out = query.new_zeros(batch, 1, heads, value_size)
+    out = query.new_zeros(batch, 1, heads, form.sizes[1])
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
-        keys, values = _entries(table, segment, (head_size, value_size), query.dtype, groups)
+        keys, values = _entries(table, segment, form)
         held = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
         skipped = held - min(held, window) if window > 0 else 0
         mine = slice(head * group, (head + 1) * group)
@@ -107,16 +147,14 @@ def ragged_decode(
     return out
 
 
-def _entries(
-    table: Tensor, segment: int, sizes: tuple[int, int], dtype: torch.dtype, groups: Sequence[int] | None
-) -> tuple[Tensor, Tensor]:
+def _entries(table: Tensor, segment: int, form: Format) -> tuple[Tensor, Tensor]:
     """Keys ``[capacity, D]`` and values of one segment: views, or what lines stand for, exactly."""
-    if groups is None:
-        return entries(table, segment, sizes, dtype)
-    lengths = line_bytes(sizes[0], groups[0]), line_bytes(sizes[1], groups[1])
+    stored = entries(table, segment, *_as_stored(form))
+    if form.groups is None:
+        return stored
     keys, values = (
-        from_lines(lines, size, group, half_of(dtype), torch.float32)
-        for lines, size, group in zip(entries(table, segment, lengths, torch.uint8), sizes, groups, strict=True)
+        from_lines(lines, size, group, half, torch.float32)
+        for lines, size, group, half in zip(stored, form.sizes, form.groups, form.types, strict=True)
     )
     return keys, values
 
@@ -125,7 +163,7 @@ def decode_segment(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """A group's query heads ``[g, D]`` over one segment ``[n, D]``, ``[n, Dv]``: ``[g, Dv]``, float32 or wider."""
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = functools.reduce(torch.promote_types, (query.dtype, keys.dtype, values.dtype), torch.float32)
     logits = query.to(wide) @ keys.to(wide).T * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

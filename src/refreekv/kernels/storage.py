@@ -4,29 +4,39 @@ A segment is a line of the table that `core.arena` describes: key address, value
 capacity.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.table import Format, check_entries, check_move, check_spans
+
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit
 def _append_kernel(
     keys, values, table, tokens, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
-    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
-    EARLY: tl.constexpr,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     pdl.in_turn(EARLY)
     segment = tl.program_id(0)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    pointer = tl.pointer_type(keys.dtype.element_ty)
-    key_out = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
-    value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+    key_out = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
+    value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE)), 16)
     # A segment without room, of a row that is finished, takes nothing.
     taken = tl.where(capacity > 0, tokens, 0)
     for start in range(0, tokens, BLOCK_T):
@@ -37,8 +47,8 @@ def _append_kernel(
         k = keys + row * sk_b + head * sk_h + source[:, None] * sk_n + d[None, :]
         v = values + row * sv_b + head * sv_h + source[:, None] * sv_n + dv[None, :]
         in_key, in_value = real[:, None] & (d < HEAD)[None, :], real[:, None] & (dv < VALUE)[None, :]
-        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key), in_key)
-        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value), in_value)
+        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key).to(KEY_TYPE), in_key)
+        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value).to(VALUE_TYPE), in_value)
     # All threads have read the length before any of them gets here.
     tl.debug_barrier()
     tl.store(table + segment * 4 + 2, length + taken)
@@ -60,7 +70,8 @@ def _chosen(spans, segment, t, length, end):
 def _gather_kernel(
     keys, values, table, spans, end, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
-    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
@@ -70,15 +81,14 @@ def _gather_kernel(
         real = t < length
         source = _chosen(spans, segment, t, length, end)
         d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-        pointer = tl.pointer_type(keys.dtype.element_ty)
-        key_out = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
-        value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+        key_out = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
+        value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE)), 16)
         k = keys + row * sk_b + head * sk_h + source[:, None] * sk_n + d[None, :]
         v = values + row * sv_b + head * sv_h + source[:, None] * sv_n + dv[None, :]
         in_key, in_value = real[:, None] & (d < HEAD)[None, :], real[:, None] & (dv < VALUE)[None, :]
         line = t.to(tl.int64)
-        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key), in_key)
-        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value), in_value)
+        tl.store(key_out + line[:, None] * HEAD + d[None, :], tl.load(k, in_key).to(KEY_TYPE), in_key)
+        tl.store(value_out + line[:, None] * VALUE + dv[None, :], tl.load(v, in_value).to(VALUE_TYPE), in_value)
 
 
 @triton.jit
@@ -98,40 +108,50 @@ def _move_kernel(
             tl.store(new + word, tl.load(old + word, word < words), word < words)
 
 
+def _sizes(form: Format) -> dict[str, Any]:
+    """What kernels that write entries as they are are told of the segments."""
+    (head, value), (key_type, value_type) = form.sizes, form.types
+    blocks = {"BLOCK_D": triton.next_power_of_2(head), "BLOCK_V": triton.next_power_of_2(value)}
+    return {"HEAD": head, "VALUE": value, "KEY_TYPE": TYPES[key_type], "VALUE_TYPE": TYPES[value_type], **blocks}
+
+
 def elements_first(entries: Tensor) -> Tensor:
     """The same, with an entry's elements one after the other."""
     return entries if entries.stride(-1) == 1 else entries.contiguous()
 
 
 @on_its_device
-def launch_append(keys: Tensor, values: Tensor, table: Tensor) -> None:
+def launch_append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """Put ``[B, H_kv, q, D]`` new entries behind each segment's last one."""
+    check_entries(keys, values, table, form)
     keys, values = elements_first(keys), elements_first(values)
-    head, value = keys.shape[-1], values.shape[-1]
     _append_kernel[(table.shape[0],)](
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
-        HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
+        **_sizes(form),
         BLOCK_T=1 if keys.shape[2] == 1 else 16, num_warps=1 if keys.shape[2] == 1 else 4,
         **pdl.options(keys.shape[0] * keys.shape[2], keys),
     )  # fmt: skip
 
 
 @on_its_device
-def launch_gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int) -> None:
+def launch_gather(
+    keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, form: Format
+) -> None:
     """Fill segments from dense ``[B, H_kv, n, D]``; parameters as in `kernels.gather`."""
+    check_entries(keys, values, table, form)
+    check_spans(spans, table, end, keys.shape[2])
     keys, values = elements_first(keys), elements_first(values)
-    head, value = keys.shape[-1], values.shape[-1]
     block = 64
     _gather_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table, spans, end, keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
-        HEAD=head, VALUE=value, BLOCK_D=triton.next_power_of_2(head), BLOCK_V=triton.next_power_of_2(value),
-        BLOCK_T=block, num_warps=8,
+        **_sizes(form), BLOCK_T=block, num_warps=8,
     )  # fmt: skip
 
 
 @on_its_device
 def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, longest: int) -> None:
     """Copy the entries of each segment of one table to that of another; bytes are those of one entry."""
+    check_move(source, target, key_bytes, value_bytes)
     lane = 2048
     blocks = triton.cdiv(max(longest, 1) * max(key_bytes, value_bytes) // 8, lane)
     _move_kernel[(blocks, source.shape[0])](

@@ -246,7 +246,8 @@ class Tile(NamedTuple):
 def tile_for(queries: Tensor, keys: Tensor, values: Tensor) -> Tile | None:
     """The largest tile that the device's shared memory takes; None if it takes none."""
     rows = _block(queries.shape[1] // keys.shape[1] * queries.shape[2])
-    head, value, size = _block(keys.shape[-1]), _block(values.shape[-1]), keys.element_size()
+    head, value = _block(keys.shape[-1]), _block(values.shape[-1])
+    size = max(keys.element_size(), values.element_size())
     # The first one was measured on an H100, in bfloat16; the others are there to fit.
     for tile in (Tile(64, 3), Tile(64, 2), Tile(32, 2), Tile(16, 2)):
         # Of each stage but one the chunk's keys, values and weights; and the queries, which stay.

@@ -42,12 +42,8 @@ class KVArena(RaggedKV):
         ``[lines, D]`` and ``[lines, Dv]``, allocated room included.
     table : Tensor
         ``[segments, 4]`` int64 on the device of the keys; see `kernels.table`. Always the same tensor,
-        until `lend_table` puts another in its place.
-    groups : (int, int) or None
-        What the kernels that write and read entries are told of their format; see `kernels.append`.
+        until `lend_table` or wider entries put another in its place.
     """
-
-    groups: tuple[int, int] | None = None
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
         super().__init__(keys, values, lengths)
@@ -106,7 +102,7 @@ class KVArena(RaggedKV):
         room = min(room_for(lengths), max(LEAST_ROOM, evicted))
         arena = cls.for_entries(keys, values, lengths, room, **kind)
         where, longest = _on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
-        kernels.gather(keys, values, arena.table, where, end=end, longest=longest, groups=arena.groups)
+        kernels.gather(keys, values, arena.table, where, arena.form, end=end, longest=longest)
         return arena
 
     @classmethod
@@ -122,6 +118,11 @@ class KVArena(RaggedKV):
         return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)
 
     # -- the interface of RaggedKV ----------------------------------------------------------
+
+    @property
+    def form(self) -> kernels.Format:
+        """What kernels are told of entries behind the table."""
+        return kernels.Format(self.sizes, *self.types)
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -161,8 +162,7 @@ class KVArena(RaggedKV):
 
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row's lines, room included."""
-        width = self.keys.shape[-1] + self.values.shape[-1]
-        return sum(self.capacities[row]) * width * self.keys.element_size()
+        return sum(self.capacities[row]) * self._line_bytes
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
@@ -197,12 +197,26 @@ class KVArena(RaggedKV):
         return parts[0], parts[1]
 
     def append(self, keys: Tensor, values: Tensor) -> Self:
-        """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place."""
-        with self.table_in_turn() as own:
+        """Write ``[B, kv_heads, q, D]`` new entries behind the segments' last ones, in place.
+
+        Entries of a wider type than those stored widen these first, as in any other storage.
+        """
+        with self.table_in_turn():
+            self._widen(keys.dtype, values.dtype)
             self.reserve(keys.shape[2])
-            kernels.append(keys, values, own, groups=self.groups)
+            kernels.append(keys, values, self.table, self.form)
             self.note_appended(keys.shape[2])
         return self
+
+    def _widen(self, *brought: torch.dtype) -> None:
+        """Store keys and values in types that hold those ``brought``, too: a copy if they do not yet."""
+        wider = [torch.promote_types(*pair) for pair in zip(self.types, brought, strict=True)]
+        if tuple(wider) == self.types:
+            return
+        with torch.inference_mode(False):
+            self.keys, self.values = self.keys.to(wider[0]), self.values.to(wider[1])
+            # Another table: whoever borrowed this one reads and writes entries of the old types.
+            self.table = _on_device(self._lines(), self.table.device)
 
     def select_rows(self, indices: Sequence[int]) -> Self:
         """A new arena of the rows ``indices``, in that order; rows may repeat."""
@@ -273,7 +287,7 @@ class KVArena(RaggedKV):
 
     @contextmanager
     def table_in_turn(self) -> Iterator[Tensor]:
-        """The table, which stays what it is within.
+        """The table, which stays what it is within, unless wider entries come.
 
         A thread that takes a captured step over gives the table back unasked, and puts its own there.
         """

@@ -1,11 +1,13 @@
 """Ragged K/V with room to grow whose entries are int8: written, moved and decoded as lines of bytes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from refreekv import kernels
 from refreekv.core.coded_lines import Coding
 from refreekv.storage.arena import KVArena
 from refreekv.storage.ragged import Piece, RaggedKV
@@ -30,7 +32,6 @@ class CodedArena(KVArena):
     ):
         super().__init__(keys, values, lengths, room)
         self.coding = coding
-        self.groups = coding.groups
 
     @classmethod
     def for_entries(
@@ -46,9 +47,19 @@ class CodedArena(KVArena):
         return self.coding.sizes
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of the entries that come in and go out."""
-        return self.coding.dtype
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of the keys and of the values that come out."""
+        return self.coding.types
+
+    @property
+    def form(self) -> kernels.Format:
+        """What kernels are told of lines behind the table."""
+        return kernels.Format(self.coding.sizes, *self.coding.halves, self.coding.groups)
+
+    def _widen(self, *brought: torch.dtype) -> None:
+        """Give back entries in types that hold those ``brought``, too. Lines stay as they are and take any."""
+        wider = [torch.promote_types(*pair) for pair in zip(self.types, brought, strict=True)]
+        self.coding = replace(self.coding, types=(wider[0], wider[1]))
 
     # -- entries, decoded -----------------------------------------------------------------------
 

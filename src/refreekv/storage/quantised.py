@@ -77,8 +77,8 @@ class QuantisedKV(RaggedKV):
     def full(self) -> RaggedKV:
         """All entries in full precision: a copy."""
         keys, values = (
-            (rotate(codes.rotated(), back=True) + self._by_line(centres, self.coded)).to(self.dtype)
-            for codes, centres in zip(self._codes, self._centres, strict=True)
+            (rotate(codes.rotated(), back=True) + self._by_line(centres, self.coded)).to(kind)
+            for codes, centres, kind in zip(self._codes, self._centres, self.types, strict=True)
         )
         return _joined(self._sinks, RaggedKV(keys, values, self.coded), self._recent)
 
@@ -87,14 +87,14 @@ class QuantisedKV(RaggedKV):
         if not shifts:
             return self.full(), None
         sinks, recent = self._as_coded(self._sinks), self._as_coded(self._recent)
-        keys, values = (codes.rotated().to(self.dtype) for codes in self._codes)
+        keys, values = (codes.rotated().to(kind) for codes, kind in zip(self._codes, self.types, strict=True))
         return _joined(sinks, RaggedKV(keys, values, self.coded), recent), _CodedFrame(self._centres[1])
 
     def _as_coded(self, exact: RaggedKV) -> RaggedKV:
         """Entries in the coordinates of the codes."""
         keys, values = (
-            rotate(entries - self._by_line(centres, exact.lengths)).to(self.dtype)
-            for entries, centres in zip((exact.keys, exact.values), self._centres, strict=True)
+            rotate(entries - self._by_line(centres, exact.lengths)).to(kind)
+            for entries, centres, kind in zip((exact.keys, exact.values), self._centres, self.types, strict=True)
         )
         return RaggedKV(keys, values, exact.lengths)
 
@@ -146,6 +146,8 @@ class QuantisedKV(RaggedKV):
                         given = None if centres is None else centres[side][row, head]
                         kept[side][row, head] = centre_of(part[head]) if given is None else given
                     chosen = part[head][first : first + leaving]
+                    # In the type of the codes before, where wider entries came later: theirs is that of the scales.
+                    chosen = chosen.to(self._codes[side].dtype)
                     lines[side].append(_coded(chosen, kept[side][row, head], self.kind, side))
             sinks.append([[part[head][: counts[head][0]] for head in range(len(counts))] for part in segments])
             recent.append([[part[head][sum(counts[head]) :] for head in range(len(counts))] for part in segments])
@@ -233,7 +235,7 @@ class QuantisedKV(RaggedKV):
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row, scales and means included."""
         exact = self._sinks.row_nbytes(row) + self._recent.row_nbytes(row)
-        centres = self.kv_heads * sum(self.sizes) * self.dtype.itemsize
+        centres = self.kv_heads * sum(part.shape[-1] * part.element_size() for part in self._centres)
         return self.kind.entry_bytes(self.sizes) * sum(self.coded[row]) + exact + centres
 
 

@@ -5,6 +5,7 @@ each (row, KV head) costs what it keeps: its entries are consecutive lines of th
 tensors, row by row, and in a row KV head by KV head.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
@@ -61,9 +62,9 @@ class RaggedKV:
         return self.keys.shape[-1], self.values.shape[-1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of the entries that come in and go out."""
-        return self.keys.dtype
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of the keys and of the values that come out. Those of wider entries that come in are taken over."""
+        return self.keys.dtype, self.values.dtype
 
     @property
     def uniform(self) -> bool:
@@ -81,8 +82,12 @@ class RaggedKV:
 
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row's entries."""
-        width = self.keys.shape[-1] + self.values.shape[-1]
-        return sum(self.lengths[row]) * width * self.keys.element_size()
+        return sum(self.lengths[row]) * self._line_bytes
+
+    @property
+    def _line_bytes(self) -> int:
+        """Bytes of a line of keys and one of values."""
+        return sum(flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
@@ -115,7 +120,7 @@ class RaggedKV:
         return torch.stack([places >= longest - length for length in self.lengths[row]])
 
     def append(self, keys: Tensor, values: Tensor) -> "RaggedKV":
-        """A new storage with ``[B, kv_heads, q, D]`` new entries at the segments' ends."""
+        """A new storage with ``[B, kv_heads, q, D]`` new entries at the segments' ends, of a type that holds all."""
         if self.uniform:
             old_keys, old_values = self.stacked()
             flat_keys = torch.cat([old_keys, keys], dim=2).flatten(0, 2)
@@ -161,7 +166,8 @@ def _flat(rows: Sequence[Sequence[Piece]], lengths: Sequence[tuple[int, ...]]) -
     """Parts of rows, copied once, to where they belong in a flat tensor ``[entries, D]``."""
     sizes = [sum(row) for row in lengths]
     sample = rows[0][0][0]
-    flat = sample.new_empty(sum(sizes), sample.shape[-1])
+    types = {piece.dtype if isinstance(piece, Tensor) else piece[0].dtype for row in rows for piece in row}
+    flat = sample.new_empty(sum(sizes), sample.shape[-1], dtype=functools.reduce(torch.promote_types, types))
     for target, row, heads in zip(flat.split(sizes), rows, lengths, strict=True):
         whole = [piece for piece in row if isinstance(piece, Tensor)]
         if len(whole) == len(row):

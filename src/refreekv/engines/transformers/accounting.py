@@ -34,9 +34,9 @@ def entry_bytes(layer: ReFreeKVLayer) -> int:
     if layer.get_seq_length() == 0:
         return 0
     if layer.ragged is not None:
-        return layer.kv_heads * sum(layer.ragged.sizes) * layer.ragged.dtype.itemsize
-    keys, values = layer.dense
-    return layer.kv_heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        pairs = zip(layer.ragged.sizes, layer.ragged.types, strict=True)
+        return layer.kv_heads * sum(size * kind.itemsize for size, kind in pairs)
+    return layer.kv_heads * sum(entries.shape[-1] * entries.element_size() for entries in layer.dense)
 
 
 def padded_bytes(layer: ReFreeKVLayer) -> int:

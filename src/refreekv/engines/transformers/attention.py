@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refreekv.engines.transformers.layer import TAG, ReFreeKVLayer
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, ragged_attention
+from refreekv.engines.transformers.ragged_attention import AttentionFunction, in_one_type, ragged_attention
 from refreekv.pruning.calls import AttentionCall
 
 PREFIX = "refreekv_"
@@ -78,6 +78,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         weights = None
         if isinstance(layer, OwnAttention):
             return layer.attend(query, key, value, **kwargs), None
+        function = in_one_type(function, flash=flash)
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
         else:

@@ -94,9 +94,9 @@ def _shape(linear: Any) -> tuple[Any, ...]:
     return tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None
 
 
-def _few_rows(x: Tensor) -> bool:
-    """Whether this is one token in each of a few rows."""
-    return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS
+def _few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is one token in each of a few rows, of the type of the weights."""
+    return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and x.dtype == weight.dtype
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
@@ -149,7 +149,13 @@ def _norm(one_added: bool) -> Maker:
         if eps is None:
             raise AttributeError(f"{type(module).__name__} says no epsilon")
         (weight,) = module.parameters(recurse=False)
-        return {module: lambda x: kernels.rms_norm(x, weight, eps, one_added)}
+
+        def forward(x: Tensor) -> Any:
+            if x.dtype != weight.dtype:  # under autocast: results are of the wider type
+                return type(module).forward(module, x)
+            return kernels.rms_norm(x, weight, eps, one_added)
+
+        return {module: forward}
 
     return make
 
@@ -180,7 +186,7 @@ def _gated_linear(gelu: bool) -> Maker:
             raise AttributeError("gate and up projection have biases or different shapes")
 
         def forward(x: Tensor) -> Any:
-            if not _few_rows(x):
+            if not _few_rows(x, gate.weight):
                 return type(module).forward(module, x)
             return module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, gelu))
 
@@ -208,7 +214,7 @@ def _linears_of(*names: str) -> Maker:
             part = parts[index]
 
             def forward(x: Tensor) -> Tensor:
-                if not _few_rows(x):
+                if not _few_rows(x, part.weight):
                     return nn.functional.linear(x, part.weight, part.bias)
                 asked, outputs = known[0]
                 if asked is not x or index == 0:
@@ -234,6 +240,7 @@ def _rotary(module: nn.Module) -> Forwards:
 
     def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
         plain = not rest and not named and query.shape[2] == 1 and query.stride(-1) == key.stride(-1) == 1
+        plain = plain and query.dtype == key.dtype == cos.dtype == sin.dtype
         if plain and cos.dim() == 3 and cos.shape[-1] == query.shape[-1] == key.shape[-1]:
             return kernels.rotary(query, key, cos.contiguous(), sin.contiguous())
         return original(query, key, cos, sin, *rest, **named)

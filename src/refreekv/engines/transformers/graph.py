@@ -26,13 +26,13 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.fusion import fused
 from refreekv.engines.transformers.layer import TAG, ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, cache_given
+from refreekv.kernels import Format
 from refreekv.storage.arena import KVArena
 
 logger = logging.getLogger("refreekv")
 
 DecodeMode = Literal["graph", "eager"]
 MODES = ("graph", "eager")
-Groups = tuple[int, int] | None
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 _KNOWN |= NAMES
@@ -54,13 +54,13 @@ def check_mode(mode: str) -> None:
 class TableLayer(DynamicLayer):
     """What stands for a cache layer during a capture: it knows a table and nothing else."""
 
-    def __init__(self, table: Tensor, groups: Groups):
+    def __init__(self, table: Tensor, form: Format):
         super().__init__()
-        self.table, self.groups = table, groups
+        self.table, self.form = table, form
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries to wherever the table says."""
-        kernels.append(key_states, value_states, self.table, groups=self.groups)
+        kernels.append(key_states, value_states, self.table, self.form)
         setattr(key_states, TAG, self)
         return key_states, value_states
 
@@ -79,11 +79,10 @@ class TableLayer(DynamicLayer):
         return kernels.ragged_decode(
             query,
             self.table,
-            value_size=value.shape[-1],
+            self.form,
             scaling=scaling,
             softcap=softcap,
             sinks=s_aux,
-            groups=self.groups,
         )
 
     def get_seq_length(self) -> int:
@@ -98,8 +97,8 @@ class TableLayer(DynamicLayer):
 class TableCache(Cache):
     """The cache that the captured forward sees."""
 
-    def __init__(self, tables: list[Tensor], groups: Sequence[Groups]):
-        super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, groups, strict=True)])
+    def __init__(self, tables: list[Tensor], forms: Sequence[Format]):
+        super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, forms, strict=True)])
 
 
 class Step:
@@ -109,8 +108,8 @@ class Step:
     ----------
     tables : list of Tensor
         ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
-    groups : sequence of (int, int) or None
-        The format of each layer's entries; see `kernels.append`.
+    forms : sequence of Format
+        What each layer's entries are.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class Step:
         forward: Callable[..., Any],
         batch: int,
         segments: Sequence[int],
-        groups: Sequence[Groups],
+        forms: Sequence[Format],
     ):
-        self.model, self.batch, self.groups, self._forward = model, batch, groups, forward
+        self.model, self.batch, self.forms, self._forward = model, batch, forms, forward
         device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -129,6 +128,7 @@ class Step:
             # Zero: no entries and no room, so that running it touches no memory.
             self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(list(segments)))
         self.weights = fingerprint.of_addresses(model)
+        self.autocast = _autocast(device.type)
         # Weak: a graph must not keep a finished answer's keys and values alive.
         self._owners: list[weakref.ref[KVArena]] = []
         self._next = -1
@@ -139,12 +139,16 @@ class Step:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 self._capture()
+        else:
+            # As before a capture: what cannot be done is found before there are entries to write.
+            with torch.no_grad():
+                self._run()
 
     def _run(self) -> Any:
         out = self._forward(
             input_ids=self.ids,
             position_ids=self.positions,
-            **cache_argument(self._forward, TableCache(self.tables, self.groups)),
+            **cache_argument(self._forward, TableCache(self.tables, self.forms)),
             use_cache=True,
             return_dict=True,
         )
@@ -158,7 +162,12 @@ class Step:
         stream = _capture_stream(self.ids.device)
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         stream.wait_stream(current)
-        with torch.inference_mode(False), torch.no_grad(), fused(self.model, self.ids.shape[0]):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _autocast_without_memory(self.ids.device.type),
+            fused(self.model, self.ids.shape[0]),
+        ):
             try:
                 with torch.cuda.stream(stream):
                     self._warm_up()
@@ -187,7 +196,10 @@ class Step:
     def owned_by(self, arenas: list[KVArena]) -> bool:
         """Whether these are the arenas that the step reads and writes."""
         owners = self._owners
-        return len(owners) == len(arenas) and all(o() is arena for o, arena in zip(owners, arenas, strict=True))
+        return len(owners) == len(arenas) and all(
+            owner() is arena and arena.table is table
+            for owner, arena, table in zip(owners, arenas, self.tables, strict=True)
+        )
 
     def has_room(self, length: int) -> bool:
         """Whether the token at logical length ``length`` has room for sure: it is the next one, and was counted for."""
@@ -326,7 +338,8 @@ class Decoder:
 
     def _step_for(self, forward: Callable[..., Any], batch: int, arenas: list[KVArena]) -> Step:
         last = self._last
-        if last is not None and last.batch == batch and last.owned_by(arenas):
+        autocast = _autocast(arenas[0].keys.device.type)
+        if last is not None and last.batch == batch and last.autocast == autocast and last.owned_by(arenas):
             return last
         key = _key(arenas)
         if key in self._refused:
@@ -341,7 +354,7 @@ class Decoder:
             step = self._last = None
         if step is None:
             try:
-                step = Step(self._model, forward, batch, key.segments, key.groups)
+                step = Step(self._model, forward, batch, key.segments, key.forms)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
@@ -411,15 +424,29 @@ def _arenas(layers: Sequence[ReFreeKVLayer]) -> list[KVArena]:
 
 
 class _Key(NamedTuple):
-    """What a captured step depends on: rows, segments and format of each layer, type."""
+    """What a captured step depends on: rows, segments and format of each layer, type of autocast if there is one."""
 
     batch: int
     segments: tuple[int, ...]
-    groups: tuple[Groups, ...]
-    dtype: torch.dtype
+    forms: tuple[Format, ...]
+    autocast: torch.dtype | None
 
 
 def _key(arenas: list[KVArena]) -> _Key:
     batch = len(arenas[0].freed)
-    segments, groups = zip(*((batch * arena.kv_heads, arena.groups) for arena in arenas), strict=True)
-    return _Key(batch, segments, groups, arenas[0].dtype)
+    segments, forms = zip(*((batch * arena.kv_heads, arena.form) for arena in arenas), strict=True)
+    return _Key(batch, segments, forms, _autocast(arenas[0].keys.device.type))
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The type that autocast is on for; None: it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocast_without_memory(device: str) -> torch.autocast:
+    """The autocast that is on, if one is, for a capture: else a graph would read copies of weights that it keeps.
+
+    It drops them where its block ends, and the next one makes others.
+    """
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, torch.get_autocast_dtype(device), enabled, cache_enabled=False)

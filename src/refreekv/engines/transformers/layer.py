@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from refreekv.core.autocast import without_autocast
 from refreekv.core.quantisation import KVDtype, centre_of
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies.joint import JointPolicy
@@ -102,30 +103,35 @@ class ReFreeKVLayer(DynamicLayer):
         self.state.check_reported()
         if self._unsettled:
             self.state.settle()
-        self._check_geometry(key_states)
-        if self.ragged is None:
-            key_states, value_states = super().update(key_states, value_states)
-            self._length = key_states.shape[-2]
-        else:
-            self._store(self.ragged.append(key_states, value_states))
-            self._length += key_states.shape[-2]
+        self._check_geometry(key_states, value_states)
+        self._length += key_states.shape[-2]
+        with without_autocast(key_states.device):
+            if self.ragged is None:
+                key_states, value_states = super().update(key_states, value_states)
+            else:
+                self._store(self.ragged.append(key_states, value_states))
         self.state.awaiting = self.index
         setattr(key_states, TAG, self)
         return key_states, value_states
 
-    def _check_geometry(self, keys: Tensor) -> None:
+    def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"layer {self.index} brings keys {list(keys.shape)} and values {list(values.shape)}: one value belongs "
+                "to each key, in each row and KV head"
+            )
         if self._length == 0:
             return
         if self.ragged is not None:
-            stored = (len(self.ragged.lengths), self.ragged.kv_heads, self.ragged.sizes[0])
+            stored = (len(self.ragged.lengths), self.ragged.kv_heads, *self.ragged.sizes)
         else:
-            held = self.dense[0]
-            stored = (held.shape[0], held.shape[1], held.shape[3])
-        brought = (keys.shape[0], keys.shape[1], keys.shape[3])
+            held, others = self.dense
+            stored = (held.shape[0], held.shape[1], held.shape[3], others.shape[3])
+        brought = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         if brought != stored:
             raise ValueError(
-                f"layer {self.index} of this cache holds (batch, KV heads, head size) = {stored} and the model brings "
-                f"{brought}: the cache belongs to another batch or another model"
+                f"layer {self.index} of this cache holds (batch, KV heads, key size, value size) = {stored} and the "
+                f"model brings {brought}: the cache belongs to another batch or another model"
             )
 
     def get_seq_length(self) -> int:
@@ -165,6 +171,10 @@ class ReFreeKVLayer(DynamicLayer):
     def after_attention(self, call: AttentionCall) -> None:
         """Prune if the prompt ended in this call; remember its last queries if it goes on."""
         self.state.awaiting = None
+        with without_autocast(call.query.device):
+            self._look_at(call)
+
+    def _look_at(self, call: AttentionCall) -> None:
         before = self._length - call.query.shape[2]
         behind = self.state.tokens_behind(before, self._length)
         if behind is not None:
@@ -243,6 +253,10 @@ class ReFreeKVLayer(DynamicLayer):
     def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
         self._unsettled = False
+        with without_autocast(self.device):
+            self._compact(decisions, behind)
+
+    def _compact(self, decisions: Sequence[Decision], behind: int) -> None:
         chosen = [row for decision in decisions for row in decision.rows()]
         self.records = after_pruning(self.records, chosen)
         if self._in_place(chosen, behind):

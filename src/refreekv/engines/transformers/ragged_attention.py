@@ -1,11 +1,13 @@
 """Attention over rows of different length, through whatever function the model uses otherwise."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from refreekv.core.autocast import without_autocast
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.kernels import ragged_decode
 from refreekv.pruning.masks import causal_mask, hide_padding
@@ -55,19 +57,19 @@ def ragged_attention(
     """
     storage = layer.ragged
     assert storage is not None
-    if isinstance(storage, KVArena) and _kernel_can(layer, storage, query, mask, kwargs):
+    if isinstance(storage, KVArena) and _kernel_can(layer, query, mask, kwargs):
         with storage.table_in_turn() as table:
             return ragged_decode(
                 query,
                 table,
-                value_size=storage.sizes[1],
+                storage.form,
                 scaling=kwargs.get("scaling"),
                 softcap=kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
-                groups=storage.groups,
             )
     shifts = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    storage, frame = storage.for_attention(shifts=shifts)
+    with without_autocast(query.device):
+        storage, frame = storage.for_attention(shifts=shifts)
     if frame is None:
         return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
     query = frame.query(query)
@@ -109,14 +111,33 @@ def _by_row(
     return torch.cat(outputs) if batch > 1 else outputs[0]
 
 
-def _kernel_can(
-    layer: ReFreeKVLayer, storage: KVArena, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> bool:
+def in_one_type(attention: AttentionFunction, *, flash: bool) -> AttentionFunction:
+    """An attention function that takes queries, keys and values of different types, in the widest of them.
+
+    Keys stay as wide as they were stored where the model computes in a narrower type later, as when it was moved
+    to bfloat16 between two turns. Under autocast all but flash functions do this by themselves.
+    """
+
+    def widened(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.dtype == key.dtype == value.dtype or (not flash and torch.is_autocast_enabled(query.device.type)):
+            return attention(module, query, key, value, mask, **kwargs)
+        widest = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(widest)
+        wide = (part.to(widest) for part in (query, key, value))
+        output, weights = attention(module, *wide, mask, **kwargs)
+        return output.to(query.dtype), weights
+
+    return widened
+
+
+def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether this is plain decoding: one token a row that sees every entry."""
     return (
         query.shape[2] == 1
         and (mask is None or layer.state.decodes(layer.get_seq_length() - 1))
-        and query.dtype == storage.dtype
         and kwargs.get("sliding_window") is None
         and not kwargs.get("dropout")
     )
