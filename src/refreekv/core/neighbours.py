@@ -47,7 +47,7 @@ def peak_level_of_share(peak: Tensor, mass: Tensor, share: float) -> Tensor:
     Tensor
         ``[..., 1]``: 0 where not even all positions above the lowest level hold it.
     """
-    levels = 2.0 ** -torch.arange(LEVELS + 1, device=peak.device)
+    levels = 2.0 ** -torch.arange(LEVELS + 1, dtype=torch.float32, device=peak.device)
     above = peak[..., None, :] >= levels[:, None]
     held = (mass[..., None, :] * above).sum(-1)
     missing = (held < mass.sum(-1, keepdim=True) * share).sum(-1, keepdim=True)

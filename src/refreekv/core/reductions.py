@@ -101,7 +101,7 @@ def probe_reductions(
     if columns is None:
         columns = torch.arange(length, device=key.device)
     shape = (batch, kv_heads, length)
-    peak, total, squares, seen = (torch.zeros(shape, device=key.device) for _ in range(4))
+    peak, total, squares, seen = (torch.zeros(shape, dtype=torch.float32, device=key.device) for _ in range(4))
     group = heads // kv_heads
     for start in range(0, probes, QUERY_CHUNK):
         part = slice(start, start + QUERY_CHUNK)

@@ -149,7 +149,8 @@ class Adaptive(Policy):
     def _stand_ins(self, view: LayerView, keep: Tensor) -> StandIns | None:
         if self.stand_ins == 0 or view.queries is None:
             return None
-        some = slice(STAND_IN_STEP - 1, None, STAND_IN_STEP)
+        # The last query in any case: short prompts have few.
+        some = slice((view.queries.shape[2] - 1) % STAND_IN_STEP, None, STAND_IN_STEP)
         return kernels.stand_ins(
             view.queries[:, :, some],
             view.keys,

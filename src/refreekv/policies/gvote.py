@@ -87,7 +87,7 @@ class GVote(Policy):
         mean, centred, number = query_distribution(view.queries, asked)
         # On the CPU, where the numbers are the same for every device.
         generator = torch.Generator().manual_seed(self.seed)
-        weights = torch.randn(self.samples, self.window, generator=generator, device="cpu")
+        weights = torch.randn(self.samples, self.window, generator=generator, device="cpu", dtype=torch.float32)
         weights = weights[:, self.window - centred.shape[2] :].to(centred.device)
         drawn: Tensor = mean + weights @ centred / number.sqrt()
         return drawn

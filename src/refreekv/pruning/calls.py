@@ -21,7 +21,7 @@ class AttentionCall:
     query : Tensor
         ``[B, H, q, D]``, position-encoded.
     mask : Tensor or None
-        The mask over logical columns, in one of the forms of `masks.valid_columns`.
+        The mask over logical columns, in one of the forms of `masks.visible_columns`.
     scaling, softcap, sink_logits
         As in `core.probes.attention_rows`.
     """
@@ -42,8 +42,8 @@ class Entries:
     keys, values : Tensor
         ``[B, H_kv, n, D]``.
     valid : Tensor or None
-        Boolean ``[B, n]``, False at padding; ``[B, H_kv, n]`` where heads that hold
-        different numbers of entries are padded to one length; None if there is no padding.
+        Boolean ``[B, n]``, False at padding and at hidden entries; ``[B, H_kv, n]`` where heads hold
+        different columns, padded to one length where these differ in number; None if there is neither.
     columns : Tensor
         Integer ``[n]``: the logical column of each entry, which says what queries see it.
     gapless : bool
@@ -54,6 +54,9 @@ class Entries:
         Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
     in_place : bool
         Whether ``keys`` and ``values`` are the storage itself, in which an entry can be replaced.
+    hidden : Tensor or None
+        Boolean of the shape of ``valid``: real entries that the last query does not see, and no policy is
+        asked about. They stay. None where ``valid`` is.
     """
 
     keys: Tensor
@@ -64,15 +67,26 @@ class Entries:
     settled: Tensor | None = None
     in_place: bool = False
     gapless: bool = False
+    hidden: Tensor | None = None
 
     @classmethod
     def of_dense(
-        cls, keys: Tensor, values: Tensor, valid: Tensor | None, queries: "Queries", settled: int
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        visible: Tensor | None,
+        padding: Tensor | None,
+        queries: "Queries",
+        settled: int,
     ) -> "Entries":
-        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``settled`` are an earlier prompt's."""
+        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``settled`` are an earlier prompt's.
+
+        ``visible`` and ``padding`` are boolean ``[B, n]``, both or neither.
+        """
         columns = torch.arange(keys.shape[2], device=keys.device)
         earlier = (columns < settled)[None, None] if settled else None
-        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True)
+        valid, hidden = _told_apart(visible, padding)
+        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)
 
     @classmethod
     def of_ragged(
@@ -80,36 +94,45 @@ class Entries:
         storage: RaggedKV,
         columns: Sequence[Columns],
         behind: int,
-        valid: Tensor | None,
+        visible: Tensor | None,
+        padding: Tensor | None,
         queries: "Queries",
-        pruned: int,
         settled: int,
     ) -> "list[Entries]":
         """A batch's row by row, without the last ``behind`` entries of each.
 
-        ``columns`` are those of each row's entries, of which the ones before ``pruned`` went through a
-        pruning, and the ones before ``settled`` were there at an earlier prompt's end.
+        ``columns`` are those of each row's entries, of which the ones before ``settled`` were there at an
+        earlier prompt's end; ``visible`` and ``padding`` as in `of_dense`.
         """
         parts = []
         for row, (keys, values) in enumerate(storage.rows()):
             stored = keys.shape[1] - behind
-            real = None
             # Heads may hold different columns, but only of those before any of these queries.
             held = columns[row].padded(keys.device)[:, :stored]
-            if valid is not None:
-                # Padding was dropped by the last pruning; only what came after it can hold any.
-                real = valid[row][held.long()] | (held < pruned)
+            valid = hidden = None
+            if visible is not None and padding is not None:
+                # [G, stored]: of the columns that each head holds
+                valid, hidden = _told_apart(visible[row][held.long()], padding[row][held.long()])
             uneven = storage.visible(row)
             if uneven is not None:
-                real = uneven[:, :stored] if real is None else real & uneven[:, :stored]
-                real = real[None]
-            elif real is not None:
-                real = real[:1]
+                uneven = uneven[:, :stored]
+                valid = uneven if valid is None else valid & uneven
+                hidden = None if hidden is None else hidden & uneven
+            if valid is not None and len(valid) > 1:
+                # [1, H_kv, stored]; where all heads hold the same it is [1, stored]
+                valid, hidden = valid[None], None if hidden is None else hidden[None]
             earlier = (held < settled)[None] if settled else None
-            parts.append(
-                cls(keys[None, :, :stored], values[None, :, :stored], real, held[0], queries.row(row), earlier)
-            )
+            own = queries.row(row)
+            entries = keys[None, :, :stored], values[None, :, :stored]
+            parts.append(cls(*entries, valid, held[0], own, earlier, hidden=hidden))
         return parts
+
+
+def _told_apart(visible: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What may be judged, and what is real but hidden."""
+    if visible is None or padding is None:
+        return None, None
+    return visible & ~padding, ~visible & ~padding
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,15 @@ class KeptRow:
     columns : Columns
         Which entries stay, counted within the row.
     entries : tuple of int
-        Real entries the row had: one number for all KV heads together, or one for each.
+        Real entries the row had, hidden ones included: one number for all KV heads together, or one for each.
     cut : int or None
         Real entries before the cut, for selections that have one.
     metric : float or None
         The criterion's value.
     reasons : dict
         Why entries stay, to the share of the row's entries that do for it.
+    hides : bool
+        Whether some of what stays is hidden from the last query.
     """
 
     columns: Columns
@@ -47,6 +49,7 @@ class KeptRow:
     cut: int | None = None
     metric: float | None = None
     reasons: Mapping[str, float] = field(default_factory=dict)
+    hides: bool = False
 
 
 class Decision:
@@ -82,11 +85,15 @@ class Decision:
                 keep = selection.mask(valid)
                 columns = torch.arange(self._length, device=valid.device)
                 numbers.append((["cut"], (valid & (columns < selection.cut[:, None])).sum(-1, keepdim=True)))
+            hidden = entries.hidden
             if valid.dim() == 2:
-                valid = valid[:, None]
+                valid, hidden = valid[:, None], None if hidden is None else hidden[:, None]
             if not isinstance(selection, CutSelection):
                 keep = valid if selection is None else selection.keep & valid
-            numbers.append((["ends_real"], valid[:, :, -1].all(-1, keepdim=True)))
+            numbers.append((["ends_real", "any_real"], torch.stack([valid[:, :, -1].all(-1), valid.any(2).any(1)], 1)))
+            if hidden is not None:
+                keep, valid = keep | hidden, valid | hidden
+                numbers.append((["hides"], hidden.any(2).any(1)[:, None]))
             numbers.append(_numbered("real", valid.sum(-1)))
         self._order, kept = kept_first(keep)
         return [*numbers, _numbered("kept", kept)]
@@ -97,14 +104,20 @@ class Decision:
         Raises
         ------
         ValueError
-            Right-padded prompts.
+            Right-padded prompts, and rows without any token.
         """
         columns = zip(*self._numbers.wait(), strict=True) if self._numbers is not None else ()
         table = dict(zip(self._names, columns, strict=True))
+        if not all(table.get("any_real", [])):
+            raise ValueError(
+                f"the attention mask hides every token of row {table['any_real'].index(0)} of the batch: leave out "
+                "rows without a prompt"
+            )
         if not all(table.get("ends_real", [])):
             raise ValueError(
-                "the last column of the prompt is padding: refreekv probes the last prompt token, so batches must be "
-                "left-padded (tokenizer.padding_side = 'left')"
+                f"the attention mask hides the last column of the prompt in row {table['ends_real'].index(0)} of the "
+                "batch: refreekv probes the last prompt token, so batches must be left-padded "
+                "(tokenizer.padding_side = 'left')"
             )
         return [self._row(row, {name: values[row] for name, values in table.items()}) for row in range(self._batch)]
 
@@ -125,7 +138,8 @@ class Decision:
         else:
             columns = Columns.of_ranges((0, self._length))
         reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
-        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons)
+        hides = bool(number.get("hides"))
+        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons, hides)
 
 
 def decide(
@@ -160,7 +174,7 @@ def replace_entries(entries: Entries, selection: Selection, chosen: StandIns) ->
     if entries.valid is not None:
         valid = entries.valid if entries.valid.dim() == 3 else entries.valid[:, None].expand(-1, kv_heads, -1)
         everything = valid.sum((1, 2)).clamp_min(1)
-    share = chosen.real.sum((1, 2)) / everything
+    share = chosen.real.sum((1, 2)).float() / everything
     return replace(selection, keep=keep, reasons={**selection.reasons, "stand-ins": share})
 
 

@@ -1,11 +1,16 @@
-"""Reading the attention masks that transformers builds over logical columns."""
+"""Reading attention masks over logical columns.
+
+Hidden is not padding. A column that the mask hides may be a token of another branch behind the same prefix, or one
+that a later call will see: it stays in the cache. Padding is a leading run of columns that no query of the prompt
+saw, and nothing else.
+"""
 
 import torch
 from torch import Tensor
 
 
-def valid_columns(mask: Tensor | None, query: int, batch: int, columns: int) -> Tensor | None:
-    """Which columns hold real tokens, read off the mask row of one query.
+def visible_columns(mask: Tensor | None, query: int, batch: int, columns: int) -> Tensor | None:
+    """Which columns a query sees.
 
     Parameters
     ----------
@@ -14,24 +19,77 @@ def valid_columns(mask: Tensor | None, query: int, batch: int, columns: int) -> 
         ``[B, columns]`` (flash attention), or ``[B | 1, 1 | H, q, columns]`` boolean
         (True = attend) or additive.
     query : int
-        Index into ``q`` of a query that sees all real columns of interest.
+        Index into ``q``.
     batch, columns : int
         Shape of the result; a longer mask is cut.
 
     Returns
     -------
     Tensor or None
-        Boolean ``[batch, columns]``; None if no column is masked.
+        Boolean ``[batch, columns]``, True where a query head sees the column; None if no column is masked.
+
+    Raises
+    ------
+    ValueError
+        A mask over fewer columns.
     """
     if mask is None:
         return None
-    if mask.dim() == 4:
-        mask = mask[:, :, query]
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        allowed = allowed.any(1)
+    check_columns(mask, columns)
+    allowed = _allowed(mask[:, :, query, :columns]).any(1) if mask.dim() == 4 else mask[:, :columns].bool()
+    return allowed.expand(batch, columns)
+
+
+def seen_columns(mask: Tensor | None, queries: int, batch: int, columns: int) -> Tensor | None:
+    """Which columns any of the first ``queries`` queries sees: as `visible_columns`, of all of them together."""
+    if mask is None or mask.dim() != 4:
+        return visible_columns(mask, 0, batch, columns)
+    check_columns(mask, columns)
+    seen = _allowed(mask[:, :, queries - 1, :columns]).any(1)
+    if mask.is_cuda:
+        seen = seen | _allowed(mask[:, :, :queries, :columns]).any(2).any(1)
     else:
-        allowed = mask.bool()
-    return allowed[:, :columns].expand(batch, columns)
+        # The last query sees nearly all; a look at the others' row for row is for the rest only.
+        rest = (~seen).any(0).nonzero().flatten()
+        seen[:, rest] |= _allowed(mask[:, :, :queries].index_select(3, rest)).any(2).any(1)
+    return seen.expand(batch, columns)
+
+
+def leading_run(hidden: Tensor, *, turn: bool) -> Tensor:
+    """Of columns that nobody saw those that are padding.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        Boolean ``[B, n]``: the columns of a prompt, or of a later turn.
+    turn : bool
+        Whether it is a later turn. Its first column may be the last token generated, which the cache has not
+        seen before; and turns are padded to the length of the longest, so that in a row there is no padding.
+
+    Returns
+    -------
+    Tensor
+        Boolean ``[B, n]``.
+    """
+    if not turn:
+        return hidden.long().cumprod(1).bool()
+    first = hidden[:, :1]
+    run = torch.cat([torch.ones_like(first), hidden[:, 1:]], 1).long().cumprod(1).bool()
+    run = torch.cat([first, run[:, 1:]], 1)
+    return run & ~run.any(1).all()
+
+
+def check_columns(mask: Tensor, columns: int) -> None:
+    """Raise ValueError if a mask says nothing of some columns."""
+    if mask.shape[-1] < columns:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[-1]} tokens and the cache has seen {columns}: masks are over all "
+            "tokens, evicted ones included (get_seq_length() and those of the call)"
+        )
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
 def mask_for_columns(mask: Tensor, row: int, columns: Tensor, heads: int) -> Tensor:
@@ -40,7 +98,7 @@ def mask_for_columns(mask: Tensor, row: int, columns: Tensor, heads: int) -> Ten
     Parameters
     ----------
     mask : Tensor
-        As in `valid_columns`, not None.
+        As in `visible_columns`, not None.
     row : int
         Batch row.
     columns : Tensor

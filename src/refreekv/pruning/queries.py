@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refreekv.policies import ProbePlan
 from refreekv.pruning.calls import AttentionCall, Queries
-from refreekv.pruning.masks import valid_columns
+from refreekv.pruning.masks import visible_columns
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HeldQueries:
             return self
         # The last query in any case: it says how many there were.
         plan = replace(plan, rows=max(plan.rows, 1))
-        valid = valid_columns(call.mask, call.query.shape[2] - 1, call.query.shape[0], length)
+        valid = visible_columns(call.mask, call.query.shape[2] - 1, call.query.shape[0], length)
         known = Queries.of_call(call.query, before, valid, self.prompt).planned(plan)
         known = known.after(self.prompt).planned(plan)
         # A copy: a view would keep the whole chunk's queries alive.

@@ -33,8 +33,14 @@ class Columns:
 
     @classmethod
     def of_ranges(cls, *ranges: Range) -> "Columns":
-        """Ranges, less the empty ones."""
-        return cls(tuple(r for r in ranges if r[1] > r[0]))
+        """Ascending ranges, less the empty ones; those that touch are one."""
+        joined: list[Range] = []
+        for start, stop in ranges:
+            if joined and stop > start == joined[-1][1]:
+                joined[-1] = joined[-1][0], stop
+            elif stop > start:
+                joined.append((start, stop))
+        return cls(tuple(joined))
 
     @property
     def counts(self) -> tuple[int, ...]:

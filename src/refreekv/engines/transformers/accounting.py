@@ -48,11 +48,11 @@ def padded_bytes(layer: ReFreeKVLayer) -> int:
 
 
 def index_bytes(layer: ReFreeKVLayer) -> int:
-    """Bytes of the indices that say which columns were kept, and of the arena's table."""
+    """Bytes of what says which columns were kept and which are padding, and of the arena's table."""
     storages = (head.untyped_storage() for columns in layer.kept_columns for head in columns.heads)
     table = layer.ragged.table.nbytes if isinstance(layer.ragged, KVArena) else 0
     # Rows copied for beam search share one index.
-    return table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return layer.padding_bytes + table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _row_bytes(layer: ReFreeKVLayer) -> list[int]:

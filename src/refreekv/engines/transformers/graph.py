@@ -333,6 +333,8 @@ class Decoder:
                 raise UncapturableError("the model runs without some of its layers")
             if not isinstance(layer.ragged, KVArena):
                 raise UncapturableError(f"a layer's entries are in a {type(layer.ragged or layer.keys).__name__}")
+            if layer.holds_hidden:
+                raise UncapturableError("the attention mask hides tokens that are no padding and stay in the cache")
             layers.append(layer)
         return layers
 

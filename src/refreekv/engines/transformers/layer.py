@@ -24,7 +24,7 @@ from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import Decision, KeptRow, decide
-from refreekv.pruning.masks import mask_for_columns, valid_columns
+from refreekv.pruning.masks import leading_run, mask_for_columns, seen_columns, visible_columns
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import RowRecord, after_crop, after_pruning
 from refreekv.storage.arena import KVArena
@@ -55,6 +55,9 @@ class ReFreeKVLayer(DynamicLayer):
     kept_columns : list of Columns
         Logical columns of what the last pruning kept, a row each. The entries after it have the
         columns from the logical length it was made at on, without a gap.
+    holds_hidden : bool
+        Whether the mask of the last prompt hid some of what is stored: then masks are to be looked at
+        while decoding, too.
     """
 
     def __init__(self, index: int, ordinal: int, state: PromptState, kv_dtype: KVDtype | None = None):
@@ -77,6 +80,12 @@ class ReFreeKVLayer(DynamicLayer):
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._settled_length = 0
         self._centres: tuple[Tensor, Tensor] | None = None
+        self.holds_hidden = False
+        # [B, columns]: padding that is still stored. None: there is none.
+        self._padding: Tensor | None = None
+        # Of a prompt whose chunks go on: logical length where it began, and what its queries saw; None: everything.
+        self._turn_start: int | None = None
+        self._seen: Tensor | None = None
 
     # -- what the model calls -------------------------------------------------------------
 
@@ -178,9 +187,12 @@ class ReFreeKVLayer(DynamicLayer):
         before = self._length - call.query.shape[2]
         behind = self.state.tokens_behind(before, self._length)
         if behind is not None:
+            self._note_seen(call, before, self._length - behind)
+            self._note_padding()
             self._prune(call, behind)
             self._settled_length = self._length - behind
         elif self.state.continues(self._length):
+            self._note_seen(call, before, self._length)
             if not self.state.policy.freezes(self.ordinal):
                 plan = self.state.policy.probe_plan(self._length)
                 self._queries = self._queries.with_chunk(call, before, self._length, plan)
@@ -203,6 +215,28 @@ class ReFreeKVLayer(DynamicLayer):
         if interval is not None and self._queries.generated_tokens >= interval:
             # Their queries are the probes.
             self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
+
+    def _note_seen(self, call: AttentionCall, before: int, end: int) -> None:
+        """Take down which columns the queries of a prompt's chunk, from logical length ``before`` on, see."""
+        if self._turn_start is None:
+            self._turn_start = before
+        if call.mask is None and self._seen is None:
+            return
+        seen = seen_columns(call.mask, end - before, call.query.shape[0], end)
+        earlier = self._seen
+        if seen is None:
+            seen = torch.ones(call.query.shape[0], end, dtype=torch.bool, device=call.query.device)
+        if earlier is None:  # chunks without a mask saw everything
+            earlier = torch.ones_like(seen[:, : before if before > self._turn_start else 0])
+        self._seen = torch.cat([seen[:, : earlier.shape[1]] | earlier, seen[:, earlier.shape[1] :]], 1)
+
+    def _note_padding(self) -> None:
+        """At the end of a prompt: what of it is padding is what no query saw of its beginning."""
+        start, seen = self._turn_start or 0, self._seen
+        self._turn_start = self._seen = None
+        if seen is not None:
+            run = leading_run(~seen[:, start:], turn=start > 0)
+            self._padding = torch.cat([self._padding_until(start, seen[:, :start]), run], 1)
 
     # -- pruning --------------------------------------------------------------------------
 
@@ -240,15 +274,21 @@ class ReFreeKVLayer(DynamicLayer):
         """
         end = self._length - behind
         new = call.query.shape[2] - behind
-        valid = valid_columns(call.mask, -1 - behind, call.query.shape[0], end)
+        visible = visible_columns(call.mask, -1 - behind, call.query.shape[0], end)
+        padding = None if visible is None else self._padding_until(end, visible)
         held = self._queries.prompt
-        queries = Queries.of_call(call.query[:, :, :new], end - new, valid, held).after(held)
+        queries = Queries.of_call(call.query[:, :, :new], end - new, visible, held).after(held)
         if self.ragged is None:
-            keys, values = self.dense
-            return [Entries.of_dense(keys[:, :, :end], values[:, :, :end], valid, queries, self._settled_length)]
+            keys, values = (entries[:, :, :end] for entries in self.dense)
+            return [Entries.of_dense(keys, values, visible, padding, queries, self._settled_length)]
         columns = [self.columns(row) for row in range(self.batch)]
-        bounds = self._pruned_length, self._settled_length
-        return Entries.of_ragged(self.ragged, columns, behind, valid, queries, *bounds)
+        return Entries.of_ragged(self.ragged, columns, behind, visible, padding, queries, self._settled_length)
+
+    def _padding_until(self, end: int, like: Tensor) -> Tensor:
+        """Boolean ``[B, end]`` like another: the padding that is still stored."""
+        if self._padding is None:
+            return torch.zeros_like(like)
+        return torch.nn.functional.pad(self._padding, (0, end - self._padding.shape[1]))
 
     def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
@@ -259,6 +299,7 @@ class ReFreeKVLayer(DynamicLayer):
     def _compact(self, decisions: Sequence[Decision], behind: int) -> None:
         chosen = [row for decision in decisions for row in decision.rows()]
         self.records = after_pruning(self.records, chosen)
+        self.holds_hidden = any(row.hides for row in chosen)
         if self._in_place(chosen, behind):
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
@@ -272,6 +313,7 @@ class ReFreeKVLayer(DynamicLayer):
         )
         self._centres = None
         self.kept_columns, self._pruned_length = columns, self._length - behind
+        self._padding = None
         self._store(storage)
 
     def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
@@ -317,6 +359,9 @@ class ReFreeKVLayer(DynamicLayer):
             self.reset()
             return
         self._queries = self._queries.cropped(remove)
+        self._turn_start = self._seen = None
+        if self._padding is not None:
+            self._padding = self._padding[:, :length].clone()
         self._settled_length = min(self._settled_length, length)
         if self.ragged is None:
             super().crop(-remove)
@@ -352,6 +397,8 @@ class ReFreeKVLayer(DynamicLayer):
             self._store(self.ragged.select_rows(indices))
         if self.records:
             self.records = [self.records[row] for row in indices]
+        if self._padding is not None:
+            self._padding = self._padding[list(indices)]
         self._queries = self._queries.of_rows(indices)
         self._unverified = None  # of other rows; the next token's call serves as well
 
@@ -385,6 +432,11 @@ class ReFreeKVLayer(DynamicLayer):
     def generated_since(self) -> int:
         """Generated tokens since the last pruning, where these are pruned, too."""
         return self._queries.generated_tokens
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of what says which of the stored entries are padding."""
+        return 0 if self._padding is None else self._padding.nbytes
 
     @property
     def batch(self) -> int:

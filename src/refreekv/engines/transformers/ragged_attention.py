@@ -10,7 +10,7 @@ from torch import Tensor
 from refreekv.core.autocast import without_autocast
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.kernels import ragged_decode
-from refreekv.pruning.masks import causal_mask, hide_padding
+from refreekv.pruning.masks import causal_mask, check_columns, hide_padding
 from refreekv.storage.arena import KVArena
 from refreekv.storage.ragged import Piece, RaggedKV
 
@@ -89,6 +89,8 @@ def _by_row(
 ) -> Tensor:
     """Attention over full-precision entries: in one call where all rows have one length, else row by row."""
     batch, heads, queries, _ = query.shape
+    if mask is not None:
+        check_columns(mask, layer.get_seq_length())
     needs_causal_mask = queries > 1 and not flash
     if storage.uniform and mask is None:
         if needs_causal_mask:
@@ -97,7 +99,7 @@ def _by_row(
     outputs = []
     for row, (keys, values) in enumerate(storage.rows()):
         row_kwargs = {name: _row_of(value, name, row, batch) for name, value in kwargs.items()}
-        if flash and not storage.even(row):
+        if flash and (not storage.even(row) or (mask is not None and len(layer.kept_columns[row].heads) > 1)):
             own = storage.segments(row)
             outputs.append(_by_head(layer, own, attention, module, query[row : row + 1], mask, row, **row_kwargs))
             continue
@@ -137,7 +139,7 @@ def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs
     """Whether this is plain decoding: one token a row that sees every entry."""
     return (
         query.shape[2] == 1
-        and (mask is None or layer.state.decodes(layer.get_seq_length() - 1))
+        and (mask is None or (layer.state.decodes(layer.get_seq_length() - 1) and not layer.holds_hidden))
         and kwargs.get("sliding_window") is None
         and not kwargs.get("dropout")
     )

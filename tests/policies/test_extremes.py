@@ -1,0 +1,68 @@
+"""All policies on prompts of a few tokens, and whatever PyTorch's default type is."""
+
+import pytest
+import torch
+
+from helpers.models import build, prompts
+from refreekv import ReFreeKVCache, policies
+
+SPECS = {
+    "adaptive": [
+        "min_length=0",
+        "min_length=0,sinks=0,window=1,constant=0.5",
+        "min_length=0,constant=0.05,shared=true",
+    ],
+    "refreekv": ["threshold=0.3,frozen_layers=0", "threshold=0.3,frozen_layers=0,sinks=0,probe_rows=3"],
+    "refreekv-heavy-hitter": ["threshold=0.3,frozen_layers=0", "threshold=0.3,frozen_layers=0,sinks=0,recent=0"],
+    "full": [""],
+    "gvote": ["", "window=1"],
+    "top-p": ["", "p=0.5"],
+}
+BUDGETS = ["ratio=0.5", "size=1", "size=1000"]
+ALL = [f"{name}:{how}".rstrip(":") for name in policies.available() for how in SPECS.get(name, BUDGETS)]
+POLICY = pytest.mark.parametrize("policy", ALL)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build("llama", attention="sdpa")
+
+
+def answer(model, policy, lengths, arena=None, kv_dtype=None):
+    ids, mask = prompts(lengths, seed=1)
+    cache = ReFreeKVCache(model, policy, kv_dtype=kv_dtype)
+    cache.state.arena = arena
+    out = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, do_sample=False
+    )
+    return out, cache
+
+
+@POLICY
+@pytest.mark.parametrize("lengths", [(1,), (2,), (3,), (5, 1, 2, 3)], ids=str)
+def test_prompts_of_a_few_tokens(lengths, policy, small):
+    wanted = answer(small, "full", lengths)[0]
+    out, cache = answer(small, policy, lengths)
+    assert out.shape == wanted.shape
+    in_arena, _ = answer(small, policy, lengths, arena=True)
+    assert torch.equal(in_arena, out)
+    assert answer(small, policy, lengths, kv_dtype="int4")[0].shape == wanted.shape
+    for layer in cache.report.prunable:
+        assert all(min(row.kept_heads) >= 1 for row in layer.rows)
+
+
+@POLICY
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
+def test_the_default_type_decides_nothing(default, policy, small):
+    """It is the user's, and a habit to set it while a model is loaded."""
+    lengths = (61, 23)
+    wanted, judge = answer(small, policy, lengths)
+    torch.set_default_dtype(default)
+    try:
+        out, cache = answer(small, policy, lengths)
+        assert answer(small, policy, lengths, kv_dtype="int4")[0].shape == wanted.shape
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, wanted)
+    assert [cache.kept_ranges(row) for row in (0, 1)] == [judge.kept_ranges(row) for row in (0, 1)]
+    assert cache.report == judge.report
