@@ -126,7 +126,8 @@ def needs(
     if rules.together:
         keep = keep.any(1, keepdim=True).expand_as(keep) & real
     lost = window.peak.masked_fill(keep, 0.0).amax((1, 2))
-    shares = (every & real).sum((2, 3)) / real.sum((1, 2)).clamp_min(1)
+    # Counts as float32: their quotient would be of PyTorch's default type, which is the user's.
+    shares = (every & real).sum((2, 3)).float() / real.sum((1, 2)).clamp_min(1)
     if order is not None:
         keep = torch.zeros_like(keep).scatter(-1, order, keep)
     return Needs(keep, lost, dict(zip(reasons, shares.unbind(0), strict=True)))

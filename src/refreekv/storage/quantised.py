@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from refreekv.storage.ragged import Frame, Piece, RaggedKV
 
 Pair = tuple[Tensor, Tensor]
 """Of keys and of values."""
+
+
+class Parts(NamedTuple):
+    """Entries of segments in the order they have there; ``centres`` are the means that codes are without."""
+
+    sinks: RaggedKV
+    codes: tuple[Codes, Codes]
+    recent: RaggedKV
+    centres: Pair
 
 
 class QuantisedKV(RaggedKV):
@@ -71,6 +81,11 @@ class QuantisedKV(RaggedKV):
         shape = len(full.lengths), full.kv_heads, -1
         unknown = blank[0].expand(shape).clone(), blank[1].expand(shape).clone()
         return cls(kind, empty, codes, nothing, full, unknown)._settled(centres, behind)
+
+    @property
+    def parts(self) -> "Parts":
+        """What the storage is made of."""
+        return Parts(self._sinks, self._codes, self._recent, self._centres)
 
     # -- the interface of RaggedKV ----------------------------------------------------------
 

@@ -50,7 +50,8 @@ def check_as_plain(model, calls, arena, dropped=0):
         want, got = feed(model, plain, ids, mask, positions), feed(model, cache, ids, mask, positions)
         torch.testing.assert_close(got[:, -1], want[:, -1], atol=1e-4, rtol=1e-4)
         seen += ids.shape[1]
-    wanted = ((dropped, seen),) if arena else ((0, seen),)
+    in_arena = arena or (arena is None and model.device.type == "cuda")
+    wanted = ((dropped, seen),) if in_arena else ((0, seen),)
     assert all(heads == (wanted,) * len(heads) for heads in cache.kept_ranges())
     return cache
 
@@ -317,3 +318,32 @@ def test_masks_over_too_few_tokens_are_refused_and_over_more_are_cut(arena, llam
     # As long as what is held, which masks do not count by.
     with pytest.raises(ValueError, match=r"covers 21 tokens and the cache has seen 41"):
         feed(llama, cache, ids[:, 40:41], torch.ones(1, 1, 1, 21, dtype=torch.bool))
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arena", [None, False], ids=["arena", "exact"])
+def test_on_a_gpu(arena, ids, steps):
+    model = build("llama", attention="sdpa").cuda()
+    mask, positions = branches()
+    first = torch.ones(1, 1, 1, 47, dtype=torch.bool)
+    first[..., 38:46] = False
+    calls = [(ids[:, :46], mask, positions), (ids[:, 46:47], first, torch.tensor([[38]]))]
+    on_gpu = [tuple(None if part is None else part.cuda() for part in call) for call in calls]
+    check_as_plain(model, on_gpu, arena)
+    holed = [(ids[:, :40].cuda(), hole(40, 12, 20).cuda(), None), (ids[:, 40:41].cuda(), None, None)]
+    check_as_plain(model, holed, arena)
+    rows, padded = (part.cuda() for part in prompts((40, 33, 36), seed=3))
+    plain = [answers(model, DynamicCache(config=model.config), rows, padded)]
+    got = [answers(model, cache_of(model, arena), rows, padded)]
+    assert steps["run"] == (7 if arena is None else 0)
+    padded[0, 10:17] = 0
+    plain.append(answers(model, DynamicCache(config=model.config), rows, padded))
+    got.append(answers(model, cache_of(model, arena), rows, padded))
+    assert steps["run"] == (7 if arena is None else 0)
+    for (tokens, logits), (others, wanted) in zip(got, plain, strict=True):
+        assert torch.equal(tokens, others)
+        torch.testing.assert_close(logits, wanted, atol=2e-3, rtol=2e-3)

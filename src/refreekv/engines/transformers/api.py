@@ -1,11 +1,11 @@
 """The method on transformers: `compress` and `ReFreeKVCache`."""
 
-import copy
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from refreekv.engines.transformers import sessions
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
+from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
 from refreekv.report import CompressionReport
 
@@ -69,12 +70,42 @@ class ReFreeKVCache(PrunedCache):
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ReFreeKVCache":
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, policy: str | Policy | None = None) -> Self:
+        """Read a cache that `save` wrote, of this process or another, and go on with it.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        model : PreTrainedModel
+            The model that the cache was made for: its configuration, and a few of its weights, are compared.
+        policy : str or Policy, optional
+            Needed for policies that are not registered; has to be the one that the cache had.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            A file that is none of ours, was damaged or cut off, is of another version, or belongs to another
+            model or policy.
+
+        Examples
+        --------
+        >>> cache.save("manual.safetensors")  # doctest: +SKIP
+        >>> cache = refreekv.ReFreeKVCache.load("manual.safetensors", model)  # doctest: +SKIP
+        """
+        check_model(model)
+        saved = Saved(path)
+        saved.check_model(model)
+        cache = cls(model, saved.policy(None if policy is None else resolve(policy)), **saved.settings)
+        saved.fill(cache, model)
+        return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that keeps the model attached by itself, also when the original is gone."""
-        self.state.settle()
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied = super().__deepcopy__(memo)
         model = self._model() if self._model is not None else None
         if isinstance(model, PreTrainedModel):
             weakref.finalize(copied, Attachment.attach(model).detach)

@@ -1,9 +1,11 @@
 """The cache a user holds: transformers' `DynamicCache` with layers that prune themselves."""
 
+import copy
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
@@ -13,6 +15,7 @@ from refreekv.core.quantisation import KVDtype
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
+from refreekv.engines.transformers.saving import save
 from refreekv.policies import Policy
 from refreekv.policies.base import check_count
 from refreekv.report import CompressionReport
@@ -168,6 +171,44 @@ class PrunedCache(DynamicCache):
         self.state.settle()
         for layer in self.pruned_layers:
             layer.free_rows(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a file, for another process to go on with: ``ReFreeKVCache.load(path, model)``.
+
+        The file (safetensors) holds what the cache holds, coded as it is stored, and says what model, policy
+        and settings it belongs to. It replaces what is at ``path`` once it is complete.
+
+        Raises
+        ------
+        ValueError
+            A cache that holds nothing, is in the middle of a prompt, has freed rows, or layers of other
+            kinds than full and sliding-window attention.
+        RuntimeError
+            The model is gone.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise RuntimeError("the model that this cache was made for is gone, and a file has to say which it was")
+        save(self, model, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with keys and values of its own."""
+        self.state.settle()
+        copied = self.__copy__()
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self) -> Self:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled, as it belongs to a model that is in use here; write it to a "
+            "file with cache.save(path) and read it with refreekv.ReFreeKVCache.load(path, model)"
+        )
 
     def reset(self) -> None:
         """Forget everything; the cache can take a new prompt."""

@@ -10,7 +10,7 @@ Lengths are logical everywhere outside: positions, masks and `get_seq_length` co
 tokens ever seen, so that rotary positions stay true whatever is evicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -417,6 +417,52 @@ class ReFreeKVLayer(DynamicLayer):
     def offload(self) -> None:
         """Not supported: storage moves when it is pruned."""
         raise NotImplementedError("a ReFreeKVCache cannot be offloaded to the CPU layer by layer")
+
+    # -- files --------------------------------------------------------------------------------
+
+    def check_between_calls(self) -> None:
+        """Raise ValueError in the middle of a prompt, of which more is held than can be told of."""
+        if self._turn_start is not None or self._queries.prompt is not None:
+            raise ValueError("the cache is in the middle of a prompt that comes in chunks: save it after the last one")
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt."""
+        return {"length": self._length, "pruned": self._pruned_length, "settled": self._settled_length}
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Boolean ``[B, columns]``: padding that is still stored; None: there is none."""
+        return self._padding
+
+    @property
+    def generated(self) -> tuple[Tensor, ...]:
+        """Queries of tokens generated since the last pruning, where generated tokens are pruned, too."""
+        return self._queries.generated
+
+    def restore(
+        self,
+        entries: RaggedKV | tuple[Tensor, Tensor],
+        marks: Mapping[str, int],
+        *,
+        columns: Sequence[Columns],
+        records: Sequence[RowRecord],
+        hides: bool,
+        padding: Tensor | None,
+        generated: Sequence[Tensor],
+    ) -> None:
+        """Become what another layer was, of which these are the parts: dense entries, or a storage."""
+        self._clear()
+        self.is_initialized = True
+        if isinstance(entries, RaggedKV):
+            self._store(entries)
+        else:
+            self.keys, self.values = entries
+        held = self.dense[0] if self.ragged is None else self.ragged.keys
+        self.device, self.dtype = held.device, held.dtype
+        self._length, self._pruned_length, self._settled_length = (marks[n] for n in ("length", "pruned", "settled"))
+        self.kept_columns, self.records, self.holds_hidden = list(columns), list(records), hides
+        self._padding, self._queries = padding, HeldQueries(generated=tuple(generated))
 
     # -- what is stored ---------------------------------------------------------------------
 

@@ -1,0 +1,440 @@
+"""Pruned caches in files: safetensors, with a description that is checked when they are read.
+
+A file holds what the cache holds, as it is stored (codes stay codes), without room to grow; so it can be
+written on one device and read on another. Written first beside its place and then renamed, it is whole or
+not there.
+"""
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from refreekv.core.quantisation import KVDtype
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.policies import Policy, registry
+from refreekv.pruning.records import RowRecord
+from refreekv.storage.arena import KVArena
+from refreekv.storage.columns import Columns
+from refreekv.storage.compaction import takes_arena
+from refreekv.storage.ragged import RaggedKV
+from refreekv.storage.written import TYPES, Written, read, read_lengths, written
+
+if TYPE_CHECKING:
+    from refreekv.engines.transformers.cache import PrunedCache
+
+FORMAT = "refreekv-cache"
+VERSION = 1
+"""Of the format: another number is another format."""
+
+SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "layer_types", "sliding_window", "rope_parameters",
+)  # fmt: skip
+"""Entries of a configuration that keys and values depend on."""
+
+SAMPLES = 16
+"""Numbers that are looked at of each of a few weights."""
+
+
+class DamagedError(ValueError):
+    """Why a file is not what it was written as."""
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def save(cache: "PrunedCache", model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a cache to a file, in place of what may be there; see `PrunedCache.save`."""
+    description, tensors = _described(cache, model)
+    text = json.dumps(description)
+    sums = {name: _sum(tensor) for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "cache": text, "sums": json.dumps({"": zlib.crc32(text.encode()), **sums})}
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(tensors, beside, metadata)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cache.state.check_reported()
+    for pruned in cache.pruned_layers:
+        pruned.prune_verified()
+    cache.state.settle()
+    if cache.is_unused:
+        raise ValueError("the cache holds nothing yet: there is nothing to save")
+    layers: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        kind, own = _layer(index, layer)
+        layers.append(kind)
+        tensors |= {f"{index}.{name}": _on_host(part) for name, part in own.items()}
+    name = getattr(model.config, "_name_or_path", None)
+    description = {
+        "version": VERSION,
+        "model": {
+            "name": name or type(model).__name__,
+            "shape": _shape(model),
+            "weights": _weights(model),
+        },
+        "policy": _policy(cache.policy),
+        "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype),
+        "decode": cache.decode,
+        "decode_interval": cache.state.decode_interval,
+        "layers": layers,
+    }
+    return description, tensors
+
+
+def _on_host(part: Tensor) -> Tensor:
+    """A tensor as files take it: in host memory, with a storage that it shares with nobody."""
+    host = part.detach().cpu().contiguous()
+    small = host.dtype in (torch.int32, torch.bool)  # rows copied for beam search share their columns
+    return host.clone() if small or host.untyped_storage().nbytes() != host.nbytes else host
+
+
+def _layer(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A layer's description and tensors."""
+    if isinstance(layer, ReFreeKVLayer):
+        return _pruned_layer(layer)
+    if type(layer) is DynamicSlidingWindowLayer:
+        plain: dict[str, Any] = {"kind": "sliding", "length": int(layer.cumulative_length)}
+        plain["past"] = bool(getattr(layer, "record_past", False))
+        if not layer.is_initialized or layer.keys is None or layer.values is None:
+            return plain, {}
+        return plain, {"keys": layer.keys, "values": layer.values}
+    if not isinstance(layer, CacheLayerMixin) and getattr(layer, "keys", None) is None and not _states(layer):
+        return {"kind": "none"}, {}
+    raise ValueError(
+        f"layer {index} is a {type(layer).__name__}, which cannot be saved: only caches of full and sliding-window "
+        "attention can"
+    )
+
+
+def _states(layer: Any) -> bool:
+    return any(isinstance(value, Tensor | list | dict) and len(value) > 0 for value in vars(layer).values())
+
+
+def _pruned_layer(layer: ReFreeKVLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    layer.check_between_calls()
+    if isinstance(layer.ragged, KVArena) and any(layer.ragged.freed):
+        raise ValueError(
+            f"rows {[row for row, freed in enumerate(layer.ragged.freed) if freed]} were freed and hold nothing; "
+            "select the others before saving (batch_select_indices)"
+        )
+    plain: dict[str, Any] = {"kind": "pruned", **layer.marks, "hides": layer.holds_hidden}
+    tensors: dict[str, Tensor] = {}
+    if layer.ragged is None:
+        plain["storage"] = {"kind": "dense"}
+        if layer.get_seq_length():
+            tensors["keys"], tensors["values"] = layer.dense
+    else:
+        form: Written = written(layer.ragged)
+        plain["storage"] = form.plain
+        tensors |= form.tensors
+    plain["records"] = [{**asdict(record), "reasons": dict(record.reasons)} for record in layer.records]
+    plain["columns"] = []
+    for row, columns in enumerate(layer.kept_columns):
+        plain["columns"].append(len(columns.heads) if columns.ranges is None else [list(r) for r in columns.ranges])
+        tensors |= {f"columns.{row}.{head}": index for head, index in enumerate(columns.heads)}
+    if layer.padding is not None:
+        tensors["padding"] = layer.padding
+    if layer.generated:
+        tensors["generated"] = torch.cat(layer.generated, dim=2)
+    return plain, tensors
+
+
+def _policy(policy: Policy) -> dict[str, Any]:
+    known = policy.name in registry.available() and registry.get(policy.name) is type(policy)
+    given: dict[str, Any] = {}
+    for field in fields(policy):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        value = getattr(policy, field.name)
+        known = known and (value is None or isinstance(value, bool | int | float | str))
+        given[field.name] = value
+    return {"text": str(policy), "name": policy.name, "parameters": given if known else None}
+
+
+def _shape(model: nn.Module) -> dict[str, Any]:
+    """What keys and values depend on, as JSON gives it back."""
+    text = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    found = {name: getattr(text, name, None) for name in SHAPE}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def _weights(model: nn.Module) -> dict[str, list[float]]:
+    """A few numbers of a few weights: another model of the same shape has others. Packed weights say nothing."""
+    chosen = {}
+    named = {name: part for name, part in model.named_parameters() if part.dim() == 2 and _is_plain(part)}
+    names = list(named)
+    for name in {names[len(names) * part // 4] for part in range(4)} if names else ():
+        chosen[name] = _sample(named[name])
+    return chosen
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+def _sample(weight: Tensor) -> list[float]:
+    flat = weight.detach().reshape(-1)
+    numbers: list[float] = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().tolist()
+    return numbers
+
+
+def _sum(tensor: Tensor) -> int:
+    """A checksum of a tensor: of its type, its shape and its bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, start) if tensor.numel() else start
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class Saved:
+    """A file that was opened, with what it says of itself.
+
+    Raises
+    ------
+    ValueError
+        No file of this format, one of another version, or a damaged one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise FileNotFoundError(f"there is no file {self._path}")
+        try:
+            self._file = safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path} is no saved cache, or was cut off: {error}") from error
+        metadata = self._file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{self._path} holds tensors, but no cache that PrunedCache.save wrote")
+        try:
+            text = metadata["cache"]
+            self._sums: dict[str, int] = json.loads(metadata["sums"])
+            if self._sums[""] != zlib.crc32(text.encode()):
+                raise DamagedError("its description is not what was written")
+            self.description: dict[str, Any] = json.loads(text)
+            version = self.description["version"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path} is damaged: {error}") from error
+        if version != VERSION:
+            raise ValueError(
+                f"{self._path} is of version {version} of its format and this refreekv reads version {VERSION}; make "
+                "the cache anew, or load it with the refreekv that wrote it"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless the cache was made for such a model."""
+        with self._reading():
+            made, own = self.description["model"], _shape(model)
+            name, shape = str(made["name"]), dict(made["shape"])
+            wanted = {key: torch.tensor(numbers) for key, numbers in made["weights"].items()}
+        for key, value in shape.items():
+            if own.get(key) != value:
+                raise ValueError(
+                    f"{self._path} was made for {name}, with {key} = {value}; this {type(model).__name__} has "
+                    f"{own.get(key)}"
+                )
+        named = dict(model.named_parameters())
+        for key, numbers in wanted.items():
+            weight = named.get(key)
+            if weight is None or not _is_plain(weight):
+                continue  # of a model that is wrapped or packed otherwise
+            found = torch.tensor(_sample(weight))
+            # Half precision and other roundings are the same weights.
+            if numbers.shape != found.shape or (numbers - found).norm() > 0.05 * numbers.norm() + 1e-6:
+                raise ValueError(
+                    f"{self._path} was made for another model of the same shape ({name}): its {key} is another"
+                )
+
+    def policy(self, given: Policy | None) -> Policy:
+        """The policy that the cache had; ValueError if ``given`` is another one."""
+        with self._reading():
+            saved = self.description["policy"]
+            text, name, parameters = str(saved["text"]), str(saved["name"]), saved["parameters"]
+        if given is None and parameters is None:
+            raise ValueError(f"the policy of {self._path}, {text}, cannot be made from its name; pass policy=")
+        policy = registry.create(name, **parameters) if given is None else given
+        if str(policy) != text:
+            raise ValueError(f"{self._path} was pruned by {text}; this is {policy}")
+        return policy
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `PrunedCache` beside the policy."""
+        with self._reading():
+            found = {name: self.description[name] for name in ("kv_dtype", "decode", "decode_interval")}
+            return {**found, "kv_dtype": KVDtype.parse(found["kv_dtype"])}
+
+    def fill(self, cache: "PrunedCache", model: nn.Module) -> None:
+        """Put what the file holds into a cache that was just made for ``model``.
+
+        Raises
+        ------
+        ValueError
+            A damaged file.
+        """
+        devices = _devices(model)
+        with self._reading():
+            described = self.description["layers"]
+            if len(described) != len(cache.layers):
+                raise DamagedError(f"it has {len(described)} layers and the cache {len(cache.layers)}")
+            batches = set()
+            for index, (plain, layer) in enumerate(zip(described, cache.layers, strict=True)):
+                tensors = self._tensors(index, devices.get(index, next(model.parameters()).device))
+                batches.add(_fill_layer(layer, plain, tensors, cache.state.arena))
+            if len(batches - {0}) != 1:
+                raise DamagedError("its layers have different numbers of rows")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Within, what cannot be read is the file's fault."""
+        try:
+            yield
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{self._path} is damaged: {error}") from error
+
+    def _tensors(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """A layer's tensors, each compared with its sum."""
+        prefix, found = f"{index}.", {}
+        for name in self._file.keys():  # noqa: SIM118 (no dictionary)
+            if name.startswith(prefix):
+                tensor = self._file.get_tensor(name)
+                if self._sums.get(name) != _sum(tensor):
+                    raise DamagedError(f"the tensor {name} is not what was written")
+                # A copy: the file may be written over.
+                found[name.removeprefix(prefix)] = tensor.to(device, copy=True)
+        return found
+
+
+def _devices(model: nn.Module) -> dict[int, torch.device]:
+    """Where each layer's attention runs."""
+    found = {}
+    for module in model.modules():
+        index, first = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and first is not None:
+            found[index] = first.device
+    return found
+
+
+def _fill_layer(layer: Any, plain: Mapping[str, Any], tensors: dict[str, Tensor], arena: bool | None) -> int:
+    """Make a layer what was written; its rows, 0 if there are none."""
+    kind = plain["kind"]
+    if kind == "pruned" and isinstance(layer, ReFreeKVLayer):
+        return _fill_pruned(layer, plain, tensors, arena)
+    if kind == "sliding" and type(layer) is DynamicSlidingWindowLayer:
+        if not tensors:
+            return 0
+        keys, values = tensors["keys"], tensors["values"]
+        _check_dense(keys, values)
+        DynamicLayer.lazy_initialization(layer, keys, values)
+        if hasattr(layer, "_sliding_window_tensor"):
+            layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
+        layer.keys, layer.values = keys, values
+        layer.cumulative_length = _count(plain["length"], keys.shape[2])
+        if hasattr(layer, "record_past"):
+            layer.record_past = bool(plain["past"])
+        return len(keys)
+    if kind == "none" and not isinstance(layer, CacheLayerMixin):
+        return 0
+    raise DamagedError(f"a {kind} layer cannot become a {type(layer).__name__}")
+
+
+def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[str, Tensor], arena: bool | None) -> int:
+    marks = {name: _count(plain[name]) for name in ("length", "pruned", "settled")}
+    columns = [_columns(row, given, tensors, marks["pruned"]) for row, given in enumerate(plain["columns"])]
+    entries: RaggedKV | tuple[Tensor, Tensor]
+    if plain["storage"]["kind"] == "dense":
+        entries = tensors["keys"], tensors["values"]
+        _check_dense(*entries)
+        rows, heads = entries[0].shape[:2]
+        if entries[0].shape[2] != marks["length"] or columns:
+            raise DamagedError("entries and lengths do not agree")
+    else:
+        entries = read(plain["storage"], tensors)
+        rows, heads = len(entries.lengths), entries.kv_heads
+        behind = marks["length"] - marks["pruned"]
+        kept = [tuple(n + behind for n in row.for_heads(heads)) for row in columns]
+        if behind < 0 or kept != entries.lengths:
+            raise DamagedError("kept columns and lengths do not agree")
+        exact = plain["storage"]["kind"] == "exact"
+        if exact and takes_arena(arena, entries.keys, entries.values, None):
+            entries = KVArena.of(entries)
+    records = [_record(given) for given in plain["records"]]
+    padding = tensors.get("padding")
+    if len(records) not in (0, rows) or (padding is not None and padding.shape != (rows, padding.shape[-1])):
+        raise DamagedError("records are of other rows")
+    if padding is not None and (padding.dtype != torch.bool or padding.shape[1] > marks["length"]):
+        raise DamagedError("padding is none")
+    generated = [tensors["generated"]] if "generated" in tensors else []
+    if any(part.dim() != 4 or len(part) != rows or part.shape[1] % heads for part in generated) or any(
+        part.dtype not in TYPES.values() for part in generated
+    ):
+        raise DamagedError("queries are of other rows")
+    hides = bool(plain["hides"])
+    layer.restore(entries, marks, columns=columns, records=records, hides=hides, padding=padding, generated=generated)
+    return rows
+
+
+def _columns(row: int, given: Any, tensors: Mapping[str, Tensor], end: int) -> Columns:
+    """What a row keeps, as ascending columns under ``end``."""
+    if isinstance(given, list):
+        at = 0
+        for start, stop in given:
+            if not at <= _count(start) < _count(stop) <= end:
+                raise DamagedError("kept ranges are not in order")
+            at = stop
+        return Columns.of_ranges(*((start, stop) for start, stop in given))
+    heads = tuple(tensors[f"columns.{row}.{head}"] for head in range(_count(given)))
+    for head in heads:
+        if head.dtype != torch.int32 or head.dim() != 1 or (len(head) and not 0 <= int(head[0]) <= int(head[-1]) < end):
+            raise DamagedError("kept columns are none")
+        if len(head) > 1 and not bool((head.diff() > 0).all()):
+            raise DamagedError("kept columns are not in order")
+    if not heads:
+        raise DamagedError("a row says nothing of what it keeps")
+    return Columns(heads=heads).owned()
+
+
+def _record(given: Mapping[str, Any]) -> RowRecord:
+    (kept,) = read_lengths([given["kept"]])
+    cut, metric = given["cut"], given["metric"]
+    reasons = {str(name): float(share) for name, share in given["reasons"].items()}
+    return RowRecord(
+        _count(given["tokens"]), kept, None if cut is None else _count(cut), None if metric is None else float(metric),
+        reasons,
+    )  # fmt: skip
+
+
+def _check_dense(keys: Tensor, values: Tensor) -> None:
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise DamagedError("keys and values do not go together")
+    if any(part.dtype not in TYPES.values() for part in (keys, values)):
+        raise DamagedError("keys and values are of no type that is stored")
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise DamagedError(f"{value!r} is not a number of tokens")
+    return value
