@@ -163,13 +163,15 @@ def test_hidden_tokens_and_keys_of_another_type_than_values(arena, llama, tmp_pa
     assert torch.equal(got, want)
 
 
-def test_a_cache_of_compress_can_be_saved(llama, tmp_path):
+def test_a_cache_of_compress_can_be_saved_within_the_block_and_after_it(llama, tmp_path):
     with refreekv.compress(llama, "streaming-llm", size=20) as kv:
         out = llama.generate(prompts((50,))[0], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        kv.cache.save(tmp_path / "cache")
+        kv.cache.save(tmp_path / "within")
         want = summary(kv.cache)
-        del out
-    assert summary(refreekv.ReFreeKVCache.load(tmp_path / "cache", llama)) == want
+    kv.cache.save(tmp_path / "after")
+    assert summary(refreekv.ReFreeKVCache.load(tmp_path / "within", llama)) == want
+    assert summary(refreekv.ReFreeKVCache.load(tmp_path / "after", llama)) == want
+    del out
 
 
 SCRIPT = """
@@ -343,6 +345,11 @@ def test_what_cannot_be_saved_says_why(llama, tmp_path, request):
         llama(ids[:, :20], past_key_values=cache)
         with pytest.raises(ValueError, match="middle of a prompt"):
             cache.save(tmp_path / "cache")
+    cache = refreekv.ReFreeKVCache(llama, "streaming-llm", size=20)
+    answer(llama, cache, *prompts((40,), seed=3))
+    cache.pruned_layers[0].crop(-1)
+    with pytest.raises(ValueError, match="interrupted"):
+        cache.save(tmp_path / "cache")
     request.node.arena = True
     cache = refreekv.ReFreeKVCache(llama, "streaming-llm", size=20)
     answer(llama, cache, *prompts((40, 40), seed=3))

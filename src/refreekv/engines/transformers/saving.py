@@ -73,7 +73,11 @@ def save(cache: "PrunedCache", model: nn.Module, path: str | os.PathLike[str]) -
 
 
 def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    cache.state.check_reported()
+    if cache.state.awaiting is not None or len({layer.get_seq_length() for layer in cache.pruned_layers}) > 1:
+        raise ValueError(
+            "a forward pass with this cache was interrupted, and some layers hold tokens that others do not: call "
+            "reset() on it and read the prompt again"
+        )
     for pruned in cache.pruned_layers:
         pruned.prune_verified()
     cache.state.settle()
