@@ -214,9 +214,10 @@ def test_probe_reductions(stored, asked, device):
     at = torch.arange(85, 90, device=device)[None]
     settings = (at, None, None, None, 0.125, 0, None, None)
     got = launch_probe_reductions(query, key, *settings)
-    want = reductions.probe_reductions(query.double(), key.double(), query_columns=at, scaling=0.125)
+    wide = (query.cpu().double(), key.cpu().double())
+    want = reductions.probe_reductions(*wide, query_columns=at.cpu(), scaling=0.125)
     for mine, other in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(mine.cpu(), other, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(attention_rows(query, key), attention_rows(query.float(), key.float()))
 
 

@@ -136,7 +136,7 @@ def test_int8_and_full_precision_take_turns_on_one_model(captures):
     outcome = [answers(model, ids, mask, "graph", kv_dtype=kind)[0].sequences for kind in (None, "int8") * 2]
     assert torch.equal(outcome[0], outcome[2])
     assert torch.equal(outcome[1], outcome[3])
-    assert [step.groups[0] for step in captures[:2]] == [None, (8, 8)]
+    assert [step.forms[0].groups for step in captures[:2]] == [None, (8, 8)]
 
 
 def test_one_capture_for_each_batch_size(captures):

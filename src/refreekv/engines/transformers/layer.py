@@ -89,6 +89,12 @@ class ReFreeKVLayer(DynamicLayer):
 
     # -- what the model calls -------------------------------------------------------------
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the geometry of the first entries."""
+        super().lazy_initialization(key_states, value_states)
+        if self.values is not None:  # older transformers give them the keys' type
+            self.values = self.values.to(value_states.dtype)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new entries ``[B, H_kv, q, D]`` and return what attention is to read.
 
