@@ -129,11 +129,15 @@ def state_of(model, *, weights=True):
             attributes[key] = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
         modules[name] = attributes
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+
+    def letters(value):  # names of attention functions say that they are equal to others
+        return str(value) if isinstance(value, str) else value
+
     return (
         modules,
-        {key: copy.deepcopy(vars(config)) for key, config in configs.items()},
+        {key: {k: letters(copy.deepcopy(v)) for k, v in vars(config).items()} for key, config in configs.items()},
         model.config.to_dict(),
         model.generation_config.to_dict(),
-        [config._attn_implementation for config in configs.values()],
+        [letters(config._attn_implementation) for config in configs.values()],
         type(model).__dict__.get("generate"),
     )

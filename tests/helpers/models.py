@@ -23,6 +23,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -130,6 +132,53 @@ def build(name: str, *, attention: str = "eager", seed: int = 0, **changes: Any)
             # Learned sinks of the size of real logits, so that leaving one out would show.
             module.sinks.data.mul_(8)
     return model.eval()
+
+
+IMAGE = 127
+"""The token that stands for an image of `build_mllama`'s model."""
+
+
+def build_mllama(*, attention: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A Llama-3.2-Vision, whose second and fourth layer look at an image and at no text; ``changes`` are the text's."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 8,
+        "max_num_tiles": 1,
+        "vision_output_dim": 64,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {**_SHAPE, "cross_attention_layers": [1, 3], "rope_parameters": rope, **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+        model = MllamaForConditionalGeneration._from_config(config, attn_implementation=attention)
+        for name, parameter in model.named_parameters():
+            if "gate" in name:  # closed at first: images would not show
+                parameter.data.fill_(0.7)
+            elif parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def image_prompts(rows: int = 1, length: int = 40, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random prompts of one image each (50 states) and ``length`` tokens, as `build_mllama`'s model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(2, IMAGE, (rows, length - 1), generator=generator)
+    return {
+        "input_ids": torch.cat([torch.full((rows, 1), IMAGE), words], 1),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "pixel_values": torch.randn(rows, 1, 1, 3, 56, 56, generator=generator),
+        "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(rows, length, 1, 1, dtype=torch.long),
+    }
 
 
 def save_with_characters(folder: Path) -> None:

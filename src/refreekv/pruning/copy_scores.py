@@ -29,12 +29,13 @@ class CopyProbe(Policy):
     ----------
     tokens : int
         How many distinct tokens are said twice.
-    scores : list of Tensor
-        Filled layer by layer with ``[H_kv]``.
+    found : dict of int to Tensor
+        Filled with ``[H_kv]`` by the layer's number among those that may be pruned: models may run layers
+        in any order, or leave some out.
     """
 
     tokens: int = 0
-    scores: list[Tensor] = field(default_factory=list)
+    found: dict[int, Tensor] = field(default_factory=dict)
 
     def probe_plan(self, n: int) -> ProbePlan:
         """The queries of the second saying."""
@@ -48,8 +49,24 @@ class CopyProbe(Policy):
         asked = torch.arange(self.tokens - 1, device=rows.device)
         followed = asked + rows.shape[-1] - 2 * self.tokens + 1
         copied = rows[:, asked, followed].mean(-1)
-        self.scores.append(copied.view(kv_heads, -1).amax(-1))
+        self.found[int(view.layer)] = copied.view(kv_heads, -1).amax(-1)
         return None
+
+    def scores(self, layers: int) -> list[Tensor]:
+        """What was found, by layer.
+
+        Raises
+        ------
+        RuntimeError
+            One of the ``layers`` that may be pruned took no part in the pass.
+        """
+        absent = sorted(set(range(layers)) - self.found.keys())
+        if absent:
+            raise RuntimeError(
+                f"copy scores could not be measured: of {layers} layers that may be pruned, number {absent[0]} did not "
+                "run on plain text; choose a policy that reads none, such as 'snapkv'"
+            )
+        return [self.found[layer] for layer in range(layers)]
 
 
 def tokens_said_twice(config: Any, most: int = TOKENS) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.transformers import sessions
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.finding import decoder_of
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
 from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
@@ -30,8 +31,9 @@ class ReFreeKVCache(PrunedCache):
 
     Parameters
     ----------
-    model : PreTrainedModel
-        The model that the cache is for.
+    model : Module
+        The model that the cache is for: a transformers model, or what PEFT, accelerate,
+        DistributedDataParallel or a module of one's own wraps around one.
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
@@ -55,7 +57,7 @@ class ReFreeKVCache(PrunedCache):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: torch.nn.Module,
         policy: str | Policy = DEFAULT_POLICY,
         *,
         kv_dtype: str | KVDtype | None = None,
@@ -64,7 +66,7 @@ class ReFreeKVCache(PrunedCache):
         **parameters: Any,
     ):
         resolved = resolve(policy, **parameters)
-        check_model(model)
+        model = decoder_of(model)
         check_mode(decode)
         super().__init__(model.config, resolved, kv_dtype, decode, decode_interval)
         self.bind(model)
@@ -205,7 +207,7 @@ class CompressionSession:
 
 @contextmanager
 def compress(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     policy: str | Policy = DEFAULT_POLICY,
     *,
     kv_dtype: str | KVDtype | None = None,
@@ -227,8 +229,9 @@ def compress(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        A decoder-only model that goes through transformers' attention interface.
+    model : Module
+        A decoder-only model that goes through transformers' attention interface, or what PEFT, accelerate,
+        DistributedDataParallel or a module of one's own wraps around one.
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
@@ -265,8 +268,8 @@ def compress(
     >>> print(kv.report)  # doctest: +SKIP
     """
     check_mode(decode)
+    model = decoder_of(model)
     session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode, decode_interval)
-    check_model(model)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)
@@ -278,6 +281,5 @@ def compress(
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError unless ``model`` is a model with a configuration."""
-    if not (isinstance(model, torch.nn.Module) and hasattr(getattr(model, "config", None), "get_text_config")):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    """Raise TypeError unless ``model`` is a transformers model, or has one inside that runs."""
+    decoder_of(model)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.finding import check_has_cache
 from refreekv.engines.transformers.graph import Decoder
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
@@ -111,6 +112,7 @@ class Attachment:
 
     def _install(self) -> None:
         model = self.model
+        check_has_cache(model)
         # A lower bound check by transformers itself; what it misses, the first forward reports.
         if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
             raise ValueError(
@@ -225,7 +227,9 @@ class Attachment:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
             if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
                 cache.state.copy_scores = copy_scores(self.model)
-        cache.begin_forward()
+        if cache.made_for(self.model):
+            mask = given.get("attention_mask")
+            cache.begin_forward(mask_given=mask is not None and (not isinstance(mask, Tensor) or mask.dim() == 4))
         return args, kwargs
 
     def _wants_cache(self, given: dict[str, Any]) -> bool:
@@ -246,7 +250,8 @@ class Attachment:
         if not output:
             return
         cache = cache_given(arguments(self._signature, args, kwargs))
-        if not isinstance(cache, PrunedCache):
+        # A part of the model that the cache was made for leaves it to that one.
+        if not isinstance(cache, PrunedCache) or not cache.made_for(self.model):
             return
         cache.state.end_forward()
         cache.state.settle()

@@ -7,6 +7,7 @@ layer the queries it needs to prune itself. Calls that do not come from a `ReFre
 pass through untouched.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -17,22 +18,55 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refreekv.engines.transformers.layer import TAG, ReFreeKVLayer
+from refreekv.engines.transformers.handout import ADVICE, receive
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking
 from refreekv.engines.transformers.ragged_attention import AttentionFunction, in_one_type, ragged_attention
 from refreekv.pruning.calls import AttentionCall
 
 PREFIX = "refreekv_"
 
+_REPEATED = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "softcap", "s_aux", "is_causal"}
+"""Parameters of attention functions that probes and kernels repeat, or that change nothing about one token's weights."""
+_REPEATED |= {"sliding_window"}  # `proof` finds out where one is shorter than the prompt
+
 
 @runtime_checkable
 class OwnAttention(Protocol):
-    """A cache layer that computes attention itself: a tagged key leads to it as to a `ReFreeKVLayer`."""
+    """A cache layer that computes attention itself: what it handed out leads to it as to a `ReFreeKVLayer`."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Attention output ``[B, q, H, Dv]``; ``key`` and ``value`` are what its ``update`` returned."""
 
 
-def twin(base: str) -> str:
+_EXTRA: dict[AttentionFunction, tuple[str, ...]] = {}
+
+
+class TwinName(str):
+    """The name of a twin, which is equal to that of its base.
+
+    Some models do one thing or another after what their configuration says: they are to do what they
+    do without refreekv. Registries look names up by their hash and keep the two apart.
+    """
+
+    __slots__ = ()
+
+    @property
+    def base(self) -> str:
+        """The name of what the twin stands in for."""
+        return self.removeprefix(PREFIX)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or (type(other) is str and self.base == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+
+def twin(base: str) -> TwinName:
     """Register (once) and name the refreekv twin of an attention implementation.
 
     Raises
@@ -40,18 +74,18 @@ def twin(base: str) -> str:
     ValueError
         For implementations whose masks or caches refreekv cannot read.
     """
-    if base.startswith(PREFIX):
+    if isinstance(base, TwinName):
         return base
     if base not in ("eager", "sdpa") and "flash" not in base:
         raise ValueError(
             f"attention implementation {base!r} is not supported; load the model with attn_implementation='sdpa', "
             "'eager' or 'flash_attention_2'"
         )
-    name = PREFIX + base
+    name = TwinName(PREFIX + base)
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _make(base))
         # Without a mask function of its own the name would silently get no mask at all.
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionMaskInterface.register(name, marking(ALL_MASK_ATTENTION_FUNCTIONS[base]))
     return name
 
 
@@ -68,19 +102,27 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         function = _base_function(base, module)
         called = _AsBase(module, base) if flash else module
-        layer: ReFreeKVLayer | OwnAttention | None = getattr(key, TAG, None)
+        layer: ReFreeKVLayer | OwnAttention | None = receive(module, query, key, value)
         if layer is None:
             return function(called, query, key, value, attention_mask, **kwargs)
-        # The tag is a reference from the layer's own tensor to the layer: drop it at once.
-        delattr(key, TAG)
-        if kwargs.get("position_bias") is not None:
-            raise ValueError("attention with a position bias is not supported: a probe would have to repeat it")
-        weights = None
         if isinstance(layer, OwnAttention):
             return layer.attend(query, key, value, **kwargs), None
+        for name in _extra_parameters(function):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{type(module).__name__} (layer {layer.index}) computes attention with {name}, which refreekv's "
+                    f"probes and kernels would have to repeat and do not. {ADVICE}"
+                )
+        if attention_mask is not None and is_own(attention_mask) and not layer.state.mask_given:
+            check_mask(module, layer.index, attention_mask)
+        weights = None
         function = in_one_type(function, flash=flash)
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
+            if lacks_proof(module, base):
+                layer.state.proofs.append(
+                    Proof.of(module, base, layer.index, query, key, value, attention_mask, output, kwargs)
+                )
         else:
             output = ragged_attention(layer, function, called, query, attention_mask, flash=flash, **kwargs)
         layer.after_attention(
@@ -96,6 +138,14 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
     attention.__name__ = PREFIX + base
     return attention
+
+
+def _extra_parameters(function: AttentionFunction) -> tuple[str, ...]:
+    """Named parameters of an attention function beyond those that are repeated, such as a position bias."""
+    if function not in _EXTRA:
+        named = inspect.signature(function).parameters.values()
+        _EXTRA[function] = tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD and p.name not in _REPEATED)
+    return _EXTRA[function]
 
 
 def _base_function(base: str, module: torch.nn.Module) -> AttentionFunction:

@@ -21,6 +21,10 @@ from refreekv.policies.base import check_count
 from refreekv.report import CompressionReport
 
 
+CROSS = "cross_attention"
+"""The kind of a layer that holds the states of an image or a sound, and no tokens."""
+
+
 class Owner(Protocol):
     """Who made a cache and reports on it."""
 
@@ -31,8 +35,8 @@ class Owner(Protocol):
 class PrunedCache(DynamicCache):
     """A dynamic cache whose full-attention layers are pruned when the prompt ends.
 
-    Sliding-window, chunked and linear-attention layers stay what `DynamicCache` makes
-    them: they are bounded already.
+    Sliding-window, chunked, linear-attention and cross-attention layers stay what `DynamicCache`
+    makes them: they are bounded already.
 
     Parameters
     ----------
@@ -72,13 +76,16 @@ class PrunedCache(DynamicCache):
             )
         self.kv_dtype = KVDtype.parse(kv_dtype)
         super().__init__(config=text)
-        self.kinds: list[str] = getattr(text, "layer_types", None) or [_kind(layer) for layer in self.layers]
+        # By position in the model: layers that look at images, whose states are no tokens of the prompt.
+        crossing = set(getattr(text, "cross_attention_layers", None) or ())
+        kinds = getattr(text, "layer_types", None) or [_kind(layer) for layer in self.layers]
+        self.kinds: list[str] = [CROSS if index in crossing else kind for index, kind in enumerate(kinds)]
         if decode_interval is not None:
             check_count("decode_interval", decode_interval, minimum=1)
         self.state = PromptState(policy, decode_interval=decode_interval)
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and self.kinds[index] != CROSS:
                 self.layers[index] = ReFreeKVLayer(index, self.state.layers, self.state, self.kv_dtype)
                 self.state.layers += 1
         if not self.state.layers:
@@ -99,19 +106,25 @@ class PrunedCache(DynamicCache):
         self._model = self.state.model = weakref.ref(model)
 
     def check_model(self, model: torch.nn.Module) -> None:
-        """Raise ValueError if the cache is bound to another model."""
-        if self._model is not None and self._model() is not model:
+        """Raise ValueError if the cache is bound to another model, of which this one is no part."""
+        bound = None if self.state.model is None else self.state.model()
+        if not self.made_for(model) and (bound is None or all(part is not model for part in bound.modules())):
             raise ValueError(
                 f"this cache was made for another model than the {type(model).__name__} it is used with; "
                 "make one cache for each model"
             )
 
-    def begin_forward(self) -> None:
+    def made_for(self, model: torch.nn.Module) -> bool:
+        """Whether the cache is for this very model, and not for one around it."""
+        return self.state.model is None or self.state.model() is model
+
+    def begin_forward(self, *, mask_given: bool = False) -> None:
         """Note that its model begins to run with it; see `PromptState.begin_forward`."""
         if self.state.decode_interval is not None:
             for layer in self.pruned_layers:
                 layer.prune_verified()
         self.state.begin_forward(lambda: {layer.get_seq_length() for layer in self.pruned_layers})
+        self.state.mask_given = mask_given
 
     def tell_owner(self) -> None:
         """Let the block that made it take down its report."""

@@ -45,4 +45,4 @@ def _measure(model: PreTrainedModel) -> list[Tensor]:
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
         model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True)
-    return probe.scores
+    return probe.scores(cache.state.layers)

@@ -203,7 +203,9 @@ def _prompt_end(given: dict[str, Any]) -> int:
 def foreign_cache(cache: object) -> TypeError:
     """The error for a cache of another kind inside a block."""
     kind = type(cache).__name__
-    hint = f"leave {NAME} out, or pass a refreekv.ReFreeKVCache"
+    hint = (
+        f"leave {NAME} out, pass a refreekv.ReFreeKVCache, or, where a model around this one made it, compress that one"
+    )
     if isinstance(cache, Cache) and cache.is_compileable:
         return TypeError(f"a static cache ({kind}) has fixed shapes and cannot be pruned; {hint}")
     return TypeError(f"a {kind} passed inside refreekv.compress would not be pruned; {hint}")

@@ -24,7 +24,8 @@ from refreekv import kernels
 from refreekv.engines.transformers import fingerprint
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.fusion import fused
-from refreekv.engines.transformers.layer import TAG, ReFreeKVLayer
+from refreekv.engines.transformers.handout import hand_out
+from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, cache_given
 from refreekv.kernels import Format
 from refreekv.storage.arena import KVArena
@@ -61,7 +62,7 @@ class TableLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries to wherever the table says."""
         kernels.append(key_states, value_states, self.table, self.form)
-        setattr(key_states, TAG, self)
+        hand_out(self, key_states, value_states)
         return key_states, value_states
 
     def attend(
@@ -99,6 +100,17 @@ class TableCache(Cache):
 
     def __init__(self, tables: list[Tensor], forms: Sequence[Format]):
         super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, forms, strict=True)])
+        self.length = 0
+        self.length_asked = False
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """No offset: masks, which would depend on it, are not used."""
+        return 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """A length that means nothing, as it is another one at each step; that it was asked for is noted."""
+        self.length_asked = True
+        return self.length
 
 
 class Step:
@@ -142,19 +154,31 @@ class Step:
         else:
             # As before a capture: what cannot be done is found before there are entries to write.
             with torch.no_grad():
-                self._run()
+                self._check_length()
 
     def _run(self) -> Any:
-        out = self._forward(
-            input_ids=self.ids,
-            position_ids=self.positions,
-            **cache_argument(self._forward, TableCache(self.tables, self.forms)),
-            use_cache=True,
-            return_dict=True,
-        )
+        out = self._once(TableCache(self.tables, self.forms))
         # The next token's, so that the host need not say them each time.
         self.positions.add_(1)
         return out
+
+    def _once(self, cache: TableCache) -> Any:
+        return self._forward(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            **cache_argument(self._forward, cache),
+            use_cache=True,
+            return_dict=True,
+        )
+
+    def _check_length(self) -> None:
+        """Raise UncapturableError if more depends on the length of the cache than masks, such as positions."""
+        cache = TableCache(self.tables, self.forms)
+        out = self._once(cache)
+        if cache.length_asked and getattr(out, "logits", None) is not None:
+            first, cache.length = out.logits.clone(), 7
+            if not torch.equal(first, self._once(cache).logits):
+                raise UncapturableError("the model reads positions off the length of its cache")
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -182,7 +206,7 @@ class Step:
             raise UncapturableError("the model returns no logits")
 
     def _warm_up(self) -> None:
-        self._run()
+        self._check_length()
         # A capture that fails leaves a mess; what would make it fail is found before.
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
@@ -306,8 +330,8 @@ class Decoder:
             raise UncapturableError(f"the model is called with {', '.join(sorted(extra))}")
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.full_like(ids, length)
-        elif positions.dim() != 2 or positions.shape[1] != 1:
+            raise UncapturableError("the model is called without positions, which it makes in a way of its own")
+        if positions.dim() != 2 or positions.shape[1] != 1:
             raise UncapturableError("positions have more than one number a token")
         layers = self._layers(cache)
         arenas = _arenas(layers)
@@ -358,6 +382,9 @@ class Decoder:
             try:
                 step = Step(self._model, forward, batch, key.segments, key.forms)
             except torch.OutOfMemoryError:
+                raise
+            except UncapturableError as error:
+                self._refused[key] = str(error)
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
                 what = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from refreekv.core.autocast import without_autocast
 from refreekv.core.quantisation import KVDtype, centre_of
+from refreekv.engines.transformers.handout import ADVICE, hand_out
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
@@ -31,9 +32,6 @@ from refreekv.storage.arena import KVArena
 from refreekv.storage.columns import Columns
 from refreekv.storage.compaction import compacted, takes_arena
 from refreekv.storage.ragged import RaggedKV
-
-TAG = "_refreekv_layer"
-"""Attribute that leads from a key tensor handed to the model back to its layer."""
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -72,6 +70,7 @@ class ReFreeKVLayer(DynamicLayer):
         self.ragged: RaggedKV | None = None
         self.records: list[RowRecord] = []
         self._length = 0
+        self._appended = 0
         self._queries = HeldQueries()
         self._unverified: AttentionCall | None = None
         self._unsettled = False
@@ -115,18 +114,18 @@ class ReFreeKVLayer(DynamicLayer):
                 "refreekv prunes the cache at inference only, and these keys and values carry gradients: "
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
-        self.state.check_reported()
+        self.state.check_reported(self.index)
         if self._unsettled:
             self.state.settle()
         self._check_geometry(key_states, value_states)
-        self._length += key_states.shape[-2]
+        self._appended = key_states.shape[-2]
+        self._length += self._appended
         with without_autocast(key_states.device):
             if self.ragged is None:
                 key_states, value_states = super().update(key_states, value_states)
             else:
                 self._store(self.ragged.append(key_states, value_states))
-        self.state.awaiting = self.index
-        setattr(key_states, TAG, self)
+        self.state.awaiting = hand_out(self, key_states, value_states, self.index)
         return key_states, value_states
 
     def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
@@ -186,6 +185,11 @@ class ReFreeKVLayer(DynamicLayer):
     def after_attention(self, call: AttentionCall) -> None:
         """Prune if the prompt ended in this call; remember its last queries if it goes on."""
         self.state.awaiting = None
+        if call.query.shape[2] != self._appended:
+            raise RuntimeError(
+                f"layer {self.index} of the model stored {self._appended} new entries and attends to them with "
+                f"{call.query.shape[2]} queries: it is no self-attention, or leaves queries out. {ADVICE}"
+            )
         with without_autocast(call.query.device):
             self._look_at(call)
 
@@ -248,6 +252,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _prune(self, call: AttentionCall, behind: int) -> None:
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
+        self.state.check_scores(self._length)
         policy, parts = self.state.policy, self._entries(call, behind)
         self._queries = HeldQueries()
         self._unverified = None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from refreekv.engines.transformers.handout import Handout, missing
+from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
 from refreekv.pruning.joint import JointPruning
 
@@ -33,8 +35,13 @@ class PromptState:
     end : int or None
         Logical length at which the current prompt ends; 0 while decoding. None: nobody
         said, so the first call and any call of several tokens is a prompt of its own.
-    awaiting : int or None
-        The layer whose keys were handed out and whose attention has not reported back.
+    awaiting : Handout or None
+        Keys and values that a layer handed out and no attention got yet.
+    proofs : list of Proof
+        Attention calls of modules that were not seen before, compared with what refreekv would compute.
+    mask_given : bool
+        Whether the caller of the forward that is under way brought a mask for each query, which is then none of the
+        model's.
     copy_scores : sequence of Tensor or None
         By layer that may be pruned, ``[H_kv]``; None until somebody measures them for a policy that reads them.
     decode_interval : int or None
@@ -57,7 +64,9 @@ class PromptState:
     policy: Policy
     layers: int = 0
     end: int | None = None
-    awaiting: int | None = None
+    awaiting: Handout | None = None
+    proofs: list[Proof] = field(default_factory=list)
+    mask_given: bool = False
     copy_scores: Sequence[Tensor] | None = None
     decode_interval: int | None = None
     news: bool = False
@@ -127,6 +136,8 @@ class PromptState:
     def clear(self) -> None:
         """Forget what is under way."""
         self.awaiting = self.forward = None
+        self.mask_given = False
+        self.proofs.clear()
         self.joint.clear()
         self._unsettled.clear()
 
@@ -159,11 +170,12 @@ class PromptState:
         self.forward = here
 
     def end_forward(self) -> None:
-        """Note that the model has run; RuntimeError if the attention of its last layer did not come back."""
+        """Note that the model has run; RuntimeError if attention is not what refreekv takes it for."""
         self._check_reported()
-        self.forward = None
+        self._check_proofs()
+        self.forward, self.mask_given = None, False
 
-    def check_reported(self) -> None:
+    def check_reported(self, layer: int) -> None:
         """Raise RuntimeError if what is stored next could not be pruned; asked by each layer before it stores."""
         self.refresh()
         model = None if self.model is None else self.model()
@@ -174,6 +186,22 @@ class PromptState:
                 "on the same model, or make a refreekv.ReFreeKVCache, which needs no block"
             )
         self._check_reported()
+        if self.proofs and layer <= self.proofs[0].layer:
+            self._check_proofs()  # of a forward that nobody looks after
+
+    def check_scores(self, length: int) -> None:
+        """Raise RuntimeError if the policy misses its copy scores: nothing came by that could measure them."""
+        if self.lacks_scores(length):
+            raise RuntimeError(
+                f"policy {self.policy.name!r} needs copy scores, which are measured when the model that the cache was "
+                "made for is called; a module inside it was called in its place. Call the model itself, or make the "
+                "cache for the module that you call"
+            )
+
+    def _check_proofs(self) -> None:
+        proofs, self.proofs = self.proofs, []
+        for proof in proofs:
+            proof.check()
 
     def _check_reported(self) -> None:
         if self.awaiting is None:
@@ -182,14 +210,11 @@ class PromptState:
         name = "its model" if model is None else f"the {type(model).__name__} that it was made for"
         if self.forward is None:
             raise RuntimeError(
-                f"something else than {name} has stored keys in layer {self.awaiting} of this cache: another model, or "
+                f"something else than {name} has stored keys in layer {self.awaiting.index} of this cache: another model, or "
                 "a call of update() itself. refreekv cannot follow what is done with them; make one cache for each "
                 "model, and call reset() on this one"
             )
-        raise RuntimeError(
-            f"layer {self.awaiting} of the model computes attention without transformers' attention interface, from "
-            "keys that it took from the cache; refreekv cannot prune this model's cache"
-        )
+        raise RuntimeError(missing(self.awaiting))
 
 
 def on_stack(frame: int) -> bool:

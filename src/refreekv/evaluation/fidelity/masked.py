@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from refreekv.core.probes import wide_product
 from refreekv.core.surrogates import StandIns
-from refreekv.engines.transformers.layer import TAG
+from refreekv.engines.transformers.handout import hand_out
 
 LOGITS = {"cuda": 2**28, "cpu": 2**24}
 """Attention logits (float32) over the prompt that exist at once, by kind of device."""
@@ -43,8 +43,8 @@ class MaskedLayer(DynamicLayer):
         self._hidden = None if keep is None else ~keep
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new entries back, tagged so that attention comes here."""
-        setattr(key_states, TAG, self)
+        """Hand the new entries back, marked so that attention comes here."""
+        hand_out(self, key_states, value_states)
         return key_states, value_states
 
     def attend(

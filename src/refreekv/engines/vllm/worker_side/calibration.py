@@ -47,7 +47,7 @@ def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> li
         runner.execute_model(farewell)
     finally:
         state.policy = policy
-    return probe.scores
+    return probe.scores(len(probe.found))
 
 
 def _chunk(prompt: list[int], start: int, stop: int, groups: int, block: int) -> SchedulerOutput:

@@ -1,0 +1,146 @@
+"""Whether a model's attention is what refreekv takes it for: compared once for each attention module.
+
+Probes, kernels and rows of different length compute attention again from queries, keys, values, a
+scaling, a soft cap, sinks, and a mask that says what is visible. A function that adds something to
+that (a bias in the mask, slopes for distances, a factor for each head) would be repeated without it.
+So the first prompt's last query is computed both ways.
+
+Masks that transformers makes from what the caller said (padding, packed sequences) are marked. One
+that the model made by itself may leave out other entries at each token, as sparse attention does.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refreekv.core.probes import attention_rows
+from refreekv.engines.transformers.handout import ADVICE
+from refreekv.pruning.masks import visible_columns
+
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+"""Largest relative difference of an output, by type; float32 may be computed with fewer bits on a GPU."""
+_COARSE = 5e-2
+"""That of types of 16 bits."""
+
+# Modules and the implementations that they were compared under: a model is the same as long as it lives.
+_PROVED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+
+
+_MARK = "_refreekv_mask"
+
+
+def marking(mask_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """A mask function of transformers whose masks can be told from those of models."""
+
+    @functools.wraps(mask_function)
+    def marked(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask = mask_function(*args, **kwargs)
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            setattr(mask, _MARK, True)
+        return mask
+
+    return marked
+
+
+def is_own(mask: Tensor | None) -> bool:
+    """Whether a mask was made by the model, and not by transformers' mask functions."""
+    return mask is not None and mask.dim() == 4 and not hasattr(mask, _MARK) and not hasattr(mask._base, _MARK)
+
+
+def lacks_proof(module: nn.Module, implementation: str) -> bool:
+    """Whether the module's attention was never compared under this implementation."""
+    return implementation not in _PROVED.get(module, ())
+
+
+def check_mask(module: nn.Module, layer: int, mask: Tensor) -> None:
+    """Raise RuntimeError if the newest query does not see all entries from some column on.
+
+    ``mask`` is ``[B | 1, 1 | H, q, n]``, and made by the model. Waits for the device.
+    """
+    allowed = mask[:, :, -1] if mask.dtype == torch.bool else mask[:, :, -1] > torch.finfo(mask.dtype).min / 2
+    if bool((~allowed & (allowed.cumsum(-1) > 0)).any()):
+        raise RuntimeError(
+            f"{type(module).__name__} (layer {layer}) leaves out entries by a mask of its own, other ones for each token "
+            f"(sparse or dynamic attention): which are needed later cannot be told from it. {ADVICE}"
+        )
+
+
+@dataclass
+class Proof:
+    """One module's attention, computed both ways.
+
+    Attributes
+    ----------
+    module : Module
+        The attention module.
+    implementation : str
+        Name of the attention function.
+    layer : int
+        Index in the model.
+    difference : Tensor
+        Relative difference of the two, on the device: a number that nobody waits for.
+    tolerance : float
+        The largest one that is rounding.
+    """
+
+    module: nn.Module
+    implementation: str
+    layer: int
+    difference: Tensor
+    tolerance: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        module: nn.Module,
+        implementation: str,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        output: Tensor,
+        kwargs: dict[str, Any],
+    ) -> "Proof":
+        """Compare the last query of a call's first row.
+
+        ``query`` is ``[B, H, q, D]``, ``key`` and ``value`` ``[B, H_kv, n, D]``, ``output`` ``[B, q, H, Dv]``.
+        """
+        kv_heads, length = key.shape[1:3]
+        valid = visible_columns(None if mask is None else mask[:1], -1, 1, length)
+        rows = attention_rows(
+            query[:1, :, -1:],
+            key[:1],
+            scaling=kwargs.get("scaling"),
+            visible=None if valid is None else valid[:, None],
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
+        )
+        # [H, 1, n] as [H_kv, H / H_kv, n], by [H_kv, n, Dv].
+        grouped = rows.view(kv_heads, -1, length)
+        wanted = torch.matmul(grouped.to(value.dtype), value[0]).flatten(0, 1).float()
+        difference = (output[0, -1].float() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        if valid is not None:
+            # A row that sees nothing has no output that means something.
+            difference = torch.where(valid.any(), difference, 0.0)
+        tolerance = math.inf if kwargs.get("dropout") else _TOLERANCE.get(output.dtype, _COARSE)
+        return cls(module, implementation, layer, difference, tolerance)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the two differ; remember the module if not."""
+        difference = float(self.difference)
+        if not difference <= self.tolerance:
+            raise RuntimeError(
+                f"{type(self.module).__name__} (layer {self.layer}) with attn_implementation={self.implementation!r} "
+                "computes something else than softmax(scaling * queries @ keys) @ values over what its mask leaves "
+                f"visible (relative difference {difference:.2g}): a bias, slopes for distances, a window or a factor of "
+                f"its own, which refreekv's probes and kernels would leave out. {ADVICE}"
+            )
+        _PROVED.setdefault(self.module, set()).add(self.implementation)
