@@ -8,9 +8,9 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 QUICK := tests/core tests/storage tests/policies tests/pruning tests/engines/transformers \
   tests/test_floors.py tests/test_docs.py tests/test_vllm_parts.py
 QUICK_ARGS := -m "not real_model and not gpu and not slow" $(patsubst %,--ignore=tests/engines/transformers/%.py, \
-  test_real_model test_captured_decode test_captured_int8 test_equivalence)
+  test_real_model test_captured_decode test_captured_int8 test_equivalence test_sweep)
 
-.PHONY: demo test quick check lint types pytest test-oldest test-vllm test-vllm-full format clean
+.PHONY: demo test quick check lint types pytest test-sweep test-oldest test-vllm test-vllm-full format clean
 
 demo: $(VENV)/.ready  ## full cache and ReFreeKV side by side on a real model
 	$(BIN)/refreekv demo
@@ -32,6 +32,10 @@ types: $(VENV)/.ready
 
 pytest: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+# Every type of language model that transformers knows, pruned against a masked full cache: some two minutes.
+test-sweep: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m slow tests/engines/transformers/test_sweep.py
 
 # The oldest transformers that the tests are kept green on.
 test-oldest: $(VENV)-oldest/.ready

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -32,7 +32,9 @@ _SMALL: dict[str, Any] = {
     **_all(VOCAB, "vocab_size vocab_size_per_layer_input audio_vocab_size decoder_vocab_size unpadded_vocab_size"),
     **_all(64, "hidden_size d_model n_embd embedding_size embed_dim emb_dim word_embed_proj_dim lru_width "),
     **_all(64, "attention_hidden_size input_embedding_size output_embedding_size embedding_dim backbone_hidden_size"),
-    **_all(64, "text_hidden_size out_hidden_size output_hidden_size projection_dim vision_output_dim hidden_size_global"),
+    **_all(
+        64, "text_hidden_size out_hidden_size output_hidden_size projection_dim vision_output_dim hidden_size_global"
+    ),
     **_all(64, "hc_lowrank ple_embed_dim qformer_hidden_size encoder_hidden_size text_embed_dim"),
     **_all(96, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff n_inner dff dim_ff ffn_hidden_size"),
     **_all(96, "feed_forward_size d_inner intermediate_size_mlp dense_intermediate_size shared_intermediate_size"),
@@ -94,7 +96,6 @@ _EVERY_SECOND = ["linear_attention", "full_attention"] * 2
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": _EVERY_SECOND},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "dots1": {"n_shared_experts": 1},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
@@ -106,7 +107,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 2, "lsh_attn_chunk_length": 16,
                  "local_attn_chunk_length": 16, "num_buckets": 8},
     "xmod": {"default_language": "en_XX"},
-        "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1,
+                           "loop_layer_index_end": 3},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 16, "attn_layer_period": 2, "attn_layer_offset": 1,
               "num_key_value_heads": 8},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 8},
@@ -119,7 +121,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "moshi": {"sliding_window": 16},
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "cohere_compass_text": {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
 }  # fmt: skip
 """What single types need beside that."""
 
@@ -148,7 +153,7 @@ def tiny(kind: str, *, seed: int = 0, attention: str | None = None) -> PreTraine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls._from_config(config, attn_implementation=attention) if attention else cls._from_config(config)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() >= 2 and parameter.is_floating_point():
                 torch.nn.init.normal_(parameter, std=0.2)
             elif parameter.is_floating_point():

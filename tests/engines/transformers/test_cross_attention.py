@@ -7,8 +7,8 @@ import refreekv
 from helpers.models import build_mllama, image_prompts
 from helpers.sweep import hidden_columns, hidden_logits, logits_of
 from refreekv import ReFreeKVCache
-from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.copy_scores import copy_scores
 
 LENGTH = 40
 STEPS = 6

@@ -213,7 +213,10 @@ REFUSED = {
     LooksAtAnImage: r"layer 2 of the model stored 30 new entries and attends to them with 50 queries",
     ImageCrossAttention: r"ImageCrossAttention \(layer 2\) is cross-attention",
 }
-ONLY_EAGER = {WithSlopes: r"WithSlopes \(layer 2\).*factor of its own", WithFactors: r"WithFactors \(layer 2\).*'eager'"}
+ONLY_EAGER = {
+    WithSlopes: r"WithSlopes \(layer 2\).*factor of its own",
+    WithFactors: r"WithFactors \(layer 2\).*'eager'",
+}
 
 
 def model_with(attention, implementation="sdpa", layers=(LAYER,)):
@@ -300,19 +303,21 @@ def test_models_of_transformers_that_are_refused(name, ids):
 
 
 def test_latent_attention_is_equal_or_refused_for_what_it_is(ids):
-    """Older versions cache expanded keys, wider than values: that works. Newer ones cache what they are expanded from."""
+    """Expanded keys, wider than values, may be cached: that works. Of latents, attention reads something else."""
     model = _deepseek().eval()
     cache = ReFreeKVCache(model, **WINDOW)
     try:
         got = logits_of(model, {"input_ids": ids}, 6, cache)
-    except RuntimeError as refusal:
-        assert "DeepseekV3Attention, keys [1, 8, 50, 16]" in str(refusal)
-        assert "latent attention" in str(refusal)
+    except RuntimeError as error:
+        refusal = str(error)
     else:
         hidden = hidden_columns(cache, 50)
         del cache
         wanted, _ = hidden_logits(model, {"input_ids": ids}, 6, hidden)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        return
+    assert "DeepseekV3Attention, keys [1, 8, 50, 16]" in refusal
+    assert "latent attention" in refusal
 
 
 def test_an_interrupted_forward_is_called_that(model, ids):
@@ -327,7 +332,7 @@ def test_an_interrupted_forward_is_called_that(model, ids):
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         model(ids, past_key_values=cache)
     del layer.update
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"stopped in layer 2.*call reset\(\)"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"was interrupted.*call reset\(\)"):
         model(ids, past_key_values=cache)
     cache.reset()
     assert generate(model, ids, past_key_values=cache).shape == (1, 56)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
-from refreekv.engines.transformers.finding import check_has_cache
+from refreekv.engines.transformers.finding import COMPILED, check_can_prune
 from refreekv.engines.transformers.graph import Decoder
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
@@ -30,10 +30,9 @@ class Attachment:
     """What is changed about a model while refreekv is in use on it. One a model, counted.
 
     Changed are: the name of the attention implementation in the configurations of its
-    attention modules; a forward hook before and one after the model; and what `generate` comes
-    by on the model (``following.ROLES``), shadowed on the instance; while that runs, also
-    ``forward``, so that a captured step can take its place. All of it goes back when the last
-    user detaches; what somebody else has put in its place meanwhile stays.
+    attention modules; a forward hook before and one after the model; and ``forward`` and what
+    `generate` comes by on the model (``following.ROLES``), shadowed on the instance. All of it goes
+    back when the last user detaches; what somebody else has put in its place meanwhile stays.
 
     Attributes
     ----------
@@ -53,12 +52,14 @@ class Attachment:
         self._signature = inspect.signature(model.forward)
         self._decoder = Decoder(model)
         self._generating = 0
+        # Threads whose call has come by the hook before the model, and not yet to its forward.
+        self._hooked: set[int] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """That of a copied model: it follows the copy, and nobody uses it yet; who does first leaves no trace of it."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        own = {**vars(self), "users": 0, "_generating": 0, "_opened": []}
+        own = {**vars(self), "users": 0, "_generating": 0, "_opened": [], "_hooked": set()}
         routes = own.pop("_routes")
         copied.__dict__.update(copy.deepcopy(own, memo))
         copied._routes = [route.of_copy(copy.deepcopy(route.config, memo)) for route in routes]
@@ -112,23 +113,18 @@ class Attachment:
 
     def _install(self) -> None:
         model = self.model
-        check_has_cache(model)
-        # A lower bound check by transformers itself; what it misses, the first forward reports.
-        if not getattr(type(model), "_can_set_attn_implementation", lambda: True)():
-            raise ValueError(
-                f"{type(model).__name__} computes attention without transformers' attention interface; "
-                "refreekv cannot prune its cache"
-            )
+        check_can_prune(model)  # what that misses, the first forward reports
         if _is_compiled(model):
-            raise ValueError(_COMPILED)
+            raise ValueError(COMPILED)
         self._routes = Route.take(attention_configs(model))
         model.__dict__[ATTACHMENT] = self
         for name, role in following.ROLES.items():
             original = getattr(model, name, None)
             if original is not None:
                 self._shadow(name, following.Shadow(self, role, original))
+        self._shadow("forward", following.Shadow(self, _forward, model.forward))
         self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_pre_hook(self._before_call, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
 
@@ -164,15 +160,11 @@ class Attachment:
         """Within, captured steps may stand in for the model's forward."""
         with _lock:
             self._generating += 1
-            if self._generating == 1:
-                self._shadow("forward", following.Shadow(self, _step, self.model.forward))
         try:
             yield
         finally:
             with _lock:
                 self._generating -= 1
-                if self._generating == 0:
-                    self._unshadow("forward")
 
     @property
     def may_capture(self) -> Callable[[PrunedCache], bool]:
@@ -184,9 +176,25 @@ class Attachment:
         reason = "generate was taken from the model's class, or from the model before refreekv was in use on it"
         self._decoder.refuse(cache, self.model.device, f"{reason}; call model.generate")
 
-    def step(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """The output of a captured step; None if ``forward`` has to run itself."""
-        return self._decoder(forward, kwargs)
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``forward``, or a captured step in its place, makes of a call."""
+        here = threading.get_ident()
+        hooked = here in self._hooked
+        if not hooked:
+            # Called past the hooks, as some wrappers do: these come here.
+            args, kwargs = self._before_forward(self.model, args, kwargs)
+        self._hooked.discard(here)
+        output = self._decoder(forward, kwargs) if self._generating and not args else None
+        if output is None:
+            output = forward(*args, **kwargs)
+        if not hooked:
+            self._after_forward(self.model, args, kwargs, output)
+        return output
+
+    def _before_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        changed = self._before_forward(module, args, kwargs)
+        self._hooked.add(threading.get_ident())
+        return changed
 
     # ``kwargs`` and the rest may be missing: while hooks come and go, a call in another thread may find one of
     # them without the note that it takes keywords. Such a call has no block and no cache of ours.
@@ -214,7 +222,7 @@ class Attachment:
                 "in every layer and row; call the model without it"
             )
         if _is_compiled(self.model, parts=False):
-            raise ValueError(_COMPILED)
+            raise ValueError(COMPILED)
         cache.check_model(self.model)
         if given.get("use_cache") is None:
             # A checkpoint may say no; there is a cache.
@@ -274,9 +282,8 @@ def attached(model: PreTrainedModel) -> Iterator[Attachment]:
         attachment.detach()
 
 
-def _step(attachment: Attachment, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    out = None if args else attachment.step(forward, kwargs)
-    return forward(*args, **kwargs) if out is None else out
+def _forward(attachment: Attachment, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return attachment.run(forward, args, kwargs)
 
 
 def _said(model: PreTrainedModel, name: str) -> Any:
@@ -285,13 +292,6 @@ def _said(model: PreTrainedModel, name: str) -> Any:
 
 def _config_uses_cache(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config.get_text_config(decoder=True), "use_cache", True))
-
-
-_COMPILED = (
-    "the model is compiled by torch.compile, and refreekv cannot follow keys and values into compiled code: hand it "
-    "the model before that (model._orig_mod), or leave torch.compile out. On CUDA refreekv captures decoding in a "
-    "graph of its own"
-)
 
 
 def _is_compiled(model: nn.Module, *, parts: bool = True) -> bool:

@@ -27,7 +27,7 @@ from refreekv.pruning.calls import AttentionCall
 PREFIX = "refreekv_"
 
 _REPEATED = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "softcap", "s_aux", "is_causal"}
-"""Parameters of attention functions that probes and kernels repeat, or that change nothing about one token's weights."""
+"""Parameters of attention functions that probes and kernels repeat, or that change nothing about one query."""
 _REPEATED |= {"sliding_window"}  # `proof` finds out where one is shorter than the prompt
 
 
@@ -39,14 +39,15 @@ class OwnAttention(Protocol):
         """Attention output ``[B, q, H, Dv]``; ``key`` and ``value`` are what its ``update`` returned."""
 
 
-_EXTRA: dict[AttentionFunction, tuple[str, ...]] = {}
+_PARAMETERS: dict[AttentionFunction, tuple[str, ...]] = {}
 
 
 class TwinName(str):
     """The name of a twin, which is equal to that of its base.
 
-    Some models do one thing or another after what their configuration says: they are to do what they
-    do without refreekv. Registries look names up by their hash and keep the two apart.
+    Some models do one thing or another after what their configuration says (``in ("eager", "sdpa")``):
+    they are to do what they do without refreekv. Registries look names up by their hash and keep the two
+    apart; and to be unlike is left as it is, for others look a name up only where it is not "eager".
     """
 
     __slots__ = ()
@@ -60,7 +61,7 @@ class TwinName(str):
         return str.__eq__(self, other) is True or (type(other) is str and self.base == other)
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return str.__ne__(self, other) is True
 
     def __hash__(self) -> int:
         return str.__hash__(self)
@@ -105,10 +106,13 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         layer: ReFreeKVLayer | OwnAttention | None = receive(module, query, key, value)
         if layer is None:
             return function(called, query, key, value, attention_mask, **kwargs)
+        named = _parameters(function)
+        # What is to be repeated. Functions take more than they heed: sdpa knows no soft cap.
+        heeded = kwargs if "softcap" in named else {**kwargs, "softcap": None}
         if isinstance(layer, OwnAttention):
-            return layer.attend(query, key, value, **kwargs), None
-        for name in _extra_parameters(function):
-            if kwargs.get(name) is not None:
+            return layer.attend(query, key, value, **heeded), None
+        for name in named:
+            if name not in _REPEATED and kwargs.get(name) is not None:
                 raise ValueError(
                     f"{type(module).__name__} (layer {layer.index}) computes attention with {name}, which refreekv's "
                     f"probes and kernels would have to repeat and do not. {ADVICE}"
@@ -121,16 +125,16 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
             if lacks_proof(module, base):
                 layer.state.proofs.append(
-                    Proof.of(module, base, layer.index, query, key, value, attention_mask, output, kwargs)
+                    Proof.of(module, base, layer.index, query, key, value, attention_mask, output, heeded)
                 )
         else:
-            output = ragged_attention(layer, function, called, query, attention_mask, flash=flash, **kwargs)
+            output = ragged_attention(layer, function, called, query, attention_mask, flash=flash, **heeded)
         layer.after_attention(
             AttentionCall(
                 query,
                 attention_mask,
                 scaling=kwargs.get("scaling"),
-                softcap=kwargs.get("softcap"),
+                softcap=heeded.get("softcap"),
                 sink_logits=kwargs.get("s_aux"),
             )
         )
@@ -140,12 +144,12 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-def _extra_parameters(function: AttentionFunction) -> tuple[str, ...]:
-    """Named parameters of an attention function beyond those that are repeated, such as a position bias."""
-    if function not in _EXTRA:
+def _parameters(function: AttentionFunction) -> tuple[str, ...]:
+    """Named parameters of an attention function."""
+    if function not in _PARAMETERS:
         named = inspect.signature(function).parameters.values()
-        _EXTRA[function] = tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD and p.name not in _REPEATED)
-    return _EXTRA[function]
+        _PARAMETERS[function] = tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD)
+    return _PARAMETERS[function]
 
 
 def _base_function(base: str, module: torch.nn.Module) -> AttentionFunction:

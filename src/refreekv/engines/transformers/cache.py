@@ -20,7 +20,6 @@ from refreekv.policies import Policy
 from refreekv.policies.base import check_count
 from refreekv.report import CompressionReport
 
-
 CROSS = "cross_attention"
 """The kind of a layer that holds the states of an image or a sound, and no tokens."""
 

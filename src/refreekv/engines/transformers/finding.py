@@ -8,18 +8,27 @@ from transformers import PreTrainedModel
 
 from refreekv.engines.transformers.naming import NAMES
 
+COMPILED = (
+    "the model is compiled by torch.compile, and refreekv cannot follow keys and values into compiled code: hand it "
+    "the model before that (model._orig_mod), or leave torch.compile out. On CUDA refreekv captures decoding in a "
+    "graph of its own"
+)
+"""Why a compiled model is refused."""
+
 
 def decoder_of(model: object) -> PreTrainedModel:
     """The transformers model that runs when ``model`` is called: itself, or the one that it wraps.
 
-    PEFT's models, `torch.compile`'s, those of accelerate and DistributedDataParallel and modules of
-    one's own with one transformers model inside are followed. Attaching to what is found serves
+    PEFT's models, those of accelerate and DistributedDataParallel and modules of one's own with one
+    transformers model inside are followed. Attaching to what is found serves
     calls of ``model``, too, since these go through it.
 
     Raises
     ------
     TypeError
         No transformers model, several of them, or a wrapper that does not simply call it.
+    ValueError
+        `torch.compile`'s wrapper.
     """
     if isinstance(model, PreTrainedModel):
         return model
@@ -43,14 +52,21 @@ def decoder_of(model: object) -> PreTrainedModel:
     )
 
 
-def check_has_cache(model: PreTrainedModel) -> None:
-    """Raise ValueError if the model's forward takes no cache."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if not any(p.name in NAMES or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+def check_can_prune(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model takes no cache, or computes attention by itself: as far as one can tell unrun."""
+    kind = type(model).__name__
+    by_interface = getattr(type(model), "_can_set_attn_implementation", lambda: True)()
+    # One that names no cache may hand it on to a model inside that does.
+    if not any(_names_cache(part) for part in model.modules() if isinstance(part, PreTrainedModel)):
+        raise ValueError(f"{kind} takes no KV cache, so that there is nothing to prune; run it without refreekv")
+    if not by_interface:
         raise ValueError(
-            f"{type(model).__name__} keeps no KV cache (its forward takes none), so there is nothing to prune; "
-            "run it without refreekv"
+            f"{kind} computes attention without transformers' attention interface; refreekv cannot prune its cache"
         )
+
+
+def _names_cache(model: PreTrainedModel) -> bool:
+    return not NAMES.isdisjoint(inspect.signature(model.forward).parameters)
 
 
 def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
@@ -69,8 +85,10 @@ def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _check_wrapper(module: nn.Module) -> None:
-    """Raise TypeError for wrappers that do something else with the model than call it."""
+    """Raise TypeError or ValueError for wrappers that do something else with the model than call it."""
     kind = type(module).__name__
+    if hasattr(module, "_orig_mod"):
+        raise ValueError(COMPILED)
     if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
         raise TypeError(
             "DataParallel runs copies of the model that a cache cannot follow; pass the model inside (its .module), "

@@ -325,7 +325,9 @@ class Decoder:
         ids: Tensor = kwargs["input_ids"]
         if cache.state.decode_interval is not None:
             raise UncapturableError("generated tokens are pruned, too, and their queries are needed for that")
-        extra = [name for name, value in kwargs.items() if name not in _KNOWN and value not in (None, False)]
+        extra = [
+            name for name, value in kwargs.items() if name not in _KNOWN and value is not None and value is not False
+        ]
         if extra:
             raise UncapturableError(f"the model is called with {', '.join(sorted(extra))}")
         positions = kwargs.get("position_ids")

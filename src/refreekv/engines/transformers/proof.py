@@ -66,8 +66,8 @@ def check_mask(module: nn.Module, layer: int, mask: Tensor) -> None:
     allowed = mask[:, :, -1] if mask.dtype == torch.bool else mask[:, :, -1] > torch.finfo(mask.dtype).min / 2
     if bool((~allowed & (allowed.cumsum(-1) > 0)).any()):
         raise RuntimeError(
-            f"{type(module).__name__} (layer {layer}) leaves out entries by a mask of its own, other ones for each token "
-            f"(sparse or dynamic attention): which are needed later cannot be told from it. {ADVICE}"
+            f"{type(module).__name__} (layer {layer}) leaves out entries by a mask of its own, other ones for each "
+            f"token (sparse or dynamic attention): which are needed later cannot be told from it. {ADVICE}"
         )
 
 
@@ -140,7 +140,7 @@ class Proof:
             raise RuntimeError(
                 f"{type(self.module).__name__} (layer {self.layer}) with attn_implementation={self.implementation!r} "
                 "computes something else than softmax(scaling * queries @ keys) @ values over what its mask leaves "
-                f"visible (relative difference {difference:.2g}): a bias, slopes for distances, a window or a factor of "
-                f"its own, which refreekv's probes and kernels would leave out. {ADVICE}"
+                f"visible (relative difference {difference:.2g}): a bias, slopes for distances, a window or a factor "
+                f"of its own, which refreekv's probes and kernels would leave out. {ADVICE}"
             )
         _PROVED.setdefault(self.module, set()).add(self.implementation)

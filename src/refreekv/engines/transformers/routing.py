@@ -58,7 +58,7 @@ class Route:
         if not (name or "").startswith(PREFIX):
             routed = twin(name or "eager")
             self.base = name
-            self.config._attn_implementation = {"": routed}  # this configuration only, not its parts
+            self.config._attn_implementation_internal = routed  # this configuration only, not its parts
 
     def give_back(self) -> None:
         """One user less; the last one puts the name back, unless it is somebody else's by now."""
@@ -69,7 +69,7 @@ class Route:
             if _routes.get(id(self.config)) is self:
                 del _routes[id(self.config)]
             if (self.config._attn_implementation or "").startswith(PREFIX):
-                self.config._attn_implementation = {"": self.base}
+                self.config._attn_implementation_internal = self.base
 
     def of_copy(self, config: PreTrainedConfig) -> "Route":
         """The route of a copied configuration, which is routed as the original was when it was copied."""
