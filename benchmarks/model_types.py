@@ -77,19 +77,19 @@ def _summary(groups: dict[str, list[Outcome]]) -> str:
         "# Which models work",
         "",
         *_paragraph(
-            "A model works if its attention goes through transformers' attention interface and it keeps keys and values "
-            "of all tokens in some layers; those layers are pruned, and all others (windows, recurrent states, the states "
-            "of images) stay as they are. What does not fit is refused by a sentence that says why, at the latest while "
-            "the first prompt is read. At that prompt each attention module's output is compared with what refreekv's "
-            "probes and kernels would compute."
+            "A model works if its attention goes through transformers' attention interface and it keeps keys and "
+            "values of all tokens in some layers; those layers are pruned, and all others (windows, recurrent states, "
+            "the states of images) stay as they are. What does not fit is refused by a sentence that says why, at the "
+            "latest while the first prompt is read. At that prompt each attention module's output is compared with "
+            "what refreekv's probes and kernels would compute."
         ),
         *_paragraph(
             f"Tried on tiny random models of all {tried} types that transformers {transformers.__version__} lists for "
-            f"text (`MODEL_FOR_CAUSAL_LM`) and for images and text: {STEPS} greedy tokens after {LENGTH}, float32, policies "
-            "`full` and `streaming-llm`, storage of CPUs and of CUDA (interpreted); equal means that no logit differs by "
-            f"more than {TOLERANCE:g} of the largest. torch {torch.__version__}, {date.today().isoformat()}, "
-            "`python benchmarks/model_types.py --write docs/models.md`. Images were not given (but see "
-            "tests/engines/transformers/test_cross_attention.py for Llama-3.2-Vision's)."
+            f"text (`MODEL_FOR_CAUSAL_LM`) and for images and text: {STEPS} greedy tokens after {LENGTH}, float32, "
+            "policies `full` and `streaming-llm`, storage of CPUs and of CUDA (interpreted); equal means that no logit "
+            f"differs by more than {TOLERANCE:g} of the largest. torch {torch.__version__}, "
+            f"{date.today().isoformat()}, `python benchmarks/model_types.py --write docs/models.md`. Images were not "
+            "given (but see tests/engines/transformers/test_cross_attention.py for Llama-3.2-Vision's)."
         ),
         "| | equal | refused | not tried |",
         "|---|---|---|---|",
@@ -111,8 +111,9 @@ def _summary(groups: dict[str, list[Outcome]]) -> str:
         lines += ["", "## Wrong", "", *(f"- {o.kind}: {o.detail}" for o in bad)]
     lines += ["", "## Wrappers", ""]
     lines += _paragraph(
-        "`compress` and `ReFreeKVCache` take what is wrapped around a model, too: PEFT's models (not those with virtual "
-        "tokens), accelerate's, DistributedDataParallel, and modules of one's own with one transformers model inside. "
+        "`compress` and `ReFreeKVCache` take what is wrapped around a model, too: PEFT's models (not those with "
+        "virtual tokens), accelerate's, DistributedDataParallel, and modules of one's own with one transformers model "
+        "inside. "
         "Refused are DataParallel over several devices, FullyShardedDataParallel (not `fully_shard`) and "
         "`torch.compile`'s."
     )

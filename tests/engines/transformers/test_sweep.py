@@ -4,10 +4,12 @@ A few that stand for the rest are in every run; all of them are marked slow (`ma
 """
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 
+import refreekv
 from helpers.outcomes import CAUSES, NOT_BUILT, outcome_of
-from helpers.tiny import CAUSAL, IMAGE_TEXT
+from helpers.tiny import CAUSAL, IMAGE_TEXT, tiny
 
 STAND_FOR = {
     "axk1": "keys and values made anew from what the cache holds",  # latent attention
@@ -59,3 +61,18 @@ def test_all_types(kind):
         assert kind in NOT_BUILT, outcome
         pytest.skip(outcome.detail)
     assert outcome.result == "equal" or (outcome.result == "refused" and outcome.detail in CAUSES), outcome
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["bart", "bert", "gemma2", "gpt2", "kosmos-2.5", "llama", "mllama", "opt", "phi3"])
+def test_captured_steps_are_right_or_not_made(kind):
+    """Positions, soft caps and learned embeddings as the model has them, token by token on the device itself."""
+    model = tiny(kind).to("cuda")
+    ids = torch.randint(2, 100, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    wanted = torch.stack(model.generate(ids, **settings).logits)
+    with refreekv.compress(model, "full"):
+        got = torch.stack(model.generate(ids, **settings).logits)
+    torch.testing.assert_close(got, wanted, atol=2e-3 * float(wanted.abs().max()), rtol=0)

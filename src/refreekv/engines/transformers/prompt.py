@@ -211,8 +211,8 @@ class PromptState:
         if self.forward is None:
             raise RuntimeError(
                 f"something else than {name} has stored keys in layer {self.awaiting.index} of this cache: another "
-                "model, or a call of update() itself. refreekv cannot follow what is done with them; make one cache for "
-                "each model, and call reset() on this one"
+                "model, or a call of update() itself. refreekv cannot follow what is done with them; make one cache "
+                "for each model, and call reset() on this one"
             )
         raise RuntimeError(missing(self.awaiting))
 
