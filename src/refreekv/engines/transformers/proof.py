@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refreekv.core.autocast import without_autocast
 from refreekv.core.probes import attention_rows
 from refreekv.engines.transformers.handout import ADVICE
 from refreekv.pruning.masks import visible_columns
@@ -113,24 +114,26 @@ class Proof:
 
         ``query`` is ``[B, H, q, D]``, ``key`` and ``value`` ``[B, H_kv, n, D]``, ``output`` ``[B, q, H, Dv]``.
         """
-        kv_heads, length = key.shape[1:3]
-        valid = visible_columns(None if mask is None else mask[:1], -1, 1, length)
-        rows = attention_rows(
-            query[:1, :, -1:],
-            key[:1],
-            scaling=kwargs.get("scaling"),
-            visible=None if valid is None else valid[:, None],
-            softcap=kwargs.get("softcap"),
-            sink_logits=kwargs.get("s_aux"),
-        )
-        # [H, 1, n] as [H_kv, H / H_kv, n], by [H_kv, n, Dv].
-        grouped = rows.view(kv_heads, -1, length)
-        wanted = torch.matmul(grouped.to(value.dtype), value[0]).flatten(0, 1).float()
-        difference = (output[0, -1].float() - wanted).norm() / wanted.norm().clamp_min(1e-30)
-        if valid is not None:
-            # A row that sees nothing has no output that means something.
-            difference = torch.where(valid.any(), difference, 0.0)
-        tolerance = math.inf if kwargs.get("dropout") else _TOLERANCE.get(output.dtype, _COARSE)
+        with without_autocast(query.device):
+            kv_heads, length = key.shape[1:3]
+            valid = visible_columns(None if mask is None else mask[:1], -1, 1, length)
+            rows = attention_rows(
+                query[:1, :, -1:],
+                key[:1].to(query.dtype),
+                scaling=kwargs.get("scaling"),
+                visible=None if valid is None else valid[:, None],
+                softcap=kwargs.get("softcap"),
+                sink_logits=kwargs.get("s_aux"),
+            )
+            # [H, 1, n] as [H_kv, H / H_kv, n], by [H_kv, n, Dv].
+            grouped = rows.view(kv_heads, -1, length)
+            wanted = torch.matmul(grouped.to(value.dtype), value[0]).flatten(0, 1).float()
+            difference = (output[0, -1].float() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+            if valid is not None:
+                # A row that sees nothing has no output that means something.
+                difference = torch.where(valid.any(), difference, 0.0)
+        types = {tensor.dtype for tensor in (query, key, value, output)}
+        tolerance = math.inf if kwargs.get("dropout") else max(_TOLERANCE.get(dtype, _COARSE) for dtype in types)
         return cls(module, implementation, layer, difference, tolerance)
 
     def check(self) -> None:
