@@ -1,10 +1,10 @@
-"""Probe reductions: the kernel, the chunked torch version, and whole rows in float64."""
+"""Probe reductions: the kernel, the CPU's blocks, the plain torch version, and whole rows in float64."""
 
 import pytest
 import torch
 
 from refreekv.core import reductions
-from refreekv.kernels import ops, probe_reductions
+from refreekv.kernels import ops, probe_blocks, probe_reductions
 from refreekv.kernels.probe import launch_probe_reductions
 
 
@@ -50,12 +50,17 @@ CASES = {
     "columns": {"gaps": True, "distance": 10},
     "cap and sinks": {"softcap": 3.0, "sinks": True},
     "many rows": {"heads": 10, "probes": 40, "length": 300},
+    "any order": {"shuffled": True, "distance": 20},
+    "nothing seen": {"gaps": True, "before": 30, "distance": 2},
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("which", ["kernel", "reference"])
-def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, device):
+@pytest.mark.parametrize("which", ["kernel", "blocks", "small blocks", "reference"])
+def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, device, monkeypatch):
+    if which == "small blocks":  # a few rows of one KV head each
+        for name, value in (("BLOCK", 600), ("LEAST_ROWS", 4), ("WIDENED", 1000)):
+            monkeypatch.setattr(probe_blocks, name, value)
     batch, kv_heads = 2, 2
     setting = {"heads": 4, "probes": 9, "length": 150, "head_size": 64, **case}
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
@@ -71,6 +76,12 @@ def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, devic
     if setting.get("gaps"):
         columns = torch.sort(torch.randperm(4 * length, generator=generator)[:length]).values
     at = spread(probes, int(columns[-1]) + 1, generator)
+    if setting.get("shuffled"):
+        at = at[:, torch.randperm(probes, generator=generator)]
+    if setting.get("before"):
+        # Some queries come before all keys.
+        columns = columns + setting["before"]
+        at[:, :4] = torch.tensor([0, 3, 9, 29])
     valid = real = None
     if "padding" in setting:
         shape = (batch, length) if setting["padding"] == 2 else (batch, kv_heads, length)
@@ -85,7 +96,10 @@ def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, devic
         given = columns if setting.get("gaps") else None
         got = launch_probe_reductions(query, key, at, given, valid, real, scaling, distance, softcap, sinks)
     else:
-        got = reductions.probe_reductions(
+        reduce = (reductions if which == "reference" else probe_blocks).probe_reductions
+        if which != "reference" and device != "cpu":
+            pytest.skip("blocks are for the CPU")
+        got = reduce(
             query, key, query_columns=at, columns=columns, valid=valid, query_real=real,
             scaling=scaling, distance=distance, softcap=softcap, sink_logits=sinks,
         )  # fmt: skip
@@ -132,8 +146,10 @@ def test_heads_that_do_not_divide_are_refused():
         probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), query_columns=torch.tensor([[8]]))
 
 
-@pytest.mark.parametrize("which", [launch_probe_reductions, reductions.probe_reductions])
+@pytest.mark.parametrize("which", [launch_probe_reductions, probe_blocks.probe_reductions, reductions.probe_reductions])
 def test_peaks_alone(which, device):
+    if which is probe_blocks.probe_reductions and device != "cpu":
+        pytest.skip("blocks are for the CPU")
     query, key = torch.randn(2, 4, 9, 64, device=device).half(), torch.randn(2, 2, 200, 64, device=device).half()
     # Every other query of a longer prompt: views, as policies hand them over.
     at = torch.arange(18, device=device)[None, 1::2] * 11

@@ -17,7 +17,7 @@ from refreekv.core.needs import Needs, Rules
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import StandIns
-from refreekv.kernels import ops, reference
+from refreekv.kernels import ops, probe_blocks, reference
 from refreekv.kernels.table import Format
 
 __all__ = [
@@ -70,9 +70,9 @@ def probe_reductions(
 ) -> ProbeReductions:
     """Per-position peak, mean and sum of squares of the probes' attention, ``[B, H_kv, n]`` float32 each.
 
-    Parameters, results and errors are those of `core.reductions.probe_reductions`, which this is on
-    the CPU. On CUDA two kernels read the keys once each, and no row is ever written out: memory is
-    the results and one float32 a query, head and split of the keys.
+    Parameters, results and errors are those of `core.reductions.probe_reductions`, the plain version.
+    On CUDA two kernels read the keys once each, and no row is ever written out: memory is the results
+    and one float32 a query, head and split of the keys. On a CPU it goes in blocks (`probe_blocks`).
     """
     reductions.check_heads(query.shape[1], key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -81,7 +81,8 @@ def probe_reductions(
         reduce = ops.probe_reductions_on_cuda if _at_once(key) else ops.probe_reductions_op
         peak, mean, squares = reduce(query, key, query_columns, *extra, sums)
         return ProbeReductions(peak, mean, squares) if sums else ProbeReductions(peak, None, None)
-    return reductions.probe_reductions(
+    plain = probe_blocks.probe_reductions if key.device.type == "cpu" else reductions.probe_reductions
+    return plain(
         query,
         key,
         query_columns=query_columns,
