@@ -182,7 +182,7 @@ def probe_kernels() -> list[tuple[str, dict[str, float]]]:
         peak, mean, far = (torch.rand(1, KV_HEADS, length, device="cuda") ** 20 for _ in range(3))
         view = LayerView(
             keys[0], keys[0], None, None, 0, 1, heads=HEADS, copy_scores=torch.zeros(1, KV_HEADS, device="cuda"),
-            window=kernels.ProbeReductions(peak, mean, None), spread=kernels.ProbeReductions(far, None, None),
+            window=kernels.ProbeReductions(peak, mean), spread=kernels.ProbeReductions(far, None),
         )  # fmt: skip
         row = torch.rand(1, HEADS, 1, length, device="cuda").softmax(-1)
         calls = {

@@ -175,7 +175,7 @@ class PlainModel:
 
 
 def _reductions(queries, keys, positions, distance):
-    """Peak, mean and squares that queries ``[H, k, D]`` gave each position at least ``distance`` before them."""
+    """Peak and mean that queries ``[H, k, D]`` gave each position at least ``distance`` before them."""
     group, n = queries.shape[0] // keys.shape[1], keys.shape[2]
     logits = queries @ keys[0].repeat_interleave(group, 0).transpose(-1, -2)
     at = torch.tensor(list(positions))[:, None]
@@ -183,7 +183,7 @@ def _reductions(queries, keys, positions, distance):
     counts = torch.arange(n) <= at - distance
     rows = (rows * counts).unflatten(0, (-1, group)).flatten(1, 2)
     seen = counts.sum(0) * group
-    return ProbeReductions(rows.amax(1)[None], (rows.sum(1) / seen.clamp(min=1))[None], rows.square().sum(1)[None])
+    return ProbeReductions(rows.amax(1)[None], (rows.sum(1) / seen.clamp(min=1))[None])
 
 
 def _spread(count, n):

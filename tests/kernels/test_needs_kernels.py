@@ -19,8 +19,8 @@ def probes(n, device, batch=2, kv_heads=3):
     # Powers of uniform numbers: many small ones and a few large ones, as attention has them.
     peak = torch.rand(batch, kv_heads, n, device=device) ** 12
     mean = peak * torch.rand(batch, kv_heads, n, device=device) / 10
-    spread = ProbeReductions(torch.rand(batch, kv_heads, n, device=device) ** 20, None, None)
-    return ProbeReductions(peak, mean, None), spread
+    spread = ProbeReductions(torch.rand(batch, kv_heads, n, device=device) ** 20, None)
+    return ProbeReductions(peak, mean), spread
 
 
 CASES = {

@@ -89,6 +89,9 @@ def test_neighbours_by_hand():
     hits = torch.tensor([[0, 1, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
     assert dilate(hits, 1).int().tolist() == [[1, 1, 1, 0, 0, 1, 1, 1]]
     assert dilate(hits, 0) is hits
+    assert dilate(hits, 2).int().tolist() == [[1, 1, 1, 1, 1, 1, 1, 1]]
+    assert dilate(hits[:, :2], 5).all()
+    assert not dilate(hits[:, 2:6], 3).any()
     assert following(hits, 2).int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 1]]
     assert not following(hits, 0).any()
     peak = torch.tensor([0.9, 0.3, 0.2, 0.001])

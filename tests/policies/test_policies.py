@@ -40,7 +40,7 @@ def view(n=40, batch=2, heads=4, kv_heads=2, probe_rows=8, seed=0, pads=0):
 def reduced(rows, kv_heads):
     batch, _, _, length = rows.shape
     grouped = rows.reshape(batch, kv_heads, -1, length)
-    return ProbeReductions(grouped.amax(2), grouped.mean(2), grouped.square().sum(2))
+    return ProbeReductions(grouped.amax(2), grouped.mean(2))
 
 
 SMALL = {"adaptive": {"min_length": 0, "window": 8, "constant": 0.2, "follow": 2, "hit": 0.8, "lost_mass": 0.7}}

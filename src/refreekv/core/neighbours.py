@@ -12,8 +12,11 @@ def dilate(chosen: Tensor, reach: int) -> Tensor:
     """Chosen positions and those up to ``reach`` beside them; boolean ``[..., n]``."""
     if reach == 0:
         return chosen
-    flat = chosen.reshape(-1, 1, chosen.shape[-1]).float()
-    return functional.max_pool1d(flat, 2 * reach + 1, stride=1, padding=reach).bool().view(chosen.shape)
+    wide = chosen.clone()
+    for step in range(1, reach + 1):
+        wide[..., step:] |= chosen[..., :-step]
+        wide[..., :-step] |= chosen[..., step:]
+    return wide
 
 
 def following(hits: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Attention of many probe queries, reduced to three numbers a position and never kept as rows.
+"""Attention of many probe queries, reduced to two numbers a position and never kept as rows.
 
 Probes over a whole prompt are hundreds of queries: their rows would be ``B * H * k * n``
-float32. What a policy asks of them is how high a position ever rose, how much it received
-and how the squares add up, for each KV head. This is the plain version that computes the
+float32. What a policy asks of them is how high a position ever rose and how much it received,
+for each KV head. This is the plain version that computes the
 rows a few queries at a time; `refreekv.kernels` has the same function for CUDA.
 """
 
@@ -21,7 +21,7 @@ QUERY_CHUNK = 16
 class ProbeReductions(NamedTuple):
     """What probe queries gave each position: ``[B, H_kv, n]`` float32 each.
 
-    Mean and squares are None where nobody asked for sums.
+    The mean is None where nobody asked for it.
 
     Attributes
     ----------
@@ -29,19 +29,14 @@ class ProbeReductions(NamedTuple):
         The largest attention probability over the queries and the query heads of the KV head.
     mean : Tensor
         The average over those of them that see the position; 0 where none does.
-    squares : Tensor
-        The sum of the squared probabilities.
     """
 
     peak: Tensor
     mean: Tensor | None
-    squares: Tensor | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "ProbeReductions":
         """The same with every tensor changed."""
-        peak, mean, squares = (None if part is None else change(part) for part in self)
-        assert peak is not None
-        return ProbeReductions(peak, mean, squares)
+        return ProbeReductions(change(self.peak), None if self.mean is None else change(self.mean))
 
 
 def probe_reductions(
@@ -58,7 +53,7 @@ def probe_reductions(
     sink_logits: Tensor | None = None,
     sums: bool = True,
 ) -> ProbeReductions:
-    """Per-position peak, mean and sum of squares of the probes' attention.
+    """Per-position peak and mean of the probes' attention.
 
     Parameters
     ----------
@@ -84,7 +79,7 @@ def probe_reductions(
     softcap, sink_logits
         As in `core.probes.attention_rows`.
     sums : bool
-        Whether mean and squares are wanted beside the peak.
+        Whether the mean is wanted beside the peak.
 
     Returns
     -------
@@ -101,7 +96,7 @@ def probe_reductions(
     if columns is None:
         columns = torch.arange(length, device=key.device)
     shape = (batch, kv_heads, length)
-    peak, total, squares, seen = (torch.zeros(shape, dtype=torch.float32, device=key.device) for _ in range(4))
+    peak, total, seen = (torch.zeros(shape, dtype=torch.float32, device=key.device) for _ in range(3))
     group = heads // kv_heads
     for start in range(0, probes, QUERY_CHUNK):
         part = slice(start, start + QUERY_CHUNK)
@@ -117,9 +112,8 @@ def probe_reductions(
         peak = torch.maximum(peak, rows.amax(2))
         if sums:
             total += rows.sum(2)
-            squares += rows.square().sum(2)
             seen += counted.reshape(batch, kv_heads, -1, length).sum(2)
-    return ProbeReductions(peak, total / seen.clamp_min(1), squares) if sums else ProbeReductions(peak, None, None)
+    return ProbeReductions(peak, total / seen.clamp_min(1) if sums else None)
 
 
 def check_heads(heads: int, kv_heads: int) -> None:

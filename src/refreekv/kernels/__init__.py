@@ -68,7 +68,7 @@ def probe_reductions(
     sink_logits: Tensor | None = None,
     sums: bool = True,
 ) -> ProbeReductions:
-    """Per-position peak, mean and sum of squares of the probes' attention, ``[B, H_kv, n]`` float32 each.
+    """Per-position peak and mean of the probes' attention, ``[B, H_kv, n]`` float32 each.
 
     Parameters, results and errors are those of `core.reductions.probe_reductions`, the plain version.
     On CUDA two kernels read the keys once each, and no row is ever written out: memory is the results
@@ -79,8 +79,8 @@ def probe_reductions(
     extra = (columns, valid, query_real, scaling, distance, softcap, sink_logits)
     if key.is_cuda and available():
         reduce = ops.probe_reductions_on_cuda if _at_once(key) else ops.probe_reductions_op
-        peak, mean, squares = reduce(query, key, query_columns, *extra, sums)
-        return ProbeReductions(peak, mean, squares) if sums else ProbeReductions(peak, None, None)
+        peak, mean = reduce(query, key, query_columns, *extra, sums)
+        return ProbeReductions(peak, mean if sums else None)
     plain = probe_blocks.probe_reductions if key.device.type == "cpu" else reductions.probe_reductions
     return plain(
         query,

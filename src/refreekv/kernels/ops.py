@@ -29,8 +29,8 @@ def probe_reductions_op(
     softcap: float | None,
     sink_logits: Tensor | None,
     sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`core.reductions.probe_reductions` as an operator; what is not asked for is empty."""
+) -> tuple[Tensor, Tensor]:
+    """`core.reductions.probe_reductions` as an operator; a mean that is not asked for is empty."""
     found = reductions.probe_reductions(
         query,
         key,
@@ -44,12 +44,11 @@ def probe_reductions_op(
         sink_logits=sink_logits,
         sums=sums,
     )
-    peak, mean, squares = (key.new_empty(0, dtype=torch.float32) if part is None else part for part in found)
-    return peak, mean, squares
+    return found.peak, key.new_empty(0, dtype=torch.float32) if found.mean is None else found.mean
 
 
 @probe_reductions_op.register_kernel("cuda")
-def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`probe_reductions_op` in Triton, without the operator around it."""
     from refreekv.kernels.probe import launch_probe_reductions
 
@@ -57,10 +56,11 @@ def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Te
 
 
 @probe_reductions_op.register_fake
-def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = [key.shape[:3], *[key.shape[:3] if rest[-1] else (0,)] * 2]
-    peak, mean, squares = (key.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return peak, mean, squares
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    peak, mean = (
+        key.new_empty(shape, dtype=torch.float32) for shape in (key.shape[:3], key.shape[:3] if rest[-1] else (0,))
+    )
+    return peak, mean
 
 
 @torch.library.custom_op("refreekv::append", mutates_args=("table",))

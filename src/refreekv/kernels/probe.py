@@ -137,7 +137,7 @@ def _join_kernel(partial, sinks, out, splits, rows, group, kv_heads, BLOCK: tl.c
 
 @triton.jit
 def _past(
-    k, column, query, query_columns, denominators, start, stop, peak, total, squares, count,
+    k, column, query, query_columns, denominators, start, stop, peak, total, count,
     rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
     GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -166,15 +166,13 @@ def _past(
                 count += tl.sum(counts.to(tl.int32), 1)
         peak = tl.maximum(peak, tl.max(share, 1))
         if SUMS:
-            p = tl.exp2(share)
-            total += tl.sum(p, 1)
-            squares += tl.sum(p * p, 1)
-    return peak, total, squares, count
+            total += tl.sum(tl.exp2(share), 1)
+    return peak, total, count
 
 
 @triton.jit
 def _reduce_kernel(
-    query, key, query_columns, columns, valid, denominators, peak_out, mean_out, squares_out,
+    query, key, query_columns, columns, valid, denominators, peak_out, mean_out,
     probes, length, kv_heads, rows, distance,
     scaling, softcap,
     sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
@@ -182,7 +180,7 @@ def _reduce_kernel(
     BLOCK_P: tl.constexpr, SUMS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Peak, and with ``SUMS`` mean and sum of squares, of one block of keys over all rows."""
+    """Peak, and with ``SUMS`` mean, of one block of keys over all rows."""
     pair = tl.program_id(1).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -203,17 +201,17 @@ def _reduce_kernel(
     start = first * GROUP // BLOCK_M * BLOCK_M
     middle = tl.minimum(tl.maximum((clear * GROUP + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total, squares = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_N], tl.int32)
     queries, first_head = query + batch * sq_b, kv_head * GROUP
     at_columns, whole = query_columns + batch * sc_b, denominators + pair * rows
-    peak, total, squares, count = _past(
-        k, column, queries, at_columns, whole, start, middle, peak, total, squares, count,
+    peak, total, count = _past(
+        k, column, queries, at_columns, whole, start, middle, peak, total, count,
         rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
         GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
     )  # fmt: skip
-    peak, total, squares, count = _past(
-        k, column, queries, at_columns, whole, middle, rows, peak, total, squares, count,
+    peak, total, count = _past(
+        k, column, queries, at_columns, whole, middle, rows, peak, total, count,
         rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
         GROUP, HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
     )  # fmt: skip
@@ -224,7 +222,6 @@ def _reduce_kernel(
         # All rows from the middle on count.
         count = tl.maximum(count + rows - middle, 1).to(tl.float32)
         tl.store(mean_out + out, tl.where(inside, total / count, 0.0), n < length)
-        tl.store(squares_out + out, tl.where(inside, squares, 0.0), n < length)
 
 
 class Tile(NamedTuple):
@@ -267,10 +264,10 @@ def launch_probe_reductions(
     sink_logits: Tensor | None,
     sums: bool = True,
     tiles: tuple[Tile, Tile] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run the kernels; parameters as in `core.reductions.probe_reductions`, without defaults.
 
-    Without ``sums`` the last two results are empty. ``tiles`` is there to be measured.
+    Without ``sums`` the mean is empty. ``tiles`` is there to be measured.
     """
     batch, heads, probes, head_size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
@@ -324,12 +321,12 @@ def launch_probe_reductions(
             partial, sinks, whole, splits, rows, group, kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
         )
     shape = (batch, kv_heads, length)
-    peak, mean, squares = (
-        torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums, sums)
+    peak, mean = (
+        torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums)
     )
     _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
-        *inputs, whole, peak, mean, squares, probes, length, kv_heads, rows, distance, scaling, cap, *strides,
+        *inputs, whole, peak, mean, probes, length, kv_heads, rows, distance, scaling, cap, *strides,
         BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(probes, 2)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
-    return peak, mean, squares
+    return peak, mean

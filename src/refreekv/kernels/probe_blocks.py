@@ -48,7 +48,7 @@ def probe_reductions(
     sinks = None if sink_logits is None else sink_logits.float().view(-1, kv_heads, group, 1).expand(batch, -1, -1, -1)
     shape = (batch, kv_heads, length)
     peak = torch.zeros(shape)
-    total, squares = (torch.zeros(shape), torch.zeros(shape)) if sums else (None, None)
+    total = torch.zeros(shape) if sums else None
     most = torch.get_num_threads() * BLOCK
     at_once = kv_heads if key.dtype == torch.float32 else max(1, min(kv_heads, WIDENED // (length * dim)))
     at_once = max(1, min(at_once, most // (LEAST_ROWS * length)))
@@ -72,11 +72,10 @@ def probe_reductions(
                 scratch,
                 peak[row, some],
                 None if total is None else total[row, some],
-                None if squares is None else squares[row, some],
             )
     if total is None:
-        return ProbeReductions(peak, None, None)
-    return ProbeReductions(peak, total.div_(_times_seen(counted, query_real, length).mul_(group)[:, None]), squares)
+        return ProbeReductions(peak, None)
+    return ProbeReductions(peak, total.div_(_times_seen(counted, query_real, length).mul_(group)[:, None]))
 
 
 def _reduce(
@@ -92,9 +91,8 @@ def _reduce(
     scratch: Tensor,
     peak: Tensor,
     total: Tensor | None,
-    squares: Tensor | None,
 ) -> None:
-    """Raise ``peak``, ``total`` and ``squares`` ``[h, n]`` by what queries ``[h, g, k, D]`` give to keys ``[h, n, D]``.
+    """Raise ``peak`` and ``total`` ``[h, n]`` by what queries ``[h, g, k, D]`` give to keys ``[h, n, D]``.
 
     ``seen`` and ``counted`` are ``[k]``, ``shown`` is ``[1 | h, n]`` and ``sinks`` is ``[h, g, 1]``.
     """
@@ -138,10 +136,9 @@ def _reduce(
             weights.masked_fill_(silent, 0.0)
         highest = peak[:, :end]
         torch.maximum(highest, weights.amax(1), out=highest)
-        if total is not None and squares is not None:
+        if total is not None:
             ones = weights.new_ones(1, 1, rows).expand(kv_heads, -1, -1)
             total[:, :end] += torch.bmm(ones, weights)[:, 0]
-            squares[:, :end] += torch.bmm(ones, weights.square_())[:, 0]
 
 
 def _fill_from(rows: Tensor, limits: Tensor, lowest: int, end: int, value: float) -> None:

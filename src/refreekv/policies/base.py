@@ -46,7 +46,7 @@ class ProbePlan:
         Of a reduced plan: the spread queries count for positions at least so far before them only.
         What a token's neighbours see in it says nothing about what is needed later.
     spread_sums : bool
-        Of a reduced plan: whether of the spread queries mean and squares are wanted beside the peak.
+        Of a reduced plan: whether of the spread queries the mean is wanted beside the peak.
     """
 
     rows: int = 0
