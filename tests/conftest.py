@@ -23,6 +23,16 @@ from refreekv import ReFreeKVCache  # noqa: E402
 from refreekv.engines.transformers import graph  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory):
+    """Keep what is kept of models between processes out of the user's folder, where the hub's models are."""
+    hub = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", os.environ.get("HF_HOME", str(hub)))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Run small models on one thread; a test that needs more may ask for them."""

@@ -1,5 +1,6 @@
-"""Copy scores of a transformers model, measured once a model; see `pruning.copy_scores`."""
+"""Copy scores of a transformers model, measured once a model file; see `pruning.copy_scores`."""
 
+import inspect
 import weakref
 from collections.abc import Sequence
 
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refreekv.engines.transformers import fingerprint
+from refreekv.engines.transformers import fingerprint, model_constants
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
+
+KEPT = "copy_scores."
+"""What the names of scores begin with on disk; then comes the index among the full-attention layers."""
 
 # Scores belong to a model as long as it lives, and a pass for each `compress` block would be a
 # waste. The model cannot hold them itself, for it is to be exactly as before afterwards.
@@ -18,7 +22,7 @@ _KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[object, tuple[Tensor, 
 
 
 def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
-    """The copy score of each KV head, measured at the first call and remembered with the model.
+    """The copy score of each KV head, measured at the first call and remembered with the model, and on disk.
 
     The score is the mean attention that the second saying of a token gives to the token after its
     first saying, the largest over the query heads that share the KV head. To be called while
@@ -32,9 +36,22 @@ def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
     weights = fingerprint.of_contents(model)
     known = _KNOWN.get(model)
     if known is None or known[0] != weights:
-        known = (weights, tuple(_measure(model)))
+        # A model that changed in this process is not what its file says.
+        key = model_constants.key_of(model) if known is None else None
+        known = (weights, tuple(_measure(model) if key is None else _kept(key, model)))
         _KNOWN[model] = known
     return known[1]
+
+
+def _kept(key: str, model: PreTrainedModel) -> Sequence[Tensor]:
+    """The scores on disk; measured and put there if there are none."""
+    found = model_constants.load(key)
+    names = sorted((name for name in found if name.startswith(KEPT)), key=lambda name: int(name.removeprefix(KEPT)))
+    if names:
+        return [found[name].to(model.device) for name in names]
+    scores = _measure(model)
+    model_constants.store(key, {f"{KEPT}{layer}": part for layer, part in enumerate(scores)})
+    return scores
 
 
 @torch.no_grad()
@@ -44,5 +61,11 @@ def _measure(model: PreTrainedModel) -> list[Tensor]:
     probe = CopyProbe(tokens=count)
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
-        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True)
+        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True, **_few_logits(model))
     return probe.scores(cache.state.layers)
+
+
+def _few_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The argument that spares a model the logits of all tokens but the last, if it has one."""
+    name = "logits_to_keep"
+    return {name: 1} if name in inspect.signature(model.forward).parameters else {}

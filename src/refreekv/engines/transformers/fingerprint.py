@@ -18,7 +18,7 @@ def of_addresses(model: nn.Module) -> Hashable:
     """What changes when parameters or buffers move or are replaced, or when adapters are switched."""
     states = list(_states(model))
     held = [tensor for state in states for own in ("_parameters", "_buffers") for tensor in state[own].values()]
-    return tuple(_place(part) for tensor in held for part in _parts(tensor)), _adapters(states)
+    return tuple(_place(part) for tensor in held for part in parts(tensor)), _adapters(states)
 
 
 def of_contents(model: nn.Module) -> Hashable:
@@ -28,8 +28,8 @@ def of_contents(model: nn.Module) -> Hashable:
     does not count goes unnoticed, too: changes through ``.data``, and to inference tensors in place.
     """
     states = list(_states(model))
-    parts = [part for state in states for tensor in state["_parameters"].values() for part in _parts(tensor)]
-    return tuple((*_place(part), 0 if part.is_inference() else part._version) for part in parts), _adapters(states)
+    held = [part for state in states for tensor in state["_parameters"].values() for part in parts(tensor)]
+    return tuple((*_place(part), 0 if part.is_inference() else part._version) for part in held), _adapters(states)
 
 
 def _states(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -48,14 +48,14 @@ def _place(tensor: Tensor) -> tuple[int, Any, Any]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
-def _parts(tensor: Any) -> Sequence[Tensor]:
+def parts(tensor: Any) -> Sequence[Tensor]:
     """Tensors with memory of their own: quantised weights may be tensors made of tensors."""
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:
         return (tensor,)
     if tensor is None:
         return ()
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return [part for name in names for part in _parts(getattr(tensor, name))] if names else (tensor,)
+    return [part for name in names for part in parts(getattr(tensor, name))] if names else (tensor,)
 
 
 def _adapters(states: list[dict[str, Any]]) -> Hashable:
