@@ -3,16 +3,20 @@
     python benchmarks/overhead.py                       # CPU: SmolLM2-135M's shape
     python benchmarks/overhead.py --device cuda         # GPU: Llama-3-8B's shape
     python benchmarks/overhead.py --device cuda --policies "refreekv:threshold=0.3;adaptive;adaptive:stand_ins=0"
+    python benchmarks/overhead.py --model $(python benchmarks/models.py smollm2-135m) --policies adaptive --lengths 2101
 
-Random weights: the time does not depend on them. Their attention is nearly uniform, so
+Random weights, unless a model is named: the time does not depend on them. Their attention is nearly uniform, so
 the threshold is set to 0.3, at which such attention keeps about half of each layer: the
-pruning step really selects, gathers and frees.
+pruning step really selects, gathers and frees. A named model reads Python's own documentation.
 
 Per prompt length, medians of runs that take turns, the full cache and all policies:
 
     full     one prefill into transformers' DynamicCache
     pruned   the same prefill into a pruned cache, all of refreekv included
     extra    the median of the ratios pruned / full of the same turn
+    first    the same of a model's first prompt ever, with the pass that measures its copy scores
+    again    the same of its first prompt in a process that finds these scores on disk
+    cpu      the same as extra in CPU seconds, which other programs on the machine change less (CPU only)
     step     the pruning steps alone (probe, select, compact; all layers), timed one by one
              with the device idle in between, host waits included
     peak     most memory above the model's during the prefill (CUDA only), and during the
@@ -22,16 +26,21 @@ Per prompt length, medians of runs that take turns, the full cache and all polic
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from pydoc_data.topics import topics
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import refreekv
+from checkpoints import load
+from refreekv.engines.transformers import copy_scores
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME
 
@@ -124,14 +133,17 @@ def peak_of(call: Callable[[], object], cuda: bool) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def ratio(ones: list[float], others: list[float]) -> float | None:
+    """The median of ``one / other - 1``, turn by turn."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True)) - 1 if ones else None
+
+
 @torch.inference_mode()
 def measure(
-    model, length: int, policies: dict[str, refreekv.policies.Policy], repeats: int, step_repeats: int
+    model, ids: torch.Tensor, policies: dict[str, refreekv.policies.Policy], repeats: int, step_repeats: int
 ) -> list[dict[str, object]]:
     """All figures of one prompt length; a row each policy."""
-    device = model.device
-    clock = Clock(device)
-    ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+    clock, length = Clock(model.device), ids.shape[1]
 
     def run_full() -> object:
         return prefill(model, ids, DynamicCache(config=model.config))
@@ -140,7 +152,8 @@ def measure(
         return prefill(model, ids, refreekv.ReFreeKVCache(model, policy))
 
     # These are the warm-up as well.
-    peaks, reports, turns = {}, {}, {name: [] for name in policies}
+    peaks, reports, turns, cpu = {}, {}, {name: [] for name in policies}, {name: [] for name in policies}
+    first, again = ({name: [] for name in policies} for _ in range(2))
     for name, policy in policies.items():
         # Inside compress, here and below, so that the model is prepared once and not in every run.
         with refreekv.compress(model, policy):
@@ -149,12 +162,21 @@ def measure(
             reports[name] = prefill(model, ids, None)[NAME].report
     run_full()
     peak_full = peak_of(run_full, clock.cuda)
-    full = []
+    full, full_cpu = [], []
     for _ in range(repeats):
+        start = time.process_time()
         full.append(clock.time(run_full))
+        full_cpu.append(time.process_time() - start)
         for name, policy in policies.items():
-            with refreekv.compress(model, policy):
+            with refreekv.compress(model, policy), tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
                 turns[name].append(clock.time(lambda policy=policy: run_pruned(policy)))
+                cpu[name].append(time.process_time() - start)
+                if policy.reads_copy_scores:
+                    os.environ["XDG_CACHE_HOME"] = folder  # where there are no scores, and then there are
+                    for times in (first, again):
+                        copy_scores._KNOWN.pop(model, None)
+                        times[name].append(clock.time(lambda policy=policy: run_pruned(policy)))
     rows = []
     for name, policy in policies.items():
         steps = []
@@ -175,7 +197,10 @@ def measure(
             "full_all": full,
             "pruned_all": pruned,
             "step_share": statistics.median(steps) / statistics.median(full),
-            "end_to_end": statistics.median(one / other for one, other in zip(pruned, full, strict=True)) - 1,
+            "end_to_end": ratio(pruned, full),
+            "first": ratio(first[name], full),
+            "again": ratio(again[name], full),
+            "cpu": None if clock.cuda else ratio(cpu[name], full_cpu),
             "n_by_n_bytes": length * length * model.dtype.itemsize,
         }
         if clock.cuda:
@@ -188,6 +213,8 @@ def main() -> None:
     """Parse the arguments, measure, print a table and maybe write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", help="a real one: a .gguf file, a folder or a hub id; default: random weights")
+    parser.add_argument("--dtype", default="float32", help="of a real model")
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on CUDA, else smollm2-135m")
     parser.add_argument("--lengths", default="2048,8192,32768")
     parser.add_argument("--policies", default="refreekv:threshold=0.3", help="separated by semicolons")
@@ -196,29 +223,41 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    shape = arguments.shape or ("llama-3-8b" if device.type == "cuda" else "smollm2-135m")
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, tie_word_embeddings=True)
     torch.manual_seed(0)
-    with device:
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    if arguments.model:
+        model, tokenizer, what = load(arguments.model, arguments.device, arguments.dtype)
+        text = tokenizer("\n\n".join(topics[name] for name in sorted(topics)), return_tensors="pt").input_ids
+        what = f"{what}, {arguments.dtype}"
+    else:
+        shape = arguments.shape or ("llama-3-8b" if device.type == "cuda" else "smollm2-135m")
+        config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, tie_word_embeddings=True)
+        with device:
+            torch.set_default_dtype(torch.bfloat16)
+            model = LlamaForCausalLM(config).eval()
+            torch.set_default_dtype(torch.float32)
+        text, what = None, f"{shape}, bf16, random weights"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    header = f"{shape}, bf16, random weights; {name}{threads}; torch {torch.__version__}; {date.today()}"
+    header = f"{what}; {name}{threads}; torch {torch.__version__}; {date.today()}"
     print(header)
-    columns = ["prompt", "kept", "full s", "pruned s", "extra", "step s", "step/full"]
+    columns = ["prompt", "kept", "full s", "pruned s", "extra", "first", "again", "step s", "step/full"]
     if device.type == "cuda":
         columns += ["peak full", "peak pruned", "peak step", "n x n"]
+    else:
+        columns.append("cpu")
     print(" ".join(f"{column:>11}" for column in columns), "policy, all runs in ms")
     policies = {name: refreekv.policies.parse(name) for name in arguments.policies.split(";")}
     rows = []
     for length in (int(part) for part in arguments.lengths.split(",")):
-        found = measure(model, length, policies, arguments.repeats, arguments.step_repeats)
+        ids = torch.randint(1, model.config.vocab_size, (1, length)) if text is None else text[:, :length]
+        found = measure(model, ids.to(device), policies, arguments.repeats, arguments.step_repeats)
         rows += found
         for row in found:
             cells = [f"{row['length']}", f"{row['kept']:.1%}", f"{row['full_s']:.4f}", f"{row['pruned_s']:.4f}"]
-            cells += [f"{row['end_to_end']:+.2%}", f"{row['step_s']:.4f}", f"{row['step_share']:.2%}"]
+            cells += ["–" if row[key] is None else f"{row[key]:+.2%}" for key in ("end_to_end", "first", "again")]
+            cells += [f"{row['step_s']:.4f}", f"{row['step_share']:.2%}"]
+            if device.type != "cuda":
+                cells.append(f"{row['cpu']:+.2%}")
             if device.type == "cuda":
                 peaks = [row[key] for key in ("peak_full", "peak_pruned", "peak_step", "n_by_n_bytes")]
                 cells += [f"{peak / 2**20:.0f} MiB" for peak in peaks]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.command_line import runner
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import serve_command
 from refreekv.engines.vllm.refusals import SUPPORTED, check_heads, check_layers, check_settings, check_version
@@ -100,7 +101,7 @@ def _config(**changes):
     parts = {
         "kv_transfer_config": {
             "kv_connector": "RefreekvConnector",
-            "kv_connector_extra_config": {"policy": "refreekv", "layers_per_group": 1},
+            "kv_connector_extra_config": {"policy": DEFAULT_POLICY, "layers_per_group": 1},
         },
         "model_config": {"use_mla": False, "runner_type": "generate", "is_encoder_decoder": False},
         "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None, "kv_sharing_fast_prefill": False},
@@ -164,6 +165,8 @@ def test_serve_prints_the_command(capsys):
     assert "--model some/model" in done.out
     assert done.out.rstrip().endswith("--port 8001")
     assert '"policy": "refreekv:threshold=0.05"' in done.out
+    done = runner(capsys)("serve", "some/model", "--dry-run")
+    assert f'"policy": "{DEFAULT_POLICY}"' in done.out
 
 
 def test_serve_refuses(capsys):

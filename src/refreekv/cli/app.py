@@ -1,5 +1,6 @@
 """The typer application that the commands join, and how it fails."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -8,6 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 import refreekv
+
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn when transformers imports torchao, of what has nothing to do with the command."""
 
 
 class UserError(Exception):
@@ -64,3 +68,5 @@ def _options(
     ] = False,
 ) -> None:
     del version  # its callback did it
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)

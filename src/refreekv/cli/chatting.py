@@ -99,7 +99,7 @@ class Chat:
         size = format_bytes(weight_bytes(loaded.model))
         self._say(f"{loaded.name}, {dtype} on {loaded.device}, weights {size}{context}")
         stored = f", stored in {self.conversation.kv_dtype}" if self.conversation.kv_dtype else ""
-        self._say(f"{self.conversation.policy}{stored}", style="dim")
+        self._say(f"{self.conversation.policy.spec}{stored}", style="dim")
         if not self.conversation.has_template:
             self._say(
                 f"{loaded.name} has no chat template: what you type is plain text that it continues.", style="yellow"
@@ -196,7 +196,7 @@ class Chat:
             except (ValueError, TypeError) as error:
                 raise MessageError(one_line(error)) from error
         again = f"; {len(self.conversation.tokens):,} tokens are read again with your next message"
-        self._say(f"Policy: {self.conversation.policy}{again if spec and self.conversation.tokens else ''}")
+        self._say(f"Policy: {self.conversation.policy.spec}{again if spec and self.conversation.tokens else ''}")
 
     def _attach(self, name: str) -> None:
         if not name:
@@ -340,7 +340,7 @@ def transcript(conversation: Conversation) -> dict[str, Any]:
     return {
         "refreekv": refreekv.__version__,
         "model": conversation.loaded.name,
-        "policy": str(conversation.policy),
+        "policy": conversation.policy.spec,
         "kv_dtype": None if conversation.kv_dtype is None else str(conversation.kv_dtype),
         "messages": conversation.messages,
         "turns": [
@@ -352,7 +352,7 @@ def transcript(conversation: Conversation) -> dict[str, Any]:
 
 def markdown(conversation: Conversation) -> str:
     """The conversation as Markdown."""
-    lines = [f"# {conversation.loaded.name}, {conversation.policy}", ""]
+    lines = [f"# {conversation.loaded.name}, {conversation.policy.spec}", ""]
     if conversation.system:
         lines += ["**System**", "", conversation.system, ""]
     for turn in conversation.turns:

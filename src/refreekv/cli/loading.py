@@ -4,6 +4,7 @@ Only `load` touches transformers' model classes, so that commands which load not
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -195,8 +196,9 @@ def _read(
             device_map = device_map or str(device)
     if device_map is not None:
         of_model["device_map"] = device_map
-    tokenizer = AutoTokenizer.from_pretrained(source.place, **common)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
+    with gguf_read_once() if source.gguf else contextlib.nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **common)
+        model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
     return tokenizer, model if device_map is not None else model.to(device)
 
 
@@ -258,6 +260,25 @@ def _working(source: Source) -> Iterator[None]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         yield
+
+
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within, a .gguf file is parsed once, and what its tensors are called is listed once.
+
+    transformers does the one for the tokenizer, the configuration and the weights, and the other for each module.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 @contextlib.contextmanager

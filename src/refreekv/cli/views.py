@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from refreekv import CompressionReport, LayerReport
+from refreekv import CompressionReport
 from refreekv.cli.comparing import Comparison
 from refreekv.cli.loading import Loaded
 from refreekv.cli.running import Run, decode
@@ -112,10 +112,10 @@ def agreement(result: Comparison) -> Text:
 
 def layers(report: CompressionReport, width: int) -> RenderableType:
     """A bar per layer of what was kept, in columns where there are many."""
-    cells = list(_layer_cells(report.prunable, width))
-    title = Text.assemble(
-        ("Kept per layer", "bold"), f": {report.budget:.1%} on average; on the right the policy's metric, if any"
-    )
+    cells = list(_layer_cells(report, width))
+    title = Text.assemble(("Kept per layer", "bold"), f": {report.budget:.1%} on average")
+    if report.has_metrics:
+        title.append("; on the right the policy's metric")
     columns = 2 if len(cells) > 8 and width >= 70 else 1
     height = -(-len(cells) // columns)
     grid = Table.grid(padding=(0, 4, 0, 0))
@@ -124,15 +124,16 @@ def layers(report: CompressionReport, width: int) -> RenderableType:
     return Group(title, Padding(grid, (0, 0, 0, 1)))
 
 
-def _layer_cells(all_layers: tuple[LayerReport, ...], width: int) -> Iterator[Text]:
-    size = max(8, min(30, (width - 6) // 2 - 22))
-    for layer in all_layers:
+def _layer_cells(report: CompressionReport, width: int) -> Iterator[Text]:
+    size = max(8, min(30, (width - 6) // 2 - (22 if report.has_metrics else 14)))
+    for layer in report.prunable:
         metric = layer.rows[0].metric
+        shown = "  –" if metric is None else f"  {metric:.4f}"
         yield Text.assemble(
             (f"{layer.index:3d} ", "dim"),
             (bar(layer.budget, size), "cyan"),
             f" {layer.budget:6.1%}",
-            (f"  {metric:.4f}" if metric is not None else "  –", "dim"),
+            (shown if report.has_metrics else "", "dim"),
         )
 
 

@@ -55,7 +55,7 @@ def probe_reductions(
     step = max(1, most // (at_once * group * length), -(-LEAST_ROWS // (at_once * group)))
     scratch = torch.empty(2, at_once * group * min(step, probes) * length)
     for row in range(batch):
-        of_row = [None if part is None else part[row % len(part)] for part in (seen, counted, query_real)]
+        line = row % len(seen)  # one for all rows, or one each
         for first in range(0, kv_heads, at_once):
             some = slice(first, first + at_once)
             shown = None
@@ -64,7 +64,9 @@ def probe_reductions(
             _reduce(
                 query[row, some],
                 key[row, some].float(),
-                *of_row,
+                seen[line],
+                counted[line],
+                None if query_real is None else query_real[line],
                 shown,
                 None if sinks is None else sinks[row, some],
                 softcap,

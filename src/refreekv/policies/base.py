@@ -209,7 +209,18 @@ class Policy(ABC):
         """Whether the full-attention layer with index ``layer`` is never pruned."""
         return self.frozen_layers == "all" or layer < self.frozen_layers
 
+    @property
+    def spec(self) -> str:
+        """The policy as the command line takes it: its name, and the parameters that are not the defaults."""
+        changed = []
+        for one in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, one.name)
+            if value != one.default and value is not None:
+                changed.append(f"{one.name}={str(value).lower() if isinstance(value, bool) else value}")
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
     def __str__(self) -> str:
+        """The name with all parameters, so that results under other defaults are not taken for these."""
         parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         return f"{self.name}({parameters})"
 

@@ -58,7 +58,7 @@ def demo(
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
-        "policy": str(parsed),
+        "policy": parsed.spec,
         "prompt": name,
     }
     if as_json:

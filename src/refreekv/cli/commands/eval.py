@@ -12,7 +12,7 @@ import typer
 
 import refreekv
 from refreekv.cli.app import UserError, app, one_line, refusals
-from refreekv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, TrustOption
+from refreekv.cli.options import DEFAULT_POLICY, DeviceOption, DtypeOption, JsonOption, ModelOption, TrustOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,7 +167,7 @@ def evaluate(
     from refreekv.evaluation.fidelity.runner import MAX_TOKENS
 
     with refusals():
-        chosen = sweeps.choose(policy or ([] if suite else ["refreekv"]), suite or [])
+        chosen = sweeps.choose(policy or ([] if suite else [DEFAULT_POLICY]), suite or [])
     samples: list[Sample] = []
     missing: dict[str, str] = {}
     if not tasks:

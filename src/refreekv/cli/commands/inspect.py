@@ -64,7 +64,7 @@ def inspect(
 
     written = [str(path) for path in (page, png) if path is not None]
     if as_json:
-        about = {"refreekv": refreekv.__version__, "model": loaded.name, "policy": str(parsed)}
+        about = {"refreekv": refreekv.__version__, "model": loaded.name, "policy": parsed.spec}
         typer.echo(json.dumps({**about, **result.to_dict(), "kept": inspection.kept, "files": written}, indent=2))
         return
     typer.echo(str(result.report).partition("\n")[0])
@@ -94,7 +94,7 @@ def _inspection(
     full, compressed = result.full, result.compressed
     return Inspection(
         model=loaded.name,
-        policy=str(policy),
+        policy=policy.spec,
         tokens=token_texts(loaded.tokenizer, inputs["input_ids"][0].tolist()),
         # Of the prompt only: what was generated since is all there.
         kept=[

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from refreekv.cli.app import UserError, app, refusals
-from refreekv.cli.options import PolicyOption
+from refreekv.cli.options import DEFAULT_POLICY, PolicyOption
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model id of the hub or a local folder.")],
-    policy: PolicyOption = "refreekv",
+    policy: PolicyOption = DEFAULT_POLICY,
     layers_per_group: Annotated[
         int,
         typer.Option(

@@ -143,7 +143,7 @@ class CompressionSession:
         self._opened: sessions.Opened | None = None
         # Weak: the session must not keep a finished answer's keys and values alive.
         self._latest: weakref.ref[PrunedCache] | None = None
-        self._snapshot = CompressionReport(str(policy), 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
+        self._snapshot = CompressionReport(policy.spec, 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
 
     @property
     def cache(self) -> PrunedCache | None:

@@ -248,7 +248,7 @@ class PrunedCache(DynamicCache):
         """What is kept and what it saves, now."""
         self.state.settle()
         return CompressionReport(
-            policy=str(self.policy),
+            policy=self.policy.spec,
             tokens=self.get_seq_length(self.pruned_layers[0].index),
             layers=tuple(
                 layer_report(index, self.kinds[index], layer)

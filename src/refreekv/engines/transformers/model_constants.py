@@ -64,7 +64,7 @@ def key_of(model: nn.Module) -> str | None:
         64 hexadecimal digits; None for a model whose constants are not for the disk: it came from no file, has
         adapters or gradients, or has weights that are elsewhere.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     of_a_file = bool(getattr(config, "_name_or_path", ""))
     if not of_a_file or any(fingerprint.ADAPTERS[0] in vars(module) for module in model.modules()):
         return None

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from refreekv.core.spelling import suggestion
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
 from refreekv.policies.base import check_count, check_flag
 from refreekv.policies.registry import parse
@@ -29,7 +30,7 @@ class PluginOptions:
         Whether a line of vLLM's log says of each finished request what was kept.
     """
 
-    policy: str = "refreekv"
+    policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
     log_requests: bool = False
 

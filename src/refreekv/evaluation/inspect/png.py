@@ -119,7 +119,7 @@ def kept_shares(inspection: Inspection) -> torch.Tensor:
 
 
 def _shares(axes: "Axes", inspection: Inspection) -> None:
-    layers = inspection.report.prunable
+    report, layers = inspection.report, inspection.report.prunable
     places = range(len(layers))
     axes.barh(places, [layer.budget for layer in layers], color=HIGH, alpha=0.8, height=0.72)
     axes.set_ylim(len(layers) - 0.5, -0.5)
@@ -130,9 +130,10 @@ def _shares(axes: "Axes", inspection: Inspection) -> None:
         row = layer.rows[0]
         words = [f"{layer.budget:.0%}" if layer.budget >= 0.1 else f"{layer.budget:.1%}"]
         words += [f"cut {row.cut:,}"] if row.cut is not None else []
-        words += [f"{row.metric:.3g}"] if row.metric is not None else []
+        words += [f"{row.metric:.3g}"] if row.metric is not None and report.has_metrics else []
         axes.text(layer.budget + 0.03, at, " · ".join(words), va="center", size=8, color=SOFT)
-    axes.set_title("Kept share · cut · metric", loc="left", size=10, color=INK)
+    shown = ["Kept share", *["cut"] * report.has_cuts, *["metric"] * report.has_metrics]
+    axes.set_title(" · ".join(shown), loc="left", size=10, color=INK)
     _quiet(axes)
 
 
@@ -140,7 +141,7 @@ def _lines(mine: str, other: str) -> tuple[list[str], int | None]:
     """An answer as lines that fit, and the line in which it parts from the other one."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False))
     at = len(list(alike)) if mine != other else None
-    lines = _wrapped(mine if at is None else f"{mine[:at]}{PARTING}{mine[at:]}") or [""]
+    lines = _wrapped(mine.lstrip("\n") if at is None else f"{mine[:at]}{PARTING}{mine[at:]}") or [""]
     parting = next((number for number, line in enumerate(lines) if PARTING in line), None) if at is not None else None
     if len(lines) > ANSWER_LINES:
         # From a little before the parting, which is what one looks for.

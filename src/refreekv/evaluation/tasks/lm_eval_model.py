@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError(f"lm-eval tasks need lm-eval ({error}); run: pip install 'refreekv[eval]'") from error
 
 import refreekv
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.evaluation.data.encoding import MARK, render
 from refreekv.evaluation.sweeps import FULL
@@ -79,7 +80,7 @@ class CompressedLM(HFLM):
         Kept share of each prompt that was compressed so far.
     """
 
-    def __init__(self, pretrained: Any, policy: str | Policy = "refreekv", **options: Any):
+    def __init__(self, pretrained: Any, policy: str | Policy = DEFAULT_POLICY, **options: Any):
         self.policy = parse(policy) if isinstance(policy, str) else policy
         self.budgets: list[float] = []
         self.measured: list[Measured] = []
