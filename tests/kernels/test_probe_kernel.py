@@ -161,3 +161,16 @@ def test_peaks_alone(which, device):
         peak, *rest = which(query, key, query_columns=at, distance=5, sums=False)
         assert rest == [None]
     torch.testing.assert_close(peak, whole.peak, atol=1e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("reduce", [probe_blocks.probe_reductions, reductions.probe_reductions])
+def test_the_default_type_is_the_user_s(reduce):
+    query, key, at = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 90, 16), torch.tensor([[5, 50, 89]])
+    valid = torch.arange(90)[None] > 3
+    want = reduce(query, key, query_columns=at, distance=3, valid=valid)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = reduce(query, key, query_columns=at, distance=3, valid=valid)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) and one.dtype == torch.float32 for one, other in zip(got, want, strict=True))

@@ -47,13 +47,14 @@ def probe_reductions(
     query = (query.float() * (dim**-0.5 if scaling is None else scaling)).view(batch, kv_heads, group, probes, dim)
     sinks = None if sink_logits is None else sink_logits.float().view(-1, kv_heads, group, 1).expand(batch, -1, -1, -1)
     shape = (batch, kv_heads, length)
-    peak = torch.zeros(shape)
-    total = torch.zeros(shape) if sums else None
+    # Types are said everywhere: PyTorch's default type is the user's.
+    peak = torch.zeros(shape, dtype=torch.float32, device=key.device)
+    total = torch.zeros_like(peak) if sums else None
     most = torch.get_num_threads() * BLOCK
     at_once = kv_heads if key.dtype == torch.float32 else max(1, min(kv_heads, WIDENED // (length * dim)))
     at_once = max(1, min(at_once, most // (LEAST_ROWS * length)))
     step = max(1, most // (at_once * group * length), -(-LEAST_ROWS // (at_once * group)))
-    scratch = torch.empty(2, at_once * group * min(step, probes) * length)
+    scratch = peak.new_empty(2, at_once * group * min(step, probes) * length)
     for row in range(batch):
         line = row % len(seen)  # one for all rows, or one each
         for first in range(0, kv_heads, at_once):
@@ -103,7 +104,7 @@ def _reduce(
     asked = None if real is None else real.expand(kv_heads, -1)
     bias = None
     if shown is not None:
-        bias = torch.zeros(shown.shape).masked_fill_(~shown, float("-inf"))[:, None]
+        bias = peak.new_zeros(shown.shape).masked_fill_(~shown, float("-inf"))[:, None]
         # A query that sees nothing has a softmax that is not a number.
         sees = seen > shown.to(torch.uint8).argmax(1, keepdim=True)
         sees &= shown.any(1, keepdim=True)
@@ -146,7 +147,7 @@ def _reduce(
 def _fill_from(rows: Tensor, limits: Tensor, lowest: int, end: int, value: float) -> None:
     """Fill each row of ``[h, g * c, end]`` from its query's limit ``[c]`` on; the lowest limit is known."""
     if lowest < end:
-        hidden = torch.arange(lowest, end) >= limits[:, None]  # [c, end - lowest]
+        hidden = torch.arange(lowest, end, device=limits.device) >= limits[:, None]  # [c, end - lowest]
         tail = rows.view(rows.shape[0], -1, len(limits), end)[..., lowest:]
         tail.masked_fill_(hidden, value)
 
@@ -160,8 +161,8 @@ def _keys_up_to(at: Tensor, columns: Tensor | None, length: int) -> Tensor:
 
 def _times_seen(counted: Tensor, real: Tensor | None, length: int) -> Tensor:
     """``[B | 1, n]`` float32: how many of the queries count for each key, at least 1."""
-    ends = torch.zeros(len(counted), length + 1)
-    one = torch.ones(counted.shape) if real is None else real.float()
-    ends.scatter_add_(1, counted.long(), one)
+    ends = torch.zeros(len(counted), length + 1, dtype=torch.float32, device=counted.device)
+    one = torch.ones_like(counted) if real is None else real
+    ends.scatter_add_(1, counted.long(), one.float())
     # A query counts for all keys before its end.
     return ends.flip(1).cumsum(1).flip(1)[:, 1:].clamp_min(1)
