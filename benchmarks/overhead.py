@@ -16,9 +16,9 @@ Per prompt length, medians of runs that take turns, the full cache and all polic
     extra    the median of the ratios pruned / full of the same turn
     first    the same of a model's first prompt ever, with the pass that measures its copy scores
     again    the same of its first prompt in a process that finds these scores on disk
-    cpu      the same as extra in CPU seconds, which other programs on the machine change less (CPU only)
     step     the pruning steps alone (probe, select, compact; all layers), timed one by one
-             with the device idle in between, host waits included
+             with the device idle in between, host waits included; with --cpu-seconds, all of this is in
+             seconds of the processor, which other programs on a shared machine change less
     peak     most memory above the model's during the prefill (CUDA only), and during the
              pruning steps, beside n x n of one head and layer, which must never be there
 """
@@ -65,17 +65,18 @@ SHAPES = {
 
 
 class Clock:
-    """Wall time on the CPU, device events on CUDA."""
+    """Wall time on the CPU, or its own seconds; device events on CUDA."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, cpu_seconds: bool = False):
         self.cuda = device.type == "cuda"
+        self._now = time.process_time if cpu_seconds else time.perf_counter
 
     def time(self, call: Callable[[], object]) -> float:
         """Seconds that ``call`` takes, from an idle device to an idle device."""
         if not self.cuda:
-            start = time.perf_counter()
+            start = self._now()
             call()
-            return time.perf_counter() - start
+            return self._now() - start
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -140,10 +141,15 @@ def ratio(ones: list[float], others: list[float]) -> float | None:
 
 @torch.inference_mode()
 def measure(
-    model, ids: torch.Tensor, policies: dict[str, refreekv.policies.Policy], repeats: int, step_repeats: int
+    model,
+    ids: torch.Tensor,
+    policies: dict[str, refreekv.policies.Policy],
+    repeats: int,
+    step_repeats: int,
+    clock: Clock,
 ) -> list[dict[str, object]]:
     """All figures of one prompt length; a row each policy."""
-    clock, length = Clock(model.device), ids.shape[1]
+    length = ids.shape[1]
 
     def run_full() -> object:
         return prefill(model, ids, DynamicCache(config=model.config))
@@ -152,8 +158,8 @@ def measure(
         return prefill(model, ids, refreekv.ReFreeKVCache(model, policy))
 
     # These are the warm-up as well.
-    peaks, reports, turns, cpu = {}, {}, {name: [] for name in policies}, {name: [] for name in policies}
-    first, again = ({name: [] for name in policies} for _ in range(2))
+    peaks, reports = {}, {}
+    turns, first, again = ({name: [] for name in policies} for _ in range(3))
     for name, policy in policies.items():
         # Inside compress, here and below, so that the model is prepared once and not in every run.
         with refreekv.compress(model, policy):
@@ -162,16 +168,12 @@ def measure(
             reports[name] = prefill(model, ids, None)[NAME].report
     run_full()
     peak_full = peak_of(run_full, clock.cuda)
-    full, full_cpu = [], []
+    full = []
     for _ in range(repeats):
-        start = time.process_time()
         full.append(clock.time(run_full))
-        full_cpu.append(time.process_time() - start)
         for name, policy in policies.items():
             with refreekv.compress(model, policy), tempfile.TemporaryDirectory() as folder:
-                start = time.process_time()
                 turns[name].append(clock.time(lambda policy=policy: run_pruned(policy)))
-                cpu[name].append(time.process_time() - start)
                 if policy.reads_copy_scores:
                     os.environ["XDG_CACHE_HOME"] = folder  # where there are no scores, and then there are
                     for times in (first, again):
@@ -200,7 +202,6 @@ def measure(
             "end_to_end": ratio(pruned, full),
             "first": ratio(first[name], full),
             "again": ratio(again[name], full),
-            "cpu": None if clock.cuda else ratio(cpu[name], full_cpu),
             "n_by_n_bytes": length * length * model.dtype.itemsize,
         }
         if clock.cuda:
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on CUDA, else smollm2-135m")
     parser.add_argument("--lengths", default="2048,8192,32768")
     parser.add_argument("--policies", default="refreekv:threshold=0.3", help="separated by semicolons")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of the processor, not of the clock (CPU only)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--step-repeats", type=int, default=2, help="of the pruning steps alone")
     parser.add_argument("--json", help="write the figures to this file")
@@ -238,26 +240,30 @@ def main() -> None:
         text, what = None, f"{shape}, bf16, random weights"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    threads += ", seconds of the processor" if arguments.cpu_seconds else ""
     header = f"{what}; {name}{threads}; torch {torch.__version__}; {date.today()}"
     print(header)
     columns = ["prompt", "kept", "full s", "pruned s", "extra", "first", "again", "step s", "step/full"]
     if device.type == "cuda":
         columns += ["peak full", "peak pruned", "peak step", "n x n"]
-    else:
-        columns.append("cpu")
     print(" ".join(f"{column:>11}" for column in columns), "policy, all runs in ms")
     policies = {name: refreekv.policies.parse(name) for name in arguments.policies.split(";")}
     rows = []
     for length in (int(part) for part in arguments.lengths.split(",")):
         ids = torch.randint(1, model.config.vocab_size, (1, length)) if text is None else text[:, :length]
-        found = measure(model, ids.to(device), policies, arguments.repeats, arguments.step_repeats)
+        found = measure(
+            model,
+            ids.to(device),
+            policies,
+            arguments.repeats,
+            arguments.step_repeats,
+            Clock(device, arguments.cpu_seconds),
+        )
         rows += found
         for row in found:
             cells = [f"{row['length']}", f"{row['kept']:.1%}", f"{row['full_s']:.4f}", f"{row['pruned_s']:.4f}"]
             cells += ["–" if row[key] is None else f"{row[key]:+.2%}" for key in ("end_to_end", "first", "again")]
             cells += [f"{row['step_s']:.4f}", f"{row['step_share']:.2%}"]
-            if device.type != "cuda":
-                cells.append(f"{row['cpu']:+.2%}")
             if device.type == "cuda":
                 peaks = [row[key] for key in ("peak_full", "peak_pruned", "peak_step", "n_by_n_bytes")]
                 cells += [f"{peak / 2**20:.0f} MiB" for peak in peaks]

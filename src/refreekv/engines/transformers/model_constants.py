@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from refreekv import __version__
 from refreekv.engines.transformers import fingerprint
 
 FORMAT = "1"
@@ -68,7 +68,7 @@ def key_of(model: nn.Module) -> str | None:
     of_a_file = bool(getattr(config, "_name_or_path", ""))
     if not of_a_file or any(fingerprint.ADAPTERS[0] in vars(module) for module in model.modules()):
         return None
-    described: list[object] = [FORMAT, __version__, transformers.__version__, type(model).__qualname__]
+    described: list[object] = [FORMAT, _library(), transformers.__version__, type(model).__qualname__]
     described.append(json.dumps(_lasting(config.to_dict()), sort_keys=True, default=lambda value: type(value).__name__))
     sums: list[Tensor] = []
     computed = {f"{path}.{name}" for path, part in model.named_modules() for name in part._non_persistent_buffers_set}
@@ -140,6 +140,13 @@ def _about(key: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"format": FORMAT, "key": key, "digest": digest.hexdigest()}
+
+
+def _library() -> str:
+    try:
+        return version("refreekv")
+    except PackageNotFoundError:  # a source tree that nobody installed
+        return ""
 
 
 def _lasting(value: Any) -> Any:
