@@ -29,7 +29,18 @@ def entered(monkeypatch):
     return devices
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda:1", [torch.device("cuda:1")]), ("cuda:0", []), ("cpu", [])])
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        pytest.param(
+            "cuda:1",
+            [torch.device("cuda:1")],
+            marks=pytest.mark.skipif(torch.cuda.device_count() == 1, reason="this machine's second GPU is missing"),
+        ),
+        ("cuda:0", []),
+        ("cpu", []),
+    ],
+)
 def test_the_device_of_the_first_tensor_is_the_current_one(device, expected, entered):
     @on_its_device
     def launch(number, tensor, *, other):

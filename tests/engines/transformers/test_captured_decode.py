@@ -17,6 +17,9 @@ from helpers.models import build, prompts
 from refreekv.engines.transformers import fusion, graph
 from refreekv.storage.arena import KVArena
 
+WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton runs: without a GPU in its interpreter."""
+
 
 def caches(model, policy="refreekv", **parameters):
     """A plain cache, and one whose layers are arenas."""
@@ -256,8 +259,8 @@ def test_eager_on_request(llama, steps):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fused_stand_ins_compute_the_same_and_leave_no_trace(name, rows):
     pytest.importorskip("triton")
-    model = build(name, attention="sdpa").half()
-    ids = prompts((1,) * rows, seed=4)[0]
+    model = build(name, attention="sdpa").to(WHERE).half()
+    ids = prompts((1,) * rows, seed=4)[0].to(WHERE)
     before = model(ids).logits
     state = {n: dict(vars(m)) for n, m in model.named_modules()}
     with torch.no_grad(), fusion.fused(model, rows) as count:
@@ -288,8 +291,8 @@ def test_what_decorates_a_forward_stays_around_its_stand_in(monkeypatch):
 
         return decorator
 
-    model = build("llama", attention="sdpa").half()
-    ids = prompts((1,), seed=4)[0]
+    model = build("llama", attention="sdpa").to(WHERE).half()
+    ids = prompts((1,), seed=4)[0].to(WHERE)
     before = model(ids).logits
     attention = type(model.model.layers[0].self_attn)
     monkeypatch.setattr(attention, "forward", counting("outer")(counting("inner")(attention.forward)))
@@ -303,7 +306,7 @@ def test_what_decorates_a_forward_stays_around_its_stand_in(monkeypatch):
 
 def test_a_decorator_that_cannot_be_rebuilt_is_left_alone(monkeypatch):
     pytest.importorskip("triton")
-    model = build("llama", attention="sdpa").half()
+    model = build("llama", attention="sdpa").to(WHERE).half()
     attention = type(model.model.layers[0].self_attn)
     plain = attention.forward
     held = {"function": plain}  # in no variable of its own

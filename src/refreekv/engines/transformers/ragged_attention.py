@@ -98,6 +98,9 @@ def _by_row(
         return attention(module, query, *storage.stacked(), mask, **kwargs)[0]
     outputs = []
     for row, (keys, values) in enumerate(storage.rows()):
+        if not keys.shape[1]:  # a row that was freed: what the model makes of it means nothing
+            outputs.append(query.new_zeros(1, queries, heads, storage.sizes[1]))
+            continue
         row_kwargs = {name: _row_of(value, name, row, batch) for name, value in kwargs.items()}
         if flash and (not storage.even(row) or (mask is not None and len(layer.kept_columns[row].heads) > 1)):
             own = storage.segments(row)
