@@ -7,6 +7,7 @@ full cache's own greedy answer is then read over it, and the predictions are com
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import types
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from fidelity import load
 from refreekv.core.quantisation import SINKS, centre_of, round_trip
@@ -135,21 +137,18 @@ def measure(model: torch.nn.Module, ids: list[int], continuation: int) -> dict[s
     """Mean KL of each way on one prompt."""
     cache = DynamicCache(config=model.config)
     logits = model(torch.tensor([ids]), **{NAME: cache}, logits_to_keep=1).logits
-    prompt = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+    prompt = copy.deepcopy(cache)
     path = []
     for _ in range(continuation):
         path.append(int(logits[0, -1].argmax()))
         logits = model(torch.tensor([[path[-1]]]), **{NAME: cache}).logits
 
-    def read(keys_as: Callable[[Tensor], Tensor], values_as: Callable[[Tensor], Tensor]) -> Tensor:
-        other = DynamicCache(config=model.config)
-        old = len(ids) - RECENT
-        for index, entries in enumerate(prompt):
-            stored = [
-                torch.cat([part[:, :SINKS], way(part)[:, SINKS:old], part[:, old:]], dim=1)[None]
-                for way, part in zip((keys_as, values_as), entries, strict=True)
-            ]
-            other.update(*stored, index)
+    def read(*ways: Callable[[Tensor], Tensor]) -> Tensor:
+        other = copy.deepcopy(prompt)
+        for layer in other.layers:
+            if type(layer) is DynamicLayer:  # Windows are never coded.
+                for way, part in zip(ways, (layer.keys, layer.values), strict=True):
+                    part[0, :, SINKS:-RECENT] = way(part[0, :, :-RECENT])[:, SINKS:]
         return model(torch.tensor([path]), **{NAME: other}).logits
 
     reference = read(lambda entries: entries, lambda entries: entries)[0]

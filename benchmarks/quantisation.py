@@ -17,7 +17,7 @@ from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, parse
 from refreekv.evaluation.records import FidelityRecord
 
-HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64)}
+HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64), "qwen2.5-coder-1.5b": (128, 128), "gemma-3-270m": (256, 256)}
 
 
 def share(record: FidelityRecord, sizes: tuple[int, int]) -> float:
