@@ -43,7 +43,7 @@ def grouped(bits: int, group: int) -> Callable[[Tensor], Tensor]:
     def round_trip(entries: Tensor) -> Tensor:
         groups = entries.unflatten(-1, (-1, group))
         low, high = groups.amin(-1, keepdim=True).half().float(), groups.amax(-1, keepdim=True)
-        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).half().float()
+        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-6).half().float()
         return ((groups - low) / scale).round().clamp(0, 2**bits - 1).mul(scale).add(low).flatten(-2)
 
     return round_trip
@@ -55,7 +55,7 @@ def with_exact_zero(group: int) -> Callable[[Tensor], Tensor]:
     def round_trip(entries: Tensor) -> Tensor:
         groups = entries.unflatten(-1, (-1, group))
         low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
-        scale = ((high - low) / 15).clamp_min(1e-8).half().float()
+        scale = ((high - low) / 15).clamp_min(1e-6).half().float()
         zero = (-low / scale).round()
         return (((groups / scale).round() + zero).clamp(0, 15) - zero).mul(scale).flatten(-2)
 
@@ -69,7 +69,7 @@ def by_channel(tokens: int) -> Callable[[Tensor], Tensor]:
         whole = entries.shape[1] // tokens * tokens
         groups = entries[:, :whole].unflatten(1, (-1, tokens))
         low, high = groups.amin(2, keepdim=True).half().float(), groups.amax(2, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(1e-8).half().float()
+        scale = ((high - low) / 15).clamp_min(1e-6).half().float()
         found = ((groups - low) / scale).round().clamp(0, 15).mul(scale).add(low)
         return torch.cat([found.flatten(1, 2), entries[:, whole:]], dim=1)
 

@@ -47,9 +47,9 @@ def codebook(bits: int) -> Tensor:
     return symmetric
 
 
-@lru_cache(maxsize=len(WIDTHS))
+@lru_cache(maxsize=len(WIDTHS) + 1)
 def distortion(bits: int) -> float:
-    """Mean square error of `codebook` on a standard normal variable: ``D(b)``; without codes (0 bits) 1."""
+    """Mean square error of `codebook` on a standard normal variable: ``D(b)``; of 0 bits 1."""
     if bits == 0:
         return 1.0
     levels = codebook(bits)
@@ -110,6 +110,15 @@ def code(vectors: Tensor, bits: int, half: torch.dtype) -> tuple[Tensor, Tensor]
     # Never zero: one bit and up have no level at zero.
     scale = (vectors * chosen).sum(-1) / chosen.square().sum(-1)
     return pack(codes.to(torch.uint8), bits), scale.to(half)
+
+
+def nearest(numbers: Tensor, bits: int) -> Tensor:
+    """The nearest levels of a codebook, of numbers of any shape in float32; of 0 bits zero."""
+    if bits == 0:
+        return torch.zeros_like(numbers)
+    levels, bounds = _levels(bits, numbers.device)
+    at = torch.bucketize(numbers.contiguous(), bounds, out_int32=True)
+    return torch.nn.functional.embedding(at, levels[:, None])[..., 0]
 
 
 def decoded(payload: Tensor, scale: Tensor, bits: int, size: int) -> Tensor:

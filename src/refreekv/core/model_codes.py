@@ -1,0 +1,156 @@
+"""Codes of keys that belong to the model: bits go to the channels that its queries look at.
+
+What matters of a key is its product with queries. A channel that queries hardly use may be
+wrong, one that they use much may not, and which these are is the model's own, the same for every
+text. So each KV head's channels are weighted with the size of its queries and sorted by what an
+error in them would cost, into four groups; each group gets a width by water-filling, a
+rotation of its own, and each rotated channel the spread it has. All of this is measured once
+a model. An entry keeps one scale of 16 bits, as any (`refreekv.core.codes`).
+
+Unequal bits by channel are reverse water-filling (Cover and Thomas, "Elements of Information
+Theory", section 10.3.3); queries are weighted as KVQuant (arXiv 2401.18079) weights errors by sensitivity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refreekv.core import codes
+from refreekv.core.quantisation import SINKS
+from refreekv.core.rotation import rotation_like
+
+GROUPS = 4
+"""Groups of channels with a width each."""
+RIDGE = 0.01
+"""Of the mean square of a head's queries, added to each channel's: none counts for nothing."""
+
+
+@dataclass(frozen=True)
+class KeyCodes:
+    """How the keys of a layer's KV heads are coded.
+
+    Attributes
+    ----------
+    centre : Tensor
+        ``[H_kv, D]``: mean keys.
+    order : Tensor
+        Integer ``[H_kv, D]``: channels, those first in which an error costs most.
+    weight : Tensor
+        ``[H_kv, D]``: of the channels in that order, the root mean square of the queries.
+    spread : Tensor
+        ``[H_kv, D]``: standard deviations of the weighted, rotated channels.
+    cost : Tensor
+        ``[H_kv, GROUPS]``: mean square of each group's, which decides on its width.
+    """
+
+    centre: Tensor
+    order: Tensor
+    weight: Tensor
+    spread: Tensor
+    cost: Tensor
+
+    @classmethod
+    def measured(cls, keys: Tensor, queries: Tensor | None) -> "KeyCodes":
+        """From keys ``[B, H_kv, n, D]`` and queries ``[B, H, r, D]`` of any text; None: queries of one size everywhere.
+
+        Each row's first `SINKS` keys are left out: they are never coded.
+
+        Raises
+        ------
+        ValueError
+            A head size that does not split into `GROUPS`.
+        """
+        heads, size = keys.shape[1], keys.shape[3]
+        if size % GROUPS:
+            raise ValueError(f"keys of {size} elements do not split into {GROUPS} groups of channels")
+        # [B, H_kv, n, D] -> [H_kv, B n, D]
+        entries = keys[:, :, SINKS:].transpose(0, 1).flatten(1, 2).float()
+        centre = entries.mean(1)
+        power = torch.ones(heads, size, device=keys.device)
+        if queries is not None:
+            # [B, H, r, D] -> [H_kv, B group r, D]
+            grouped = queries.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 3)
+            power = grouped.square().mean(1)
+        power = power + RIDGE * power.mean(-1, keepdim=True)
+        deviation = entries - centre[:, None]
+        order = (power * deviation.square().mean(1)).argsort(dim=-1, descending=True, stable=True)
+        found = cls(centre, order, power.sqrt().gather(-1, order), torch.ones_like(power), power[:, :GROUPS])
+        turned = found.turned(entries)
+        variance = turned.square().mean(1)
+        # A channel that never moves has no spread to divide by, and no bits to spend.
+        least = 1e-6 * variance.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        spread = variance.maximum(least).sqrt()
+        return cls(centre, order, found.weight, spread, variance.unflatten(-1, (GROUPS, -1)).mean(-1))
+
+    def of(self, head: int) -> "KeyCodes":
+        """Those of one KV head."""
+        parts = (self.centre, self.order, self.weight, self.spread, self.cost)
+        return KeyCodes(*(part[head : head + 1] for part in parts))
+
+    def turned(self, keys: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Keys ``[H_kv, n, D]`` less their mean, weighted, sorted, each group rotated: float32."""
+        less = keys.float() - (self.centre if centre is None else centre.float())[:, None]
+        sorted_keys = less.gather(-1, self.order[:, None].expand_as(less)) * self.weight[:, None]
+        return _rotate_groups(sorted_keys, back=False)
+
+    def turned_queries(self, queries: Tensor) -> Tensor:
+        """Queries ``[H_kv, r, D]`` so that their products with `turned` keys are those with centred keys."""
+        sorted_queries = queries.float().gather(-1, self.order[:, None].expand_as(queries)) / self.weight[:, None]
+        return _rotate_groups(sorted_queries, back=False)
+
+    def turned_back(self, turned: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Undo `turned`."""
+        sorted_keys = _rotate_groups(turned, back=True) / self.weight[:, None]
+        less = torch.empty_like(sorted_keys).scatter_(-1, self.order[:, None].expand_as(sorted_keys), sorted_keys)
+        return less + (self.centre if centre is None else centre.float())[:, None]
+
+    def widths(self, bits: int) -> list[tuple[int, ...]]:
+        """Bits of each group's codes, for each KV head: ``bits`` on average."""
+        return [filled(costs, bits) for costs in self.cost.tolist()]
+
+    def round_trip(self, keys: Tensor, bits: int, centre: Tensor | None = None) -> Tensor:
+        """What codes of ``bits`` bits an element, on average, give back of keys ``[H_kv, n, D]``.
+
+        ``centre`` ``[H_kv, D]`` takes the place of the model's mean keys.
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        turned = self.turned(keys, centre)
+        even = turned / self.spread[:, None]
+        even /= even.square().mean(-1, keepdim=True).sqrt().clamp_min(tiny)
+        chosen = [
+            torch.cat(
+                [codes.nearest(part, width) for part, width in zip(own.chunk(GROUPS, -1), widths, strict=True)], -1
+            )
+            for own, widths in zip(even, self.widths(bits), strict=True)
+        ]
+        levels = torch.stack(chosen) * self.spread[:, None]
+        # The scale is fitted where errors count as they do for the queries.
+        scale = (turned * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(tiny)
+        half = keys.dtype if keys.dtype.itemsize == 2 else torch.float16
+        return self.turned_back(levels * scale.to(half).float(), centre).to(keys.dtype)
+
+
+def filled(costs: Sequence[float], bits: int, most: int = codes.WIDTHS.stop - 1) -> tuple[int, ...]:
+    """Widths of groups of equal size, ``bits`` on average: each bit goes to where it saves most.
+
+    The distortion of a codebook falls less with each further bit, so that taking the best bit each time is best
+    in all.
+    """
+    widths = [0] * len(costs)
+    for _ in range(min(bits, most) * len(costs)):
+        saves = [
+            cost * (codes.distortion(width) - codes.distortion(width + 1)) if width < most else -1.0
+            for cost, width in zip(costs, widths, strict=True)
+        ]
+        widths[saves.index(max(saves))] += 1
+    return tuple(widths)
+
+
+def _rotate_groups(entries: Tensor, *, back: bool) -> Tensor:
+    """Each of `GROUPS` parts of entries ``[..., D]`` rotated by itself."""
+    matrix = rotation_like(entries.shape[-1] // GROUPS, entries.device, torch.float32)
+    # [..., D] -> [..., GROUPS, D / GROUPS]
+    parts: Tensor = entries.unflatten(-1, (GROUPS, -1))
+    return (parts @ (matrix.T if back else matrix)).flatten(-2)
