@@ -37,10 +37,9 @@ from refreekv.core.quantisation import SINKS, centre_of, round_trip
 from refreekv.core.quantisation import line_bytes as coded_bytes
 from refreekv.engines.transformers.model_codes import model_codes
 from refreekv.engines.transformers.naming import NAME
-from refreekv.evaluation import families
-from refreekv.evaluation.bootstrap import interval, resampled_means
-from refreekv.evaluation.encoding import encode
-from refreekv.evaluation.metrics import divergence
+from refreekv.evaluation.data import families
+from refreekv.evaluation.data.encoding import encode
+from refreekv.evaluation.fidelity.metrics import divergence
 from refreekv.pruning.model_codes import LayerCodes
 
 RECENT = 64
@@ -211,6 +210,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(path: Path, low: int, high: int) -> str:
     """Mean over families, worst family and worst sample of each scheme, by bytes; a table for each model."""
+    from refreekv.evaluation import tables  # needs pandas, which measuring does not
+
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if low <= line["tokens"] <= high]
     text = []
@@ -233,13 +234,8 @@ def table(path: Path, low: int, high: int) -> str:
             for line in part:
                 by_family.setdefault(line["family"], []).append(line["kl"])
             means = {family: statistics.mean(values) for family, values in by_family.items()}
-            drawn = torch.stack(
-                [
-                    resampled_means(torch.tensor(values, dtype=torch.float64)[:, None], family)[:, 0]
-                    for family, values in by_family.items()
-                ]
-            ).mean(0)
-            lower, upper = interval(drawn)
+            between = tables.bootstrap_families(by_family)
+            spread = f" [{between[0]:.2g}, {between[1]:.2g}]" if between else ""
             worst = max(means, key=lambda family: means[family])
             first = part[0]
             size = share(scheme, first["key_bits"], first["value_bits"], tuple(first["sizes"]))
@@ -247,7 +243,7 @@ def table(path: Path, low: int, high: int) -> str:
                 (
                     -size,
                     statistics.mean(means.values()),
-                    f"| {scheme} | {size:.1%} | {statistics.mean(means.values()):.2g} [{lower:.2g}, {upper:.2g}] "
+                    f"| {scheme} | {size:.1%} | {statistics.mean(means.values()):.2g}{spread} "
                     f"| {worst}: {means[worst]:.2g} | {max(line['kl_max'] for line in part):.2g} "
                     f"| {statistics.mean(line['top1'] for line in part):.1%} |",
                 )
