@@ -25,6 +25,9 @@ GROUPS = 4
 """Groups of channels with a width each."""
 RIDGE = 0.01
 """Of the mean square of a head's queries, added to each channel's: none counts for nothing."""
+SCALES = (0.8, 1.0, 1.25, 1.6)
+"""Of an entry's own size, at which it is coded; the one that loses least is stored. Few channels may be far out."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class KeyCodes:
         turned = found.turned(entries)
         variance = turned.square().mean(1)
         # A channel that never moves has no spread to divide by, and no bits to spend.
-        least = 1e-6 * variance.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        least = 1e-6 * variance.amax(-1, keepdim=True).clamp_min(_TINY)
         spread = variance.maximum(least).sqrt()
         return cls(centre, order, found.weight, spread, variance.unflatten(-1, (GROUPS, -1)).mean(-1))
 
@@ -115,21 +118,29 @@ class KeyCodes:
 
         ``centre`` ``[H_kv, D]`` takes the place of the model's mean keys.
         """
-        tiny = torch.finfo(torch.float32).tiny
         turned = self.turned(keys, centre)
         even = turned / self.spread[:, None]
-        even /= even.square().mean(-1, keepdim=True).sqrt().clamp_min(tiny)
-        chosen = [
+        size = even.square().mean(-1, keepdim=True).sqrt().clamp_min(_TINY)
+        best, least = torch.zeros_like(turned), turned.square().sum(-1, keepdim=True)
+        for factor in SCALES:
+            levels = self._levels(even / (factor * size), bits) * self.spread[:, None]
+            # The scale is fitted where errors count as they do for the queries.
+            scale = (turned * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(_TINY)
+            half = keys.dtype if keys.dtype.itemsize == 2 else torch.float16
+            found = levels * scale.to(half).float()
+            lost = (found - turned).square().sum(-1, keepdim=True)
+            best, least = torch.where(lost < least, found, best), torch.minimum(lost, least)
+        return self.turned_back(best, centre).to(keys.dtype)
+
+    def _levels(self, numbers: Tensor, bits: int) -> Tensor:
+        """Nearest levels of numbers ``[H_kv, n, D]``, each group's in its width."""
+        heads = [
             torch.cat(
                 [codes.nearest(part, width) for part, width in zip(own.chunk(GROUPS, -1), widths, strict=True)], -1
             )
-            for own, widths in zip(even, self.widths(bits), strict=True)
+            for own, widths in zip(numbers, self.widths(bits), strict=True)
         ]
-        levels = torch.stack(chosen) * self.spread[:, None]
-        # The scale is fitted where errors count as they do for the queries.
-        scale = (turned * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(tiny)
-        half = keys.dtype if keys.dtype.itemsize == 2 else torch.float16
-        return self.turned_back(levels * scale.to(half).float(), centre).to(keys.dtype)
+        return torch.stack(heads)
 
 
 def filled(costs: Sequence[float], bits: int, most: int = codes.WIDTHS.stop - 1) -> tuple[int, ...]:
