@@ -40,11 +40,11 @@ class CodeProbe(CopyProbe):
 
     Parameters
     ----------
-    codes : list of LayerCodes
-        Filled layer by layer.
+    codes : dict of int to LayerCodes
+        Filled by the layer's number among those that may be pruned, as ``found`` is.
     """
 
-    codes: list[LayerCodes] = field(default_factory=list)
+    codes: dict[int, LayerCodes] = field(default_factory=dict)
 
     def probe_plan(self, n: int) -> ProbePlan:
         """The queries of the second saying, and what attention they pay."""
@@ -56,5 +56,5 @@ class CodeProbe(CopyProbe):
         super().select(view)
         values = view.values[:, :, SINKS:].transpose(0, 1).flatten(1, 2)
         centre = values.mean(1, dtype=torch.float32)
-        self.codes.append(LayerCodes(KeyCodes.measured(view.keys, view.queries), centre))
+        self.codes[int(view.layer)] = LayerCodes(KeyCodes.measured(view.keys, view.queries), centre)
         return None

@@ -61,11 +61,11 @@ def _measure(model: PreTrainedModel) -> list[Tensor]:
     probe = CopyProbe(tokens=count)
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
-        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True, **_few_logits(model))
+        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True, **few_logits(model))
     return probe.scores(cache.state.layers)
 
 
-def _few_logits(model: PreTrainedModel) -> dict[str, int]:
+def few_logits(model: PreTrainedModel) -> dict[str, int]:
     """The argument that spares a model the logits of all tokens but the last, if it has one."""
     name = "logits_to_keep"
     return {name: 1} if name in inspect.signature(model.forward).parameters else {}

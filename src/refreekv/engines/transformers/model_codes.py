@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.copy_scores import few_logits
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.pruning.copy_scores import tokens_said_twice
 from refreekv.pruning.model_codes import CodeProbe, LayerCodes
@@ -43,6 +44,7 @@ def calibrated(model: PreTrainedModel, offsets: Sequence[int] | None = None) -> 
     probe = CodeProbe(tokens=count)
     cache = PrunedCache(model.config, probe)
     with cache.prompt_until(ids.shape[1]):
-        arguments = cache_argument(model.forward, cache)
-        model(input_ids=ids, position_ids=positions, **arguments, use_cache=True, logits_to_keep=1)
-    return probe.scores, probe.codes
+        arguments = cache_argument(model.forward, cache) | few_logits(model)
+        model(input_ids=ids, position_ids=positions, **arguments, use_cache=True)
+    scores = probe.scores(cache.state.layers)
+    return scores, [probe.codes[layer] for layer in range(len(scores))]
