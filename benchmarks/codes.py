@@ -12,8 +12,8 @@ cache's (KL in nats, mean over these tokens). The file has a line for each sampl
 stopped goes on where it stopped.
 
 Schemes: `tq` rotation, Gaussian codebook, the prompt's means; `tq-m` the same with the model's means; `bh` keys in
-codes of the model's own (`refreekv.core.model_codes`) but for the prompt's means; `bh-m` the model's means, too; `bh-k`
-of these the mean keys alone; `bh-0` as `bh`, measured at offset 0 alone; `int8` groups of 64, as decoded in place.
+codes of the model's own (`model_codes`) but for the prompt's means; `bh-m` the model's means, too; `bh-k`
+of these the mean keys alone; `bh-0` as `bh`, measured at offset 0 alone; `int8` groups of 64, not centred.
 """
 
 import argparse
@@ -31,16 +31,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import checkpoints
+from codebooks import coded_bytes, round_trip
+from model_codes import LayerCodes, model_codes
 from refreekv import ReFreeKVCache
-from refreekv.core.coded_lines import from_lines, half_of, line_bytes, to_lines
-from refreekv.core.quantisation import SINKS, centre_of, round_trip
-from refreekv.core.quantisation import line_bytes as coded_bytes
-from refreekv.engines.transformers.model_codes import model_codes
+from refreekv.core.quantisation import SINKS, centre_of
 from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation.data import families
 from refreekv.evaluation.data.encoding import encode
 from refreekv.evaluation.fidelity.metrics import divergence
-from refreekv.pruning.model_codes import LayerCodes
 
 RECENT = 64
 WIDTHS = ((8, 8), (6, 6), (6, 4), (5, 4), (4, 4), (4, 3), (3, 3), (4, 2), (2, 2))
@@ -79,21 +77,25 @@ def of_model(
     return way
 
 
-def in_place(keys: Tensor, values: Tensor, codes: LayerCodes, first: LayerCodes) -> tuple[Tensor, Tensor]:
-    """int8 in groups of 64."""
+def in_groups(keys: Tensor, values: Tensor, codes: LayerCodes, first: LayerCodes) -> tuple[Tensor, Tensor]:
+    """int8 in groups of 64 elements at most, between each group's lowest and highest value."""
     del codes, first
     found = []
     for entries in (keys, values):
-        size = entries.shape[-1]
-        group = next(group for group in range(min(64, size), 0, -1) if size % group == 0)
-        lines = to_lines(entries.flatten(0, 1), group)
-        found.append(from_lines(lines, size, group, half_of(entries.dtype), entries.dtype).view_as(entries))
+        groups = entries.float().unflatten(-1, (-1, _group(entries.shape[-1])))
+        low = groups.amin(-1, keepdim=True)
+        scale = ((groups.amax(-1, keepdim=True) - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        found.append((((groups - low) / scale).round() * scale + low).flatten(-2).to(entries.dtype))
     return found[0], found[1]
+
+
+def _group(size: int) -> int:
+    return next(group for group in range(min(64, size), 0, -1) if size % group == 0)
 
 
 def schemes() -> dict[str, tuple[int, int, Way]]:
     """Names to widths and ways."""
-    found: dict[str, tuple[int, int, Way]] = {"int8": (8, 8, in_place)}
+    found: dict[str, tuple[int, int, Way]] = {"int8": (8, 8, in_groups)}
     for key, value in WIDTHS:
         found[f"tq k{key}v{value}"] = key, value, rotated(key, value, model_means=False)
         found[f"bh k{key}v{value}"] = key, value, of_model(key, value)
@@ -108,7 +110,7 @@ def schemes() -> dict[str, tuple[int, int, Way]]:
 def share(name: str, key_bits: int, value_bits: int, sizes: tuple[int, int]) -> float:
     """Bytes of a coded entry, scales included, as a share of 16 bits."""
     if name == "int8":
-        return sum(line_bytes(size, min(64, size)) for size in sizes) / (2 * sum(sizes))
+        return sum(size + 4 * size // _group(size) for size in sizes) / (2 * sum(sizes))
     return (coded_bytes(sizes[0], key_bits) + coded_bytes(sizes[1], value_bits)) / (2 * sum(sizes))
 
 

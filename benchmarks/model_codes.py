@@ -5,21 +5,28 @@ wrong, one that they use much may not, and which these are is the model's own, t
 text. So each KV head's channels are weighted with the size of its queries and sorted by what an
 error in them would cost, into four groups; each group gets a width by water-filling, a
 rotation of its own, and each rotated channel the spread it has. All of this is measured once
-a model. An entry keeps one scale of 16 bits, as any (`refreekv.core.codes`).
+a model. An entry keeps one scale of 16 bits, as any (`codebooks`).
 
 Unequal bits by channel are reverse water-filling (Cover and Thomas, "Elements of Information
 Theory", section 10.3.3); queries are weighted as KVQuant (arXiv 2401.18079) weights errors by sensitivity.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from refreekv.core import codes
+import codebooks as codes
 from refreekv.core.quantisation import SINKS
 from refreekv.core.rotation import rotation_like
+from refreekv.core.selection import Selection
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.copy_scores import few_logits
+from refreekv.engines.transformers.naming import cache_argument
+from refreekv.policies import LayerView, ProbePlan
+from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
 
 GROUPS = 4
 """Groups of channels with a width each."""
@@ -165,3 +172,83 @@ def _rotate_groups(entries: Tensor, *, back: bool) -> Tensor:
     # [..., D] -> [..., GROUPS, D / GROUPS]
     parts: Tensor = entries.unflatten(-1, (GROUPS, -1))
     return (parts @ (matrix.T if back else matrix)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """What codes of one layer's entries go by, all of it the model's.
+
+    Attributes
+    ----------
+    keys : KeyCodes
+        How keys are coded.
+    value_centre : Tensor
+        ``[H_kv, Dv]``: mean values, which are taken out before these are rotated and coded.
+    """
+
+    keys: KeyCodes
+    value_centre: Tensor
+
+
+@dataclass(frozen=True)
+class CodeProbe(CopyProbe):
+    """Prunes nothing; takes down copy scores and, from the same pass, what `LayerCodes` need.
+
+    Parameters
+    ----------
+    codes : dict of int to LayerCodes
+        Filled by the layer's number among those that may be pruned, as ``found`` is.
+    """
+
+    codes: dict[int, LayerCodes] = field(default_factory=dict)
+
+    def probe_plan(self, n: int) -> ProbePlan:
+        """The queries of the second saying, and what attention they pay."""
+        del n
+        return ProbePlan(rows=self.tokens, queries=True)
+
+    def select(self, view: LayerView) -> Selection | None:
+        """Take down the layer's statistics; keep everything."""
+        super().select(view)
+        values = view.values[:, :, SINKS:].transpose(0, 1).flatten(1, 2)
+        centre = values.mean(1, dtype=torch.float32)
+        self.codes[int(view.layer)] = LayerCodes(KeyCodes.measured(view.keys, view.queries), centre)
+        return None
+
+
+SHARES = (0.0, 1 / 64, 1 / 16, 1 / 4)
+"""Of the longest context: where rows of the calibration stand."""
+
+
+def model_codes(model: PreTrainedModel, offsets: Sequence[int] | None = None) -> list[LayerCodes]:
+    """What to code the entries of each full-attention layer by; see `calibrated`."""
+    return calibrated(model, offsets)[1]
+
+
+@torch.no_grad()
+def calibrated(model: PreTrainedModel, offsets: Sequence[int] | None = None) -> tuple[list[Tensor], list[LayerCodes]]:
+    """Copy scores and codes of each full-attention layer, from one pass over random tokens said twice.
+
+    To be called while refreekv is attached to the model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    offsets : sequence of int, optional
+        Positions at which rows of random tokens begin; left out: `SHARES` of the longest context.
+    """
+    config = model.config.get_text_config(decoder=True)
+    prompt, count = tokens_said_twice(config)
+    if offsets is None:
+        longest = int(getattr(config, "max_position_embeddings", 0) or len(prompt))
+        offsets = sorted({min(int(share * longest), max(0, longest - len(prompt))) for share in SHARES})
+    ids = torch.tensor([prompt] * len(offsets), device=model.device)
+    positions = torch.arange(len(prompt), device=model.device) + torch.tensor(offsets, device=model.device)[:, None]
+    probe = CodeProbe(tokens=count)
+    cache = PrunedCache(model.config, probe)
+    with cache.prompt_until(ids.shape[1]):
+        arguments = cache_argument(model.forward, cache) | few_logits(model)
+        model(input_ids=ids, position_ids=positions, **arguments, use_cache=True)
+    scores = probe.scores(cache.state.layers)
+    return scores, [probe.codes[layer] for layer in range(len(scores))]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from helpers.models import build, prompts
+from model_codes import SHARES, calibrated, model_codes
 from refreekv import ReFreeKVCache
 from refreekv.core.quantisation import SINKS
 from refreekv.engines.transformers.copy_scores import copy_scores
-from refreekv.engines.transformers.model_codes import SHARES, calibrated, model_codes
 from refreekv.pruning.copy_scores import tokens_said_twice
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refreekv.core import codes
-from refreekv.core.model_codes import GROUPS, KeyCodes, filled
-from refreekv.core.quantisation import SINKS, centre_of, round_trip
+import codebooks as codes
+from codebooks import round_trip
+from model_codes import GROUPS, KeyCodes, filled
+from refreekv.core.quantisation import SINKS, centre_of
 
 
 def keys_and_queries(size, heads=2, group=3, count=400, seed=0):
