@@ -6,6 +6,7 @@ without Triton the references serve CUDA tensors, too.
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from refreekv.core import needs as needs_in_torch
 from refreekv.core import reductions
 from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.needs import Needs, Rules
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import StandIns
-from refreekv.kernels import ops, probe_blocks, reference
+from refreekv.kernels import ops, packed_ops, probe_blocks, reference
 from refreekv.kernels.table import Format
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "kept_first",
     "move",
     "needed",
+    "pack_lines",
+    "packed_attention",
     "probe_reductions",
     "put_stand_ins",
     "ragged_decode",
@@ -312,4 +316,82 @@ def ragged_decode(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = ops.ragged_decode(query, table, *form, scaling, window, softcap, sinks)
+    return out
+
+
+def pack_lines(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    *,
+    end: int,
+    longest: int,
+    starts: Tensor | None = None,
+    source: Tensor | None = None,
+) -> None:
+    """Code chosen entries and write them to the packed lines of segments; the table says how many.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``[B, H_kv, n, D]`` and ``[B, H_kv, n, Dv]``; or with ``source`` the storages that it has the addresses of.
+    table : Tensor
+        ``[segments, 4]`` int64 as in `kernels.table`: address of a segment's first line, a multiple of 8, or of 16
+        where ``form.line_bytes`` is; address of its first pair of factors, ``[capacity, 2]`` float16; length; capacity.
+    form : PackedFormat
+        Of the lines.
+    maps : PackedMaps
+        Into code space.
+    spans, end
+        Which entries, as in `gather`.
+    longest : int
+        The most that one segment takes.
+    starts : Tensor, optional
+        ``[segments]`` int64: the first line that is written, up to the table's length; None: 0.
+    source : Tensor, optional
+        A table as in `kernels.table`, of exact entries of the type of ``keys``, whose lines the spans then count.
+    """
+    pack = packed_ops.pack_lines_on_cuda if _at_once(keys) else packed_ops.pack_lines
+    pack(keys, values, source, table, form.numbers, maps.tensors, spans, end, longest, starts)
+
+
+def packed_attention(
+    query: Tensor,
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[PackedFormat],
+    maps: PackedMaps,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a row over exact entries and packed lines together, one softmax for all.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[B, H, 1, D]``; the heads of a group, ``H / H_kv`` of them, share segments.
+    exact : Tensor
+        See `kernels.table`; ``B * H_kv`` segments, entries of the type of ``query``.
+    tables : sequence of Tensor
+        Of each level, as in `pack_lines`; as many segments. Any segment may be empty.
+    forms : sequence of PackedFormat
+        Of each level's lines.
+    maps : PackedMaps
+        Of all levels.
+    scaling, softcap, sinks
+        As in `ragged_decode`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, 1, H, Dv]``, as attention functions return it.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    numbers = [number for form in forms for number in form.numbers]
+    out: Tensor = packed_ops.packed_attention(query, exact, tables, numbers, maps.tensors, scaling, softcap, sinks)
     return out

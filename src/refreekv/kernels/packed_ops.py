@@ -1,0 +1,106 @@
+"""The kernels over packed lines as operators that PyTorch knows, as `kernels.ops` has those over exact entries.
+
+Operators take no objects: formats come as the ten integers of `PackedFormat.numbers`, maps as their tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.kernels import packed_reference
+
+
+def formats_of(numbers: Sequence[int]) -> list[PackedFormat]:
+    """Formats of their integers, one behind the other."""
+    return [PackedFormat.from_numbers(numbers[at : at + 10]) for at in range(0, len(numbers), 10)]
+
+
+@torch.library.custom_op("refreekv::pack_lines", mutates_args=("table",))
+def pack_lines(
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor | None,
+    table: Tensor,
+    form: Sequence[int],
+    maps: Sequence[Tensor],
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+) -> None:
+    """`kernels.pack_lines`. The memory behind the table changes: who reads it, reads the table."""
+    packed_reference.pack(
+        keys, values, source, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, starts
+    )
+
+
+@pack_lines.register_kernel("cuda")
+def pack_lines_on_cuda(
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor | None,
+    table: Tensor,
+    form: Sequence[int],
+    maps: Sequence[Tensor],
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+) -> None:
+    """`pack_lines` in Triton, without the operator around it."""
+    from refreekv.kernels.packed_storage import launch_pack
+
+    launch_pack(
+        keys, values, source, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, longest, starts
+    )
+
+
+@torch.library.custom_op("refreekv::packed_attention", mutates_args=())
+def packed_attention(
+    query: Tensor,
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[int],
+    maps: Sequence[Tensor],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`kernels.packed_attention`."""
+    return packed_reference.packed_attention(
+        query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks
+    )
+
+
+@packed_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[int],
+    maps: Sequence[Tensor],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    from refreekv.kernels.packed_launch import launch_packed_attention
+
+    return launch_packed_attention(
+        query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks
+    )
+
+
+@packed_attention.register_fake
+def _(
+    query: Tensor,
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[int],
+    maps: Sequence[Tensor],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], maps[3].shape[-1])

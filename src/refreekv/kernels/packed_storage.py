@@ -1,0 +1,200 @@
+"""Writing packed lines, in Triton: entries are centred, taken to code space and coded on their way.
+
+A line is what `core.packed_lines` describes, a segment a line of the table that `kernels.table` does, with the address
+of its first line and that of its first pair of factors.
+"""
+
+# Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
+# mypy: disable-error-code="assignment"
+
+import functools
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.core.packed_lines import MOST, PackedFormat, PackedMaps, Side, step
+from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_decode import part_of
+from refreekv.kernels.storage import _chosen, elements_first
+
+LARGEST_FACTOR = tl.constexpr(MOST)
+TINY = tl.constexpr(2.0**-126)
+"""The smallest normal float32."""
+
+
+@triton.jit
+def _coded(
+    entries, step_of_entries, source, real, means, matrix, channel, there,
+    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Some channels ``[entries, channels]`` of entries in code space."""
+    result = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for start in range(0, SIZE, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        at = entries + source[:, None] * step_of_entries + i[None, :]
+        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0).to(tl.float32)
+        x -= tl.load(means + i, i < SIZE, 0.0)[None, :]
+        part = tl.load(matrix + channel[None, :] * SIZE + i[:, None], there[None, :] & (i < SIZE)[:, None], 0.0)
+        result = tl.dot(x, part, result, input_precision="ieee" if EXACT else "tf32x3")
+    return result
+
+
+@triton.jit
+def _pack_side(
+    entries, step_of_entries, source, real, means, matrix, lines, line,
+    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors."""
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, SIZE, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        w = _coded(
+            entries, step_of_entries, source, real, means, matrix, channel, channel < SIZE,
+            SIZE, BLOCK_T, BLOCK_C, BLOCK_IN, EXACT,
+        )  # fmt: skip
+        squares += tl.sum(w * w, 1)
+    size = tl.sqrt_rn(squares * (1.0 / SIZE))
+    products = tl.zeros([BLOCK_T], tl.float32)
+    norms = tl.zeros([BLOCK_T], tl.float32)
+    for c in tl.static_range(COUNT):
+        byte = part_of(CHUNKS, c, 3) + tl.arange(0, part_of(CHUNKS, c, 2))
+        packed = tl.zeros([BLOCK_T, part_of(CHUNKS, c, 2)], tl.int32)
+        for place in range(8 // part_of(CHUNKS, c, 0)):
+            there = byte < part_of(CHUNKS, c, 4)
+            field = byte + place * part_of(CHUNKS, c, 4)
+            # Of a plane's two ranges of channels, the second has other widths.
+            later = field >= part_of(CHUNKS, c, 6)
+            channel = field + tl.where(later, part_of(CHUNKS, c, 8), part_of(CHUNKS, c, 7))
+            most = tl.where(later, part_of(CHUNKS, c, 10), part_of(CHUNKS, c, 9)).to(tl.float32)
+            steps = tl.where(later, part_of(CHUNKS, c, 12), part_of(CHUNKS, c, 11)).to(tl.float32)
+            counts = there & (tl.where(later, part_of(CHUNKS, c, 14), part_of(CHUNKS, c, 13)) > 0)
+            shift = tl.where(later, part_of(CHUNKS, c, 16), part_of(CHUNKS, c, 15)).to(tl.int32)
+            w = _coded(
+                entries, step_of_entries, source, real, means, matrix, channel, there,
+                SIZE, BLOCK_T, part_of(CHUNKS, c, 2), BLOCK_IN, EXACT,
+            )  # fmt: skip
+            number = tl.div_rn(w, tl.maximum(size[:, None] * steps[None, :], TINY)) + (0.5 * most)[None, :]
+            number = tl.minimum(tl.maximum(number, 0.0), most[None, :])
+            # At 1.5 * 2 ** 23 the last bit of a number is worth 1: added to that, numbers are rounded, half to even.
+            code = (number + 12582912.0).to(tl.int32, bitcast=True) & 255
+            level = (code.to(tl.float32) - (0.5 * most)[None, :]) * steps[None, :]
+            # A channel of width 6 is in two planes, and counts in one.
+            level = tl.where(counts[None, :], level, 0.0)
+            products += tl.sum(w * level, 1)
+            norms += tl.sum(level * level, 1)
+            bits = (code >> shift[None, :]) & ((1 << part_of(CHUNKS, c, 0)) - 1)
+            packed |= tl.where(there[None, :], bits << (part_of(CHUNKS, c, 0) * place), 0)
+        to = lines + line[:, None] * LINE + (part_of(CHUNKS, c, 1) + byte)[None, :]
+        tl.store(to, packed.to(tl.uint8), real[:, None] & (byte < part_of(CHUNKS, c, 5))[None, :])
+    return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
+
+
+@triton.jit
+def _pack_kernel(
+    keys, values, arena, table, starts, spans, end, kv_heads,
+    key_mean, key_matrix, value_mean, value_matrix, row_of_maps,
+    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, FROM_ARENA: tl.constexpr, HAS_STARTS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1)
+    row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+    first = tl.load(starts + segment) if HAS_STARTS else 0
+    length = tl.load(table + segment * 4 + 2) - first
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.program_id(0) * BLOCK_T < length:
+        real = t < length
+        source = _chosen(spans, segment, t, length, end)
+        line = first + t.to(tl.int64)
+        if FROM_ARENA:
+            key_from = tl.load(arena + segment * 4).to(tl.pointer_type(keys.dtype.element_ty))
+            value_from = tl.load(arena + segment * 4 + 1).to(tl.pointer_type(values.dtype.element_ty))
+        else:
+            key_from = keys + row * sk_b + head * sk_h
+            value_from = values + row * sv_b + head * sv_h
+        maps = row * row_of_maps + head
+        lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
+        key_factor = _pack_side(
+            key_from, sk_n, source, real, key_mean + maps * HEAD, key_matrix + maps * HEAD * HEAD, lines, line,
+            HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, BLOCK_C, EXACT,
+        )  # fmt: skip
+        value_factor = _pack_side(
+            value_from, sv_n, source, real, value_mean + maps * VALUE, value_matrix + maps * VALUE * VALUE, lines,
+            line, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, BLOCK_C, EXACT,
+        )  # fmt: skip
+        both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        factors = tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32))
+        tl.store(factors + line, both, real)
+
+
+@functools.cache
+def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
+    """The bytes of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 to 64.
+
+    Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's bytes
+    with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
+    channel in the first and in the second range; then by pairs, for both ranges: the largest
+    code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins.
+    """
+    found: list[tuple[float, ...]] = []
+    for plane in side.planes:
+        ranges = [(stop - first, first) for first, stop in plane.channels]
+        widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
+        counts = [int(plane.bits != 2 or width == 2) for width in widths]
+        length, first = ranges[0]
+        second = ranges[-1][1] - length if len(ranges) == 2 else first
+        at = 0
+        while at < plane.bytes:
+            size = min(64, max(16, 1 << ((plane.bytes - at).bit_length() - 1)))
+            found.append(
+                (plane.bits, start + plane.start, size, at, plane.used, min(plane.bytes, at + size),
+                 length, first, second, 2 ** widths[0] - 1, 2 ** widths[-1] - 1, step(widths[0]),
+                 step(widths[-1]), counts[0], counts[-1], plane.shifts[0], plane.shifts[-1])
+            )  # fmt: skip
+            at += size
+    return tuple(found)
+
+
+@on_its_device
+def launch_pack(
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+    block: int | None = None,
+    warps: int = 4,
+) -> None:
+    """Write chosen entries to lines; parameters as in `kernels.pack_lines`.
+
+    ``block``, entries of a program, and ``warps`` are there to be measured.
+    """
+    keys, values = elements_first(keys), elements_first(values)
+    kv_heads = maps.key_mean.shape[1]
+    if source is None:
+        strides: list[Any] = [*keys.stride()[:3], *values.stride()[:3]]
+    else:
+        strides = [0, 0, keys.shape[-1], 0, 0, values.shape[-1]]
+    key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    if block is None:
+        block = 64 if keys.dtype.itemsize == 2 else 32
+    _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
+        keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
+        kv_heads, maps.key_mean, maps.key_matrix, maps.value_mean, maps.value_matrix,
+        0 if maps.key_mean.shape[0] == 1 else kv_heads, *strides,
+        HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
+        VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
+        BLOCK_IN=32, BLOCK_C=64,
+        BLOCK_T=block, FROM_ARENA=source is not None, HAS_STARTS=starts is not None,
+        EXACT=keys.dtype.itemsize > 2, num_warps=warps,
+    )  # fmt: skip

@@ -1,0 +1,317 @@
+"""Packed lines: written by kernels as plain torch codes them, and attended to as float64 has it."""
+
+import pytest
+import torch
+
+from kernels.test_segment_kernels import run
+from refreekv import kernels
+from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
+from refreekv.kernels import packed_ops, packed_reference
+from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.kernels.packed_decode import _fields
+from refreekv.kernels.packed_storage import launch_pack
+
+POISON = 0x7F
+KV_HEADS = 2
+
+
+def form_of(keys, values, sizes=(64, 64)):
+    return PackedFormat(*sizes, tuple(map(int, keys)), tuple(map(int, values)))
+
+
+def maps_of(sizes, rows=1, heads=KV_HEADS):
+    """Random ones: keys' channels of sizes that differ tenfold, behind large means."""
+    matrix = torch.linalg.qr(torch.randn(rows, heads, sizes[0], sizes[0]))[0] * torch.logspace(-0.5, 0.5, sizes[0])
+    rotation = torch.linalg.qr(torch.randn(rows, heads, sizes[1], sizes[1]))[0]
+    means = (torch.randn(rows, heads, size) for size in sizes)
+    return PackedMaps.of(5 * next(means), matrix, next(means), rotation)
+
+
+def on(maps, device):
+    return PackedMaps(*(part.to(device) for part in maps.tensors))
+
+
+class Packed:
+    """Segments of packed lines, poisoned wherever nothing was written."""
+
+    def __init__(self, lengths, form, device, room=0, capacities=None):
+        self.form, self.lengths = form, list(lengths)
+        self.capacities = capacities or [length + room for length in lengths]
+        self.lines, self.factors = (
+            [torch.full((max(c, 1), width), POISON, dtype=torch.uint8, device=device) for c in self.capacities]
+            for width in (form.line_bytes, 4)
+        )
+        parts = zip(self.lines, self.factors, self.lengths, self.capacities, strict=True)
+        self.table = torch.tensor([[x.data_ptr(), f.data_ptr(), n, c] for x, f, n, c in parts], device=device)
+
+    def fill(self, seed_of_values=1.0):
+        """Entries that are Gaussian in code space."""
+        sizes = self.form.key_size, self.form.value_size
+        for lines, factors, length in zip(self.lines, self.factors, self.lengths, strict=True):
+            spread = torch.rand(length, 1) + 0.5
+            new = self.form.pack(spread * torch.randn(length, sizes[0]), seed_of_values * torch.randn(length, sizes[1]))
+            lines[:length] = new[0].to(lines)
+            factors[:length] = new[1].view(torch.uint8).to(factors)
+        return self
+
+    def host(self):
+        """The same in host memory."""
+        other = Packed(self.lengths, self.form, "cpu", capacities=self.capacities)
+        for mine, theirs in ((self.lines, other.lines), (self.factors, other.factors)):
+            for here, there in zip(mine, theirs, strict=True):
+                there.copy_(here)
+        other.table[:, 2] = self.table[:, 2].cpu()
+        return other
+
+
+class Exact:
+    """Segments of exact entries."""
+
+    def __init__(self, lengths, sizes, dtype, device, room=3):
+        self.lengths = lengths
+        self.keys, self.values = (
+            [torch.randn(length + room, size).to(device, dtype) for length in lengths] for size in sizes
+        )
+        parts = zip(self.keys, self.values, lengths, strict=True)
+        self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, n + room] for k, v, n in parts], device=device)
+
+    def host(self):
+        other = Exact(self.lengths, (1, 1), self.keys[0].dtype, "cpu")
+        other.keys, other.values = ([part.cpu() for part in side] for side in (self.keys, self.values))
+        other.table[:, 0] = torch.tensor([part.data_ptr() for part in other.keys])
+        other.table[:, 1] = torch.tensor([part.data_ptr() for part in other.values])
+        return other
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+CASES = {
+    "K4V4": {"levels": [("4444", "4444")]},
+    "K8V8": {"levels": [("8888", "8888")]},
+    "K6V6": {"levels": [("6666", "6666")]},
+    "K2V2": {"levels": [("2222", "2222")]},
+    "6442": {"levels": [("6442", "4422")]},
+    "8642": {"levels": [("8642", "8642")]},
+    "two levels": {"levels": [("6666", "4444"), ("4422", "2222")], "group": 7},
+    "three levels, rows of their own": {"levels": [("8888", "6666"), ("6666", "4444"), ("4444", "4444")], "rows": True},
+    "no levels": {"levels": []},
+    "heads of 80": {"levels": [("4444", "4444"), ("6444", "8642")], "sizes": (80, 80)},
+    "heads of 96": {"levels": [("6666", "4444")], "sizes": (96, 96)},
+    "heads of 128": {"levels": [("6666", "4444"), ("4444", "4444")], "sizes": (128, 128), "lengths": [90, 0, 64, 33]},
+    "heads of 256": {"levels": [("6442", "4444")], "sizes": (256, 256), "lengths": [40, 31]},
+    "keys and values differ": {"levels": [("4444", "6442")], "sizes": (96, 64)},
+    "small values' heads": {"levels": [("4444", "4444")], "sizes": (64, 16), "group": 1},
+    "softcap": {"levels": [("4444", "4444")], "softcap": 2.0},
+    "sinks": {"levels": [("4444", "4444")], "sinks": True},
+    "softcap, sinks, group of 16": {"levels": [("6666", "4444")], "softcap": 5.0, "sinks": True, "group": 16},
+    "one program": {"levels": [("4444", "4444")], "programs": 1},
+    "37 programs of small blocks": {"levels": [("4444", "4444")], "programs": 37, "block": 16},
+    "empty": {"levels": [("4444", "4444")], "lengths": [0, 0], "exact": [0, 0]},
+    "only coded": {"levels": [("4444", "4444")], "exact": [0] * 8},
+    "only exact": {"levels": [("4444", "4444")], "lengths": [0] * 8},
+    "tiny values": {"levels": [("4444", "4444")], "values": 1e-4},
+    "huge values": {"levels": [("4444", "4444")], "values": 2e3},
+}
+LENGTHS = [0, 1, 31, 200, 64, 65, 0, 129]
+EXACT = [5, 0, 1, 68, 0, 33, 0, 70]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_attention_equals_float64(case, dtype, close, device):
+    check_attention(dtype, close, device, **case)
+
+
+def check_attention(
+    dtype, close, device, *, levels, sizes=(64, 64), lengths=LENGTHS, exact=None, group=4, softcap=None, sinks=False,
+    rows=False, values=1.0, **settings,
+):  # fmt: skip
+    exact = EXACT[: len(lengths)] if exact is None else exact
+    batch, heads = len(lengths) // KV_HEADS, KV_HEADS * group
+    maps = maps_of(sizes, batch if rows else 1)
+    forms = [form_of(*level, sizes) for level in levels]
+    # Each level in another order of lengths.
+    packed = [
+        Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)
+    ]
+    kept = Exact(exact, sizes, dtype, device)
+    if values != 1.0:
+        for part in kept.values:
+            part *= values
+        maps = PackedMaps.of(maps.key_mean, maps.key_matrix, values * maps.value_mean, maps.value_matrix)
+    # A view of what a projection writes, with other heads in between.
+    query = torch.randn(batch, 1, 2 * heads, sizes[0], device=device).to(dtype).transpose(1, 2)[:, ::2]
+    logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
+    arguments = (0.1, softcap, logits)
+    got = launch_packed_attention(
+        query, kept.table, [part.table for part in packed], forms, on(maps, device), *arguments, **settings
+    )
+    on_host = [part.host() for part in packed], kept.host()
+    tables = on_host[1].table, [part.table for part in on_host[0]]
+    want = packed_reference.packed_attention(
+        query.cpu(), *tables, forms, maps, 0.1, softcap, None if logits is None else logits.cpu(), torch.float64
+    )
+    assert got.dtype == dtype
+    close(got, want)
+    plain = kernels.packed_attention(
+        query.cpu(), *tables, forms, maps, scaling=0.1, softcap=softcap, sinks=None if logits is None else logits.cpu()
+    )
+    close(plain, want)
+
+
+def test_attention_over_decoded_entries(dtype, close, device):
+    """The judge itself: decoded into the entries' own space, one softmax over all, by other formulas."""
+    maps, form = maps_of((64, 64)), form_of("6442", "4422")
+    packed, kept = Packed([150, 40], form, device).fill(), Exact([20, 9], (64, 64), dtype, device)
+    query = torch.randn(1, 6, 1, 64, device=device).to(dtype)
+    got = launch_packed_attention(query, kept.table, [packed.table], [form], on(maps, device), 0.125, None, None)
+    want = []
+    for head in range(2):
+        keys, values = form.unpack(
+            packed.lines[head].cpu(), packed.factors[head].cpu().view(torch.float16), torch.float64
+        )
+        inverse = torch.linalg.inv(maps.key_matrix[0, head].double())
+        keys = keys @ inverse.T + maps.key_mean[0, head].double()
+        values = values @ maps.value_matrix[0, head].double() + maps.value_mean[0, head].double()
+        length = kept.lengths[head]
+        keys = torch.cat([keys, kept.keys[head][:length].cpu().double()])
+        values = torch.cat([values, kept.values[head][:length].cpu().double()])
+        mine = query[0, 3 * head : 3 * head + 3, 0].cpu().double()
+        want.append((mine @ keys.T * 0.125).softmax(-1) @ values)
+    close(got[0, 0], torch.cat(want))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_fields_of_words_are_the_same_by_hand(bits, device):
+    """What is written in assembly gives what plain Triton does, for all words."""
+    if device == "cpu":
+        pytest.skip("the interpreter runs no assembly")
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(words, out, BITS: tl.constexpr, ASSEMBLY: tl.constexpr, COUNT: tl.constexpr):
+        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        fields = _fields(tl.load(words + at), BITS, ASSEMBLY)
+        for place in tl.static_range(COUNT):
+            tl.store(out + place * 65536 + at, fields[place])
+
+    words = torch.arange(65536, device=device).to(torch.uint16)
+    count = 16 // bits
+    by_hand, plain = (torch.empty(count, 65536, dtype=torch.float16, device=device) for _ in range(2))
+    kernel[(64,)](words, by_hand, bits, True, count)
+    kernel[(64,)](words, plain, bits, False, count)
+    assert torch.equal(by_hand, plain)
+    for place in range(count):
+        fields = (torch.arange(65536) >> (bits * place)) & (2**bits - 1)
+        want = (fields - (2**bits - 1) / 2) * 2.0 ** (1 + bits * place % 8)
+        assert torch.equal(plain[place].cpu().double(), want.double())
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def check_lines(packed, segment, first, keys, values, maps, sizes):
+    """What was written for entries: codes of the nearest levels but for ties, and factors as good as the best."""
+    form = packed.form
+    row, head = divmod(segment, KV_HEADS)
+    coded = packed_reference.to_code_space(keys.cpu().double(), values.cpu().double(), maps, segment, KV_HEADS)
+    lines = packed.lines[segment][first : first + len(keys)].cpu()
+    factors = packed.factors[segment][first : first + len(keys)].cpu().view(torch.float16)
+    sides: list[tuple[Side, int]] = [(form.keys, 0), (form.values, form.keys.bytes)]
+    for (side, start), entries, factor in zip(sides, coded, factors.T, strict=True):
+        codes = side.unpack(lines[:, start : start + side.bytes]).int()
+        best, best_factors = side.encode(entries)
+        wrong = (codes != best.int()).double()
+        assert (codes - best.int()).abs().max() <= 1
+        assert wrong.mean() <= 2e-3
+        torch.testing.assert_close(factor, best_factors, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize(("keys_of", "values_of", "sizes"), [
+    ("4444", "4444", (64, 64)), ("6666", "4444", (128, 128)), ("8642", "6442", (80, 96)), ("8888", "2222", (64, 16)),
+    ("4422", "8888", (256, 256)), ("6444", "6666", (96, 64)),
+])  # fmt: skip
+def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, device):
+    n, end = 150, 140
+    form, maps = form_of(keys_of, values_of, sizes), maps_of(sizes, rows=2)
+    keys = (4 * torch.randn(2, n, 2, sizes[0]) + 5).to(device, dtype).transpose(1, 2)
+    values = torch.randn(2, 2, n, sizes[1]).to(device, dtype)
+    some = torch.sort(torch.randperm(end)[:70]).values.to(torch.int32).to(device)
+    tail = torch.arange(end, n)
+    wanted = [
+        torch.cat([torch.arange(4), torch.arange(60, n)]),
+        torch.cat([some.cpu().long(), tail]),
+        torch.arange(0),
+        tail,
+    ]
+    spans = torch.tensor([(0, 4, 56), (some.data_ptr(), 70, 0), (0, 0, n), (0, 0, end)], device=device)
+    packed = Packed([len(w) for w in wanted], form, device, room=3)
+    arguments = (keys, values, None, packed.table, form, on(maps, device), spans, end)
+    if which == "kernel":
+        launch_pack(*arguments, max(packed.lengths), None)
+    else:
+        run(which, device, None, packed_reference.pack, *arguments, None)
+    for segment, index in enumerate(wanted):
+        row, head = divmod(segment, 2)
+        if len(index):
+            chosen = (side[row, head][index.to(device)] for side in (keys, values))
+            check_lines(packed, segment, 0, *chosen, maps, sizes)
+        assert (packed.lines[segment][len(index) :] == POISON).all()
+        assert (packed.factors[segment][len(index) :] == POISON).all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_pack_takes_entries_out_of_an_arena_and_goes_on_behind_lines(which, dtype, device):
+    sizes, lengths, taken = (64, 64), [7, 0, 12, 3], [20, 33, 0, 1]
+    form, maps = form_of("6442", "4444", sizes), maps_of(sizes)
+    packed = Packed([a + b for a, b in zip(lengths, taken, strict=True)], form, device, room=2)
+    before = [[part.clone() for part in side] for side in (packed.lines, packed.factors)]
+    kept = Exact([count + 6 for count in taken], sizes, dtype, device)
+    starts = torch.tensor(lengths, device=device)
+    # All but the first four, which are sinks.
+    spans = torch.tensor([(0, 0, 4)] * 4, device=device)
+    storage = torch.empty(0, 64, dtype=dtype, device=device)
+    arguments = (storage, storage, kept.table, packed.table, form, on(maps, device), spans, 0)
+    if which == "kernel":
+        launch_pack(*arguments, max(taken), starts)
+    else:
+        run(which, device, None, packed_reference.pack, *arguments, starts)
+    for segment, (first, count) in enumerate(zip(lengths, taken, strict=True)):
+        if count:
+            chosen = (side[segment][4 : 4 + count] for side in (kept.keys, kept.values))
+            check_lines(packed, segment, first, *chosen, maps, sizes)
+        for side, old in zip((packed.lines, packed.factors), before, strict=True):
+            for rest in (slice(first), slice(first + count, None)):
+                assert torch.equal(side[segment][rest], old[segment][rest])
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_pack_of_entries_that_are_the_mean(which, dtype, device):
+    """Zeros in code space: factors of zero, and nothing that is no number."""
+    form = form_of("4444", "4444")
+    maps = maps_of((64, 64))
+    maps = PackedMaps.of(maps.key_mean.half().float(), maps.key_matrix, maps.value_mean.half().float(), maps.value_matrix)
+    keys, values = (mean[:, :, None].expand(1, 2, 5, 64).to(device, dtype) for mean in (maps.key_mean, maps.value_mean))
+    if dtype == torch.bfloat16:
+        maps = PackedMaps.of(keys[:, :, 0].cpu(), maps.key_matrix, values[:, :, 0].cpu(), maps.value_matrix)
+    packed = Packed([5, 5], form, device)
+    spans = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    arguments = (keys, values, None, packed.table, form, on(maps, device), spans, 5)
+    if which == "kernel":
+        launch_pack(*arguments, 5, None)
+    else:
+        run(which, device, None, packed_reference.pack, *arguments, None)
+    assert all((part == 0).all() for part in packed.factors)
+
+
+def test_the_operators_are_what_torch_expects_of_them():
+    form, maps = form_of("4444", "4444", (16, 16)), maps_of((16, 16))
+    packed, kept = Packed([5, 9], form, "cpu").fill(), Exact([3, 2], (16, 16), torch.float32, "cpu")
+    query = torch.randn(1, 4, 1, 16)
+    decode = (query, kept.table, [packed.table], form.numbers, maps.tensors, 0.25, None, None)
+    torch.library.opcheck(packed_ops.packed_attention, decode, test_utils=("test_schema", "test_faketensor"))
+    new = torch.randn(1, 2, 9, 16)
+    spans = torch.zeros(2, 3, dtype=torch.int64)
+    pack = (new, new, None, packed.table, form.numbers, maps.tensors, spans, 9, 9, None)
+    torch.library.opcheck(packed_ops.pack_lines, pack, test_utils=("test_schema", "test_faketensor"))
