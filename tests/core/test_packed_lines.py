@@ -14,9 +14,11 @@ def widths(text):
     return tuple(int(width) for width in text)
 
 
-@pytest.mark.parametrize(("bits", "best", "error"), [(2, 0.9957, 0.11885), (4, 0.3352, 0.011543), (8, 0.03076, 8.77e-5)])
+@pytest.mark.parametrize(
+    ("bits", "best", "error"), [(2, 0.9957, 0.11885), (4, 0.3352, 0.011543), (8, 0.03076, 8.77e-5)]
+)
 def test_steps_are_those_of_max_1960(bits, best, error):
-    """J. Max, Quantizing for minimum distortion (1960), table II; 8 bits: Jayant and Noll, Digital Coding of Waveforms."""
+    """J. Max, Quantizing for minimum distortion (1960), table II; 8 bits: Jayant and Noll, Digital Coding (1984)."""
     assert step(bits) == pytest.approx(best, rel=2e-3)
     assert grid_error(bits, step(bits)) == pytest.approx(error, rel=5e-3)
 

@@ -7,8 +7,8 @@ from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
 from refreekv.kernels import packed_ops, packed_reference
-from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_decode import _fields
+from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 
 POISON = 0x7F
@@ -130,9 +130,7 @@ def check_attention(
     maps = maps_of(sizes, batch if rows else 1)
     forms = [form_of(*level, sizes) for level in levels]
     # Each level in another order of lengths.
-    packed = [
-        Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)
-    ]
+    packed = [Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)]
     kept = Exact(exact, sizes, dtype, device)
     if values != 1.0:
         for part in kept.values:
@@ -213,7 +211,6 @@ def test_fields_of_words_are_the_same_by_hand(bits, device):
 def check_lines(packed, segment, first, keys, values, maps, sizes):
     """What was written for entries: codes of the nearest levels but for ties, and factors as good as the best."""
     form = packed.form
-    row, head = divmod(segment, KV_HEADS)
     coded = packed_reference.to_code_space(keys.cpu().double(), values.cpu().double(), maps, segment, KV_HEADS)
     lines = packed.lines[segment][first : first + len(keys)].cpu()
     factors = packed.factors[segment][first : first + len(keys)].cpu().view(torch.float16)
@@ -291,7 +288,9 @@ def test_pack_of_entries_that_are_the_mean(which, dtype, device):
     """Zeros in code space: factors of zero, and nothing that is no number."""
     form = form_of("4444", "4444")
     maps = maps_of((64, 64))
-    maps = PackedMaps.of(maps.key_mean.half().float(), maps.key_matrix, maps.value_mean.half().float(), maps.value_matrix)
+    maps = PackedMaps.of(
+        maps.key_mean.half().float(), maps.key_matrix, maps.value_mean.half().float(), maps.value_matrix
+    )
     keys, values = (mean[:, :, None].expand(1, 2, 5, 64).to(device, dtype) for mean in (maps.key_mean, maps.value_mean))
     if dtype == torch.bfloat16:
         maps = PackedMaps.of(keys[:, :, 0].cpu(), maps.key_matrix, values[:, :, 0].cpu(), maps.value_matrix)

@@ -248,7 +248,9 @@ class PackedFormat:
     value_widths: tuple[int, int, int, int]
 
     def __post_init__(self) -> None:
-        assert self.keys and self.values  # they say what is wrong
+        # They say what is wrong.
+        assert self.keys
+        assert self.values
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> "PackedFormat":

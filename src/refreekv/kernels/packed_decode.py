@@ -38,7 +38,7 @@ def _assembly(bits: int) -> str:
         place = out % each
         field = (2**bits - 1) << (1 + bits * place)
         middle = 1024 + ((2**bits - 1) << (bits * place))
-        sign = torch.tensor(float(-middle), dtype=torch.float16).view(torch.int16).item() & 0xFFFF
+        sign = int(torch.tensor(float(-middle), dtype=torch.float16).view(torch.int16)) & 0xFFFF
         source = "y" if out < each else "z"
         lines.append(
             f"lop3.b32 ${out}, {source}, 0x{field:04x}{field:04x}, 0x64006400, 0xEA; "
@@ -71,62 +71,63 @@ def _field(words, BITS: tl.constexpr, PLACE: tl.constexpr):
 @triton.jit
 def _fields(words, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """All fields of words, less their middles, each times ``2 ** (1 + bits * place)`` of its place in a byte."""
+    # One `return` for all: older Tritons take the type of the first one for that of all.
     if ASSEMBLY:
         if BITS == 8:
-            return tl.inline_asm_elementwise(
+            fields = tl.inline_asm_elementwise(
                 ASSEMBLY_8, CONSTRAINTS_8, [words], (tl.float16, tl.float16), is_pure=True, pack=2
             )
         elif BITS == 4:
-            return tl.inline_asm_elementwise(
+            fields = tl.inline_asm_elementwise(
                 ASSEMBLY_4, CONSTRAINTS_4, [words], (tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True, pack=2,
             )  # fmt: skip
         else:
-            return tl.inline_asm_elementwise(
+            fields = tl.inline_asm_elementwise(
                 ASSEMBLY_2, CONSTRAINTS_2, [words],
                 (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True, pack=2,
             )  # fmt: skip
     else:
         if BITS == 8:
-            return _field(words, 8, 0), _field(words, 8, 1)
+            fields = _field(words, 8, 0), _field(words, 8, 1)
         elif BITS == 4:
-            return _field(words, 4, 0), _field(words, 4, 1), _field(words, 4, 2), _field(words, 4, 3)
+            fields = _field(words, 4, 0), _field(words, 4, 1), _field(words, 4, 2), _field(words, 4, 3)
         else:
-            return (
+            fields = (
                 _field(words, 2, 0), _field(words, 2, 1), _field(words, 2, 2), _field(words, 2, 3),
                 _field(words, 2, 4), _field(words, 2, 5), _field(words, 2, 6), _field(words, 2, 7),
             )  # fmt: skip
+    return fields
 
 
 @triton.jit
-def _where(CHUNKS: tl.constexpr, I: tl.constexpr, PLACE: tl.constexpr):
+def _where(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
     """For a tile, a field of the words of a chunk: each one's number in its plane, its channel and whether it is one.
 
     And what the field's codes are worth; ``CHUNKS`` are those of `chunks`.
     """
-    BITS: tl.constexpr = part_of(CHUNKS, I, 0)
+    BITS: tl.constexpr = part_of(CHUNKS, AT, 0)
     EACH: tl.constexpr = 8 // BITS
-    USED: tl.constexpr = part_of(CHUNKS, I, 5)
-    byte = part_of(CHUNKS, I, 3) + 2 * tl.arange(0, part_of(CHUNKS, I, 2)) + PLACE // EACH
+    USED: tl.constexpr = part_of(CHUNKS, AT, 5)
+    byte = part_of(CHUNKS, AT, 3) + 2 * tl.arange(0, part_of(CHUNKS, AT, 2)) + PLACE // EACH
     field = byte + (PLACE % EACH) * USED
-    later = field >= part_of(CHUNKS, I, 6)
-    channel = field + tl.where(later, part_of(CHUNKS, I, 8), part_of(CHUNKS, I, 7))
-    worth = tl.where(later, part_of(CHUNKS, I, 10), part_of(CHUNKS, I, 9)) / (2 << (BITS * (PLACE % EACH)))
+    later = field >= part_of(CHUNKS, AT, 6)
+    channel = field + tl.where(later, part_of(CHUNKS, AT, 8), part_of(CHUNKS, AT, 7))
+    worth = tl.where(later, part_of(CHUNKS, AT, 10), part_of(CHUNKS, AT, 9)) / (2 << (BITS * (PLACE % EACH)))
     return field, channel, worth, byte < USED
 
 
 @triton.jit
-def _words(lines, line, CHUNKS: tl.constexpr, I: tl.constexpr, LINE: tl.constexpr, ACROSS: tl.constexpr):
+def _words(lines, line, CHUNKS: tl.constexpr, AT: tl.constexpr, LINE: tl.constexpr, ACROSS: tl.constexpr):
     """The words of a chunk of each line: ``[BLOCK, n]``, or ``[n, BLOCK]``."""
-    n = tl.arange(0, part_of(CHUNKS, I, 2))
+    n = tl.arange(0, part_of(CHUNKS, AT, 2))
     DIM: tl.constexpr = 0 if ACROSS else 1
     # The dimension that a vector lacks: lines' is that of the words.
-    at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(part_of(CHUNKS, I, 1) + n, 1 - DIM)
-    if part_of(CHUNKS, I, 4) == part_of(CHUNKS, I, 2):
+    at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(part_of(CHUNKS, AT, 1) + n, 1 - DIM)
+    if part_of(CHUNKS, AT, 4) == part_of(CHUNKS, AT, 2):
         return tl.load(at)
-    else:
-        return tl.load(at, tl.expand_dims(n < part_of(CHUNKS, I, 4), 1 - DIM), 0)
+    return tl.load(at, tl.expand_dims(n < part_of(CHUNKS, AT, 4), 1 - DIM), 0)
 
 
 @triton.jit
@@ -176,7 +177,9 @@ def _packed_decode_kernel(
             for i in tl.static_range(KEY_CHUNKS):
                 tiles = _fields(_words(lines, line, KEYS, i, LINE, False), part_of(KEYS, i, 0), ASSEMBLY)
                 for place in tl.static_range(16 // part_of(KEYS, i, 0)):
-                    products = tl.dot(tiles[place].to(dtype), q[part_of(KEYS, i, 12) + place], products, input_precision="ieee")
+                    products = tl.dot(
+                        tiles[place].to(dtype), q[part_of(KEYS, i, 12) + place], products, input_precision="ieee"
+                    )
             logits = products * key_factor[:, None] * scale[None, :]
             if HAS_CAP:
                 logits = _capped(logits + shift[None, :], softcap, True)
@@ -219,7 +222,8 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
 
     Of each part: bits of a field, first word in the line, words, first byte in the plane, words that are the plane's;
     the plane's bytes with codes, fields of its first range of channels, what a field's number lacks to its channel in
-    the first and in the second range, what a code of theirs is worth, fields of the planes before, tiles of the parts before.
+    the first and in the second range, what a code of theirs is worth, fields of the planes before, tiles of the parts
+    before.
     """
     found = []
     before = tiles = 0

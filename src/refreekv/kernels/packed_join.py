@@ -5,7 +5,7 @@
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as there are levels.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +166,8 @@ def _packed_join_kernel(
     tables, parts, denominators, sinks, means, back, out,
     segments, kv_heads, group, programs, row_of_maps,
     LEVELS: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, COUNT: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, COUNT: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some query heads of one segment; the first of ``COUNT`` parts is that of exact entries, the others of levels."""
     pdl.in_turn(EARLY)

@@ -29,7 +29,7 @@ def launch_packed_attention(
 ) -> Tensor:
     """Run all kernels; parameters as in `kernels.packed_attention`. ``settings`` are `launch_packed_decode`'s."""
     asked, scales, shifts = launch_prepare(query, maps.key_mean, maps.key_dual, maps.key_bound, scaling, softcap)
-    found = [_exact_part(query, exact, maps.value_mean.shape[-1], scaling, softcap)]
+    found = [exact_part(query, exact, maps.value_mean.shape[-1], scaling, softcap)]
     for table, form in zip(tables, forms, strict=True):
         parts, denominators, programs, block = launch_packed_decode(
             asked, scales, shifts, table, form, softcap, query, **settings
@@ -38,7 +38,7 @@ def launch_packed_attention(
     return launch_packed_join(query, found, forms, maps.value_mean, maps.value_back, sinks)
 
 
-def _exact_part(query: Tensor, table: Tensor, value_size: int, scaling: float, softcap: float | None) -> Part:
+def exact_part(query: Tensor, table: Tensor, value_size: int, scaling: float, softcap: float | None) -> Part:
     """Each program's part of the attention over exact entries, which are few: small blocks."""
     batch, heads, _, size = query.shape
     segments = table.shape[0]

@@ -87,9 +87,7 @@ def _(
 ) -> Tensor:
     from refreekv.kernels.packed_launch import launch_packed_attention
 
-    return launch_packed_attention(
-        query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks
-    )
+    return launch_packed_attention(query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks)
 
 
 @packed_attention.register_fake

@@ -52,9 +52,7 @@ def _chosen(spans: Tensor, segment: int, count: int, end: int) -> Tensor:
     return torch.cat([listed, torch.arange(end, end + count - first)])[:count]
 
 
-def to_code_space(
-    keys: Tensor, values: Tensor, maps: PackedMaps, segment: int, kv_heads: int
-) -> tuple[Tensor, Tensor]:
+def to_code_space(keys: Tensor, values: Tensor, maps: PackedMaps, segment: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """Entries ``[n, D]`` of a segment in code space, float32 or wider."""
     wide = torch.promote_types(keys.dtype, torch.float32)
     row, head = divmod(segment, kv_heads)

@@ -136,8 +136,8 @@ def _pack_kernel(
 def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
     """The bytes of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 to 64.
 
-    Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's bytes
-    with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
+    Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's
+    bytes with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
     channel in the first and in the second range; then by pairs, for both ranges: the largest
     code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins.
     """

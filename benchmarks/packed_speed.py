@@ -1,0 +1,210 @@
+"""Attention over packed lines, against its own floor, bfloat16 and int8; and what packing takes.
+
+    python benchmarks/packed_speed.py                    # Llama-3-8B's heads: 32 query heads, 8 KV heads of 128
+    python benchmarks/packed_speed.py --tune             # other launch settings, at 16 x 8192 and 1 x 32768
+    python benchmarks/packed_speed.py --parts split      # what of the time goes to which kernel
+
+The floor is the bytes that must move (lines, factors and exact entries, once) at the bandwidth of a copy. Times are
+medians of CUDA graph replays, over several input sets, of all that a layer launches: preparing queries, exact entries,
+each level, joining. `mix` has half of the entries evicted, a tenth with keys of 6 bits and the rest in 4; every format
+has 68 exact entries a head beside its own.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from devices import copy_bandwidth, device_seconds, header
+from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, coded_attention, decode_attention, random
+from refreekv import kernels
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.kernels.decode import multiprocessors
+from refreekv.kernels.packed_decode import launch_packed_decode
+from refreekv.kernels.packed_join import Part, launch_packed_join, launch_prepare
+from refreekv.kernels.packed_launch import exact_part, launch_packed_attention
+from refreekv.storage.arena import KVArena
+
+EXACT = 68
+SHAPES = ((16, 8192), (32, 8192), (8, 32768), (1, 8192), (1, 32768))
+K4, K6, K8 = ((width,) * 4 for width in (4, 6, 8))
+FORMATS = {
+    "K4V4": (((K4, K4), 1.0),),
+    "K6V4": (((K6, K4), 1.0),),
+    "K8V8": (((K8, K8), 1.0),),
+    "mix": (((K6, K4), 0.1), ((K4, K4), 0.4)),
+}
+
+
+def maps() -> PackedMaps:
+    """Random rotations behind random means."""
+    rotations = [torch.linalg.qr(torch.randn(1, KV_HEADS, SIZE, SIZE, device="cuda"))[0] for _ in range(2)]
+    means = [torch.randn(1, KV_HEADS, SIZE, device="cuda") for _ in range(2)]
+    return PackedMaps.of(means[0], rotations[0], means[1], rotations[1])
+
+
+class Level:
+    """Segments of equal lengths, of random codes."""
+
+    def __init__(self, form: PackedFormat, segments: int, length: int):
+        self.form, self.count = form, segments * length
+        self.lines = torch.randint(0, 256, (self.count, form.line_bytes), dtype=torch.uint8, device="cuda")
+        self.factors = (torch.rand(self.count, 2, device="cuda") + 0.5).half()
+        rows = torch.arange(segments, device="cuda") * length
+        full = torch.full_like(rows, length)
+        lines = self.lines.data_ptr() + rows * form.line_bytes
+        self.table = torch.stack([lines, self.factors.data_ptr() + rows * 4, full, full], 1)
+
+
+class Setup:
+    """What one layer attends to."""
+
+    def __init__(self, batch: int, length: int, name: str):
+        self.levels = [
+            Level(PackedFormat(SIZE, SIZE, *widths), batch * KV_HEADS, round(length * share))
+            for widths, share in FORMATS[name]
+        ]
+        self.exact: KVArena = arena([(EXACT,) * KV_HEADS] * batch)
+        self.query, self.maps = random(batch, HEADS, 1, SIZE), maps()
+        self.bytes = sum(level.count * level.form.entry_bytes for level in self.levels)
+        self.bytes += batch * KV_HEADS * EXACT * 2 * SIZE * TYPE.itemsize
+
+    def call(self, **settings: Any) -> Callable[[], object]:
+        """All that a layer launches."""
+        tables, forms = [level.table for level in self.levels], [level.form for level in self.levels]
+        return lambda: launch_packed_attention(
+            self.query, self.exact.table, tables, forms, self.maps, SIZE**-0.5, None, None, **settings
+        )
+
+
+def setups(batch: int, length: int, name: str) -> list[Setup]:
+    """Input sets that a cache does not hold together."""
+    first = Setup(batch, length, name)
+    count = max(4, min(16, 10**9 // first.bytes))
+    return [first, *(Setup(batch, length, name) for _ in range(count - 1))]
+
+
+def attention(batch: int, length: int, name: str, bandwidth: float, **settings: Any) -> dict[str, float]:
+    """One shape in one format."""
+    found = setups(batch, length, name)
+    seconds = device_seconds([setup.call(**settings) for setup in found])
+    floor = found[0].bytes / bandwidth
+    return {"us": seconds * 1e6, "floor_us": floor * 1e6, "over_floor": seconds / floor, "bytes": found[0].bytes}
+
+
+def split(batch: int, length: int, name: str) -> list[tuple[str, float]]:
+    """Microseconds of each kernel by itself."""
+    found = setups(batch, length, name)
+    prepare, exact, decode, join = [], [], [], []
+    for setup in found:
+        m, q = setup.maps, setup.query
+        start = (q, m.key_mean, m.key_dual, m.key_bound, SIZE**-0.5, None)
+        prepare.append(lambda start=start: launch_prepare(*start))
+        first = (q, setup.exact.table, SIZE, SIZE**-0.5, None)
+        exact.append(lambda first=first: exact_part(*first))
+        asked = launch_prepare(*start)
+
+        def levels(setup=setup, asked=asked, q=q) -> list[Part]:
+            return [
+                Part(level.table, *launch_packed_decode(*asked, level.table, level.form, None, q))
+                for level in setup.levels
+            ]
+
+        decode.append(levels)
+        parts, forms = [exact_part(*first), *levels()], [level.form for level in setup.levels]
+        join.append(lambda q=q, p=parts, f=forms, m=m: launch_packed_join(q, p, f, m.value_mean, m.value_back, None))
+    calls = {"prepare": prepare, "exact": exact, "levels": decode, "join": join}
+    return [(kernel, device_seconds(some) * 1e6) for kernel, some in calls.items()]
+
+
+def packing(length: int, name: str) -> dict[str, float]:
+    """All entries of a prompt to lines, from what a projection leaves."""
+    widths = FORMATS[name][0][0]
+    form, the_maps = PackedFormat(SIZE, SIZE, *widths), maps()
+    dense = [[random(1, length, KV_HEADS, SIZE).transpose(1, 2) for _ in range(2)] for _ in range(4)]
+    targets = [Level(form, KV_HEADS, length) for _ in dense]
+    spans = torch.zeros(KV_HEADS, 3, dtype=torch.int64, device="cuda")
+
+    def pack(pair: list[torch.Tensor], target: Level) -> Callable[[], object]:
+        return lambda: kernels.pack_lines(*pair, target.table, form, the_maps, spans, end=length, longest=length)
+
+    seconds = device_seconds([pack(p, t) for p, t in zip(dense, targets, strict=True)])
+    moved = length * KV_HEADS * (2 * SIZE * TYPE.itemsize + form.entry_bytes)
+    return {"us": seconds * 1e6, "bandwidth": moved / seconds}
+
+
+def main() -> None:
+    """Parse the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--parts", default="attention,pack", help="attention, split, pack")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{header()}; copy {bandwidth / 1e12:.2f} TB/s")
+    rows: list[dict[str, Any]] = []
+    names = arguments.formats.split(",")
+    if arguments.tune:
+        tune(names, bandwidth, rows)
+    parts = [] if arguments.tune else arguments.parts.split(",")
+    if "attention" in parts:
+        print(f"{'':12s}{'bfloat16':>10s}{'int8':>8s}" + "".join(f"{name:>9s}{'x floor':>8s}" for name in names))
+        for batch, length in SHAPES:
+            lengths = [(length,) * KV_HEADS] * batch
+            exact, int8 = decode_attention(batch, lengths)["us"], coded_attention(batch, lengths)["us"]
+            line = f"{batch:3d} x {length:5d} {exact:10.1f}{int8:8.1f}"
+            for name in names:
+                result = attention(batch, length, name, bandwidth)
+                rows.append({"shape": [batch, length], "format": name, "bfloat16_us": exact, "int8_us": int8, **result})
+                line += f"{result['us']:9.1f}{result['over_floor']:8.2f}"
+                torch.cuda.empty_cache()
+            print(line, flush=True)
+    if "split" in parts:
+        for batch, length in SHAPES:
+            for name in names:
+                found = split(batch, length, name)
+                rows.append({"shape": [batch, length], "format": name, "split": found})
+                line = "  ".join(f"{kernel} {us:6.1f}" for kernel, us in found)
+                print(f"{batch:3d} x {length:5d} {name:5s} {line}", flush=True)
+                torch.cuda.empty_cache()
+    if "pack" in parts:
+        for length in (8192, 32768):
+            for name in names[:3]:
+                result = packing(length, name)
+                rows.append({"pack": length, "format": name, **result})
+                print(f"pack {length} entries a head, {name}: {result['us']:8.1f} us", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:  # noqa: PTH123
+            json.dump({"setup": header(), "copy_bandwidth": bandwidth, "rows": rows}, file, indent=1)
+
+
+def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None:
+    """Other launch settings, the best last."""
+    multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    for batch, length in ((16, 8192), (1, 32768)):
+        for name in names:
+            found = []
+            for block, warps, stages, each in (
+                (64, 2, 3, 5), (64, 2, 3, 6), (64, 2, 4, 5), (64, 2, 2, 6), (32, 1, 3, 10), (32, 1, 3, 12),
+                (32, 1, 4, 11), (64, 1, 2, 8), (64, 1, 3, 8), (64, 4, 3, 3), (64, 4, 4, 4), (128, 4, 3, 2),
+                (128, 4, 3, 3),
+            ):  # fmt: skip
+                settings = {"block": block, "warps": warps, "stages": stages, "programs": each * multi}
+                try:
+                    result = attention(batch, length, name, bandwidth, **settings)
+                except Exception as error:  # a setting that the device has no room for
+                    print(f"{name} {settings}: {type(error).__name__} {str(error)[:80]}")
+                    continue
+                found.append((result["us"], block, warps, stages, each))
+                rows.append({"shape": [batch, length], "format": name, "settings": settings, **result})
+                torch.cuda.empty_cache()
+            print(f"{batch} x {length} {name}: us (block, warps, stages, programs a multiprocessor)")
+            print("   " + "  ".join(f"{us:.1f} {tuple(rest)}" for us, *rest in sorted(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
