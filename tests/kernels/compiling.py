@@ -12,12 +12,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from refreekv.core.coded_lines import half_of
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels import shared_memory
 from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
 from refreekv.kernels.storage import launch_append, launch_gather
+from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.surrogates import launch_stand_ins
 from refreekv.kernels.table import Format
 
@@ -103,6 +106,17 @@ def linear(dtype, rows, size):
     gated_linear(torch.zeros(rows, 1, size, dtype=dtype), weight, weight, False)
 
 
+def packed(dtype, heads, head_size, layout):
+    table, spans = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    form = PackedFormat(head_size, head_size, *(tuple(map(int, widths)) for widths in layout.split("/")))
+    vector, matrix = torch.zeros(1, 1, head_size), torch.zeros(1, 1, head_size, head_size)
+    maps = PackedMaps(vector, matrix, matrix, vector, matrix, matrix, torch.zeros(1, 1))
+    query = torch.zeros(1, heads, 1, head_size, dtype=dtype)
+    launch_packed_attention(query, table, [table], [form], maps, 1.0, None, None, assembly=True)
+    entries = torch.zeros(1, 1, 100, head_size, dtype=dtype)
+    launch_pack(entries, entries, None, table, form, maps, spans, 100, 100, None)
+
+
 CASES = [
     (stand_ins, torch.float32, 6, 128),  # Qwen2.5-1.5B: did not fit an H100
     (stand_ins, torch.bfloat16, 8, 128),
@@ -118,6 +132,8 @@ CASES = [
     (coded_storage, torch.bfloat16, 1, 128),
     (coded_storage, torch.float32, 40, 256),
     (linear, torch.bfloat16, 32, 256),
+    (packed, torch.bfloat16, 4, 128, "6666/4444"),
+    (packed, torch.float32, 16, 256, "8888/8888"),
 ]
 
 

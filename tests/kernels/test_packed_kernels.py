@@ -6,10 +6,11 @@ import torch
 from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
-from refreekv.kernels import packed_ops, packed_reference
+from refreekv.kernels import packed_ops, packed_reference, reference
 from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.storage import launch_move
 
 POISON = 0x7F
 KV_HEADS = 2
@@ -302,6 +303,29 @@ def test_pack_of_entries_that_are_the_mean(which, dtype, device):
     else:
         run(which, device, None, packed_reference.pack, *arguments, None)
     assert all((part == 0).all() for part in packed.factors)
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_lines_and_factors_are_moved(which, device):
+    """Factors of 4 bytes begin at odd multiples of that, and may be an odd number."""
+    form = form_of("6444", "4444")
+    old, new = Packed([17, 0, 5], form, device).fill(), Packed([17, 9, 3], form, device)
+    new.table[1, 2] = 0
+    before = [[part.clone() for part in side] for side in (new.lines, new.factors)]
+    source, target = old.table.clone(), new.table.clone()
+    # Both begin with the third entry.
+    for table in (source, target):
+        table[:, 0] += 2 * form.line_bytes
+        table[:, 1] += 2 * 4
+        table[:, 2] = (table[:, 2] - 2).clamp_min(0)
+    arguments = (source, target, form.line_bytes, 4)
+    run(which, device, launch_move, reference.move, *arguments, *([17] if which == "kernel" else []))
+    for mine, theirs, was in zip((new.lines, new.factors), (old.lines, old.factors), before, strict=True):
+        for segment, length in enumerate((17, 0, 3)):
+            moved = slice(2, length)
+            assert torch.equal(mine[segment][moved], theirs[segment][moved])
+            for rest in (slice(0, 2), slice(max(length, 2), None)):
+                assert torch.equal(mine[segment][rest], was[segment][rest])
 
 
 def test_the_operators_are_what_torch_expects_of_them():

@@ -265,7 +265,7 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
     source, target : Tensor
         See `kernels.table`.
     key_bytes, value_bytes : int
-        Of one entry; multiples of 8.
+        Of one entry; multiples of 4.
     longest : int
         Entries of the longest segment.
 

@@ -92,20 +92,28 @@ def _gather_kernel(
 
 
 @triton.jit
-def _move_kernel(
-    source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Copy what both tables' segments hold, as 8-byte words."""
+def _copy(old, new, length, BYTES: tl.constexpr, LANE: tl.constexpr):
+    """This program's words of what one segment holds: of 8 bytes, or of 4 where an entry is no multiple of 8."""
+    WORD: tl.constexpr = 8 if BYTES % 8 == 0 else 4
+    # Segments begin where lines do.
+    ALIGNED: tl.constexpr = 16 if BYTES % 16 == 0 else WORD
+    pointer = tl.pointer_type(tl.int64 if BYTES % 8 == 0 else tl.int32)
+    words = length * BYTES // WORD
+    first = tl.program_id(0).to(tl.int64) * LANE
+    if first < words:
+        word = first + tl.arange(0, LANE)
+        old_words = tl.multiple_of(old.to(pointer), ALIGNED)
+        new_words = tl.multiple_of(new.to(pointer), ALIGNED)
+        tl.store(new_words + word, tl.load(old_words + word, word < words), word < words)
+
+
+@triton.jit
+def _move_kernel(source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr):
+    """Copy what both tables' segments hold."""
     segment = tl.program_id(1)
     length = tl.minimum(tl.load(source + segment * 4 + 2), tl.load(target + segment * 4 + 2))
-    word = tl.program_id(0).to(tl.int64) * LANE + tl.arange(0, LANE)
-    pointer = tl.pointer_type(tl.int64)
-    for part in tl.static_range(2):
-        words = length * (KEY_BYTES if part == 0 else VALUE_BYTES) // 8
-        if tl.program_id(0).to(tl.int64) * LANE < words:
-            old = tl.multiple_of(tl.load(source + segment * 4 + part).to(pointer), ALIGNED)
-            new = tl.multiple_of(tl.load(target + segment * 4 + part).to(pointer), ALIGNED)
-            tl.store(new + word, tl.load(old + word, word < words), word < words)
+    _copy(tl.load(source + segment * 4), tl.load(target + segment * 4), length, KEY_BYTES, LANE)
+    _copy(tl.load(source + segment * 4 + 1), tl.load(target + segment * 4 + 1), length, VALUE_BYTES, LANE)
 
 
 def _sizes(form: Format) -> dict[str, Any]:
@@ -153,9 +161,8 @@ def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int
     """Copy the entries of each segment of one table to that of another; bytes are those of one entry."""
     check_move(source, target, key_bytes, value_bytes)
     lane = 2048
-    blocks = triton.cdiv(max(longest, 1) * max(key_bytes, value_bytes) // 8, lane)
+    words = max(size // (8 if size % 8 == 0 else 4) for size in (key_bytes, value_bytes))
+    blocks = triton.cdiv(max(longest, 1) * words, lane)
     _move_kernel[(blocks, source.shape[0])](
-        source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes,
-        # Segments begin where lines do.
-        ALIGNED=8 if key_bytes % 16 or value_bytes % 16 else 16, num_warps=8,
-    )  # fmt: skip
+        source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
+    )
