@@ -19,12 +19,12 @@ import torch
 
 from devices import copy_bandwidth, device_seconds, header
 from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, coded_attention, decode_attention, random
-from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.packed_decode import launch_packed_decode
-from refreekv.kernels.packed_join import Part, launch_packed_join, launch_prepare
-from refreekv.kernels.packed_launch import exact_part, launch_packed_attention
+from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
+from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.kernels.packed_storage import launch_pack
 from refreekv.storage.arena import KVArena
 
 EXACT = 68
@@ -42,7 +42,7 @@ def maps() -> PackedMaps:
     """Random rotations behind random means."""
     rotations = [torch.linalg.qr(torch.randn(1, KV_HEADS, SIZE, SIZE, device="cuda"))[0] for _ in range(2)]
     means = [torch.randn(1, KV_HEADS, SIZE, device="cuda") for _ in range(2)]
-    return PackedMaps.of(means[0], rotations[0], means[1], rotations[1])
+    return PackedMaps.of(means[0], rotations[0], means[1], rotations[1], TYPE)
 
 
 class Level:
@@ -97,29 +97,21 @@ def attention(batch: int, length: int, name: str, bandwidth: float, **settings: 
 def split(batch: int, length: int, name: str) -> list[tuple[str, float]]:
     """Microseconds of each kernel by itself."""
     found = setups(batch, length, name)
-    prepare, exact, decode, join = [], [], [], []
+    prepare, decode, join = [], [], []
     for setup in found:
         m, q = setup.maps, setup.query
         start = (q, m.key_mean, m.key_dual, m.key_bound, SIZE**-0.5, None)
         prepare.append(lambda start=start: launch_prepare(*start))
-        first = (q, setup.exact.table, SIZE, SIZE**-0.5, None)
-        exact.append(lambda first=first: exact_part(*first))
-        asked = launch_prepare(*start)
-
-        def levels(setup=setup, asked=asked, q=q) -> list[Part]:
-            return [
-                Part(level.table, *launch_packed_decode(*asked, level.table, level.form, None, q))
-                for level in setup.levels
-            ]
-
-        decode.append(levels)
-        parts, forms = [exact_part(*first), *levels()], [level.form for level in setup.levels]
-        join.append(lambda q=q, p=parts, f=forms, m=m: launch_packed_join(q, p, f, m.value_mean, m.value_back, None))
-    calls = {"prepare": prepare, "exact": exact, "levels": decode, "join": join}
+        tables, forms = [level.table for level in setup.levels], [level.form for level in setup.levels]
+        middle = (q, launch_prepare(*start), setup.exact.table, tables, forms, SIZE, SIZE**-0.5, None)
+        decode.append(lambda middle=middle: launch_packed_decode(*middle, early=False))
+        last = (q, launch_packed_decode(*middle), forms, m.value_mean, m.value_back, None)
+        join.append(lambda last=last: launch_packed_join(*last, early=False))
+    calls = {"prepare": prepare, "decode": decode, "join": join}
     return [(kernel, device_seconds(some) * 1e6) for kernel, some in calls.items()]
 
 
-def packing(length: int, name: str) -> dict[str, float]:
+def packing(length: int, name: str, **settings: int) -> dict[str, float]:
     """All entries of a prompt to lines, from what a projection leaves."""
     widths = FORMATS[name][0][0]
     form, the_maps = PackedFormat(SIZE, SIZE, *widths), maps()
@@ -128,7 +120,7 @@ def packing(length: int, name: str) -> dict[str, float]:
     spans = torch.zeros(KV_HEADS, 3, dtype=torch.int64, device="cuda")
 
     def pack(pair: list[torch.Tensor], target: Level) -> Callable[[], object]:
-        return lambda: kernels.pack_lines(*pair, target.table, form, the_maps, spans, end=length, longest=length)
+        return lambda: launch_pack(*pair, None, target.table, form, the_maps, spans, length, length, None, **settings)
 
     seconds = device_seconds([pack(p, t) for p, t in zip(dense, targets, strict=True)])
     moved = length * KV_HEADS * (2 * SIZE * TYPE.itemsize + form.entry_bytes)
@@ -183,27 +175,33 @@ def main() -> None:
 
 
 def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None:
-    """Other launch settings, the best last."""
+    """Other launch settings, one change at a time and some together, the best first."""
     multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
-    for batch, length in ((16, 8192), (1, 32768)):
+    changes: list[dict[str, Any]] = [
+        {}, {"early": False}, {"extra": 0}, {"extra": 1}, {"extra": 4}, {"exact_block": 32}, {"stages": 2},
+        {"stages": 4}, {"programs": 5 * multi}, {"programs": 4 * multi}, {"programs": 3 * multi},
+        {"block": 64, "warps": 1, "stages": 2, "programs": 8 * multi, "registers": 248},
+        {"block": 64, "warps": 1, "stages": 2, "programs": 10 * multi, "registers": 200},
+        {"block": 128, "warps": 4, "programs": 3 * multi},
+    ]  # fmt: skip
+    for batch, length in ((16, 8192), (1, 8192), (1, 32768)):
         for name in names:
             found = []
-            for block, warps, stages, each in (
-                (64, 2, 3, 5), (64, 2, 3, 6), (64, 2, 4, 5), (64, 2, 2, 6), (32, 1, 3, 10), (32, 1, 3, 12),
-                (32, 1, 4, 11), (64, 1, 2, 8), (64, 1, 3, 8), (64, 4, 3, 3), (64, 4, 4, 4), (128, 4, 3, 2),
-                (128, 4, 3, 3),
-            ):  # fmt: skip
-                settings = {"block": block, "warps": warps, "stages": stages, "programs": each * multi}
+            for settings in changes:
                 try:
                     result = attention(batch, length, name, bandwidth, **settings)
                 except Exception as error:  # a setting that the device has no room for
                     print(f"{name} {settings}: {type(error).__name__} {str(error)[:80]}")
                     continue
-                found.append((result["us"], block, warps, stages, each))
+                found.append((result["us"], str(settings)))
                 rows.append({"shape": [batch, length], "format": name, "settings": settings, **result})
                 torch.cuda.empty_cache()
-            print(f"{batch} x {length} {name}: us (block, warps, stages, programs a multiprocessor)")
-            print("   " + "  ".join(f"{us:.1f} {tuple(rest)}" for us, *rest in sorted(found)), flush=True)
+            print(f"{batch} x {length} {name}: us, settings")
+            print("   " + "  ".join(f"{us:.1f} {settings}" for us, settings in sorted(found)), flush=True)
+    for name in ("K4V4", "K6V4"):
+        for block, warps in ((64, 4), (64, 8), (128, 8), (32, 4), (128, 4)):
+            us = packing(8192, name, block=block, warps=warps)["us"]
+            print(f"pack 8192 {name}, block {block}, {warps} warps: {us:.1f} us", flush=True)
 
 
 if __name__ == "__main__":

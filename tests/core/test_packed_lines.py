@@ -130,7 +130,7 @@ def test_maps_keep_products_and_values():
     """A query's product with a key is that in code space and with the mean; a value comes back."""
     matrix = torch.randn(1, 2, 32, 32) + 3 * torch.eye(32)
     rotation = torch.linalg.qr(torch.randn(1, 2, 32, 32))[0]
-    maps = PackedMaps.of(torch.randn(1, 2, 32), matrix, torch.randn(1, 2, 32), rotation)
+    maps = PackedMaps.of(torch.randn(1, 2, 32), matrix, torch.randn(1, 2, 32), rotation, torch.float16)
     query, key, value = (torch.randn(2, 32, dtype=torch.float64) for _ in range(3))
     for head in range(2):
         coded = maps.key_matrix[0, head].double() @ (key[head] - maps.key_mean[0, head])

@@ -109,8 +109,8 @@ def linear(dtype, rows, size):
 def packed(dtype, heads, head_size, layout):
     table, spans = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
     form = PackedFormat(head_size, head_size, *(tuple(map(int, widths)) for widths in layout.split("/")))
-    vector, matrix = torch.zeros(1, 1, head_size), torch.zeros(1, 1, head_size, head_size)
-    maps = PackedMaps(vector, matrix, matrix, vector, matrix, matrix, torch.zeros(1, 1))
+    mean, matrix = torch.zeros(1, 1, head_size), torch.eye(head_size)[None, None]
+    maps = PackedMaps.of(mean, matrix, mean, matrix, dtype)
     query = torch.zeros(1, heads, 1, head_size, dtype=dtype)
     launch_packed_attention(query, table, [table], [form], maps, 1.0, None, None, assembly=True)
     entries = torch.zeros(1, 1, 100, head_size, dtype=dtype)

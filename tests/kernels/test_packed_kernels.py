@@ -20,12 +20,12 @@ def form_of(keys, values, sizes=(64, 64)):
     return PackedFormat(*sizes, tuple(map(int, keys)), tuple(map(int, values)))
 
 
-def maps_of(sizes, rows=1, heads=KV_HEADS):
+def maps_of(sizes, dtype, rows=1, heads=KV_HEADS):
     """Random ones: keys' channels of sizes that differ tenfold, behind large means."""
     matrix = torch.linalg.qr(torch.randn(rows, heads, sizes[0], sizes[0]))[0] * torch.logspace(-0.5, 0.5, sizes[0])
     rotation = torch.linalg.qr(torch.randn(rows, heads, sizes[1], sizes[1]))[0]
     means = (torch.randn(rows, heads, size) for size in sizes)
-    return PackedMaps.of(5 * next(means), matrix, next(means), rotation)
+    return PackedMaps.of(5 * next(means), matrix, next(means), rotation, dtype)
 
 
 def on(maps, device):
@@ -128,7 +128,7 @@ def check_attention(
 ):  # fmt: skip
     exact = EXACT[: len(lengths)] if exact is None else exact
     batch, heads = len(lengths) // KV_HEADS, KV_HEADS * group
-    maps = maps_of(sizes, batch if rows else 1)
+    maps = maps_of(sizes, dtype, batch if rows else 1)
     forms = [form_of(*level, sizes) for level in levels]
     # Each level in another order of lengths.
     packed = [Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)]
@@ -136,7 +136,7 @@ def check_attention(
     if values != 1.0:
         for part in kept.values:
             part *= values
-        maps = PackedMaps.of(maps.key_mean, maps.key_matrix, values * maps.value_mean, maps.value_matrix)
+        maps = PackedMaps.of(maps.key_mean, maps.key_matrix, values * maps.value_mean, maps.value_matrix, dtype)
     # A view of what a projection writes, with other heads in between.
     query = torch.randn(batch, 1, 2 * heads, sizes[0], device=device).to(dtype).transpose(1, 2)[:, ::2]
     logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
@@ -159,7 +159,7 @@ def check_attention(
 
 def test_attention_over_decoded_entries(dtype, close, device):
     """The judge itself: decoded into the entries' own space, one softmax over all, by other formulas."""
-    maps, form = maps_of((64, 64)), form_of("6442", "4422")
+    maps, form = maps_of((64, 64), dtype), form_of("6442", "4422")
     packed, kept = Packed([150, 40], form, device).fill(), Exact([20, 9], (64, 64), dtype, device)
     query = torch.randn(1, 6, 1, 64, device=device).to(dtype)
     got = launch_packed_attention(query, kept.table, [packed.table], [form], on(maps, device), 0.125, None, None)
@@ -232,7 +232,7 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
 ])  # fmt: skip
 def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, device):
     n, end = 150, 140
-    form, maps = form_of(keys_of, values_of, sizes), maps_of(sizes, rows=2)
+    form, maps = form_of(keys_of, values_of, sizes), maps_of(sizes, dtype, rows=2)
     keys = (4 * torch.randn(2, n, 2, sizes[0]) + 5).to(device, dtype).transpose(1, 2)
     values = torch.randn(2, 2, n, sizes[1]).to(device, dtype)
     some = torch.sort(torch.randperm(end)[:70]).values.to(torch.int32).to(device)
@@ -262,7 +262,7 @@ def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, 
 @pytest.mark.parametrize("which", ["kernel", "reference"])
 def test_pack_takes_entries_out_of_an_arena_and_goes_on_behind_lines(which, dtype, device):
     sizes, lengths, taken = (64, 64), [7, 0, 12, 3], [20, 33, 0, 1]
-    form, maps = form_of("6442", "4444", sizes), maps_of(sizes)
+    form, maps = form_of("6442", "4444", sizes), maps_of(sizes, dtype)
     packed = Packed([a + b for a, b in zip(lengths, taken, strict=True)], form, device, room=2)
     before = [[part.clone() for part in side] for side in (packed.lines, packed.factors)]
     kept = Exact([count + 6 for count in taken], sizes, dtype, device)
@@ -286,15 +286,12 @@ def test_pack_takes_entries_out_of_an_arena_and_goes_on_behind_lines(which, dtyp
 
 @pytest.mark.parametrize("which", ["kernel", "reference"])
 def test_pack_of_entries_that_are_the_mean(which, dtype, device):
-    """Zeros in code space: factors of zero, and nothing that is no number."""
+    """Nothing in code space: factors of nothing, and none that is no number."""
     form = form_of("4444", "4444")
-    maps = maps_of((64, 64))
-    maps = PackedMaps.of(
-        maps.key_mean.half().float(), maps.key_matrix, maps.value_mean.half().float(), maps.value_matrix
-    )
-    keys, values = (mean[:, :, None].expand(1, 2, 5, 64).to(device, dtype) for mean in (maps.key_mean, maps.value_mean))
-    if dtype == torch.bfloat16:
-        maps = PackedMaps.of(keys[:, :, 0].cpu(), maps.key_matrix, values[:, :, 0].cpu(), maps.value_matrix)
+    maps = maps_of((64, 64), dtype)
+    means = [mean.to(dtype)[:, :, None].expand(1, 2, 5, 64) for mean in (maps.key_mean, maps.value_mean)]
+    maps = PackedMaps.of(means[0][:, :, 0], maps.key_matrix, means[1][:, :, 0], maps.value_matrix, dtype)
+    keys, values = (mean.to(device) for mean in means)
     packed = Packed([5, 5], form, device)
     spans = torch.zeros(2, 3, dtype=torch.int64, device=device)
     arguments = (keys, values, None, packed.table, form, on(maps, device), spans, 5)
@@ -302,7 +299,7 @@ def test_pack_of_entries_that_are_the_mean(which, dtype, device):
         launch_pack(*arguments, 5, None)
     else:
         run(which, device, None, packed_reference.pack, *arguments, None)
-    assert all((part == 0).all() for part in packed.factors)
+    assert all(part.view(torch.float16).abs().max() < 1e-4 for part in packed.factors)
 
 
 @pytest.mark.parametrize("which", ["kernel", "reference"])
@@ -329,7 +326,7 @@ def test_lines_and_factors_are_moved(which, device):
 
 
 def test_the_operators_are_what_torch_expects_of_them():
-    form, maps = form_of("4444", "4444", (16, 16)), maps_of((16, 16))
+    form, maps = form_of("4444", "4444", (16, 16)), maps_of((16, 16), torch.float32)
     packed, kept = Packed([5, 9], form, "cpu").fill(), Exact([3, 2], (16, 16), torch.float32, "cpu")
     query = torch.randn(1, 4, 1, 16)
     decode = (query, kept.table, [packed.table], form.numbers, maps.tensors, 0.25, None, None)

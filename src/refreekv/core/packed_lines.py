@@ -322,6 +322,11 @@ class PackedMaps:
         ``[B, H_kv, Dv]``, ``[B, H_kv, Dv, Dv]`` twice; ``value_back`` is the inverse of ``value_matrix``.
     key_bound : Tensor
         ``[B, H_kv]``: no element of ``key_dual @ q`` is larger than this times the norm of ``q``.
+    key_offset, value_offset : Tensor
+        ``key_matrix @ key_mean``, and the same of values.
+    key_sum, value_sum : Tensor
+        ``[2, B, H_kv, D, D]``: two matrices of the type of the entries that make ``key_matrix`` together; one where
+        that is float32. Products with entries need no other type then.
     """
 
     key_mean: Tensor
@@ -331,20 +336,40 @@ class PackedMaps:
     value_matrix: Tensor
     value_back: Tensor
     key_bound: Tensor
+    key_offset: Tensor
+    value_offset: Tensor
+    key_sum: Tensor
+    value_sum: Tensor
 
     @classmethod
-    def of(cls, key_mean: Tensor, key_matrix: Tensor, value_mean: Tensor, value_matrix: Tensor) -> "PackedMaps":
-        """The maps whose duals and inverses are computed here, in float64; all ``[B or 1, H_kv, ...]``."""
-        dual = torch.linalg.inv(key_matrix.double()).mT.float().contiguous()
-        back = torch.linalg.inv(value_matrix.double()).float().contiguous()
-        bound = dual.norm(dim=-1).amax(-1)
-        parts = (key_mean.float(), key_matrix.float(), dual, value_mean.float(), value_matrix.float(), back, bound)
-        return cls(*(part.contiguous() for part in parts))
+    def of(
+        cls, key_mean: Tensor, key_matrix: Tensor, value_mean: Tensor, value_matrix: Tensor, dtype: torch.dtype
+    ) -> "PackedMaps":
+        """Compute duals, inverses and what else there is, in float64, for entries in ``dtype``.
+
+        All tensors are ``[B or 1, H_kv, ...]``.
+        """
+        keys, values = key_matrix.double(), value_matrix.double()
+        dual, back = torch.linalg.inv(keys).mT, torch.linalg.inv(values)
+        offsets = [
+            (matrix @ mean.double()[..., None])[..., 0] for matrix, mean in ((keys, key_mean), (values, value_mean))
+        ]
+        parts = (key_mean, key_matrix, dual, value_mean, value_matrix, back, dual.norm(dim=-1).amax(-1), *offsets)
+        sums = [_sum_of(matrix, dtype) for matrix in (keys, values)]
+        return cls(*(part.float().contiguous() for part in parts), *sums)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the attributes, for operators that take no objects."""
         return [
             self.key_mean, self.key_matrix, self.key_dual, self.value_mean, self.value_matrix, self.value_back,
-            self.key_bound,
+            self.key_bound, self.key_offset, self.value_offset, self.key_sum, self.value_sum,
         ]  # fmt: skip
+
+
+def _sum_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices in ``dtype`` that make one together: two, or one in float32."""
+    if dtype.itemsize > 2:
+        return matrix.float()[None].contiguous()
+    high = matrix.to(dtype)
+    return torch.stack([high, (matrix - high.to(matrix)).to(dtype)])

@@ -1,18 +1,21 @@
-"""Decode attention over packed lines, in Triton: a level's part of the softmax, in code space.
+"""Decode attention over exact entries and packed lines, in Triton: parts of one softmax, those of lines in code space.
 
-What is shared out, in which parts, is as in `kernels.decode`; a line is what `core.packed_lines` describes. Lines are
-read as 16-bit words. Shifted and masked, a word's field is the middle of the mantissa of a float16 at 1024, and that
-number less the field's middle is a factor as it is: two instructions for two codes. Values want a word of one entry
-beside that of the next, which is how 16-bit matrices are transposed on their way from shared memory.
+A line is what `core.packed_lines` describes. Lines are read as 16-bit words. Shifted and masked, a word's field is the
+middle of the mantissa of a float16 at 1024, and that number less the field's middle is a factor as it is: two
+instructions for two codes. Values want a word of one entry beside that of the next, which is how 16-bit matrices are
+transposed on their way from shared memory. Entries are rows and the query heads of a KV head columns, of which a
+product needs no more than eight; sums over entries are left open until the last block.
 
-Entries are rows and the query heads of a KV head columns, of which a product needs no more than eight; sums over
-entries are left open until the last block.
+The blocks of all segments of the exact table, then of each level's, are one list that is shared out as in
+`kernels.decode`, with one difference: going on to another segment takes a while, so each counts some blocks more.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +25,21 @@ from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, Side, step
 from refreekv.kernels import pdl
-from refreekv.kernels.decode import _at, _share, multiprocessors
+from refreekv.kernels.decode import _held, multiprocessors
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.probe import LOG2E, _capped
+from refreekv.kernels.probe import _capped
 
-LEAST_FACTOR = tl.constexpr(-24.0)
-"""Binary logarithm of the smallest float16, which no factor but zero is below."""
+LEAST_FACTOR = tl.constexpr(2.0**-24)
+"""The smallest float16, which no factor but zero is below."""
+
+REGISTERS = 65_536
+"""Of a multiprocessor."""
+
+WARPS = 12
+"""That are to run on a multiprocessor at once, whatever registers Triton would like."""
+
+LEAST_BLOCKS = tl.constexpr(4)
+"""Of a program's share: with fewer, what it takes to join the parts is more than what is gained."""
 
 
 def _assembly(bits: int) -> str:
@@ -52,9 +64,11 @@ CONSTRAINTS_8, CONSTRAINTS_4, CONSTRAINTS_2 = (tl.constexpr(",".join(["=r"] * n 
 
 
 @triton.constexpr_function
-def part_of(chunks, i, part):
-    """A number out of a tuple of tuples, which not every Triton takes for a constant by itself."""
-    return chunks[i][part]
+def constant(parts, *at):
+    """A number out of tuples of tuples, which not every Triton takes for a constant by itself."""
+    for i in at:
+        parts = parts[i]
+    return parts
 
 
 @triton.jit
@@ -107,65 +121,146 @@ def _where(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
 
     And what the field's codes are worth; ``CHUNKS`` are those of `chunks`.
     """
-    BITS: tl.constexpr = part_of(CHUNKS, AT, 0)
+    BITS: tl.constexpr = constant(CHUNKS, AT, 0)
     EACH: tl.constexpr = 8 // BITS
-    USED: tl.constexpr = part_of(CHUNKS, AT, 5)
-    byte = part_of(CHUNKS, AT, 3) + 2 * tl.arange(0, part_of(CHUNKS, AT, 2)) + PLACE // EACH
+    USED: tl.constexpr = constant(CHUNKS, AT, 5)
+    byte = constant(CHUNKS, AT, 3) + 2 * tl.arange(0, constant(CHUNKS, AT, 2)) + PLACE // EACH
     field = byte + (PLACE % EACH) * USED
-    later = field >= part_of(CHUNKS, AT, 6)
-    channel = field + tl.where(later, part_of(CHUNKS, AT, 8), part_of(CHUNKS, AT, 7))
-    worth = tl.where(later, part_of(CHUNKS, AT, 10), part_of(CHUNKS, AT, 9)) / (2 << (BITS * (PLACE % EACH)))
+    later = field >= constant(CHUNKS, AT, 6)
+    channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
+    worth = tl.where(later, constant(CHUNKS, AT, 10), constant(CHUNKS, AT, 9)) / (2 << (BITS * (PLACE % EACH)))
     return field, channel, worth, byte < USED
 
 
 @triton.jit
 def _words(lines, line, CHUNKS: tl.constexpr, AT: tl.constexpr, LINE: tl.constexpr, ACROSS: tl.constexpr):
     """The words of a chunk of each line: ``[BLOCK, n]``, or ``[n, BLOCK]``."""
-    n = tl.arange(0, part_of(CHUNKS, AT, 2))
+    n = tl.arange(0, constant(CHUNKS, AT, 2))
     DIM: tl.constexpr = 0 if ACROSS else 1
     # The dimension that a vector lacks: lines' is that of the words.
-    at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(part_of(CHUNKS, AT, 1) + n, 1 - DIM)
-    if part_of(CHUNKS, AT, 4) == part_of(CHUNKS, AT, 2):
-        return tl.load(at)
-    return tl.load(at, tl.expand_dims(n < part_of(CHUNKS, AT, 4), 1 - DIM), 0)
+    at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(constant(CHUNKS, AT, 1) + n, 1 - DIM)
+    if constant(CHUNKS, AT, 4) == constant(CHUNKS, AT, 2):
+        words = tl.load(at)
+    else:
+        words = tl.load(at, tl.expand_dims(n < constant(CHUNKS, AT, 4), 1 - DIM), 0)
+    return words
+
+
+# -- sharing out --------------------------------------------------------------------------------
 
 
 @triton.jit
-def _packed_decode_kernel(
-    query, scales, shifts, table, out, denominators,
-    segments, kv_heads, group, softcap,
-    HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, ALIGNED: tl.constexpr,
-    KEY_CHUNKS: tl.constexpr, VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+def blocks_of(table, segments, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Entries of each segment, and what it counts in the list: its blocks, and ``EXTRA`` in front of them."""
+    held = _held(table, tl.arange(0, BLOCK_S), segments, 0)
+    return held, tl.where(held > 0, (held + BLOCK - 1) // BLOCK + EXTRA, 0)
+
+
+@triton.jit
+def shares_of(work, programs):
+    """Between how many programs the list is divided; none of them has nothing."""
+    # In 64 bits: blocks times programs may pass 2 ** 31 on long batches.
+    return tl.maximum(tl.minimum(programs, work // LEAST_BLOCKS), 1).to(tl.int64)
+
+
+@triton.jit
+def _find(block, held, blocks, ends, BLOCK_S: tl.constexpr):
+    """The segment that a block is of: its number, where it begins and ends in the list, and its entries."""
+    segment = tl.sum((ends <= block).to(tl.int32), 0)
+    mine = tl.arange(0, BLOCK_S) == segment
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    return segment, end - tl.sum(tl.where(mine, blocks, 0), 0), end, tl.sum(tl.where(mine, held, 0), 0)
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exact(
+    query, table, out, denominators, held, blocks, ends, block, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    pdl.in_turn(EARLY)
-    held, blocks, ends, block, stop = _share(table, segments, 0, BLOCK, BLOCK_S)
+    """A program's share of the exact entries."""
     head = tl.arange(0, BLOCK_G)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    asking = head < group
+    pointer = tl.pointer_type(query.dtype.element_ty)
+    while block < stop:
+        segment, first, end, visible = _find(block, held, blocks, ends, BLOCK_S)
+        upto = tl.minimum(stop, end)
+        begin, finish = tl.maximum(block - first - EXTRA, 0), upto - first - EXTRA
+        # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
+        keys = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
+        values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
+        row = (segment // kv_heads).to(tl.int64)
+        heads = (segment % kv_heads) * group + head
+        asked = query + row * sq_b + heads[None, :] * sq_h + d[:, None]
+        q = tl.load(asked, asking[None, :] & (d < HEAD)[:, None], 0.0)
+        highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK, BLOCK_G], tl.float32)
+        result = tl.zeros([BLOCK_V, BLOCK_G], tl.float32)
+        for start in range(begin * BLOCK, finish * BLOCK, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            inside = n < visible
+            k = tl.load(keys + n[:, None] * HEAD + d[None, :], inside[:, None] & (d < HEAD)[None, :], 0.0)
+            v = tl.load(values + n[None, :] * VALUE + dv[:, None], inside[None, :] & (dv < VALUE)[:, None], 0.0)
+            logits = _capped(tl.dot(k, q, input_precision="ieee") * scaling, softcap, HAS_CAP)
+            logits = tl.where(inside[:, None], logits, float("-inf"))
+            # A block holds at least one entry, so this is finite from the first one on.
+            higher = tl.maximum(highest, tl.max(logits, 0))
+            p = tl.exp2(logits - higher[None, :])
+            shrink = tl.exp2(highest - higher)[None, :]
+            highest = higher
+            total = total * shrink + p
+            result = result * shrink + tl.dot(v, p.to(v.dtype), input_precision="ieee")
+        slot = (tl.program_id(0) + segment) * group + head
+        denominator = tl.where(finish > begin, tl.sum(total, 0), 1.0)
+        asking_here = head < tl.where(finish > begin, group, 0)
+        tl.store(denominators + slot, highest + tl.log2(denominator), asking_here)
+        tl.store(
+            out + slot[None, :].to(tl.int64) * FIELDS + dv[:, None],
+            result / denominator[None, :],
+            asking_here[None, :] & (dv < VALUE)[:, None],
+        )
+        block = upto
+
+
+@triton.jit
+def _level(
+    query, scales, shifts, table, out, denominators, held, blocks, ends, block, stop, before, group, softcap,
+    HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
+    VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """A program's share of a level; ``before`` are the segments of the tables before."""
+    head = tl.arange(0, BLOCK_G)
+    asking = head < group
     dtype: tl.constexpr = tl.float16 if HALF else tl.float32
     while block < stop:
-        segment, first, end, visible, _ = _at(block, table, held, blocks, ends, BLOCK_S)
+        segment, first, end, visible = _find(block, held, blocks, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
+        begin, finish = tl.maximum(block - first - EXTRA, 0), upto - first - EXTRA
         # Lines and segments begin at such multiples, which Triton cannot know of a number.
-        lines = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16)), ALIGNED)
+        lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16))
+        lines = tl.multiple_of(lines, 16 if LINE % 16 == 0 else 8)
         factors = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32)), 4)
         heads = segment * group + head  # rows and KV heads one after the other, as query heads are
-        asking = head < group
         scale = tl.load(scales + heads, asking, 0.0)
         shift = tl.load(shifts + heads, asking, 0.0)
         q, results = (), ()
         for i in tl.static_range(KEY_CHUNKS):
-            for place in tl.static_range(16 // part_of(KEYS, i, 0)):
+            for place in tl.static_range(16 // constant(KEYS, i, 0)):
                 _, channel, worth, real = _where(KEYS, i, place)
                 asked = query + heads[None, :].to(tl.int64) * HEAD + channel[:, None]
                 part = tl.load(asked, asking[None, :] & real[:, None], 0.0) * worth[:, None]
                 q = q + (part.to(dtype),)
         for i in tl.static_range(VALUE_CHUNKS):
-            for _ in tl.static_range(16 // part_of(VALUES, i, 0)):
-                results = results + (tl.zeros([part_of(VALUES, i, 2), BLOCK_G], tl.float32),)
+            for _ in tl.static_range(16 // constant(VALUES, i, 0)):
+                results = results + (tl.zeros([constant(VALUES, i, 2), BLOCK_G], tl.float32),)
         highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK, BLOCK_G], tl.float32)
-        for start in range((block - first) * BLOCK, (upto - first) * BLOCK, BLOCK):
+        for start in range(begin * BLOCK, finish * BLOCK, BLOCK):
             n = start + tl.arange(0, BLOCK)
             inside = n < visible
             # Behind the end the last entry again, which will have no weight: this takes less than masks do.
@@ -175,17 +270,16 @@ def _packed_decode_kernel(
             value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
             products = tl.zeros([BLOCK, BLOCK_G], tl.float32)
             for i in tl.static_range(KEY_CHUNKS):
-                tiles = _fields(_words(lines, line, KEYS, i, LINE, False), part_of(KEYS, i, 0), ASSEMBLY)
-                for place in tl.static_range(16 // part_of(KEYS, i, 0)):
-                    products = tl.dot(
-                        tiles[place].to(dtype), q[part_of(KEYS, i, 12) + place], products, input_precision="ieee"
-                    )
+                tiles = _fields(_words(lines, line, KEYS, i, LINE, False), constant(KEYS, i, 0), ASSEMBLY)
+                for place in tl.static_range(16 // constant(KEYS, i, 0)):
+                    tile = tiles[place].to(dtype)
+                    products = tl.dot(tile, q[constant(KEYS, i, 12) + place], products, input_precision="ieee")
             logits = products * key_factor[:, None] * scale[None, :]
             if HAS_CAP:
                 logits = _capped(logits + shift[None, :], softcap, True)
             logits = tl.where(inside[:, None], logits, float("-inf"))
             # Weights are at most 1 with the value's factor in them, whatever that is: float16 has room for no more.
-            seen = logits + tl.maximum(tl.log2(value_factor), LEAST_FACTOR)[:, None]
+            seen = logits + tl.log2(tl.maximum(value_factor, LEAST_FACTOR))[:, None]
             # A block holds at least one entry, so this is finite from the first one on.
             higher = tl.maximum(highest, tl.max(seen, 0))
             p = tl.exp2(logits - higher[None, :])
@@ -195,25 +289,65 @@ def _packed_decode_kernel(
             weights = (p * value_factor[:, None]).to(dtype)
             new_results = ()
             for i in tl.static_range(VALUE_CHUNKS):
-                tiles = _fields(_words(lines, line, VALUES, i, LINE, True), part_of(VALUES, i, 0), ASSEMBLY)
-                for place in tl.static_range(16 // part_of(VALUES, i, 0)):
+                tiles = _fields(_words(lines, line, VALUES, i, LINE, True), constant(VALUES, i, 0), ASSEMBLY)
+                for place in tl.static_range(16 // constant(VALUES, i, 0)):
                     product = tl.dot(tiles[place].to(dtype), weights, input_precision="ieee")
-                    new_results = new_results + (results[part_of(VALUES, i, 12) + place] * shrink + product,)
+                    new_results = new_results + (results[constant(VALUES, i, 12) + place] * shrink + product,)
             results = new_results
-        slot = (tl.program_id(0) + segment) * group + head
-        denominator = tl.sum(total, 0)
+        slot = (tl.program_id(0) + before + segment) * group + head
+        denominator = tl.where(finish > begin, tl.sum(total, 0), 1.0)
+        asking_here = head < tl.where(finish > begin, group, 0)
         sum_of_all = highest + tl.log2(denominator)
         # What the mean key adds is the same for all of the segment's entries.
-        tl.store(denominators + slot, sum_of_all if HAS_CAP else sum_of_all + shift, asking)
+        tl.store(denominators + slot, sum_of_all if HAS_CAP else sum_of_all + shift, asking_here)
         for i in tl.static_range(VALUE_CHUNKS):
-            for place in tl.static_range(16 // part_of(VALUES, i, 0)):
+            for place in tl.static_range(16 // constant(VALUES, i, 0)):
                 field, _, worth, real = _where(VALUES, i, place)
                 tl.store(
-                    out + slot[None, :].to(tl.int64) * FIELDS + (part_of(VALUES, i, 11) + field)[:, None],
-                    results[part_of(VALUES, i, 12) + place] * worth[:, None] / denominator[None, :],
-                    asking[None, :] & real[:, None],
+                    out + slot[None, :].to(tl.int64) * FIELDS + (constant(VALUES, i, 11) + field)[:, None],
+                    results[constant(VALUES, i, 12) + place] * worth[:, None] / denominator[None, :],
+                    asking_here[None, :] & real[:, None],
                 )
         block = upto
+
+
+@triton.jit
+def _packed_decode_kernel(
+    query, asked, scales, shifts, tables, out, denominators,
+    segments, kv_heads, group, scaling, softcap, sq_b, sq_h,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, LEVELS: tl.constexpr, COUNT: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    held, blocks = (), ()
+    work = tl.zeros([], tl.int32)
+    for i in tl.static_range(COUNT + 1):
+        some, counted = blocks_of(tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, EXTRA, BLOCK_S)
+        held = held + (some,)
+        blocks = blocks + (counted,)
+        work += tl.sum(counted, 0)
+    shares = shares_of(work, tl.num_programs(0))
+    block = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
+    # The tables are not of the kernel before but of one before that, which it has waited for.
+    pdl.in_turn(EARLY)
+    ends = tl.cumsum(blocks[0], 0)
+    _exact(
+        query, tables[0], out, denominators, held[0], blocks[0], ends, block, tl.minimum(stop, tl.sum(blocks[0], 0)),
+        kv_heads, group, scaling, softcap, sq_b, sq_h,
+        HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXTRA, BLOCK_S, HAS_CAP,
+    )  # fmt: skip
+    for i in tl.static_range(COUNT):
+        done = tl.sum(blocks[i], 0)
+        block, stop = tl.maximum(block - done, 0), stop - done
+        ends = tl.cumsum(blocks[i + 1], 0)
+        _level(
+            asked, scales, shifts, tables[i + 1], out, denominators, held[i + 1], blocks[i + 1], ends,
+            block, tl.minimum(stop, tl.sum(blocks[i + 1], 0)), (i + 1) * segments, group, softcap,
+            HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
+            constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, EXTRA, BLOCK_S, HAS_CAP, ASSEMBLY,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -251,69 +385,98 @@ def fields_of(side: Side) -> int:
     return sum(plane.count for plane in side.planes)
 
 
+@functools.cache
+def _level_of(form: PackedFormat) -> tuple[Any, ...]:
+    """What the kernel is told of a level."""
+    keys, values = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    return keys, values, form.line_bytes, len(keys), len(values)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What programs left of the softmax over entries of all tables.
+
+    Attributes
+    ----------
+    tables : tuple of Tensor
+        Of exact entries, then of each level; see `kernels.table`.
+    results, denominators : Tensor
+        ``[slots, group, elements]`` and ``[slots, group]``, float32.
+    programs : int
+        That the tables' blocks were shared out to.
+    block, exact_block, extra : int
+        Entries of a block, and blocks that a segment counts beside its own.
+    """
+
+    tables: tuple[Tensor, ...]
+    results: Tensor
+    denominators: Tensor
+    programs: int
+    block: int
+    exact_block: int
+    extra: int
+
+
 @on_its_device
 def launch_packed_decode(
     query: Tensor,
-    scales: Tensor,
-    shifts: Tensor,
-    table: Tensor,
-    form: PackedFormat,
+    prepared: tuple[Tensor, Tensor, Tensor],
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[PackedFormat],
+    value_size: int,
+    scaling: float,
     softcap: float | None,
-    like: Tensor,
     programs: int | None = None,
     block: int | None = None,
+    exact_block: int = 16,
+    extra: int = 2,
     warps: int | None = None,
     stages: int = 3,
     registers: int | None = None,
     assembly: bool | None = None,
-) -> tuple[Tensor, Tensor, int, int]:
-    """Each program's part of a level's attention.
+    early: bool = True,
+) -> Parts:
+    """Each program's part of the attention.
 
     Parameters
     ----------
-    query, scales, shifts : Tensor
-        Of `launch_prepare`.
-    table : Tensor
-        See `kernels.packed_attention`.
-    form : PackedFormat
-        Of the lines.
-    like : Tensor
-        The model's queries, whose type decides that of the products: float32 for float32, else float16.
-    programs, block, warps, stages, registers, assembly
+    query : Tensor
+        ``[B, H, 1, D]``; its type decides that of the products with codes: float32 for float32, else float16.
+    prepared : tuple of Tensor
+        The queries in code space, of `launch_prepare`.
+    exact, tables, forms, scaling, softcap
+        As in `kernels.packed_attention`.
+    value_size : int
+        Head size of the values.
+    programs, block, exact_block, extra, warps, stages, registers, assembly, early
         To be measured.
-
-    Returns
-    -------
-    parts, denominators : Tensor
-        By slot and query head: ``[slots, group, fields]`` and ``[slots, group]``.
-    programs, block : int
-        As `launch_join` must know them.
     """
-    segments, batch = table.shape[0], like.shape[0]
-    group = like.shape[1] * batch // segments
-    half = like.dtype.itemsize == 2
+    segments, (batch, heads, _, size) = exact.shape[0], query.shape
+    group = heads * batch // segments
+    half = query.dtype.itemsize == 2
+    if query.stride(-1) != 1:
+        query = query.contiguous()
     if warps is None:
         warps = 2 if half else 4
     if block is None:
-        block = 64 if half and max(form.key_size, form.value_size) <= 128 else 32 if half else 16
+        block = 64 if half and max(size, value_size) <= 128 else 32 if half else 16
     if programs is None:
-        programs = (12 // warps) * multiprocessors(like.device)
-    keys, values = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
-    fields = fields_of(form.values)
-    parts = torch.empty(programs + segments, group, fields, dtype=torch.float32, device=like.device)
-    denominators = torch.empty(programs + segments, group, dtype=torch.float32, device=like.device)
-    options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
+        programs = (WARPS // warps) * multiprocessors(query.device)
+    if registers is None:
+        registers = REGISTERS // (WARPS // warps * 32 * warps) // 8 * 8
+    fields = max([value_size, *(fields_of(form.values) for form in forms)])
+    slots = programs + segments * (1 + len(forms))
+    results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
+    denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
     _packed_decode_kernel[(programs,)](
-        query, scales, shifts, table, parts, denominators, segments, segments // batch, group,
-        1.0 if softcap is None else softcap,
-        HEAD=form.key_size, FIELDS=fields, LINE=form.line_bytes, ALIGNED=16 if form.line_bytes % 16 == 0 else 8,
-        KEY_CHUNKS=len(keys), VALUE_CHUNKS=len(values), KEYS=keys, VALUES=values,
-        HALF=half, BLOCK_G=max(8, triton.next_power_of_2(group)), BLOCK=block,
-        BLOCK_S=triton.next_power_of_2(max(segments, 2)), HAS_CAP=softcap is not None,
-        ASSEMBLY=like.is_cuda if assembly is None else assembly,
-        num_warps=warps, num_stages=stages, **options, **pdl.options(batch, like),
+        query, *prepared, (exact, *tables), results, denominators, segments, segments // batch, group, scaling,
+        1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
+        HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=tuple(_level_of(form) for form in forms),
+        COUNT=len(forms), HALF=half, BLOCK_D=max(16, triton.next_power_of_2(size)),
+        BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK_G=max(8, triton.next_power_of_2(group)),
+        BLOCK=block, EXACT_BLOCK=exact_block, EXTRA=extra, BLOCK_S=triton.next_power_of_2(max(segments, 2)),
+        HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
+        num_warps=warps, num_stages=stages, maxnreg=registers, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
-    return parts, denominators, programs, block
-
-
-__all__ = ["LOG2E", "chunks", "fields_of", "launch_packed_decode"]
+    return Parts((exact, *tables), results, denominators, programs, block, exact_block, extra)

@@ -1,14 +1,12 @@
 """What is before and after decode attention over packed lines, in Triton: queries into code space, results out of it.
 
-`core.packed_lines.PackedMaps` has the maps; parts of the softmax are those of `kernels.decode` (of exact entries) and
-`kernels.packed_decode` (of each level).
+`core.packed_lines.PackedMaps` has the maps; parts of the softmax are those of `kernels.packed_decode`.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as there are levels.
 # mypy: disable-error-code="assignment, misc"
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,204 +15,164 @@ from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
-from refreekv.kernels.decode import _held
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_decode import fields_of, part_of
+from refreekv.kernels.packed_decode import Parts, blocks_of, constant, shares_of
 from refreekv.kernels.probe import LOG2E
 
 LARGEST = tl.constexpr(8192.0)
 """No element of a query in code space is larger: float16 has it also times four, and small ones keep their digits."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a kernel left of the softmax over one table's entries.
-
-    Attributes
-    ----------
-    table : Tensor
-        See `kernels.table`.
-    parts, denominators : Tensor
-        ``[slots, group, elements]`` and ``[slots, group]``, float32.
-    programs, block : int
-        That the table's blocks, of so many entries, were shared out to.
-    """
-
-    table: Tensor
-    parts: Tensor
-    denominators: Tensor
-    programs: int
-    block: int
-
-
 @triton.jit
 def _prepare_kernel(
     query, means, dual, bounds, out, scales, shifts,
-    kv_heads, group, scaling, sq_b, sq_h, row_of_maps,
+    rows, kv_heads, group, scaling, sq_b, sq_h, row_of_maps,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    BLOCK_G: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr, CHAINED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one segment: some of their channels in code space."""
+    """The query heads of one KV head in some rows: some of their channels in code space."""
     pdl.in_turn(EARLY)
-    segment, part = tl.program_id(0), tl.program_id(1)
-    row, kv_head = (segment // kv_heads).to(tl.int64), segment % kv_heads
-    maps = row * row_of_maps + kv_head
-    head = tl.arange(0, BLOCK_G)
-    asking = head < group
+    if CHAINED and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    first_row, kv_head, part = tl.program_id(0) * BLOCK_R, tl.program_id(1), tl.program_id(2)
+    maps = first_row.to(tl.int64) * row_of_maps + kv_head
+    n = tl.arange(0, BLOCK_R * BLOCK_G)
+    row, head = (first_row + n // BLOCK_G).to(tl.int64), n % BLOCK_G
+    asking = (head < group) & (row < rows)
     d = tl.arange(0, BLOCK_D)
-    asked = query + row * sq_b + (kv_head * group + head)[:, None].to(tl.int64) * sq_h
+    asked = query + row[:, None] * sq_b + (kv_head * group + head)[:, None].to(tl.int64) * sq_h
     q = tl.load(asked + d[None, :], asking[:, None] & (d < HEAD)[None, :], 0.0).to(tl.float32)
-    mean = tl.load(means + maps * HEAD + d, d < HEAD, 0.0)
     norm = tl.sqrt(tl.sum(q * q, 1))
     size = tl.maximum(norm * tl.load(bounds + maps), 1e-30) * (1.0 / LARGEST)
-    heads = segment * group + head
+    heads = (row * kv_heads + kv_head) * group + head
     if part == 0:
         unit = scaling if HAS_CAP else scaling * LOG2E
+        mean = tl.load(means + maps * HEAD + d, d < HEAD, 0.0)
         tl.store(scales + heads, size * unit, asking)
         tl.store(shifts + heads, tl.sum(q * mean[None, :], 1) * unit, asking)
     o = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    result = tl.zeros([BLOCK_G, BLOCK_OUT], tl.float32)
+    result = tl.zeros([BLOCK_R * BLOCK_G, BLOCK_OUT], tl.float32)
     for start in tl.static_range(0, BLOCK_D, BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         some = tl.load(asked + i[None, :], asking[:, None] & (i < HEAD)[None, :], 0.0).to(tl.float32)
         line = dual + (maps * HEAD + o)[None, :] * HEAD + i[:, None]
         matrix = tl.load(line, (o < HEAD)[None, :] & (i < HEAD)[:, None], 0.0)
-        result = tl.dot(some, matrix, result, input_precision="ieee" if EXACT else "tf32x3")
-    tl.store(
-        out + heads[:, None].to(tl.int64) * HEAD + o[None, :],
-        result / size[:, None],
-        asking[:, None] & (o < HEAD)[None, :],
-    )
+        # 16 bits fit tf32 as they are; of the matrix it keeps as much as the result does in float16.
+        result = tl.dot(some, matrix, result, input_precision="ieee" if EXACT else "tf32")
+    tl.store(out + heads[:, None] * HEAD + o[None, :], result / size[:, None], asking[:, None] & (o < HEAD)[None, :])
 
 
 @triton.jit
-def _slots(table, segment, segments, programs, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The programs whose shares hold the segment's first and last block; none if they are the same."""
-    all_segments = tl.arange(0, BLOCK_S)
-    blocks = (_held(table, all_segments, segments, 0) + BLOCK - 1) // BLOCK
-    work = tl.sum(blocks, 0)
-    end = tl.sum(tl.where(all_segments <= segment, blocks, 0), 0)
-    first = end - tl.sum(tl.where(all_segments == segment, blocks, 0), 0)
-    some = tl.maximum(work, 1)
-    shares = tl.minimum(programs, some).to(tl.int64)
-    low = ((first + 1) * shares + some - 1) // some - 1
-    high = (end * shares + some - 1) // some
-    return low.to(tl.int32), tl.where(end > first, high, low).to(tl.int32)
+def _program_of(block, work, shares):
+    """Whose share a block of the list is in."""
+    return (((block + 1) * shares + work - 1) // work - 1).to(tl.int32)
 
 
 @triton.jit
-def _total(
-    denominators, segment, low, high, group, head, asking, highest, total,
-    BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """The running maximum of all parts' shares, and the sum of these."""
-    for start in range(low, high, BLOCK_P):
-        program = start + tl.arange(0, BLOCK_P)
-        real = (program < high)[:, None] & asking[None, :]
-        slot = (program + segment)[:, None].to(tl.int64) * group + head[None, :]
-        share = tl.load(denominators + slot, real, float("-inf"))
-        higher = tl.maximum(highest, tl.max(share, 0))
-        safe = tl.where(higher > float("-inf"), higher, 0.0)
-        total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(share - safe[None, :]), 0)
-        highest = higher
-    return highest, total
-
-
-@triton.jit
-def _sum_of_parts(
-    parts, denominators, segment, low, high, group, head, asking, highest, element, real_element,
+def _joined(
+    denominators, parts, low, high, slot_of, group, head, asking, element, real_element, highest, shrink_all,
     ELEMENTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Elements ``[heads, n]`` of all parts' results by their shares, and the sum of these."""
+    """Elements ``[heads, n]`` of parts' results by their shares, the sum of these, and the higher maximum."""
     result = tl.zeros([head.shape[0], element.shape[0]], tl.float32)
     mass = tl.zeros([head.shape[0]], tl.float32)
     for start in range(low, high, BLOCK_P):
         program = start + tl.arange(0, BLOCK_P)
         real = (program < high)[:, None] & asking[None, :]
-        slot = (program + segment)[:, None].to(tl.int64) * group + head[None, :]
-        weight = tl.exp2(tl.load(denominators + slot, real, float("-inf")) - highest[None, :])
+        slot = (program + slot_of)[:, None].to(tl.int64) * group + head[None, :]
+        share = tl.load(denominators + slot, real, float("-inf"))
         at = parts + slot[:, :, None] * ELEMENTS + element[None, None, :]
         part = tl.load(at, real[:, :, None] & real_element[None, None, :], 0.0)
-        result += tl.sum(part * weight[:, :, None], 0)
-        mass += tl.sum(weight, 0)
-    return result, mass
-
-
-@triton.jit
-def _channels(
-    parts, denominators, segment, low, high, group, head, asking, highest, channel,
-    EIGHT: tl.constexpr, SIX: tl.constexpr, FOUR: tl.constexpr, FIELDS: tl.constexpr, VALUE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Channels ``[heads, n]`` of a level's result, which has two fields of those of width 6; and its share."""
-    # Channels of width 2 come behind the lower bits of those of width 6.
-    field = tl.where(channel < FOUR, channel, channel + (SIX - EIGHT))
-    result, share = _sum_of_parts(
-        parts, denominators, segment, low, high, group, head, asking, highest, field, channel < VALUE, FIELDS, BLOCK_P
-    )
-    if SIX > EIGHT:
-        lower, _ = _sum_of_parts(
-            parts, denominators, segment, low, high, group, head, asking, highest,
-            FOUR + channel - EIGHT, (channel >= EIGHT) & (channel < SIX), FIELDS, BLOCK_P,
-        )  # fmt: skip
-        result += lower
-    return result, share
+        higher = tl.maximum(highest, tl.max(share, 0))
+        # Nothing is there yet where this is infinite.
+        safe = tl.where(higher > float("-inf"), higher, 0.0)
+        shrink = tl.exp2(highest - safe)
+        weight = tl.exp2(share - safe[None, :])
+        result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
+        mass = mass * shrink + tl.sum(weight, 0)
+        shrink_all *= shrink
+        highest = higher
+    return result, mass, highest, shrink_all
 
 
 @triton.jit
 def _packed_join_kernel(
     tables, parts, denominators, sinks, means, back, out,
     segments, kv_heads, group, programs, row_of_maps,
-    LEVELS: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, COUNT: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
-    EARLY: tl.constexpr,
+    LEVELS: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
+    EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some query heads of one segment; the first of ``COUNT`` parts is that of exact entries, the others of levels."""
-    pdl.in_turn(EARLY)
+    """Some query heads of one segment, some channels of the result."""
     segment = tl.program_id(0)
     row, kv_head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     maps = row * row_of_maps + kv_head
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     asking = head < group
+    dv = tl.arange(0, BLOCK_V)
+    o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    # What the kernel before does not write is fetched while that still runs.
+    all_segments = tl.arange(0, BLOCK_S)
+    firsts, ends = (), ()
+    work = tl.zeros([], tl.int32)
+    for i in tl.static_range(COUNT + 1):
+        _, blocks = blocks_of(tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, EXTRA, BLOCK_S)
+        end = work + tl.sum(tl.where(all_segments <= segment, blocks, 0), 0)
+        firsts = firsts + (end - tl.sum(tl.where(all_segments == segment, blocks, 0), 0) + EXTRA,)
+        ends = ends + (end,)
+        work += tl.sum(blocks, 0)
+    shares = shares_of(work, programs)
+    work = tl.maximum(work, 1)
+    matrix = tl.load(
+        back + (maps * VALUE + o)[None, :] * VALUE + dv[:, None], (o < VALUE)[None, :] & (dv < VALUE)[:, None], 0.0
+    )
+    mean = tl.load(means + maps * VALUE + o, o < VALUE, 0.0)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    rest = tl.zeros([BLOCK_H], tl.float32)
     if HAS_SINKS:
         highest = tl.load(sinks + kv_head * group + head, asking, 0.0).to(tl.float32) * LOG2E
-        total += 1.0
-    lows, highs = (), ()
-    for i in tl.static_range(COUNT):
-        low, high = _slots(tables[i], segment, segments, programs[i], part_of(LEVELS, i, 4), BLOCK_S)
-        highest, total = _total(
-            denominators[i], segment, low, high, group, head, asking, highest, total, BLOCK_P=4 * BLOCK_P
-        )
-        lows = lows + (low,)
-        highs = highs + (high,)
-    # A segment without entries has no result but zero.
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    weight = 1.0 / tl.where(total > 0, total, 1.0)
-    dv = tl.arange(0, BLOCK_V)
+        rest += 1.0
+    pdl.in_turn(EARLY)
     coded = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_H], tl.float32)
-    for i in tl.static_range(1, COUNT):
-        some, share = _channels(
-            parts[i], denominators[i], segment, lows[i], highs[i], group, head, asking, highest, dv,
-            part_of(LEVELS, i, 0), part_of(LEVELS, i, 1), part_of(LEVELS, i, 2), part_of(LEVELS, i, 3), VALUE, BLOCK_P,
+    one = mass + 1.0
+    for i in tl.static_range(1, COUNT + 1):
+        low = _program_of(firsts[i], work, shares)
+        high = tl.where(ends[i] > firsts[i], _program_of(ends[i] - 1, work, shares) + 1, low)
+        # Channels of width 2 come behind the lower bits of those of width 6.
+        element = tl.where(
+            dv < constant(LEVELS, i - 1, 2), dv, dv + (constant(LEVELS, i - 1, 1) - constant(LEVELS, i - 1, 0))
+        )
+        some, share, highest, shrink = _joined(
+            denominators, parts, low, high, i * segments + segment, group, head, asking, element, dv < VALUE,
+            highest, one, FIELDS, BLOCK_P,
         )  # fmt: skip
-        coded += some
-        mass += share
-    for start in range(0, BLOCK_V, BLOCK_OUT):
-        o = start + tl.arange(0, BLOCK_OUT)
-        line = back + (maps * VALUE + o)[None, :] * VALUE + dv[:, None]
-        matrix = tl.load(line, (o < VALUE)[None, :] & (dv < VALUE)[:, None], 0.0)
-        result = tl.dot(coded, matrix, input_precision="ieee" if EXACT else "tf32x3")
-        result += mass[:, None] * tl.load(means + maps * VALUE + o, o < VALUE, 0.0)[None, :]
-        exact, _ = _sum_of_parts(
-            parts[0], denominators[0], segment, lows[0], highs[0], group, head, asking, highest, o, o < VALUE,
-            VALUE, BLOCK_P,
-        )  # fmt: skip
-        at = out + (segment * group + head)[:, None].to(tl.int64) * VALUE + o[None, :]
-        result = (result + exact) * weight[:, None]
-        tl.store(at, result.to(out.dtype.element_ty), asking[:, None] & (o < VALUE)[None, :])
+        if constant(LEVELS, i - 1, 1) > constant(LEVELS, i - 1, 0):
+            lower, _, _, _ = _joined(
+                denominators, parts, low, high, i * segments + segment, group, head, asking,
+                constant(LEVELS, i - 1, 2) + dv - constant(LEVELS, i - 1, 0),
+                (dv >= constant(LEVELS, i - 1, 0)) & (dv < constant(LEVELS, i - 1, 1)), highest, one, FIELDS, BLOCK_P,
+            )  # fmt: skip
+            some += lower
+        coded = coded * shrink[:, None] + some
+        mass = mass * shrink + share
+        rest *= shrink
+    low = _program_of(firsts[0], work, shares)
+    high = tl.where(ends[0] > firsts[0], _program_of(ends[0] - 1, work, shares) + 1, low)
+    exact, share, highest, shrink = _joined(
+        denominators, parts, low, high, segment, group, head, asking, o, o < VALUE, highest, one, FIELDS, BLOCK_P
+    )
+    coded *= shrink[:, None]
+    mass *= shrink
+    total = rest * shrink + mass + share
+    result = tl.dot(coded, matrix, input_precision="ieee" if EXACT else "tf32x3")
+    result += mass[:, None] * mean[None, :] + exact
+    # A segment without entries has no result but zero.
+    result /= tl.where(total > 0, total, 1.0)[:, None]
+    at = out + (segment * group + head)[:, None].to(tl.int64) * VALUE + o[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), asking[:, None] & (o < VALUE)[None, :])
 
 
 @on_its_device
@@ -251,13 +209,15 @@ def launch_prepare(
         query = query.contiguous()
     out = torch.empty(batch, heads, size, dtype=torch.float32, device=query.device)
     scales, shifts = (torch.empty(batch, heads, dtype=torch.float32, device=query.device) for _ in range(2))
-    block_d, group = triton.next_power_of_2(size), heads // kv_heads
+    block_d, block_g = triton.next_power_of_2(size), triton.next_power_of_2(heads // kv_heads)
+    # Rows that share maps share a program, as many as a product has room for.
+    rows = min(max(1, 16 // block_g), triton.next_power_of_2(batch)) if means.shape[0] == 1 else 1
     block_out = 32
-    _prepare_kernel[(batch * kv_heads, triton.cdiv(size, block_out))](
-        query, means, dual, bounds, out, scales, shifts, kv_heads, group, scaling, query.stride(0), query.stride(1),
-        0 if means.shape[0] == 1 else kv_heads,
-        HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d),
-        BLOCK_G=triton.next_power_of_2(group), HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2,
+    _prepare_kernel[(triton.cdiv(batch, rows), kv_heads, triton.cdiv(size, block_out))](
+        query, means, dual, bounds, out, scales, shifts, batch, kv_heads, heads // kv_heads, scaling,
+        query.stride(0), query.stride(1), 0 if means.shape[0] == 1 else kv_heads,
+        HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK_R=rows, BLOCK_G=block_g,
+        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["EARLY"],
         num_warps=4, **pdl.options(batch, query),
     )  # fmt: skip
     return out, scales, shifts
@@ -266,7 +226,7 @@ def launch_prepare(
 @on_its_device
 def launch_packed_join(
     query: Tensor,
-    found: Sequence[Part],
+    found: Parts,
     forms: Sequence[PackedFormat],
     means: Tensor,
     back: Tensor,
@@ -274,6 +234,7 @@ def launch_packed_join(
     heads_each: int | None = None,
     parts_each: int | None = None,
     warps: int = 4,
+    early: bool = True,
 ) -> Tensor:
     """Join parts of the softmax; the result of attention ``[B, 1, H, Dv]``.
 
@@ -281,15 +242,15 @@ def launch_packed_join(
     ----------
     query : Tensor
         ``[B, H, 1, D]``, for its shape and type.
-    found : sequence of Part
-        Of the exact entries, and of each level.
+    found : Parts
+        Of all programs.
     forms : sequence of PackedFormat
         Of each level.
     means, back : Tensor
         ``value_mean`` and ``value_back`` of `PackedMaps`.
     sinks : Tensor, optional
         As ``sinks`` of `kernels.ragged_decode`.
-    heads_each, parts_each, warps
+    heads_each, parts_each, warps, early
         Query heads of a program, and parts that it loads at once: to be measured.
     """
     batch, heads = query.shape[:2]
@@ -301,16 +262,15 @@ def launch_packed_join(
         # Few segments: more programs, each with a query head of its own.
         heads_each = triton.next_power_of_2(group) if segments >= 64 else 1
     if parts_each is None:
-        parts_each = max(2, min(16, 8192 // (heads_each * block_v)))
-    # For each part: channels of 8, of at least 6 and of at least 4 bits, fields, entries of a block.
-    fields = [(0, 0, 0, size), *((*form.values.ends(), fields_of(form.values)) for form in forms)]
-    levels = tuple((*some, part.block) for some, part in zip(fields, found, strict=True))
-    _packed_join_kernel[(segments, triton.cdiv(group, heads_each))](
-        tuple(part.table for part in found), tuple(part.parts for part in found),
-        tuple(part.denominators for part in found), query if sinks is None else sinks, means, back, out,
-        segments, kv_heads, group, tuple(part.programs for part in found), 0 if means.shape[0] == 1 else kv_heads,
-        LEVELS=levels, VALUE=size, BLOCK_V=block_v, BLOCK_OUT=32,
-        BLOCK_H=heads_each, BLOCK_S=triton.next_power_of_2(max(segments, 2)), BLOCK_P=parts_each, COUNT=len(found),
-        HAS_SINKS=sinks is not None, EXACT=query.dtype.itemsize > 2, num_warps=warps, **pdl.options(batch, query),
+        parts_each = max(2, min(64, 8192 // (heads_each * block_v)))
+    block_out = 32
+    _packed_join_kernel[(segments, triton.cdiv(group, heads_each), triton.cdiv(size, block_out))](
+        found.tables, found.results, found.denominators, query if sinks is None else sinks, means, back, out,
+        segments, kv_heads, group, found.programs, 0 if means.shape[0] == 1 else kv_heads,
+        LEVELS=tuple(form.values.ends() for form in forms), COUNT=len(forms), VALUE=size,
+        FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, EXTRA=found.extra,
+        BLOCK_V=block_v, BLOCK_OUT=block_out, BLOCK_H=heads_each,
+        BLOCK_S=triton.next_power_of_2(max(segments, 2)), BLOCK_P=parts_each, HAS_SINKS=sinks is not None,
+        EXACT=query.dtype.itemsize > 2, num_warps=warps, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
     return out

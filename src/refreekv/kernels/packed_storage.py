@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refreekv.core.packed_lines import MOST, PackedFormat, PackedMaps, Side, step
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_decode import part_of
+from refreekv.kernels.packed_decode import constant
 from refreekv.kernels.storage import _chosen, elements_first
 
 LARGEST_FACTOR = tl.constexpr(MOST)
@@ -25,80 +25,94 @@ TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _coded(
-    entries, step_of_entries, source, real, means, matrix, channel, there,
-    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Some channels ``[entries, channels]`` of entries in code space."""
-    result = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for start in range(0, SIZE, BLOCK_IN):
-        i = start + tl.arange(0, BLOCK_IN)
-        at = entries + source[:, None] * step_of_entries + i[None, :]
-        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0).to(tl.float32)
-        x -= tl.load(means + i, i < SIZE, 0.0)[None, :]
-        part = tl.load(matrix + channel[None, :] * SIZE + i[:, None], there[None, :] & (i < SIZE)[:, None], 0.0)
-        result = tl.dot(x, part, result, input_precision="ieee" if EXACT else "tf32x3")
-    return result
+def _columns(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
+    """Of a tile, a field of the bytes of a chunk: the channels, whether they are any, which are of the second range."""
+    byte = constant(CHUNKS, AT, 3) + tl.arange(0, constant(CHUNKS, AT, 2))
+    field = byte + PLACE * constant(CHUNKS, AT, 4)
+    later = field >= constant(CHUNKS, AT, 6)
+    channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
+    return channel, byte < constant(CHUNKS, AT, 4), later
+
+
+@triton.jit
+def _counts(CHUNKS: tl.constexpr, AT: tl.constexpr, there, later):
+    """Which channels of a tile count in it: one of width 6 is in two planes."""
+    return there & (tl.where(later, constant(CHUNKS, AT, 14), constant(CHUNKS, AT, 13)) > 0)
 
 
 @triton.jit
 def _pack_side(
-    entries, step_of_entries, source, real, means, matrix, lines, line,
+    entries, step_of_entries, source, real, offsets, matrix, rest, lines, line,
     SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors."""
+    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors.
+
+    The matrix is the sum of that at ``matrix`` and another so many elements behind.
+    """
+    coded = ()
+    for c in tl.static_range(COUNT):
+        for _ in tl.static_range(8 // constant(CHUNKS, c, 0)):
+            coded = coded + (tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.float32),)
+    for start in range(0, SIZE, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        at = entries + source[:, None] * step_of_entries + i[None, :]
+        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0)
+        new = ()
+        for c in tl.static_range(COUNT):
+            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+                channel, there, _later = _columns(CHUNKS, c, place)
+                at = matrix + channel[None, :] * SIZE + i[:, None]
+                wanted = there[None, :] & (i < SIZE)[:, None]
+                part = tl.load(at, wanted, 0.0)
+                done = tl.dot(x, part, coded[constant(CHUNKS, c, 17) + place], input_precision="ieee")
+                if not EXACT:
+                    done = tl.dot(x, tl.load(at + rest, wanted, 0.0), done)
+                new = new + (done,)
+        coded = new
     squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, SIZE, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        w = _coded(
-            entries, step_of_entries, source, real, means, matrix, channel, channel < SIZE,
-            SIZE, BLOCK_T, BLOCK_C, BLOCK_IN, EXACT,
-        )  # fmt: skip
-        squares += tl.sum(w * w, 1)
+    centred = ()
+    for c in tl.static_range(COUNT):
+        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+            channel, there, later = _columns(CHUNKS, c, place)
+            w = coded[constant(CHUNKS, c, 17) + place] - tl.load(offsets + channel, there, 0.0)[None, :]
+            squares += tl.sum(tl.where(_counts(CHUNKS, c, there, later)[None, :], w * w, 0.0), 1)
+            centred = centred + (w,)
     size = tl.sqrt_rn(squares * (1.0 / SIZE))
+    unit = tl.where(size > TINY, 1.0 / tl.maximum(size, TINY), 0.0)
     products = tl.zeros([BLOCK_T], tl.float32)
     norms = tl.zeros([BLOCK_T], tl.float32)
     for c in tl.static_range(COUNT):
-        byte = part_of(CHUNKS, c, 3) + tl.arange(0, part_of(CHUNKS, c, 2))
-        packed = tl.zeros([BLOCK_T, part_of(CHUNKS, c, 2)], tl.int32)
-        for place in range(8 // part_of(CHUNKS, c, 0)):
-            there = byte < part_of(CHUNKS, c, 4)
-            field = byte + place * part_of(CHUNKS, c, 4)
-            # Of a plane's two ranges of channels, the second has other widths.
-            later = field >= part_of(CHUNKS, c, 6)
-            channel = field + tl.where(later, part_of(CHUNKS, c, 8), part_of(CHUNKS, c, 7))
-            most = tl.where(later, part_of(CHUNKS, c, 10), part_of(CHUNKS, c, 9)).to(tl.float32)
-            steps = tl.where(later, part_of(CHUNKS, c, 12), part_of(CHUNKS, c, 11)).to(tl.float32)
-            counts = there & (tl.where(later, part_of(CHUNKS, c, 14), part_of(CHUNKS, c, 13)) > 0)
-            shift = tl.where(later, part_of(CHUNKS, c, 16), part_of(CHUNKS, c, 15)).to(tl.int32)
-            w = _coded(
-                entries, step_of_entries, source, real, means, matrix, channel, there,
-                SIZE, BLOCK_T, part_of(CHUNKS, c, 2), BLOCK_IN, EXACT,
-            )  # fmt: skip
-            number = tl.div_rn(w, tl.maximum(size[:, None] * steps[None, :], TINY)) + (0.5 * most)[None, :]
-            number = tl.minimum(tl.maximum(number, 0.0), most[None, :])
+        packed = tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.int32)
+        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+            _channel, there, later = _columns(CHUNKS, c, place)
+            most = tl.where(later, constant(CHUNKS, c, 10), constant(CHUNKS, c, 9)).to(tl.float32)
+            steps = tl.where(later, constant(CHUNKS, c, 12), constant(CHUNKS, c, 11)).to(tl.float32)
+            shift = tl.where(later, constant(CHUNKS, c, 16), constant(CHUNKS, c, 15)).to(tl.int32)
+            w = centred[constant(CHUNKS, c, 17) + place]
+            exactly = w * unit[:, None] * (1.0 / steps)[None, :] + (0.5 * most)[None, :]
             # At 1.5 * 2 ** 23 the last bit of a number is worth 1: added to that, numbers are rounded, half to even.
-            code = (number + 12582912.0).to(tl.int32, bitcast=True) & 255
-            level = (code.to(tl.float32) - (0.5 * most)[None, :]) * steps[None, :]
-            # A channel of width 6 is in two planes, and counts in one.
-            level = tl.where(counts[None, :], level, 0.0)
+            rounded = tl.minimum(tl.maximum(exactly, 0.0), most[None, :]) + 12582912.0
+            code = rounded.to(tl.int32, bitcast=True) & 255
+            level = (rounded - 12582912.0 - (0.5 * most)[None, :]) * steps[None, :]
+            level = tl.where(_counts(CHUNKS, c, there, later)[None, :], level, 0.0)
             products += tl.sum(w * level, 1)
             norms += tl.sum(level * level, 1)
-            bits = (code >> shift[None, :]) & ((1 << part_of(CHUNKS, c, 0)) - 1)
-            packed |= tl.where(there[None, :], bits << (part_of(CHUNKS, c, 0) * place), 0)
-        to = lines + line[:, None] * LINE + (part_of(CHUNKS, c, 1) + byte)[None, :]
-        tl.store(to, packed.to(tl.uint8), real[:, None] & (byte < part_of(CHUNKS, c, 5))[None, :])
+            bits = (code >> shift[None, :]) & ((1 << constant(CHUNKS, c, 0)) - 1)
+            packed |= tl.where(there[None, :], bits << (constant(CHUNKS, c, 0) * place), 0)
+        byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
+        to = lines + line[:, None] * LINE + (constant(CHUNKS, c, 1) + byte)[None, :]
+        tl.store(to, packed.to(tl.uint8), real[:, None] & (byte < constant(CHUNKS, c, 5))[None, :])
     return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
 
 
 @triton.jit
 def _pack_kernel(
     keys, values, arena, table, starts, spans, end, kv_heads,
-    key_mean, key_matrix, value_mean, value_matrix, row_of_maps,
+    key_offset, key_matrix, value_offset, value_matrix, row_of_maps, key_rest, value_rest,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_C: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_T: tl.constexpr, FROM_ARENA: tl.constexpr, HAS_STARTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1)
@@ -119,12 +133,12 @@ def _pack_kernel(
         maps = row * row_of_maps + head
         lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
         key_factor = _pack_side(
-            key_from, sk_n, source, real, key_mean + maps * HEAD, key_matrix + maps * HEAD * HEAD, lines, line,
-            HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, BLOCK_C, EXACT,
+            key_from, sk_n, source, real, key_offset + maps * HEAD, key_matrix + maps * HEAD * HEAD, key_rest, lines,
+            line, HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         value_factor = _pack_side(
-            value_from, sv_n, source, real, value_mean + maps * VALUE, value_matrix + maps * VALUE * VALUE, lines,
-            line, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, BLOCK_C, EXACT,
+            value_from, sv_n, source, real, value_offset + maps * VALUE, value_matrix + maps * VALUE * VALUE,
+            value_rest, lines, line, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -139,9 +153,11 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
     Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's
     bytes with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
     channel in the first and in the second range; then by pairs, for both ranges: the largest
-    code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins.
+    code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins;
+    tiles of the parts before.
     """
     found: list[tuple[float, ...]] = []
+    tiles = 0
     for plane in side.planes:
         ranges = [(stop - first, first) for first, stop in plane.channels]
         widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
@@ -154,9 +170,11 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
             found.append(
                 (plane.bits, start + plane.start, size, at, plane.used, min(plane.bytes, at + size),
                  length, first, second, 2 ** widths[0] - 1, 2 ** widths[-1] - 1, step(widths[0]),
-                 step(widths[-1]), counts[0], counts[-1], plane.shifts[0], plane.shifts[-1])
+                 step(widths[-1]), counts[0], counts[-1], plane.shifts[0], plane.shifts[-1],
+                 tiles)
             )  # fmt: skip
             at += size
+            tiles += 8 // plane.bits
     return tuple(found)
 
 
@@ -179,6 +197,8 @@ def launch_pack(
 
     ``block``, entries of a program, and ``warps`` are there to be measured.
     """
+    if maps.key_sum.dtype != keys.dtype:
+        raise ValueError(f"maps are for entries in {maps.key_sum.dtype}, these are in {keys.dtype}: see PackedMaps.of")
     keys, values = elements_first(keys), elements_first(values)
     kv_heads = maps.key_mean.shape[1]
     if source is None:
@@ -190,11 +210,11 @@ def launch_pack(
         block = 64 if keys.dtype.itemsize == 2 else 32
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
-        kv_heads, maps.key_mean, maps.key_matrix, maps.value_mean, maps.value_matrix,
-        0 if maps.key_mean.shape[0] == 1 else kv_heads, *strides,
+        kv_heads, maps.key_offset, maps.key_sum, maps.value_offset, maps.value_sum,
+        0 if maps.key_mean.shape[0] == 1 else kv_heads, maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
         VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
-        BLOCK_IN=32, BLOCK_C=64,
+        BLOCK_IN=32,
         BLOCK_T=block, FROM_ARENA=source is not None, HAS_STARTS=starts is not None,
         EXACT=keys.dtype.itemsize > 2, num_warps=warps,
     )  # fmt: skip

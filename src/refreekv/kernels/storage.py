@@ -93,7 +93,7 @@ def _gather_kernel(
 
 @triton.jit
 def _copy(old, new, length, BYTES: tl.constexpr, LANE: tl.constexpr):
-    """This program's words of what one segment holds: of 8 bytes, or of 4 where an entry is no multiple of 8."""
+    """Copy a program's words of what one segment holds: of 8 bytes, or of 4 where an entry is no multiple of 8."""
     WORD: tl.constexpr = 8 if BYTES % 8 == 0 else 4
     # Segments begin where lines do.
     ALIGNED: tl.constexpr = 16 if BYTES % 16 == 0 else WORD
