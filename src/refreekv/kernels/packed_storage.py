@@ -15,9 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.packed_lines import MOST, PackedFormat, PackedMaps, Side, step
+from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import constant
 from refreekv.kernels.storage import _chosen, elements_first
+
+BLOCK_IN = 32
+"""Channels of entries that are multiplied at a time."""
 
 LARGEST_FACTOR = tl.constexpr(MOST)
 TINY = tl.constexpr(2.0**-126)
@@ -208,13 +212,17 @@ def launch_pack(
     key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
     if block is None:
         block = 64 if keys.dtype.itemsize == 2 else 32
+    # Of each stage the entries' and the matrices' part of what is multiplied next.
+    columns = max(sum(part[2] * 8 // part[0] for part in some) for some in (key_chunks, value_chunks))
+    stage = BLOCK_IN * keys.element_size() * (block + len(maps.key_sum) * int(columns))
+    stages = max(1, min(3, shared_memory.for_tiles(keys.device) // stage))
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
         kv_heads, maps.key_offset, maps.key_sum, maps.value_offset, maps.value_sum,
         0 if maps.key_mean.shape[0] == 1 else kv_heads, maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
         VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
-        BLOCK_IN=32,
+        BLOCK_IN=BLOCK_IN,
         BLOCK_T=block, FROM_ARENA=source is not None, HAS_STARTS=starts is not None,
-        EXACT=keys.dtype.itemsize > 2, num_warps=warps,
+        EXACT=keys.dtype.itemsize > 2, num_warps=warps, num_stages=stages,
     )  # fmt: skip
