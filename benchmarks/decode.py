@@ -31,7 +31,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 import refreekv
 from devices import copy_bandwidth, header
 from overhead import SHAPES
-from refreekv.core.coded_lines import fits, line_bytes
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import Selection
 from refreekv.engines.transformers.attachment import Attachment
@@ -112,13 +111,18 @@ def generate(model: Any, cache: Any, batch: int, context: int, tokens: int) -> l
 
 
 def entry_bytes(config: LlamaConfig, kv_dtype: str | None) -> int:
-    """Bytes of one token's key and value in one KV head; of int8 with its scales, in lines."""
+    """Bytes of one token's key and value in one KV head; of codes with their scales."""
     size, number = config.hidden_size // config.num_attention_heads, KVDtype.parse(kv_dtype)
+    return 2 * size * TYPE.itemsize if number is None else number.entry_bytes((size, size))
+
+
+def kept_bytes(config: LlamaConfig, layers: Any, kv_dtype: str | None) -> int:
+    """Bytes of all that is kept: of a number format codes, exact entries and means."""
+    size, number = config.hidden_size // config.num_attention_heads, KVDtype.parse(kv_dtype)
+    counts = [n for layer in layers for row in layer.ragged.lengths for n in row]
     if number is None:
-        return 2 * size * TYPE.itemsize
-    if fits(number, size):
-        return 2 * line_bytes(size, number.group_size(size))
-    return 2 * number.line_bytes(size)
+        return sum(counts) * entry_bytes(config, None)
+    return sum(number.segment_bytes(n, (size, size), TYPE.itemsize) for n in counts)
 
 
 def replay_seconds(model: Any) -> float:
@@ -149,8 +153,7 @@ def measure(
     row |= {"slowest_ms": max(steady) * 1e3, "second_s": intervals[1]}
     if kind == "ours":
         layers = cache.pruned_layers
-        kept = sum(sum(map(sum, layer.ragged.lengths)) for layer in layers)
-        row["kept_bytes"] = kept * entry_bytes(model.config, kv_dtype)
+        row["kept_bytes"] = kept_bytes(model.config, layers, kv_dtype)
         row["allocated_bytes"] = sum(layer.ragged.nbytes for layer in layers)
         if decode != "eager":
             row["device_ms"] = replay_seconds(model) * 1e3

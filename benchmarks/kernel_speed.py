@@ -2,10 +2,9 @@
 
     python benchmarks/kernel_speed.py                # a Llama-3-8B layer: 32 query heads, 8 KV heads of 128
     python benchmarks/kernel_speed.py --tune         # decode attention at other launch settings
-    python benchmarks/kernel_speed.py --parts int8   # int8 lines beside entries in bfloat16; --tune --parts int8
 
 Bandwidth counts the bytes that must move: of decode attention every key and value once, of a
-gather and a move every entry read and written, of int8 lines all of their bytes. Medians of CUDA
+gather and a move every entry read and written; packed lines: packed_speed.py. Medians of CUDA
 graph replays over several input sets, 2 GB and more together where the kernel is bound by memory.
 """
 
@@ -17,17 +16,13 @@ import torch
 
 from devices import copy_bandwidth, device_seconds, header
 from refreekv import kernels, policies
-from refreekv.core.coded_lines import line_bytes, to_lines
 from refreekv.core.probes import attention_rows
-from refreekv.core.quantisation import KVDtype
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.kernels import fused, linear
-from refreekv.kernels.coded_decode import launch_coded_decode
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
 from refreekv.policies import LayerView
-from refreekv.storage.arena import KVArena, room_for
-from refreekv.storage.coded_arena import CodedArena
+from refreekv.storage.arena import KVArena
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 TYPE = torch.bfloat16
@@ -44,15 +39,6 @@ def arena(lengths: list[tuple[int, ...]], size: int = SIZE) -> KVArena:
     made = KVArena.like(empty, empty, lengths)
     made.keys.normal_()
     made.values.normal_()
-    return made
-
-
-def coded_arena(lengths: list[tuple[int, ...]], size: int = SIZE) -> CodedArena:
-    """An arena of int8 lines, which random entries were encoded into."""
-    entry = torch.empty(0, size, device="cuda", dtype=TYPE)
-    made = CodedArena.for_entries(entry, entry, lengths, room_for(lengths), number=KVDtype("int8"))
-    for lines in (made.keys, made.values):
-        lines.copy_(to_lines(random(4096, size), made.groups[0]).repeat(len(lines) // 4096 + 1, 1)[: len(lines)])
     return made
 
 
@@ -82,48 +68,6 @@ def decode_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZ
 
     seconds = device_seconds([call(q, a.table) for q, a in zip(queries, arenas, strict=True)])
     return {"us": seconds * 1e6, "bandwidth": moved / seconds}
-
-
-def coded_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZE, **settings: int) -> dict[str, float]:
-    """Attention of one token a row over int8 lines."""
-    line = line_bytes(size, KVDtype("int8").group_size(size))
-    moved = sum(map(sum, lengths)) * 2 * line
-    arenas = [coded_arena(lengths, size) for _ in range(sets(moved))]
-    queries = [random(batch, HEADS, 1, size) for _ in arenas]
-
-    def call(query: torch.Tensor, made: CodedArena) -> Callable[[], object]:
-        return lambda: launch_coded_decode(query, made.table, made.form, size**-0.5, 0, None, None, **settings)
-
-    seconds = device_seconds([call(q, a) for q, a in zip(queries, arenas, strict=True)])
-    return {"us": seconds * 1e6, "bandwidth": moved / seconds}
-
-
-def coded_kernels() -> list[tuple[str, dict[str, float]]]:
-    """Decode attention over int8 lines, and how these are written."""
-    rows = []
-    for batch, length, size in ((16, 8192, SIZE), (16, 8192, 64), (16, 8192, 96), (16, 8192, 256), (1, 8192, SIZE),
-                                (1, 32768, SIZE), (32, 8192, SIZE)):  # fmt: skip
-        name = f"int8 decode attention {batch} x {length}, head size {size}"
-        rows.append((name, coded_attention(batch, [(length,) * KV_HEADS] * batch, size)))
-    line = line_bytes(SIZE, KVDtype("int8").group_size(SIZE))
-    for length in (8192, 32768):
-        dense = [(random(1, KV_HEADS, length, SIZE), random(1, KV_HEADS, length, SIZE)) for _ in range(4)]
-        kept = length // 2
-        targets = [coded_arena([(kept,) * KV_HEADS]) for _ in dense]
-        where = torch.tensor([(0, 4, length - kept)] * KV_HEADS, device="cuda")
-
-        def gather(pair, target, where=where, length=length, kept=kept):
-            return lambda: kernels.gather(*pair, target.table, where, target.form, end=length, longest=kept)
-
-        seconds = device_seconds([gather(p, t) for p, t in zip(dense, targets, strict=True)])
-        moved = kept * KV_HEADS * 2 * (SIZE * TYPE.itemsize + line)
-        rows.append((f"int8 gather half of {length}, K and V", {"us": seconds * 1e6, "bandwidth": moved / seconds}))
-    for batch in (1, 32):
-        room = coded_arena([(1000,) * KV_HEADS] * batch)
-        new = random(batch, 1, KV_HEADS, SIZE).transpose(1, 2)
-        call = [lambda n=new, r=room: kernels.append(n, n, r.table, r.form)]
-        rows.append((f"int8 append, batch {batch}", {"us": device_seconds(call, rounds=20) * 1e6}))
-    return rows
 
 
 def storage_kernels() -> list[tuple[str, dict[str, float]]]:
@@ -251,7 +195,7 @@ def main() -> None:
     """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--parts", default="decode,int8,storage,probe,small,products", help="of all that is measured")
+    parser.add_argument("--parts", default="decode,storage,probe,small,products", help="of all that is measured")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -267,7 +211,6 @@ def main() -> None:
     equal = [(8192,) * KV_HEADS] * 16
     wanted = arguments.parts.split(",")
     if arguments.tune:
-        attention = decode_attention if "decode" in wanted else coded_attention
         multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
         for lengths, name in (
             (equal, "16 x 8192"),
@@ -286,7 +229,7 @@ def main() -> None:
                 for per in (1, 2, 3, 4):
                     settings = {"programs": per * multi, "block": block, "stages": stages, "warps": warps}
                     try:
-                        show(f"decode {name} {settings}", attention(len(lengths), lengths, **settings))
+                        show(f"decode {name} {settings}", decode_attention(len(lengths), lengths, **settings))
                     except Exception as error:  # a setting that the device has no room for
                         print(f"decode {name} {settings}: {type(error).__name__}")
                         break
@@ -299,7 +242,6 @@ def main() -> None:
         for size in (64, 80, 96, 256):
             show(f"decode attention 16 x 8192, head size {size}", decode_attention(16, equal, size))
     parts = {
-        "int8": [coded_kernels],
         "storage": [storage_kernels],
         "probe": [probe_kernels],
         "small": [small_kernels],

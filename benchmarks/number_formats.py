@@ -31,14 +31,14 @@ RECENT = 64
 FP8 = torch.float8_e4m3fn
 
 
-def ours(bits: int | None, *, centred: bool = True) -> Callable[[Tensor], Tensor]:
-    """Codes of the library, e4m3 for None; entries ``[H, n, D]``."""
+def ours(bits: int, *, centred: bool = True) -> Callable[[Tensor], Tensor]:
+    """Codes of the library; entries ``[H, n, D]``."""
     blank = (lambda entries: centre_of(entries)) if centred else (lambda entries: torch.zeros_like(entries[:, 0]))
     return lambda entries: round_trip(entries, bits, blank(entries))
 
 
 def grouped(bits: int, group: int) -> Callable[[Tensor], Tensor]:
-    """A grid from the lowest to the highest of each group of an entry's elements, as int8 in place has it."""
+    """A grid from the lowest to the highest of each group of an entry's elements."""
 
     def round_trip(entries: Tensor) -> Tensor:
         groups = entries.unflatten(-1, (-1, group))
@@ -83,17 +83,16 @@ def one_scale(entries: Tensor) -> Tensor:
 
 
 WAYS: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "fp8 (ours: centred, rotated, e4m3)": ("8.25", ours(None), ours(None)),
     "fp8, one scale (transformers)": ("8.0", one_scale, one_scale),
-    "int8 (ours: centred, rotated, Gaussian codebook)": ("8.25", ours(8), ours(8)),
-    "int8, groups of 64 (ours, in place on CUDA)": ("8.5", grouped(8, 64), grouped(8, 64)),
+    "int8 (ours: centred, rotated, uniform grid)": ("8.25", ours(8), ours(8)),
+    "int8, groups of 64": ("8.5", grouped(8, 64), grouped(8, 64)),
     "k6v4 (ours)": ("5.25", ours(6), ours(4)),
     "int4 (ours)": ("4.25", ours(4), ours(4)),
     "int4, rotated, not centred": ("4.25", ours(4, centred=False), ours(4, centred=False)),
     "int4, groups of 32": ("5.0", grouped(4, 32), grouped(4, 32)),
     "int4, groups of 32, exact zero (torchao)": ("4.6", with_exact_zero(32), with_exact_zero(32)),
     "int4, keys by channel, 32 tokens (KIVI)": ("5.0", by_channel(32), grouped(4, 32)),
-    "int3 (ours)": ("3.25", ours(3), ours(3)),
+    "int2 (ours)": ("2.25", ours(2), ours(2)),
 }
 """Names to bits of an element with heads of 64, and what becomes of keys and values."""
 

@@ -1,4 +1,4 @@
-"""Attention over packed lines, against its own floor, bfloat16 and int8; and what packing takes.
+"""Attention over packed lines, against its own floor, and bfloat16; and what packing takes.
 
     python benchmarks/packed_speed.py                    # Llama-3-8B's heads: 32 query heads, 8 KV heads of 128
     python benchmarks/packed_speed.py --tune             # other launch settings, at 16 x 8192 and 1 x 32768
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from devices import copy_bandwidth, device_seconds, header
-from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, coded_attention, decode_attention, random
+from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, decode_attention, random
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.packed_decode import launch_packed_decode
@@ -144,14 +144,14 @@ def main() -> None:
         tune(names, bandwidth, rows)
     parts = [] if arguments.tune else arguments.parts.split(",")
     if "attention" in parts:
-        print(f"{'':12s}{'bfloat16':>10s}{'int8':>8s}" + "".join(f"{name:>9s}{'x floor':>8s}" for name in names))
+        print(f"{'':12s}{'bfloat16':>10s}" + "".join(f"{name:>9s}{'x floor':>8s}" for name in names))
         for batch, length in SHAPES:
             lengths = [(length,) * KV_HEADS] * batch
-            exact, int8 = decode_attention(batch, lengths)["us"], coded_attention(batch, lengths)["us"]
-            line = f"{batch:3d} x {length:5d} {exact:10.1f}{int8:8.1f}"
+            exact = decode_attention(batch, lengths)["us"]
+            line = f"{batch:3d} x {length:5d} {exact:10.1f}"
             for name in names:
                 result = attention(batch, length, name, bandwidth)
-                rows.append({"shape": [batch, length], "format": name, "bfloat16_us": exact, "int8_us": int8, **result})
+                rows.append({"shape": [batch, length], "format": name, "bfloat16_us": exact, **result})
                 line += f"{result['us']:9.1f}{result['over_floor']:8.2f}"
                 torch.cuda.empty_cache()
             print(line, flush=True)

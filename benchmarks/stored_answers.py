@@ -20,7 +20,6 @@ from transformers import DynamicCache
 import refreekv
 from fidelity import load
 from number_formats import prompts
-from refreekv.core.coded_lines import fits
 from refreekv.engines.transformers.naming import NAME
 from refreekv.evaluation.fidelity.metrics import divergence
 
@@ -33,14 +32,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--families", default="2wikimqa-e,hotpotqa")
     parser.add_argument("--policies", default="full;adaptive")
-    parser.add_argument("--formats", default="int8:recent=64;int8", help="besides entries as they are computed")
+    parser.add_argument("--formats", default="int8;k6v4;int4", help="besides entries as they are computed")
     parser.add_argument("--prompts", type=int, default=6, help="of all families together")
     parser.add_argument("--max-tokens", type=int, default=1900)
     parser.add_argument("--continuation", type=int, default=48)
     arguments = parser.parse_args()
     place = types.SimpleNamespace(model=arguments.model, random=None, dtype="float32", device="cpu", seed=0)
     model, tokenizer, name = load(place)  # type: ignore[arg-type]
-    formats = formats_of(arguments.formats.split(";"), model.config)
+    formats = {"as computed": None, **{spec: spec for spec in arguments.formats.split(";")}}
     ways = [(policy, kind) for policy in arguments.policies.split(";") for kind in formats]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
     lengths = []
@@ -48,7 +47,7 @@ def main() -> None:
         lengths.append(len(ids))
         path, reference = greedy(model, ids, arguments.continuation)
         for policy, kind in ways:
-            found[policy, kind].append(measure(model, ids, path, reference, policy, *formats[kind]))
+            found[policy, kind].append(measure(model, ids, path, reference, policy, formats[kind]))
     print(f"{name}, float32, n={len(lengths)} prompts of {min(lengths):,} to {max(lengths):,} tokens\n")
     print("| policy | stored | entries | mean KL | worst prompt |\n| --- | --- | ---: | ---: | ---: |")
     for (policy, kind), results in found.items():
@@ -57,17 +56,6 @@ def main() -> None:
             f"| {policy} | {kind} | {statistics.mean(held):.0%} | {statistics.mean(divergences):.2g} "
             f"| {max(divergences):.2g} |"
         )
-
-
-def formats_of(specs: list[str], config: Any) -> dict[str, tuple[str | None, bool]]:
-    """Names to a number format, and whether an arena holds it; where one can, both."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found: dict[str, tuple[str | None, bool]] = {"as computed": (None, False)}
-    for spec in specs:
-        found[spec] = (spec, False)
-        if fits(refreekv.KVDtype.parse(spec), size):
-            found[f"{spec} in place"] = (spec, True)
-    return found
 
 
 def greedy(model: Any, ids: list[int], tokens: int) -> tuple[list[int], Tensor]:
@@ -83,11 +71,10 @@ def greedy(model: Any, ids: list[int], tokens: int) -> tuple[list[int], Tensor]:
 
 
 def measure(
-    model: Any, ids: list[int], path: list[int], reference: Tensor, policy: str, kv_dtype: str | None, arena: bool
+    model: Any, ids: list[int], path: list[int], reference: Tensor, policy: str, kv_dtype: str | None
 ) -> tuple[float, float]:
     """Mean KL of an answer, and the share of the prompt's entries that is kept."""
     cache = refreekv.ReFreeKVCache(model, policy, kv_dtype=kv_dtype)
-    cache.state.arena = arena or None
     model(torch.tensor([ids]), **{NAME: cache}, logits_to_keep=1)
     with cache.decoding():
         logits = [model(torch.tensor([[token]]), **{NAME: cache}).logits[:, -1] for token in path]

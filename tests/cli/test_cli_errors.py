@@ -38,7 +38,7 @@ def prompt_file(tmp_path: Path) -> str:
         (["--policy", "refreekv:threshold=2"], ["threshold must lie in [0, 1)"]),
         (["--policy", "refreekv:threshold"], ["not of the form name=value"]),
         (["--policy", "streaming-llm"], ["exactly one of size= (tokens) and ratio="]),
-        (["--kv-dtype", "int9"], ["kv_dtype must be fp8, int8, int4", "got 'int9'"]),
+        (["--kv-dtype", "int9"], ["kv_dtype must be int8, int6, int4 or int2", "got 'int9'"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens must be at least 1"]),
         (["--max-new-tokens", "100"], ["60 tokens and 100 new ones", "context of tiny is 128"]),
         (["--dtype", "float8"], ["--dtype must be one of", "'float8'"]),

@@ -6,8 +6,6 @@ import pickle
 import torch
 from hypothesis import strategies as st
 
-from refreekv import KVDtype
-from refreekv.core.coded_lines import from_lines, half_of, to_lines
 from refreekv.storage.arena import room_for
 from refreekv.storage.ragged import RaggedKV
 
@@ -92,14 +90,3 @@ def check_changes(arena, judge, steps, *, same, stored=lambda entries: entries):
             before.keys.fill_(float("nan") if before.keys.is_floating_point() else 0x7F)
         same(arena, judge)
     return arena, judge
-
-
-INT8 = KVDtype("int8")
-
-
-def rounded(entries):
-    """What an entry comes back as."""
-    group = INT8.group_size(entries.shape[-1])
-    lines = to_lines(entries.reshape(-1, entries.shape[-1]), group)
-    back = from_lines(lines, entries.shape[-1], group, half_of(entries.dtype), entries.dtype)
-    return back.view(entries.shape)

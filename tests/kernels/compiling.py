@@ -11,16 +11,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from refreekv.core.coded_lines import half_of
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels import shared_memory
-from refreekv.kernels.coded_decode import launch_coded_decode
-from refreekv.kernels.coded_storage import launch_coded_append, launch_coded_gather
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
-from refreekv.kernels.storage import launch_append, launch_gather
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.storage import launch_append, launch_gather
 from refreekv.kernels.surrogates import launch_stand_ins
 from refreekv.kernels.table import Format
 
@@ -72,33 +69,11 @@ def decode_of_two_types(dtype, heads, head_size):
     launch_ragged_decode(query, table, Format((head_size,) * 2, torch.float32, dtype), 1.0, 0, None, None)
 
 
-def coded_decode(dtype, heads, head_size):
-    table, query = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, heads, 1, head_size, dtype=dtype)
-    launch_coded_decode(query, table, lines_of(dtype, head_size), 1.0, 0, None, None)
-
-
-def coded_decode_of_two_types(dtype, heads, head_size):
-    table, query = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, heads, 1, head_size)
-    form = Format((head_size,) * 2, torch.float16, dtype, (64, 64))
-    launch_coded_decode(query, table, form, 1.0, 0, None, None)
-
-
-def coded_storage(dtype, tokens, head_size):
-    table, entries = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size, dtype=dtype)
-    form = lines_of(dtype, head_size)
-    launch_coded_append(entries, entries, table, form)
-    launch_coded_gather(entries, entries, table, torch.zeros(1, 3, dtype=torch.int64), tokens, tokens, form)
-
-
 def storage_of_two_types(dtype, tokens, head_size):
     table, keys = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size)
     form, spans = Format((head_size,) * 2, torch.float32, torch.float32), torch.zeros(1, 3, dtype=torch.int64)
     launch_append(keys, keys.to(dtype), table, form)
     launch_gather(keys, keys.to(dtype), table, spans, tokens, tokens, form)
-
-
-def lines_of(dtype, head_size):
-    return Format((head_size,) * 2, half_of(dtype), half_of(dtype), (64, 64))
 
 
 def linear(dtype, rows, size):
@@ -123,14 +98,8 @@ CASES = [
     (stand_ins, torch.bfloat16, 8, 256),
     (decode, torch.float32, 8, 256),
     (decode_of_two_types, torch.bfloat16, 8, 128),
-    (coded_decode_of_two_types, torch.bfloat16, 8, 128),
     (storage_of_two_types, torch.bfloat16, 1, 128),
     (storage_of_two_types, torch.float16, 40, 64),
-    (coded_decode, torch.float32, 8, 256),
-    (coded_decode, torch.bfloat16, 4, 128),
-    (coded_decode, torch.float16, 16, 64),
-    (coded_storage, torch.bfloat16, 1, 128),
-    (coded_storage, torch.float32, 40, 256),
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),

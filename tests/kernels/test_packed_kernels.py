@@ -20,11 +20,13 @@ def form_of(keys, values, sizes=(64, 64)):
     return PackedFormat(*sizes, tuple(map(int, keys)), tuple(map(int, values)))
 
 
-def maps_of(sizes, dtype, rows=1, heads=KV_HEADS):
+def maps_of(sizes, dtype, rows=1, heads=KV_HEADS, shared=False):
     """Random ones: keys' channels of sizes that differ tenfold, behind large means."""
     matrix = torch.linalg.qr(torch.randn(rows, heads, sizes[0], sizes[0]))[0] * torch.logspace(-0.5, 0.5, sizes[0])
     rotation = torch.linalg.qr(torch.randn(rows, heads, sizes[1], sizes[1]))[0]
     means = (torch.randn(rows, heads, size) for size in sizes)
+    if shared:
+        matrix, rotation = matrix[:1], rotation[:1]
     return PackedMaps.of(5 * next(means), matrix, next(means), rotation, dtype)
 
 
@@ -95,6 +97,7 @@ CASES = {
     "8642": {"levels": [("8642", "8642")]},
     "two levels": {"levels": [("6666", "4444"), ("4422", "2222")], "group": 7},
     "three levels, rows of their own": {"levels": [("8888", "6666"), ("6666", "4444"), ("4444", "4444")], "rows": True},
+    "rows' own means": {"levels": [("6666", "4444")], "rows": True, "shared": True},
     "no levels": {"levels": []},
     "heads of 80": {"levels": [("4444", "4444"), ("6444", "8642")], "sizes": (80, 80)},
     "heads of 96": {"levels": [("6666", "4444")], "sizes": (96, 96)},
@@ -124,11 +127,11 @@ def test_attention_equals_float64(case, dtype, close, device):
 
 def check_attention(
     dtype, close, device, *, levels, sizes=(64, 64), lengths=LENGTHS, exact=None, group=4, softcap=None, sinks=False,
-    rows=False, values=1.0, **settings,
+    rows=False, shared=False, values=1.0, **settings,
 ):  # fmt: skip
     exact = EXACT[: len(lengths)] if exact is None else exact
     batch, heads = len(lengths) // KV_HEADS, KV_HEADS * group
-    maps = maps_of(sizes, dtype, batch if rows else 1)
+    maps = maps_of(sizes, dtype, batch if rows else 1, shared=shared)
     forms = [form_of(*level, sizes) for level in levels]
     # Each level in another order of lengths.
     packed = [Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)]
@@ -232,7 +235,7 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
 ])  # fmt: skip
 def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, device):
     n, end = 150, 140
-    form, maps = form_of(keys_of, values_of, sizes), maps_of(sizes, dtype, rows=2)
+    form, maps = form_of(keys_of, values_of, sizes), maps_of(sizes, dtype, rows=2, shared=keys_of == "4444")
     keys = (4 * torch.randn(2, n, 2, sizes[0]) + 5).to(device, dtype).transpose(1, 2)
     values = torch.randn(2, 2, n, sizes[1]).to(device, dtype)
     some = torch.sort(torch.randperm(end)[:70]).values.to(torch.int32).to(device)

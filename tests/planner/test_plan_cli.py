@@ -121,7 +121,7 @@ def test_simulated_load(run, llama_file, tmp_path):
         (["--context", "512", "--output", "512"], ["leaves no prompt"]),
         (["--concurrency", "0"], ["--concurrency must be at least 1"]),
         (["--weights", "int3"], ["--weights must be bf16, int8 or int4"]),
-        (["--kv", "int9"], ["kv_dtype must be fp8, int8, int4"]),
+        (["--kv", "int9"], ["kv_dtype must be int8, int6, int4 or int2"]),
         (["--policy", "refrekv"], ["no policy is named 'refrekv'"]),
         (["--prefill-chunk", "some"], ["--prefill-chunk 'some'"]),
         (["--reserve", "1"], ["--reserve '1' has no unit"]),

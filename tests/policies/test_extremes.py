@@ -25,7 +25,7 @@ POLICY = pytest.mark.parametrize("policy", ALL)
 
 @pytest.fixture(scope="module")
 def small():
-    return build("llama", attention="sdpa")
+    return build("llama", attention="sdpa", head_dim=16)
 
 
 def answer(model, policy, lengths, arena=None, kv_dtype=None):

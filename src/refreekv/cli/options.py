@@ -25,8 +25,8 @@ KVDtypeOption = Annotated[
     str | None,
     typer.Option(
         "--kv-dtype",
-        metavar="int8|int4|k6v4|fp8[:recent=N]",
-        help="Store what is kept in few bits (k6v4: keys in 6, values in 4); all but int8 leave the 64 newest entries. "
+        metavar="int8|int4|k6v4[:recent=N]",
+        help="Store what is kept in so many bits (k6v4: keys in 6, values in 4), but for the 64 newest entries. "
         "Default: as the model computes it.",
     ),
 ]

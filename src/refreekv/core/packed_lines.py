@@ -21,10 +21,12 @@ Factors are kept apart from lines, in memory of their own: so lines begin where 
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from refreekv.core.rotation import rotate, rotation
 
 WIDTHS = (8, 6, 4, 2)
 """Bits that a channel's code may have."""
@@ -312,7 +314,7 @@ class PackedMaps:
 
     A key ``k`` is coded as ``key_matrix @ (k - key_mean)``, a value likewise; a query asks with
     ``key_dual @ q``, the transposed inverse. All float32; the first dimension is that of the rows, or 1 where all
-    rows have the same.
+    rows have the same: of means and offsets, and of all else.
 
     Attributes
     ----------
@@ -358,6 +360,59 @@ class PackedMaps:
         sums = [_sum_of(matrix, dtype) for matrix in (keys, values)]
         return cls(*(part.float().contiguous() for part in parts), *sums)
 
+    @classmethod
+    def rotated(cls, key_mean: Tensor, value_mean: Tensor, dtype: torch.dtype) -> "PackedMaps":
+        """Take means ``[B, H_kv, D]`` out of entries in ``dtype`` and rotate; all but the means is shared by all."""
+        heads, device = key_mean.shape[1], key_mean.device
+        means = [mean.float().contiguous() for mean in (key_mean, value_mean)]
+        (key, _, key_sum), (value, back, value_sum) = (
+            _rotations(heads, mean.shape[-1], device, dtype) for mean in means
+        )
+        bound = torch.ones(1, heads, device=device)
+        # Orthonormal: the dual is the matrix itself, and no element is larger than the norm.
+        return cls(
+            means[0], key, key, means[1], value, back, bound, rotate(means[0]), rotate(means[1]), key_sum, value_sum
+        )
+
+    def of_type(self, dtype: torch.dtype) -> "PackedMaps":
+        """The same for entries in ``dtype``."""
+        if self.key_sum.dtype == dtype:
+            return self
+        sums = (_sum_of(matrix.double(), dtype) for matrix in (self.key_matrix, self.value_matrix))
+        return replace(self, key_sum=next(sums), value_sum=next(sums))
+
+    def of_segment(self, row: int, head: int) -> "PackedMaps":
+        """Those of one row and KV head, without the first two dimensions."""
+        return PackedMaps(
+            *(part[row if len(part) > 1 else 0, head] for part in self.tensors[:9]),
+            *(part[:, row if part.shape[1] > 1 else 0, head] for part in self.tensors[9:]),
+        )
+
+    def of_rows(self, rows: Sequence[int]) -> "PackedMaps":
+        """Those of some rows, in that order."""
+        most, index = max(rows, default=0), list(rows)
+        means = ("key_mean", "value_mean", "key_offset", "value_offset")
+        own = {name: getattr(self, name) for name in means}
+        changed = {name: part[index] for name, part in own.items() if len(part) > most}
+        if len(self.key_matrix) > 1:
+            for name in ("key_matrix", "key_dual", "value_matrix", "value_back", "key_bound"):
+                changed[name] = getattr(self, name)[index]
+            changed |= {name: getattr(self, name)[:, index] for name in ("key_sum", "value_sum")}
+        return replace(self, **changed)
+
+    def entries(self, keys: Tensor, values: Tensor, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Entries ``[n, D]`` of a segment whose keys and values in code space these are."""
+        own = self.of_segment(row, head)
+        # k = A^-1 w + mean, and the dual is the transposed A^-1
+        return (
+            keys @ own.key_dual.to(keys) + own.key_mean.to(keys),
+            values @ own.value_back.to(values).T + own.value_mean.to(values),
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PackedMaps":
+        """Return the same: they never change, and share tensors."""
+        return self
+
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in the order of the attributes, for operators that take no objects."""
@@ -373,3 +428,12 @@ def _sum_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         return matrix.float()[None].contiguous()
     high = matrix.to(dtype)
     return torch.stack([high, (matrix - high.to(matrix)).to(dtype)])
+
+
+@functools.lru_cache(maxsize=16)
+def _rotations(heads: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix that rotates entries, its inverse, and its sum in ``dtype``: ``[(2,) 1, heads, size, size]``."""
+    with torch.inference_mode(False):
+        # `rotation` is made for entries to its left.
+        matrix = rotation(size).T.to(device).expand(1, heads, -1, -1)
+        return matrix.float().contiguous(), matrix.mT.float().contiguous(), _sum_of(matrix, dtype).contiguous()

@@ -71,10 +71,9 @@ def append(
     sizes: Sequence[int],
     key_type: torch.dtype,
     value_type: torch.dtype,
-    groups: Sequence[int] | None,
 ) -> None:
     """`kernels.append`. The memory behind the table changes as well: who reads it, reads the table."""
-    reference.append(keys, values, table, _format(sizes, key_type, value_type, groups))
+    reference.append(keys, values, table, _format(sizes, key_type, value_type))
 
 
 @append.register_kernel("cuda")
@@ -84,11 +83,6 @@ def _(keys: Tensor, values: Tensor, table: Tensor, *form: Any) -> None:
 
 def append_on_cuda(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """`append` in Triton, without the operator around it."""
-    if form.groups is not None:
-        from refreekv.kernels.coded_storage import launch_coded_append
-
-        launch_coded_append(keys, values, table, form)
-        return
     from refreekv.kernels.storage import launch_append
 
     launch_append(keys, values, table, form)
@@ -105,10 +99,9 @@ def gather(
     sizes: Sequence[int],
     key_type: torch.dtype,
     value_type: torch.dtype,
-    groups: Sequence[int] | None,
 ) -> None:
     """`kernels.gather`."""
-    reference.gather(keys, values, table, spans, end, _format(sizes, key_type, value_type, groups))
+    reference.gather(keys, values, table, spans, end, _format(sizes, key_type, value_type))
 
 
 @gather.register_kernel("cuda")
@@ -120,11 +113,6 @@ def gather_on_cuda(
     keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, longest: int, form: Format
 ) -> None:
     """`gather` in Triton, without the operator around it."""
-    if form.groups is not None:
-        from refreekv.kernels.coded_storage import launch_coded_gather
-
-        launch_coded_gather(keys, values, table, spans, end, longest, form)
-        return
     from refreekv.kernels.storage import launch_gather
 
     launch_gather(keys, values, table, spans, end, longest, form)
@@ -151,14 +139,13 @@ def ragged_decode(
     sizes: Sequence[int],
     key_type: torch.dtype,
     value_type: torch.dtype,
-    groups: Sequence[int] | None,
     scaling: float,
     window: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
-    form = _format(sizes, key_type, value_type, groups)
+    form = _format(sizes, key_type, value_type)
     return reference.ragged_decode(query, table, form, scaling, window, softcap, sinks)
 
 
@@ -169,14 +156,9 @@ def _(
     sizes: Sequence[int],
     key_type: torch.dtype,
     value_type: torch.dtype,
-    groups: Sequence[int] | None,
     *settings: Any,
 ) -> Tensor:
-    form = _format(sizes, key_type, value_type, groups)
-    if form.groups is not None:
-        from refreekv.kernels.coded_decode import launch_coded_decode
-
-        return launch_coded_decode(query, table, form, *settings)
+    form = _format(sizes, key_type, value_type)
     from refreekv.kernels.decode import launch_ragged_decode
 
     return launch_ragged_decode(query, table, form, *settings)
@@ -187,8 +169,6 @@ def _(query: Tensor, table: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], sizes[1])
 
 
-def _format(
-    sizes: Sequence[int], key_type: torch.dtype, value_type: torch.dtype, groups: Sequence[int] | None
-) -> Format:
+def _format(sizes: Sequence[int], key_type: torch.dtype, value_type: torch.dtype) -> Format:
     """A format out of what operators are able to take."""
-    return Format((sizes[0], sizes[1]), key_type, value_type, None if groups is None else (groups[0], groups[1]))
+    return Format((sizes[0], sizes[1]), key_type, value_type)

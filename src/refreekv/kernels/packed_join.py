@@ -26,7 +26,7 @@ LARGEST = tl.constexpr(8192.0)
 @triton.jit
 def _prepare_kernel(
     query, means, dual, bounds, out, scales, shifts,
-    rows, kv_heads, group, scaling, sq_b, sq_h, row_of_maps,
+    rows, kv_heads, group, scaling, sq_b, sq_h, row_of_means, row_of_maps,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr, CHAINED: tl.constexpr,
     EARLY: tl.constexpr,
@@ -48,9 +48,10 @@ def _prepare_kernel(
     heads = (row * kv_heads + kv_head) * group + head
     if part == 0:
         unit = scaling if HAS_CAP else scaling * LOG2E
-        mean = tl.load(means + maps * HEAD + d, d < HEAD, 0.0)
+        mean = means + (row * row_of_means + kv_head)[:, None] * HEAD + d[None, :]
+        mean = tl.load(mean, asking[:, None] & (d < HEAD)[None, :], 0.0)
         tl.store(scales + heads, size * unit, asking)
-        tl.store(shifts + heads, tl.sum(q * mean[None, :], 1) * unit, asking)
+        tl.store(shifts + heads, tl.sum(q * mean, 1) * unit, asking)
     o = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     result = tl.zeros([BLOCK_R * BLOCK_G, BLOCK_OUT], tl.float32)
     for start in tl.static_range(0, BLOCK_D, BLOCK_IN):
@@ -99,7 +100,7 @@ def _joined(
 @triton.jit
 def _packed_join_kernel(
     tables, parts, denominators, sinks, means, back, out,
-    segments, kv_heads, group, programs, row_of_maps,
+    segments, kv_heads, group, programs, row_of_means, row_of_maps,
     LEVELS: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -128,7 +129,7 @@ def _packed_join_kernel(
     matrix = tl.load(
         back + (maps * VALUE + o)[None, :] * VALUE + dv[:, None], (o < VALUE)[None, :] & (dv < VALUE)[:, None], 0.0
     )
-    mean = tl.load(means + maps * VALUE + o, o < VALUE, 0.0)
+    mean = tl.load(means + (row * row_of_means + kv_head) * VALUE + o, o < VALUE, 0.0)
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     rest = tl.zeros([BLOCK_H], tl.float32)
     if HAS_SINKS:
@@ -211,11 +212,11 @@ def launch_prepare(
     scales, shifts = (torch.empty(batch, heads, dtype=torch.float32, device=query.device) for _ in range(2))
     block_d, block_g = triton.next_power_of_2(size), triton.next_power_of_2(heads // kv_heads)
     # Rows that share maps share a program, as many as a product has room for.
-    rows = min(max(1, 16 // block_g), triton.next_power_of_2(batch)) if means.shape[0] == 1 else 1
+    rows = min(max(1, 16 // block_g), triton.next_power_of_2(batch)) if dual.shape[0] == 1 else 1
     block_out = 32
     _prepare_kernel[(triton.cdiv(batch, rows), kv_heads, triton.cdiv(size, block_out))](
         query, means, dual, bounds, out, scales, shifts, batch, kv_heads, heads // kv_heads, scaling,
-        query.stride(0), query.stride(1), 0 if means.shape[0] == 1 else kv_heads,
+        query.stride(0), query.stride(1), *(0 if part.shape[0] == 1 else kv_heads for part in (means, dual)),
         HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK_R=rows, BLOCK_G=block_g,
         HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["EARLY"],
         num_warps=4, **pdl.options(batch, query),
@@ -266,7 +267,7 @@ def launch_packed_join(
     block_out = 32
     _packed_join_kernel[(segments, triton.cdiv(group, heads_each), triton.cdiv(size, block_out))](
         found.tables, found.results, found.denominators, query if sinks is None else sinks, means, back, out,
-        segments, kv_heads, group, found.programs, 0 if means.shape[0] == 1 else kv_heads,
+        segments, kv_heads, group, found.programs, *(0 if part.shape[0] == 1 else kv_heads for part in (means, back)),
         LEVELS=tuple(form.values.ends() for form in forms), COUNT=len(forms), VALUE=size,
         FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, EXTRA=found.extra,
         BLOCK_V=block_v, BLOCK_OUT=block_out, BLOCK_H=heads_each,

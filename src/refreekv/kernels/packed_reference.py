@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.kernels.reference import as_written
 from refreekv.kernels.table import CAPACITY, LENGTH, entries
 
 
 def lines_of(table: Tensor, segment: int, form: PackedFormat) -> tuple[Tensor, Tensor]:
     """Lines ``[capacity, line_bytes]`` and factors ``[capacity, 2]`` of one segment in host memory, as views."""
-    lines, factors = entries(table, segment, (form.line_bytes, 4), torch.uint8)
+    lines, factors = entries(table, segment, (form.line_bytes, 4), (torch.uint8,) * 2)
     return lines, factors.view(torch.float16)
 
 
+@as_written
 def pack(
     keys: Tensor,
     values: Tensor,
@@ -35,7 +37,7 @@ def pack(
         if source is None:
             some = keys[row, head][position], values[row, head][position]
         else:
-            stored = entries(source, segment, (form.key_size, form.value_size), keys.dtype)
+            stored = entries(source, segment, (form.key_size, form.value_size), (keys.dtype, values.dtype))
             some = stored[0][position], stored[1][position]
         coded = to_code_space(*some, maps, segment, kv_heads)
         into = lines_of(table, segment, form)
@@ -48,7 +50,7 @@ def _chosen(spans: Tensor, segment: int, count: int, end: int) -> Tensor:
     position = torch.arange(count)
     if not index:
         return torch.where(position < first, position, position + skip)
-    listed = entries(torch.tensor([[index, 0, first, first]]), 0, (1, 1), torch.int32)[0][:, 0].long()
+    listed = entries(torch.tensor([[index, 0, first, first]]), 0, (1, 1), (torch.int32,) * 2)[0][:, 0].long()
     return torch.cat([listed, torch.arange(end, end + count - first)])[:count]
 
 
@@ -56,13 +58,14 @@ def to_code_space(keys: Tensor, values: Tensor, maps: PackedMaps, segment: int, 
     """Entries ``[n, D]`` of a segment in code space, float32 or wider."""
     wide = torch.promote_types(keys.dtype, torch.float32)
     row, head = divmod(segment, kv_heads)
-    row = 0 if maps.key_mean.shape[0] == 1 else row
+    own = maps.of_segment(row, head)
     return (
-        (keys.to(wide) - maps.key_mean[row, head]) @ maps.key_matrix[row, head].to(wide).T,
-        (values.to(wide) - maps.value_mean[row, head]) @ maps.value_matrix[row, head].to(wide).T,
+        (keys.to(wide) - own.key_mean) @ own.key_matrix.to(wide).T,
+        (values.to(wide) - own.value_mean) @ own.value_matrix.to(wide).T,
     )
 
 
+@as_written
 def packed_attention(
     query: Tensor,
     exact: Tensor,
@@ -81,19 +84,21 @@ def packed_attention(
     out = query.new_zeros(batch, 1, heads, value_size, dtype=torch.promote_types(query.dtype, wide))
     for segment in range(len(exact)):
         row, head = divmod(segment, kv_heads)
-        at = (0 if maps.key_mean.shape[0] == 1 else row), head
+        own = maps.of_segment(row, head)
         mine = slice(head * group, (head + 1) * group)
         q = query[row, mine, 0].to(wide)  # [g, D]
         held = min(int(exact[segment, LENGTH]), int(exact[segment, CAPACITY]))
-        keys, values = (part[:held].to(wide) for part in entries(exact, segment, (size, value_size), query.dtype))
+        keys, values = (
+            part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
+        )
         logits, contents = [q @ keys.T], [values]
         for table, form in zip(tables, forms, strict=True):
             length = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
             lines, factors = lines_of(table, segment, form)
             coded_keys, coded_values = form.unpack(lines[:length], factors[:length], wide)
-            asked = q @ maps.key_dual[at].to(wide).T
-            logits.append(asked @ coded_keys.T + (q @ maps.key_mean[at].to(wide))[:, None])
-            contents.append(coded_values @ maps.value_back[at].to(wide).T + maps.value_mean[at].to(wide))
+            asked = q @ own.key_dual.to(wide).T
+            logits.append(asked @ coded_keys.T + (q @ own.key_mean.to(wide))[:, None])
+            contents.append(coded_values @ own.value_back.to(wide).T + own.value_mean.to(wide))
         scores = torch.cat(logits, 1) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

@@ -113,7 +113,7 @@ def _pack_side(
 @triton.jit
 def _pack_kernel(
     keys, values, arena, table, starts, spans, end, kv_heads,
-    key_offset, key_matrix, value_offset, value_matrix, row_of_maps, key_rest, value_rest,
+    key_offset, key_matrix, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -134,14 +134,14 @@ def _pack_kernel(
         else:
             key_from = keys + row * sk_b + head * sk_h
             value_from = values + row * sv_b + head * sv_h
-        maps = row * row_of_maps + head
+        maps, means = row * row_of_maps + head, row * row_of_means + head
         lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
         key_factor = _pack_side(
-            key_from, sk_n, source, real, key_offset + maps * HEAD, key_matrix + maps * HEAD * HEAD, key_rest, lines,
+            key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest, lines,
             line, HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         value_factor = _pack_side(
-            value_from, sv_n, source, real, value_offset + maps * VALUE, value_matrix + maps * VALUE * VALUE,
+            value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
             value_rest, lines, line, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -201,8 +201,11 @@ def launch_pack(
 
     ``block``, entries of a program, and ``warps`` are there to be measured.
     """
-    if maps.key_sum.dtype != keys.dtype:
-        raise ValueError(f"maps are for entries in {maps.key_sum.dtype}, these are in {keys.dtype}: see PackedMaps.of")
+    if not maps.key_sum.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
+            "PackedMaps.of_type"
+        )
     keys, values = elements_first(keys), elements_first(values)
     kv_heads = maps.key_mean.shape[1]
     if source is None:
@@ -219,7 +222,8 @@ def launch_pack(
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
         kv_heads, maps.key_offset, maps.key_sum, maps.value_offset, maps.value_sum,
-        0 if maps.key_mean.shape[0] == 1 else kv_heads, maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
+        0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_matrix.shape[0] == 1 else kv_heads,
+        maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
         VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
         BLOCK_IN=BLOCK_IN,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.coded_lines import from_lines, line_bytes, to_lines
 from refreekv.kernels.table import (
     CAPACITY,
     KEY,
@@ -35,7 +34,7 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
-def _as_written(function: Callable[P, R]) -> Callable[P, R]:
+def as_written(function: Callable[P, R]) -> Callable[P, R]:
     """Compute as on CUDA, where no operator of PyTorch is asked, so that autocast changes nothing."""
 
     @functools.wraps(function)
@@ -46,29 +45,29 @@ def _as_written(function: Callable[P, R]) -> Callable[P, R]:
     return computed
 
 
-@_as_written
+@as_written
 def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     """`kernels.append`."""
     check_entries(keys, values, table, form)
-    keys, values = _stored(keys, values, form)
+    keys, values = keys.to(form.key_type), values.to(form.value_type)
     kv_heads, tokens = keys.shape[1:3]
     for segment, (_, _, length, capacity) in enumerate(table.tolist()):
         if capacity == 0:
             continue
         row, head = divmod(segment, kv_heads)
-        stored_keys, stored_values = entries(table, segment, *_as_stored(form))
+        stored_keys, stored_values = entries(table, segment, form.sizes, form.types)
         line = (length + torch.arange(tokens)) % capacity
         stored_keys[line] = keys[row, head]
         stored_values[line] = values[row, head]
         table[segment, LENGTH] += tokens
 
 
-@_as_written
+@as_written
 def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int, form: Format) -> None:
     """`kernels.gather`."""
     check_entries(keys, values, table, form)
     check_spans(spans, table, end, keys.shape[2])
-    keys, values = _stored(keys, values, form)
+    keys, values = keys.to(form.key_type), values.to(form.value_type)
     kv_heads = keys.shape[1]
     for segment, ((_, _, length, _), (index, first, skip)) in enumerate(
         zip(table.tolist(), spans.tolist(), strict=True)
@@ -80,27 +79,9 @@ def gather(keys: Tensor, values: Tensor, table: Tensor, spans: Tensor, end: int,
             position = torch.cat([listed, torch.arange(end, end + length - first)])
         else:
             position = torch.where(position < first, position, position + skip)
-        stored_keys, stored_values = entries(table, segment, *_as_stored(form))
+        stored_keys, stored_values = entries(table, segment, form.sizes, form.types)
         stored_keys[:length] = keys[row, head][position]
         stored_values[:length] = values[row, head][position]
-
-
-def _as_stored(form: Format) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
-    """Elements of a key and of a value, and their types: of lines, bytes."""
-    if form.groups is None:
-        return form.sizes, form.types
-    return tuple(map(line_bytes, form.sizes, form.groups)), (torch.uint8,) * 2
-
-
-def _stored(keys: Tensor, values: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Entries ``[..., D]`` as segments hold them: in their types, or as lines."""
-    if form.groups is None:
-        return keys.to(form.key_type), values.to(form.value_type)
-    stored = []
-    for part, half, group in zip((keys, values), form.types, form.groups, strict=True):
-        lines = to_lines(part.reshape(-1, part.shape[-1]), group, half)
-        stored.append(lines.view(*part.shape[:-1], lines.shape[-1]))
-    return stored[0], stored[1]
 
 
 def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:
@@ -114,7 +95,7 @@ def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> No
             here.copy_(there)
 
 
-@_as_written
+@as_written
 def ragged_decode(
     query: Tensor,
     table: Tensor,
@@ -132,7 +113,7 @@ def ragged_decode(
     out = query.new_zeros(batch, 1, heads, form.sizes[1])
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
-        keys, values = _entries(table, segment, form)
+        keys, values = entries(table, segment, form.sizes, form.types)
         held = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
         skipped = held - min(held, window) if window > 0 else 0
         mine = slice(head * group, (head + 1) * group)
@@ -145,18 +126,6 @@ def ragged_decode(
             None if sinks is None else sinks[mine],
         ).to(out)
     return out
-
-
-def _entries(table: Tensor, segment: int, form: Format) -> tuple[Tensor, Tensor]:
-    """Keys ``[capacity, D]`` and values of one segment: views, or what lines stand for, exactly."""
-    stored = entries(table, segment, *_as_stored(form))
-    if form.groups is None:
-        return stored
-    keys, values = (
-        from_lines(lines, size, group, half, torch.float32)
-        for lines, size, group, half in zip(stored, form.sizes, form.groups, form.types, strict=True)
-    )
-    return keys, values
 
 
 def decode_segment(

@@ -27,16 +27,12 @@ class Format(NamedTuple):
     sizes : (int, int)
         Elements of a key and of a value.
     key_type, value_type : torch.dtype
-        Types of keys and of values as they are stored; of int8 lines, those of their scales.
-    groups : (int, int) or None
-        Where entries are int8, in the lines of `core.coded_lines`: elements of a key, and of a value,
-        that share a scale. The table then has the addresses of lines. None: entries are stored as they come.
+        Types of keys and of values as they are stored.
     """
 
     sizes: tuple[int, int]
     key_type: torch.dtype
     value_type: torch.dtype
-    groups: tuple[int, int] | None = None
 
     @property
     def types(self) -> tuple[torch.dtype, torch.dtype]:
@@ -45,7 +41,7 @@ class Format(NamedTuple):
 
     def __str__(self) -> str:
         parts = (f"{kind} of {size}" for kind, size in zip(map(_short, self.types), self.sizes, strict=True))
-        return ("int8 lines, scales in " if self.groups else "") + " and ".join(parts)
+        return " and ".join(parts)
 
 
 def check_table(table: Tensor, like: Tensor | None = None) -> None:
@@ -69,7 +65,7 @@ def check_entries(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> 
     ValueError
         Shapes or devices that do not go with each other, the table or its format.
     TypeError
-        A type that the segments' own does not hold exactly. Of int8 lines: no floating-point type.
+        A type that the segments' own does not hold exactly.
     """
     check_table(table, keys)
     shape = keys.shape
@@ -84,7 +80,7 @@ def check_entries(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> 
         raise ValueError(f"keys of {shape[3]} and values of {values.shape[3]} elements; the segments hold {form}")
     _check_format(form)
     for part, stored in zip((keys, values), form.types, strict=True):
-        if not part.is_floating_point() or (form.groups is None and torch.promote_types(part.dtype, stored) != stored):
+        if not part.is_floating_point() or torch.promote_types(part.dtype, stored) != stored:
             raise TypeError(
                 f"{_short(keys.dtype)} keys and {_short(values.dtype)} values cannot be written to segments that "
                 f"hold {form}: the storage has to be widened first"
@@ -123,16 +119,16 @@ def check_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int)
     check_table(target, source)
     if source.shape != target.shape:
         raise ValueError(f"{source.shape[0]} segments cannot be moved to {target.shape[0]}")
-    if key_bytes % 8 or value_bytes % 8:
-        raise ValueError(f"entries are moved 8 bytes at a time; got keys of {key_bytes} and values of {value_bytes}")
+    if key_bytes % 4 or value_bytes % 4:
+        raise ValueError(
+            f"entries are moved 4 or 8 bytes at a time; got keys of {key_bytes} and values of {value_bytes}"
+        )
 
 
 def _check_format(form: Format) -> None:
     for size, kind in zip(form.sizes, form.types, strict=True):
         if not kind.is_floating_point or size < 1:
             raise TypeError(f"segments hold floating-point keys and values, got {form}")
-    if form.groups is not None and any(size % group for size, group in zip(form.sizes, form.groups, strict=True)):
-        raise ValueError(f"groups of {form.groups} elements do not divide heads of {form.sizes}")
 
 
 def _short(kind: torch.dtype) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from refreekv.core import coded_lines
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.source import Model, ModelError
 
@@ -46,26 +45,25 @@ class LayerKV:
         held = min(tokens, self.window) if self.window is not None else tokens
         return held * self.elements * PLAIN_BYTES + self.state_bytes
 
+    def takes(self, number: KVDtype) -> bool:
+        """Whether entries of these sizes can be stored in a number format."""
+        try:
+            number.form((self.key_size, self.value_size))
+        except ValueError:
+            return False
+        return True
+
     def line_bytes(self, number: KVDtype) -> int:
-        """Bytes of one token stored in a number format, scales included, and what fills lines up on a GPU."""
-        sizes = self.key_size, self.value_size
-        if self.coded_in_place(number):
-            return self.heads * sum(coded_lines.line_bytes(size, number.group_size(size)) for size in sizes)
-        return self.heads * number.entry_bytes(sizes)
+        """Bytes of one token stored in a number format, scales included."""
+        return self.heads * number.entry_bytes((self.key_size, self.value_size))
 
     def stored_bytes(self, entries: float, number: KVDtype | None) -> float:
         """Bytes of so many tokens in a number format, which leaves the first and the newest as they are."""
         if number is None:
             return self.bytes(entries)
-        if self.coded_in_place(number):
-            return self.bytes(0) + entries * self.line_bytes(number)
         coded = number.coded(entries)
-        # One more is each head's mean.
-        return self.bytes(entries - coded + 1) + coded * self.line_bytes(number)
-
-    def coded_in_place(self, number: KVDtype) -> bool:
-        """Whether a GPU decodes from entries in a number format, without a copy in full precision."""
-        return all(coded_lines.fits(number, size) for size in (self.key_size, self.value_size))
+        # And each head's mean in float32, as it is and rotated.
+        return self.bytes(entries - coded) + coded * self.line_bytes(number) + 8 * self.elements
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from refreekv.core.quantisation import KVDtype
-from refreekv.planner.geometry import PLAIN_BYTES, Geometry
+from refreekv.planner.geometry import Geometry
 
 LONGEST = 2**24
 """Contexts beyond this are not looked for."""
@@ -75,7 +75,7 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     which entries matter shows at its end. Read in one call, each layer is compacted when the
     next one is done, so two layers are full at a time.
 
-    Quantised K/V is read through a copy of one layer in full precision, but for int8 that is decoded in place.
+    K/V in a number format is decoded in place.
     """
     budget = scenario.budget(load.prompt)
     one = geometry.kept_bytes(load.prompt, load.output, budget, scenario.number)
@@ -87,13 +87,7 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
         widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
         reading = full if called < load.prompt else min(full, int(before + 2 * widest))
     prefill = (load.requests - 1) * one + reading + called * machine.activation_bytes
-    copy = 0
-    if scenario.number is not None:
-        read = [layer for layer in geometry.prunable if not layer.coded_in_place(scenario.number)]
-        elements = max((layer.elements for layer in read), default=0)
-        # The copy, and its keys or its values in single precision on the way there.
-        copy = int(load.requests * (budget * load.prompt + load.output) * elements * (PLAIN_BYTES + 2))
-    decode = load.requests * (one + machine.activation_bytes) + copy
+    decode = load.requests * (one + machine.activation_bytes)
     return Use(load.requests * one, max(prefill, decode) + load.requests * machine.logit_bytes)
 
 

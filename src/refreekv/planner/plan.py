@@ -197,7 +197,8 @@ def _advice(
         advice.append(f"read prompts in chunks: --prefill-chunk {CHUNK} (generate: prefill_chunk_size={CHUNK})")
     if machine.chunk is not None and fits(replace(machine, chunk=None)):
         advice.append("read each prompt in one call: --prefill-chunk all")
-    kinds: list[KVDtype | None] = [KVDtype(kind) for kind in ("fp8", "int8", "int4")]
+    kinds = [KVDtype(kind) for kind in ("int8", "int4")]
+    kinds = [kind for kind in kinds if all(layer.takes(kind) for layer in geometry.prunable)]
     kinds = kinds if geometry.prunable and scenario.number is None else []
     sizes = {form: weigh(model, form, counts).bytes for form in BITS}
     sizes = {form: size for form, size in sizes.items() if size < machine.weights}

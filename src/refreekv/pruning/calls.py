@@ -8,8 +8,8 @@ from torch import Tensor
 
 from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
+from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns
-from refreekv.storage.ragged import RaggedKV
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Entries:
     @classmethod
     def of_ragged(
         cls,
-        storage: RaggedKV,
+        storage: KVStorage,
         columns: Sequence[Columns],
         behind: int,
         visible: Tensor | None,

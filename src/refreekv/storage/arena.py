@@ -16,7 +16,9 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
-from refreekv.storage.ragged import Piece, RaggedKV
+from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.columns import Columns
+from refreekv.storage.ragged import RaggedKV, kept_of_rows
 
 LEAST_ROOM = 16
 """Entries that a segment can always take before its layer has to move."""
@@ -28,7 +30,7 @@ Span = tuple[int, int, int]
 """A line of ``spans`` in `kernels.gather`."""
 
 
-class KVArena(RaggedKV):
+class KVArena(KVStorage):
     """Keys and values of one layer, one growing segment per (row, KV head).
 
     Invariants: segment ``s`` has ``capacities[s]`` lines of the flat tensors, in order, and its entries
@@ -46,7 +48,7 @@ class KVArena(RaggedKV):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
-        super().__init__(keys, values, lengths)
+        self.keys, self.values, self._lengths = keys, values, list(lengths)
         self._room = list(room)
         self._left = _least(room)
         self._appended = 0
@@ -54,7 +56,7 @@ class KVArena(RaggedKV):
 
     def _ready(self) -> None:
         """Make what belongs to this process and device only."""
-        self.table = _on_device(self._lines(), self.keys.device)
+        self.table = on_device(self._lines(), self.keys.device)
         self._lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
 
@@ -68,19 +70,17 @@ class KVArena(RaggedKV):
         lengths: Sequence[tuple[int, ...]],
         room: int | None = None,
         freed: Sequence[bool] | None = None,
-        **kind: Any,
     ) -> Self:
         """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
 
-        Rows that are ``freed`` hold nothing, whatever their length. ``kind`` is what else an arena of this
-        class is made of.
+        Rows that are ``freed`` hold nothing, whatever their length.
         """
         freed = [False] * len(lengths) if freed is None else freed
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         rest = room_for(lengths) if room is None else room
         rooms = [-1 if gone else rest for gone in freed]
         storages = [_allocated(lengths, rooms, part) for part in (keys, values)]
-        return cls(storages[0], storages[1], lengths, rooms, **kind)
+        return cls(storages[0], storages[1], lengths, rooms)
 
     @classmethod
     def gathered(
@@ -90,34 +90,28 @@ class KVArena(RaggedKV):
         lengths: Sequence[tuple[int, ...]],
         spans: Sequence[Span],
         end: int,
-        **kind: Any,
+        room: int | None = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, copied once, straight to where they belong.
 
-        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
+        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`. ``room`` is as in
+        `like`.
         """
         # As much room as what goes leaves, so that no prompt comes to hold more than all of its entries.
         count = sum(map(len, lengths))
         evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
-        room = min(room_for(lengths), max(LEAST_ROOM, evicted))
-        arena = cls.for_entries(keys, values, lengths, room, **kind)
-        where, longest = _on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
+        room = min(room_for(lengths), max(LEAST_ROOM, evicted)) if room is None else room
+        arena = cls.like(keys, values, lengths, room)
+        where, longest = on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
         kernels.gather(keys, values, arena.table, where, arena.form, end=end, longest=longest)
         return arena
-
-    @classmethod
-    def for_entries(
-        cls, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: int, **kind: Any
-    ) -> Self:
-        """An arena that takes entries like ``keys`` and ``values`` ``[..., D]``."""
-        return cls.like(keys, values, lengths, room, **kind)
 
     @classmethod
     def of(cls, exact: RaggedKV) -> Self:
         """A copy of what an exact storage holds."""
         return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)
 
-    # -- the interface of RaggedKV ----------------------------------------------------------
+    # -- what every storage has --------------------------------------------------------------
 
     @property
     def form(self) -> kernels.Format:
@@ -125,20 +119,41 @@ class KVArena(RaggedKV):
         return kernels.Format(self.sizes, *self.types)
 
     @property
-    def lengths(self) -> list[tuple[int, ...]]:
+    def lengths(self) -> list[tuple[int, ...]]:  # type: ignore[override]  # nobody sets them
         """Entries of each row's KV heads."""
         if self._appended:
             self._settle()
         return self._lengths
 
-    @lengths.setter
-    def lengths(self, lengths: list[tuple[int, ...]]) -> None:
-        self._lengths = lengths
-
     @property
     def kv_heads(self) -> int:
         """KV heads of each row. Does not settle lengths: it is asked for at each token."""
         return len(self._lengths[0])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    @property
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of the keys and of the values that come out. Those of wider entries that come in are taken over."""
+        return self.keys.dtype, self.values.dtype
+
+    @property
+    def tables(self) -> "tuple[KVArena, ...]":
+        """The arena itself."""
+        return (self,)
+
+    def full(self) -> RaggedKV:
+        """All entries, one beside the other: a copy."""
+        held = [self.segments(row) for row in range(len(self.lengths))]
+        return RaggedKV.from_pieces([[keys] for keys, _ in held], [[values] for _, values in held])
+
+    def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""
+        with self.table_in_turn() as table:
+            return kernels.ragged_decode(query, table, self.form, scaling=scaling, softcap=softcap, sinks=sinks)
 
     @property
     def freed(self) -> list[bool]:
@@ -163,6 +178,11 @@ class KVArena(RaggedKV):
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row's lines, room included."""
         return sum(self.capacities[row]) * self._line_bytes
+
+    @property
+    def _line_bytes(self) -> int:
+        """Bytes of a line of keys and one of values."""
+        return sum(flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
@@ -202,13 +222,13 @@ class KVArena(RaggedKV):
         Entries of a wider type than those stored widen these first, as in any other storage.
         """
         with self.table_in_turn():
-            self._widen(keys.dtype, values.dtype)
+            self.widen(keys.dtype, values.dtype)
             self.reserve(keys.shape[2])
             kernels.append(keys, values, self.table, self.form)
             self.note_appended(keys.shape[2])
         return self
 
-    def _widen(self, *brought: torch.dtype) -> None:
+    def widen(self, *brought: torch.dtype) -> None:
         """Store keys and values in types that hold those ``brought``, too: a copy if they do not yet."""
         wider = [torch.promote_types(*pair) for pair in zip(self.types, brought, strict=True)]
         if tuple(wider) == self.types:
@@ -216,7 +236,7 @@ class KVArena(RaggedKV):
         with torch.inference_mode(False):
             self.keys, self.values = self.keys.to(wider[0]), self.values.to(wider[1])
             # Another table: whoever borrowed this one reads and writes entries of the old types.
-            self.table = _on_device(self._lines(), self.table.device)
+            self.table = on_device(self._lines(), self.table.device)
 
     def select_rows(self, indices: Sequence[int]) -> Self:
         """A new arena of the rows ``indices``, in that order; rows may repeat."""
@@ -234,6 +254,20 @@ class KVArena(RaggedKV):
         with self.table_in_turn() as own:
             shorter._take(own)
         return shorter
+
+    def keep(self, kept: Sequence[Columns], behind: int) -> Self:
+        """A new arena of what a policy keeps of each row, and the last ``behind`` entries."""
+        stays = kept_of_rows(self.rows(), kept, behind)
+        return self._alike(stays.lengths, self.freed)._copied(stays)
+
+    def taken(self, entries: Sequence[Sequence[Tensor]]) -> Self:
+        """A new arena of some entries, given as indices for each row's KV heads."""
+        sides: tuple[list[list[Piece]], list[list[Piece]]] = ([], [])
+        for row, heads in enumerate(entries):
+            for into, own in zip(sides, self.segments(row), strict=True):
+                into.append([[part.index_select(0, index) for part, index in zip(own, heads, strict=True)]])
+        stays = RaggedKV.from_pieces(*sides)
+        return self._alike(stays.lengths, self.freed)._copied(stays)
 
     def _alike(self, lengths: Sequence[tuple[int, ...]], freed: Sequence[bool]) -> Self:
         """Another arena that stores entries as this one does."""
@@ -264,12 +298,12 @@ class KVArena(RaggedKV):
         self._appended += tokens
         self._left -= tokens
 
-    def drop(self, tokens: int) -> bool:
+    def drop(self, tokens: int, due: int = 0) -> bool:
         """Take the last entries of all segments back, in place; False if more room than is due would be left.
 
-        Every segment of a row that was not freed must hold as many.
+        Every segment of a row that was not freed must hold as many. ``due`` is room that is due at least.
         """
-        if self._left + tokens > room_for(self.lengths) + LEAST_ROOM:
+        if self._left + tokens > max(room_for(self.lengths), due) + LEAST_ROOM:
             return False
         with self.table_in_turn() as own:
             own[:, LENGTH] -= tokens * (own[:, CAPACITY] > 0)
@@ -284,6 +318,48 @@ class KVArena(RaggedKV):
         none = (0,) * self.kv_heads
         lengths = [none if row in gone else kept for row, kept in enumerate(self.lengths)]
         self._reallocate(lengths, [-1 if row in gone else room for row, room in enumerate(self._room)])
+
+    def lengthen(self, counts: Sequence[Sequence[int]]) -> None:
+        """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written."""
+        longer = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self.lengths, counts, strict=True)]
+        grown = [max(row) for row in counts]
+        if all(
+            freed or (min(row) == most <= room)
+            for row, most, room, freed in zip(counts, grown, self._room, self.freed, strict=True)
+        ):
+            with self.table_in_turn() as own:
+                own[:, LENGTH] += on_device([[n for row in counts for n in row]], own.device)[0]
+            self._lengths = longer
+            self._room = [room if room < 0 else room - most for room, most in zip(self._room, grown, strict=True)]
+            self._left = _least(self._room)
+            return
+        room = max(2 * LEAST_ROOM, room_for(longer))
+        self._reallocate(longer, [-1 if freed else room for freed in self.freed])
+
+    def cut(self, firsts: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], room: int) -> None:
+        """Take entries out of each row's KV heads, from ``firsts[b][h]`` on, and leave ``room`` for others."""
+        with self.table_in_turn() as own:
+            old, storages = own.clone(), (self.keys, self.values)
+            lengths = [
+                tuple(n - count for n, count in zip(*rows, strict=True))
+                for rows in zip(self.lengths, counts, strict=True)
+            ]
+            rooms = [-1 if freed else room for freed in self.freed]
+            self.keys, self.values = (_allocated(lengths, rooms, storage) for storage in storages)
+            self._lengths, self._room, self._appended, self._left = lengths, rooms, 0, _least(rooms)
+            own.copy_(on_device(self._lines(), own.device))
+            flat = [[n for row in numbers for n in row] for numbers in (firsts, counts)]
+            first, count = on_device(flat, own.device)
+            before, after, target = old.clone(), old, own.clone()
+            before[:, LENGTH] = first
+            after[:, LENGTH] -= first + count
+            target[:, LENGTH] -= first
+            for side, storage in ((KEY, self.keys), (VALUE, self.values)):
+                line = storage.shape[-1] * storage.element_size()
+                after[:, side] += (first + count) * line
+                target[:, side] += first * line
+            self._take(before)
+            self._take(after, target)
 
     @contextmanager
     def table_in_turn(self) -> Iterator[Tensor]:
@@ -319,15 +395,16 @@ class KVArena(RaggedKV):
         self.keys, self.values = (_allocated(lengths, room, storage) for storage in old_storages)
         self._lengths, self._room, self._appended = list(lengths), list(room), 0
         self._left = _least(room)
-        self.table.copy_(_on_device(self._lines(), self.table.device))
+        self.table.copy_(on_device(self._lines(), self.table.device))
         self._take(old)
 
-    def _take(self, source: Tensor) -> None:
-        """Copy the entries of a table's segments to this arena's, which are as long or shorter."""
+    def _take(self, source: Tensor, target: Tensor | None = None) -> None:
+        """Copy the entries of a table's segments to this arena's, or to those of ``target``, a part of this arena."""
         key, value = (storage.shape[-1] * storage.element_size() for storage in (self.keys, self.values))
         longest = max(map(max, self.lengths))
         if longest:
-            kernels.move(source, self.table, key_bytes=key, value_bytes=value, longest=longest)
+            target = self.table if target is None else target
+            kernels.move(source, target, key_bytes=key, value_bytes=value, longest=longest)
 
     def _settle(self) -> None:
         self._lengths = [
@@ -385,7 +462,7 @@ def _allocated(lengths: Sequence[tuple[int, ...]], room: Sequence[int], like: Te
         return torch.empty(lines, like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def _on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers on a device; the host does not wait for it."""
     with torch.inference_mode(False):
         table = torch.tensor(lines, dtype=torch.int64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refreekv.storage.ragged import Piece
+from refreekv.storage.base import Piece
 
 Range = tuple[int, int]
 

@@ -7,26 +7,15 @@ tensors, row by row, and in a row KV head by KV head.
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-Piece: TypeAlias = Tensor | Sequence[Tensor]
-"""A part of a row: ``[kv_heads, l, D]``, or one ``[l_h, D]`` for each KV head."""
+from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.columns import Columns, pieces
 
 
-class Frame(Protocol):
-    """Coordinates that keys and values are read in, where those are not the model's own."""
-
-    def query(self, query: Tensor) -> Tensor:
-        """Queries ``[B, H, q, D]`` in these coordinates."""
-
-    def output(self, output: Tensor) -> Tensor:
-        """Attention's output ``[B, q, H, Dv]`` in the model's coordinates again."""
-
-
-class RaggedKV:
+class RaggedKV(KVStorage):
     """Keys and values of one layer, one segment per (row, KV head). Never changed in place.
 
     Invariant: the flat tensors have as many lines as ``lengths`` adds up to, and own
@@ -52,28 +41,14 @@ class RaggedKV:
         return cls(_flat(keys, lengths), _flat(values, lengths), lengths)
 
     @property
-    def kv_heads(self) -> int:
-        """KV heads of each row."""
-        return len(self.lengths[0])
-
-    @property
     def sizes(self) -> tuple[int, int]:
         """Head sizes of keys and values."""
         return self.keys.shape[-1], self.values.shape[-1]
 
     @property
     def types(self) -> tuple[torch.dtype, torch.dtype]:
-        """Types of the keys and of the values that come out. Those of wider entries that come in are taken over."""
+        """Types of the keys and of the values."""
         return self.keys.dtype, self.values.dtype
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all segments have one length, so that `stacked` is a view."""
-        return len({length for row in self.lengths for length in row}) <= 1
-
-    def even(self, row: int) -> bool:
-        """Whether all KV heads of a row hold equally many entries."""
-        return len(set(self.lengths[row])) == 1
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +64,10 @@ class RaggedKV:
         """Bytes of a line of keys and one of values."""
         return sum(flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
 
+    def full(self) -> "RaggedKV":
+        """Return the storage itself."""
+        return self
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
         shape = (len(self.lengths), self.kv_heads, self.lengths[0][0])
@@ -101,23 +80,6 @@ class RaggedKV:
             (_rectangular(key, lengths), _rectangular(value, lengths))
             for key, value, lengths in zip(self.keys.split(sizes), self.values.split(sizes), self.lengths, strict=True)
         ]
-
-    def for_attention(self, *, shifts: bool) -> "tuple[RaggedKV, Frame | None]":
-        """What attention reads for the length of a call, and the coordinates it is in; None: the model's.
-
-        ``shifts`` says whether a number added to all logits of a query may be left out: not where
-        logits are capped, or compared with others than these entries' (learned sinks).
-        """
-        return self, None
-
-    def visible(self, row: int) -> Tensor | None:
-        """Boolean ``[kv_heads, L]``, False where `rows` padded a head of this row; None if it padded none."""
-        if self.even(row):
-            return None
-        longest = max(self.lengths[row])
-        places = torch.arange(longest, device=self.keys.device)
-        # Numbers become arguments of launches: a copy of a list would make the host wait for the device.
-        return torch.stack([places >= longest - length for length in self.lengths[row]])
 
     def append(self, keys: Tensor, values: Tensor) -> "RaggedKV":
         """A new storage with ``[B, kv_heads, q, D]`` new entries at the segments' ends, of a type that holds all."""
@@ -156,6 +118,21 @@ class RaggedKV:
             keys.append([[head[:n] for head, n in zip(key, wanted, strict=True)]])
             values.append([[head[:n] for head, n in zip(value, wanted, strict=True)]])
         return RaggedKV.from_pieces(keys, values)
+
+    def keep(self, kept: Sequence[Columns], behind: int) -> "RaggedKV":
+        """A new storage of what a policy keeps of each row, and the last ``behind`` entries."""
+        return kept_of_rows(self.rows(), kept, behind)
+
+
+def kept_of_rows(rows: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Columns], behind: int) -> RaggedKV:
+    """What a policy keeps of rows ``[kv_heads, n, D]``, and the last ``behind`` entries, copied once."""
+    keys: list[list[Piece]] = []
+    values: list[list[Piece]] = []
+    for columns, (key, value) in zip(kept, rows, strict=True):
+        stored = key.shape[1] - behind
+        keys.append([*pieces(key, columns), key[:, stored:]])
+        values.append([*pieces(value, columns), value[:, stored:]])
+    return RaggedKV.from_pieces(keys, values)
 
 
 def _lengths(row: Sequence[Piece]) -> tuple[int, ...]:

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv.core.coded_lines import Coding, line_bytes
-from refreekv.core.quantisation import Codes, KVDtype
-from refreekv.core.quantisation import line_bytes as code_bytes
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.storage.arena import KVArena
-from refreekv.storage.coded_arena import CodedArena
-from refreekv.storage.quantised import QuantisedKV
+from refreekv.storage.base import KVStorage
+from refreekv.storage.leveled import Coding, LeveledKV
 from refreekv.storage.ragged import RaggedKV
 
 TYPES = {
@@ -42,26 +40,16 @@ class Written(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def written(storage: RaggedKV) -> Written:
+def written(storage: KVStorage) -> Written:
     """What says all about a storage, less room to grow: an arena is written as the exact storage of its entries."""
-    if isinstance(storage, CodedArena):
-        coding = storage.coding
-        lines = _exact(storage.lines)
-        numbers = {
-            "sizes": list(coding.sizes),
-            "groups": list(coding.groups),
-            "halves": [_name(kind) for kind in coding.halves],
-            "types": [_name(kind) for kind in coding.types],
-        }
-        return Written({"kind": "lines", "coding": numbers, **lines.plain}, lines.tensors)
-    if isinstance(storage, QuantisedKV):
-        return _quantised(storage)
+    if isinstance(storage, LeveledKV):
+        return _coded(storage)
     plain, tensors = _exact(storage)
     return Written({"kind": "exact", **plain}, tensors)
 
 
-def read(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RaggedKV:
-    """The storage that was written, with the entries in tensors of their own; never an arena but for lines.
+def read(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> KVStorage:
+    """The storage that was written, with the entries in tensors of their own; exact entries never in an arena.
 
     Raises
     ------
@@ -71,19 +59,15 @@ def read(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RaggedKV:
     kind = plain["kind"]
     if kind == "exact":
         return _read_exact(plain, tensors)
-    if kind == "lines":
-        return _read_lines(plain, tensors)
-    if kind == "quantised":
-        return _read_quantised(plain, tensors)
+    if kind == "coded":
+        return _read_coded(plain, tensors)
     raise ValueError(f"unknown storage {kind!r}")
 
 
-def _exact(storage: RaggedKV, prefix: str = "") -> Written:
-    if isinstance(storage, KVArena):
-        rows = [storage.segments(row) for row in range(len(storage.lengths))]
-        storage = RaggedKV.from_pieces([[keys] for keys, _ in rows], [[values] for _, values in rows])
-    lengths = [list(row) for row in storage.lengths]
-    return Written({f"{prefix}lengths": lengths}, {f"{prefix}keys": storage.keys, f"{prefix}values": storage.values})
+def _exact(storage: KVStorage, prefix: str = "") -> Written:
+    entries = storage.full()
+    lengths = [list(row) for row in entries.lengths]
+    return Written({f"{prefix}lengths": lengths}, {f"{prefix}keys": entries.keys, f"{prefix}values": entries.values})
 
 
 def _read_exact(
@@ -109,61 +93,45 @@ def read_lengths(given: Any) -> list[tuple[int, ...]]:
     return lengths
 
 
-def _read_lines(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CodedArena:
-    numbers: Mapping[str, Any] = plain["coding"]
-    sizes, groups = (_pair(numbers[name], int) for name in ("sizes", "groups"))
-    halves, types = ([TYPES[name] for name in _pair(numbers[kind], str)] for kind in ("halves", "types"))
-    _check(all(half.itemsize == 2 for half in halves), "scales are of no type of 16 bits")
-    _check(
-        all(size > 0 and group > 0 and size % group == 0 for size, group in zip(sizes, groups, strict=True)),
-        "groups do not divide heads",
-    )
-    coding = Coding((sizes[0], sizes[1]), (groups[0], groups[1]), (halves[0], halves[1]), (types[0], types[1]))
-    lines = _read_exact(plain, tensors, types=[torch.uint8])
-    for flat, size, group in zip((lines.keys, lines.values), sizes, groups, strict=True):
-        _check(flat.shape[1] == line_bytes(size, group), "lines are of another length than their format")
-    empty = CodedArena.like(*coding.no_lines(lines.keys.device), lines.lengths, coding=coding)
-    return empty.of_lines(lines)
-
-
-def _quantised(storage: QuantisedKV) -> Written:
-    parts = storage.parts
-    plain: dict[str, Any] = {
-        "kind": "quantised",
-        "format": str(storage.kind),
-        "coded": [list(row) for row in storage.coded],
-        "code_types": [_name(codes.dtype) for codes in parts.codes],
+def _coded(storage: LeveledKV) -> Written:
+    exact, lines, coding = _exact(storage.exact), _exact(storage.coded, "coded_"), storage.coding
+    plain = {
+        "kind": "coded",
+        "format": coding.form.numbers,
+        "recent": coding.recent,
+        "sinks": [list(row) for row in storage.sinks],
+        "types": [_name(kind) for kind in storage.types],
     }
-    tensors: dict[str, Tensor] = {}
-    for name, exact in (("sinks_", parts.sinks), ("recent_", parts.recent)):
-        own = _exact(exact, name)
-        plain |= own.plain
-        tensors |= own.tensors
-    for side, codes, centres in zip(("key", "value"), parts.codes, parts.centres, strict=True):
-        tensors |= {f"{side}_codes": codes.payload, f"{side}_scales": codes.scale, f"{side}_centres": centres}
-    return Written(plain, tensors)
+    means = {"key_means": coding.maps.key_mean, "value_means": coding.maps.value_mean}
+    return Written({**plain, **exact.plain, **lines.plain}, {**exact.tensors, **lines.tensors, **means})
 
 
-def _read_quantised(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantisedKV:
-    kind = KVDtype.parse(str(plain["format"]))
-    assert kind is not None
-    coded = read_lengths(plain["coded"])
-    sinks, recent = (_read_exact(plain, tensors, name) for name in ("sinks_", "recent_"))
-    shape = (len(coded), len(coded[0]))
-    for lengths in (sinks.lengths, recent.lengths):
-        _check((len(lengths), len(lengths[0])) == shape, "parts have different rows or KV heads")
-    _check(sinks.sizes == recent.sizes, "parts have different head sizes")
-    codes, centres = [], []
-    sides = zip(("key", "value"), recent.sizes, kind.widths, _pair(plain["code_types"], str), strict=True)
-    for side, size, bits, name in sides:
-        payload, scale, centre = (tensors[f"{side}_{what}"] for what in ("codes", "scales", "centres"))
-        _check(payload.dtype == torch.uint8 and payload.shape == (sum(map(sum, coded)), code_bytes(size, bits) - 2),
-               "codes and lengths do not agree")  # fmt: skip
-        _check(scale.shape == payload.shape[:1] and scale.dtype in TYPES.values(), "codes have no scale each")
-        _check(centre.shape == (*shape, size) and centre.is_floating_point(), "KV heads have no mean each")
-        codes.append(Codes(payload, scale, bits, size, TYPES[name]))
-        centres.append(centre)
-    return QuantisedKV(kind, sinks, (codes[0], codes[1]), coded, recent, (centres[0], centres[1]))
+def _read_coded(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LeveledKV:
+    exact, types = _read_exact(plain, tensors), [TYPES[name] for name in _pair(plain["types"], str)]
+    lengths = read_lengths(plain["coded_lengths"])
+    sinks, numbers, recent = read_lengths(plain["sinks"]), plain["format"], plain["recent"]
+    shape = (len(lengths), len(lengths[0]))
+    for others in (exact.lengths, sinks):
+        _check((len(others), len(others[0])) == shape, "parts have different rows or KV heads")
+    for firsts, held in zip(sinks, exact.lengths, strict=True):
+        _check(all(first <= n for first, n in zip(firsts, held, strict=True)), "there are more sinks than entries")
+    _check(type(recent) is int and recent >= 0, "the newest entries are of no number")
+    _check(
+        isinstance(numbers, list) and len(numbers) == 10 and all(type(n) is int for n in numbers),
+        "the format of codes is none",
+    )
+    form = PackedFormat.from_numbers(numbers)
+    _check((form.key_size, form.value_size) == exact.sizes, "exact and coded entries have different head sizes")
+    count, lines, factors = sum(map(sum, lengths)), tensors["coded_keys"], tensors["coded_values"]
+    _check(lines.dtype == torch.uint8 and lines.shape == (count, form.line_bytes), "codes and lengths do not agree")
+    _check(factors.dtype == torch.float16 and factors.shape == (count, 2), "codes have no scales")
+    means = tensors["key_means"], tensors["value_means"]
+    for mean, size in zip(means, exact.sizes, strict=True):
+        _check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
+    own = torch.promote_types(*exact.types)
+    coding = Coding(form, PackedMaps.rotated(*means, own), recent)
+    coded = KVArena.of(RaggedKV(lines, factors, lengths))
+    return LeveledKV(KVArena.of(exact), coded, sinks, coding, (types[0], types[1]))
 
 
 def _pair(given: Any, kind: type) -> list[Any]:

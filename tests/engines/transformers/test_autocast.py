@@ -13,7 +13,7 @@ from helpers.models import build, prompts
 from refreekv.engines.transformers import layer as layer_module
 from refreekv.engines.transformers.attachment import attached
 from refreekv.storage.arena import KVArena
-from refreekv.storage.coded_arena import CodedArena
+from refreekv.storage.leveled import LeveledKV
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ON_GPU = torch.cuda.is_available()
@@ -82,7 +82,7 @@ def storage_types(cache):
 @pytest.mark.parametrize("policy", ["window", "full", "uneven"])
 @pytest.mark.parametrize("when", MIXED)
 def test_arena_and_captured_steps_give_what_exact_storage_gives(when, policy, steps):
-    model = build("llama", attention="sdpa").to(WHERE)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     prompt, answer = MIXED[when]
     plain, arena, coded = (cache_of(model, policy, **kind) for kind in (PLAIN, ARENA, INT8))
     want = conversation(model, plain, prompt, answer)
@@ -90,7 +90,7 @@ def test_arena_and_captured_steps_give_what_exact_storage_gives(when, policy, st
     got = conversation(model, arena, prompt, answer)
     in_lines = conversation(model, coded, prompt, answer)
     assert {type(layer.ragged) for layer in arena.pruned_layers} == {KVArena}
-    assert {type(layer.ragged) for layer in coded.pruned_layers} == {CodedArena}
+    assert {type(layer.ragged) for layer in coded.pruned_layers} == {LeveledKV}
     # Only a token whose values are wider than what is stored has to run by itself.
     assert steps["run"] - before == 80 - (when in ("prompt in, answer out", "two types"))
     if answer is None:
@@ -117,7 +117,7 @@ def test_arena_and_captured_steps_give_what_exact_storage_gives(when, policy, st
 @pytest.mark.parametrize("kind", [BF16, F16], ids=str)
 def test_policies_decide_as_they_would_without_autocast(policy, kind, monkeypatch):
     """What looks at keys, values and queries of different types computes in the precision that it is written in."""
-    model = build("llama", attention="sdpa").to(WHERE)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     chosen = []
 
     def noted(*arguments):
@@ -138,7 +138,7 @@ def test_policies_decide_as_they_would_without_autocast(policy, kind, monkeypatc
 @pytest.mark.parametrize("order", [*itertools.product([None, BF16, F16], repeat=2)], ids=str)
 def test_a_model_moved_to_another_type_goes_on(order, kind, llama):
     """Queries of another type than the keys, both ways, without autocast."""
-    model = build("llama", attention="sdpa").to(WHERE)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     first, then = (F32 if kind is None else kind for kind in order)
     cache = cache_of(model.to(first), "window", **kind)
     ids, mask = (part.to(WHERE) for part in prompts(RAGGED, seed=3))
@@ -151,7 +151,7 @@ def test_a_model_moved_to_another_type_goes_on(order, kind, llama):
             logits, mask = feed(model, cache, token, mask)
             got.append(logits[:, -1].float())
         more, mask = feed(model, cache, ids[:, :9], mask)
-    plain = build("llama", attention="sdpa").to(WHERE)
+    plain = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     judge = cache_of(plain, "window", **PLAIN)
     ids, mask = (part.to(WHERE) for part in prompts(RAGGED, seed=3))
     with torch.no_grad(), judge.state.until(ids.shape[1], generating=True):
@@ -169,7 +169,7 @@ def test_a_model_moved_to_another_type_goes_on(order, kind, llama):
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}], ids=str)
 def test_generate_within_autocast(settings, kind):
     """Beams reorder, repeat and select rows of both storages."""
-    model = build("llama", attention="sdpa").to(WHERE)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     ids, mask = (part.to(WHERE) for part in prompts((40, 33), seed=3))
     outcome = []
     for choice in (PLAIN, kind):
@@ -191,7 +191,7 @@ def test_generate_within_autocast(settings, kind):
 
 @pytest.mark.parametrize("kind", [PLAIN, ARENA, INT8], ids=str)
 def test_what_changes_rows_and_lengths_keeps_types_apart(kind):
-    model = build("llama", attention="sdpa").to(WHERE)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     cache = cache_of(model, "uneven", **kind)
     whole = cache_of(model, "uneven", **PLAIN)
     ids, mask = (part.to(WHERE) for part in prompts(RAGGED, seed=3))
@@ -219,7 +219,7 @@ def test_what_changes_rows_and_lengths_keeps_types_apart(kind):
 
 def test_rotary_tables_in_float32_of_a_bfloat16_model():
     """Keys and queries of such models are wider than their values, without any autocast."""
-    model = build("llama", attention="sdpa").to(WHERE, BF16)
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE, BF16)
     rotary = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: rotary(x.float(), position_ids)
     project = model.model.layers[0].self_attn.o_proj.weight.dtype
@@ -238,7 +238,7 @@ def test_rotary_tables_in_float32_of_a_bfloat16_model():
 
 
 def test_values_of_another_size_than_stored_are_refused():
-    model = build("llama", attention="sdpa")
+    model = build("llama", attention="sdpa", head_dim=16)
     for arena in (False, True):
         cache = cache_of(model, "window", arena=arena)
         layer = cache.pruned_layers[0]
@@ -258,7 +258,7 @@ def test_values_of_another_size_than_stored_are_refused():
 @pytest.mark.parametrize("when", MIXED)
 def test_on_a_gpu_graphs_give_what_eager_decoding_gives(when, kv_dtype):
     """Captured under autocast a graph must not read copies of weights that autocast has dropped."""
-    model = build("llama", attention="sdpa").cuda()
+    model = build("llama", attention="sdpa", head_dim=16).cuda()
     prompt, answer = MIXED[when]
     outcome = []
     for decode in ("eager", "graph", "graph"):

@@ -55,10 +55,10 @@ def test_cuda_gives_what_the_cpu_gives(name, parameters, lengths, chunk):
     assert outcome[0][2] < outcome[1][2] <= outcome[0][2] + 16 * segments * entry
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp8:recent=8", "int8:recent=8", "int4:recent=8"])
+@pytest.mark.parametrize("kv_dtype", ["k6v4:recent=8", "int8:recent=8", "int4:recent=8"])
 @pytest.mark.parametrize(("name", "parameters"), POLICIES[:3], ids=lambda p: p if isinstance(p, str) else "")
 def test_quantised_storage_is_that_of_the_cpu(name, parameters, kv_dtype):
-    model = build("llama")
+    model = build("llama", head_dim=16)
     ids, mask = prompts((52, 40, 29, 47), seed=3)
     outcome = []
     for device in ("cpu", "cuda"):

@@ -13,7 +13,7 @@ from helpers.models import build, prompts
 from refreekv.engines.transformers import graph
 from refreekv.engines.transformers.attachment import attached
 from refreekv.storage.arena import KVArena
-from refreekv.storage.coded_arena import CodedArena
+from refreekv.storage.leveled import LeveledKV
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,14 +94,15 @@ def test_an_answer_that_ends_early_leaves_the_cache_as_eager_decoding_does(lengt
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("policy", ["refreekv", "uneven", "full"])
 @pytest.mark.parametrize("lengths", [(60,), RAGGED], ids=["alone", "batch"])
-def test_int8_decodes_through_captured_steps(lengths, policy, name, captures):
-    model = build(name, attention="sdpa").cuda()
+@pytest.mark.parametrize("kind", ["int8:recent=8", "int4:recent=8", "k6v4:recent=8"])
+def test_codes_are_decoded_through_captured_steps(kind, lengths, policy, name, captures):
+    model = build(name, attention="sdpa", head_dim=16).cuda()
     ids, mask = (part.cuda() for part in prompts(lengths, seed=3))
-    eager, _ = answers(model, ids, mask, "eager", policy_of(policy), kv_dtype="int8")
-    captured, cache = answers(model, ids, mask, "graph", policy_of(policy), kv_dtype="int8")
+    eager, _ = answers(model, ids, mask, "eager", policy_of(policy), kv_dtype=kind)
+    captured, cache = answers(model, ids, mask, "graph", policy_of(policy), kv_dtype=kind)
     assert len(captures) == 1
     assert captures[0]._graph is not None
-    assert all(isinstance(layer.ragged, CodedArena) for layer in cache.pruned_layers)
+    assert all(isinstance(layer.ragged, LeveledKV) for layer in cache.pruned_layers)
     # The same kernels, but other ones around them: an element half-way between two codes may go to either, and
     # then logits that are as good as equal change places.
     tokens = eager.sequences.shape[1] - ids.shape[1]
@@ -112,12 +113,12 @@ def test_int8_decodes_through_captured_steps(lengths, policy, name, captures):
             assert (one - other).norm() < 0.02 * other.norm(), step
 
 
-def test_int8_prompts_are_stored_as_on_the_cpu():
-    model = build("llama", attention="sdpa")
+def test_coded_prompts_are_stored_as_on_the_cpu():
+    model = build("llama", attention="sdpa", head_dim=16)
     ids, mask = prompts(RAGGED, seed=3)
     caches = []
     for device in ("cpu", "cuda"):
-        caches.append(refreekv.ReFreeKVCache(model.to(device), "refreekv", kv_dtype="int8"))
+        caches.append(refreekv.ReFreeKVCache(model.to(device), "refreekv", kv_dtype="int8:recent=8"))
         caches[-1].state.arena = True
         with torch.no_grad():
             model(ids.to(device), attention_mask=mask.to(device), past_key_values=caches[-1])
@@ -131,12 +132,12 @@ def test_int8_prompts_are_stored_as_on_the_cpu():
 
 
 def test_int8_and_full_precision_take_turns_on_one_model(captures):
-    model = build("llama", attention="sdpa").cuda()
+    model = build("llama", attention="sdpa", head_dim=16).cuda()
     ids, mask = (part.cuda() for part in prompts((60,), seed=3))
-    outcome = [answers(model, ids, mask, "graph", kv_dtype=kind)[0].sequences for kind in (None, "int8") * 2]
+    outcome = [answers(model, ids, mask, "graph", kv_dtype=kind)[0].sequences for kind in (None, "int8:recent=8") * 2]
     assert torch.equal(outcome[0], outcome[2])
     assert torch.equal(outcome[1], outcome[3])
-    assert [step.forms[0].groups for step in captures[:2]] == [None, (8, 8)]
+    assert [step.reads[0].form.packed is None for step in captures[:2]] == [True, False]
 
 
 def test_one_capture_for_each_batch_size(captures):

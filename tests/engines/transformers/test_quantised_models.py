@@ -1,6 +1,7 @@
-"""Whole models over coded K/V: large key biases, capped logits and learned sinks, drafts, beams, batches."""
+"""Whole models over coded K/V: large key biases, capped logits and learned sinks, drafts, batches."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from helpers.driving import greedy, prefill
 from helpers.models import build, prompts
-from refreekv import KVDtype, ReFreeKVCache
+from refreekv import KVDtype, ReFreeKVCache, kernels
 from refreekv.core import quantisation
 from refreekv.engines.transformers import layer as layers
-from refreekv.storage.quantised import QuantisedKV
 
 LENGTH = 180
 
@@ -49,11 +49,10 @@ def divergence(model, kv_dtype) -> float:
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_large_key_biases(size, monkeypatch):
     model = with_key_bias(size)
-    kinds = ["int4:recent=8", "int8", "fp8:recent=8"]
-    four, eight, fp8 = (divergence(model, kind) for kind in kinds)
+    kinds = ["int4:recent=8", "int8:recent=8"]
+    four, eight = (divergence(model, kind) for kind in kinds)
     assert four < 0.03
     assert eight < 3e-4
-    assert fp8 < 3e-3
     monkeypatch.setattr(layers, "centre_of", lambda entries, real=None: torch.zeros_like(entries[..., 0, :]))
     assert divergence(model, kinds[0]) > 20 * four  # the bias is large, and it is the mean that takes it out
 
@@ -77,7 +76,7 @@ def with_capped_logits():
     return Gemma2ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [lambda: build("gpt_oss"), with_capped_logits], ids=["learned sinks", "caps"])
+@pytest.mark.parametrize("make", [lambda: build("gpt_oss", head_dim=16), with_capped_logits], ids=["sinks", "caps"])
 @torch.no_grad()
 def test_logits_that_may_not_be_shifted(make, monkeypatch):
     """Learned sinks compare logits with a number of their own, caps bend them: the mean key must not be left out."""
@@ -87,41 +86,47 @@ def test_logits_that_may_not_be_shifted(make, monkeypatch):
             block.self_attn.sinks.data.fill_(4.0)
         block.self_attn.q_proj.bias.data.add_(1.0)
         block.self_attn.k_proj.bias.data.sub_(3.0)
-    full, coded = ReFreeKVCache(model, "full"), ReFreeKVCache(model, "full", kv_dtype="int8")
+    full, coded = ReFreeKVCache(model, "full"), ReFreeKVCache(model, "full", kv_dtype="int8:recent=8")
     ids, _ = prompts((LENGTH,), seed=4)
-    fed, _ = prompts((5,), seed=5)
+    fed, _ = prompts((1,), seed=5)
     for cache in (full, coded):
         model(ids, past_key_values=cache)
-    wanted, got = (model(fed, past_key_values=copy.deepcopy(cache)).logits for cache in (full, coded))
+
+    def step(cache):
+        """One more token as `generate` feeds it, which is read in place."""
+        cache = copy.deepcopy(cache)
+        with cache.state.until(LENGTH, generating=True):
+            return model(fed, past_key_values=cache).logits
+
+    wanted, got = step(full), step(coded)
     off = float((wanted - got).abs().mean() / wanted.std())
     assert off < 0.03
-    read = QuantisedKV.for_attention
-    monkeypatch.setattr(QuantisedKV, "for_attention", lambda self, shifts: read(self, shifts=True))
-    shifted = model(fed, past_key_values=coded).logits
-    assert float((wanted - shifted).abs().mean() / wanted.std()) > 2 * off
+    read = kernels.packed_attention
+
+    def shifted(query, exact, tables, forms, maps, **settings):
+        return read(query, exact, tables, forms, replace(maps, key_mean=0 * maps.key_mean), **settings)
+
+    monkeypatch.setattr(kernels, "packed_attention", shifted)
+    wrong = step(coded)
+    assert float((wanted - wrong).abs().mean() / wanted.std()) > 1.5 * off
 
 
-@pytest.mark.parametrize("kind", ["int4:recent=8", "int8"])
-def test_drafts_and_beams(kind):
-    model = build("llama", attention="sdpa")
+@pytest.mark.parametrize("kind", ["int4:recent=8", "int8:recent=8"])
+def test_drafts(kind):
+    model = build("llama", attention="sdpa", head_dim=16)
     ids, _ = prompts((60,), seed=12)
     ids = ids.repeat(1, 2)
     mask = torch.ones_like(ids)
-    caches = [ReFreeKVCache(model, "full", kv_dtype=kind) for _ in range(3)]
-    wanted = greedy(model, ids, mask, caches[0], steps=14)
-    assert torch.equal(greedy(model, ids, mask, caches[1], steps=14, prompt_lookup_num_tokens=4), wanted)
-    # One beam of one row among others is that row alone.
-    beams = greedy(model, ids, mask, caches[2], steps=14, num_beams=3)
-    full = greedy(model, ids, mask, ReFreeKVCache(model, "full"), steps=14, num_beams=3)
-    assert beams.shape == full.shape
-    if kind == "int8":
-        assert torch.equal(beams, full)
+    caches = [ReFreeKVCache(model, "full", kv_dtype=kind) for _ in range(2)]
+    wanted = greedy(model, ids, mask, caches[0], steps=50)
+    assert torch.equal(greedy(model, ids, mask, caches[1], steps=50, prompt_lookup_num_tokens=4), wanted)
+    assert all(layer.ragged.coded.lengths == [(120 - 12 + 32,) * 2] for layer in caches[1].pruned_layers)
 
 
-@pytest.mark.parametrize("kind", ["int4:recent=8", "int8", "k6v4:recent=8"])
+@pytest.mark.parametrize("kind", ["int4:recent=8", "int8:recent=8", "k6v4:recent=8"])
 @torch.no_grad()
 def test_rows_of_a_batch_do_not_influence_each_other(kind):
-    model = build("llama", attention="sdpa")
+    model = build("llama", attention="sdpa", head_dim=16)
     lengths = (150, 97, 128)
     together = ReFreeKVCache(model, "full", kv_dtype=kind)
     _, mask = prefill(model, together, lengths)
@@ -135,15 +140,20 @@ def test_rows_of_a_batch_do_not_influence_each_other(kind):
         model(ids[row : row + 1, -length:], past_key_values=alone)
         got = model(fed[row : row + 1], past_key_values=alone).logits
         for mine, other in zip(alone.pruned_layers, together.pruned_layers, strict=True):
-            assert mine.ragged.coded[0] == other.ragged.coded[row]
-            assert torch.allclose(mine.ragged._centres[0][0], other.ragged._centres[0][row], atol=1e-4)
+            assert mine.ragged.coded.lengths[0] == other.ragged.coded.lengths[row]
+            means = [storage.coding.maps.key_mean for storage in (mine.ragged, other.ragged)]
+            assert torch.allclose(means[0][0], means[1][row], atol=1e-4)
         # A key half-way between two levels may fall on either side: one step of it, at most.
         assert (got[0] - outputs[row]).abs().mean() < 2e-2 * outputs.std()
 
 
+def means_of(layer):
+    return layer.ragged.coding.maps.key_mean, layer.ragged.coding.maps.value_mean
+
+
 @torch.no_grad()
 def test_means_are_the_prompt_s_and_stay():
-    model = build("qwen2", attention="sdpa")
+    model = build("qwen2", attention="sdpa", head_dim=16)
     cache = ReFreeKVCache(model, "streaming-llm", size=60, kv_dtype=KVDtype("int4", recent=8))
     ids, _ = prompts((LENGTH,), seed=4)
     dense = ReFreeKVCache(model, "full")
@@ -155,8 +165,8 @@ def test_means_are_the_prompt_s_and_stay():
     ]
     for turn in range(2):
         for layer, own in zip(cache.pruned_layers, means, strict=True):
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(layer.ragged._centres, own, strict=True))
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(means_of(layer), own, strict=True))
         model(prompts((50,), seed=6 + turn)[0], past_key_values=cache)
     cache.reset()
     model(ids[:, :100], past_key_values=cache)
-    assert not torch.allclose(cache.pruned_layers[1].ragged._centres[0], means[1][0], atol=1e-3)
+    assert not torch.allclose(means_of(cache.pruned_layers[1])[0], means[1][0], atol=1e-3)

@@ -21,19 +21,22 @@ from helpers.models import build, prompts
 from refreekv.engines.transformers import saving
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.storage.arena import KVArena
-from refreekv.storage.coded_arena import CodedArena
-from refreekv.storage.quantised import QuantisedKV
+from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.ragged import RaggedKV
 
 STORAGES = {
     "exact": {},
     "arena": {"arena": True},
     "int8": {"kv_dtype": "int8"},
-    "int8 in place": {"kv_dtype": "int8", "arena": True},
+    "int8 in captured steps": {"kv_dtype": "int8:recent=8", "arena": True},
     "int4": {"kv_dtype": "int4:recent=8"},
     "k6v4": {"kv_dtype": "k6v4:recent=0"},
-    "fp8": {"kv_dtype": "fp8:recent=8"},
 }
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama", attention="sdpa", head_dim=16)
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +121,14 @@ def test_a_conversation_goes_on_as_if_it_had_not_been_interrupted(policy, arena,
 def test_every_storage_goes_on(lengths, storage, llama, tmp_path, request):
     kinds = check_two_turns(llama, "uneven", storage, lengths, tmp_path / "cache.safetensors")
     in_place = getattr(request.node, "arena", None) is not None
-    assert kinds == {(CodedArena if in_place else QuantisedKV) if storage else (KVArena if in_place else RaggedKV)}
+    assert kinds == {LeveledKV if storage else KVArena if in_place else RaggedKV}
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_moe"])
 @pytest.mark.parametrize("settings", [{}, {"kv_dtype": "int4:recent=8"}, {"arena": True}], ids=str)
 def test_other_architectures(settings, name, tmp_path, request):
     request.node.arena = settings.get("arena")
-    model = build(name, attention="eager")
+    model = build(name, attention="eager", head_dim=16)
     cache = refreekv.ReFreeKVCache(model, "streaming-llm", size=24, kv_dtype=settings.get("kv_dtype"))
     sequence, mask, _ = answer(model, cache, *prompts((60, 41), seed=3))
     check_goes_on(model, cache, tmp_path / "cache.safetensors", sequence, mask)
@@ -180,7 +183,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import refreekv
 from helpers.models import build, prompts
-model = build("llama", attention="sdpa")
+model = build("llama", attention="sdpa", head_dim=16)
 cache = refreekv.ReFreeKVCache.load(sys.argv[1], model)
 ids = torch.load(sys.argv[2])
 out = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
@@ -311,13 +314,13 @@ def test_another_version_model_or_policy_is_refused(saved, llama):
         load(path, build("llama", attention="sdpa", num_hidden_layers=2))
     with pytest.raises(ValueError, match=r"model_type = llama; this Qwen2ForCausalLM has qwen2"):
         load(path, build("qwen2", attention="sdpa"))
-    tuned = build("llama", attention="sdpa")
+    tuned = build("llama", attention="sdpa", head_dim=16)
     with torch.no_grad():
         for weight in tuned.parameters():
             weight += 0.1 * torch.randn_like(weight)
     with pytest.raises(ValueError, match=r"another model of the same shape"):
         load(path, tuned)
-    assert load(path, build("llama", attention="sdpa").bfloat16()).get_seq_length() == 45
+    assert load(path, build("llama", attention="sdpa", head_dim=16).bfloat16()).get_seq_length() == 45
     with pytest.raises(ValueError, match=r"pruned by streaming-llm\(.*this is full"):
         load(path, llama, policy="full")
     with pytest.raises(TypeError, match="expected a transformers model"):
@@ -405,14 +408,14 @@ def test_pickling_says_what_to_do_instead_and_copies_go_on(llama):
 @pytest.mark.parametrize("kv_dtype", [None, "int8", "int4:recent=8"])
 def test_written_on_a_gpu_and_read_on_both_kinds_of_device(kv_dtype, tmp_path):
     outcome = []
-    on_gpu, on_cpu = build("llama", attention="sdpa").cuda(), build("llama", attention="sdpa")
+    on_gpu, on_cpu = build("llama", attention="sdpa", head_dim=16).cuda(), build("llama", attention="sdpa", head_dim=16)
     cache = refreekv.ReFreeKVCache(on_gpu, "streaming-llm", size=20, kv_dtype=kv_dtype)
     ids, mask = (part.cuda() for part in prompts(RAGGED, seed=3))
     with torch.no_grad():
         on_gpu(ids, attention_mask=mask, past_key_values=cache)
     cache.save(tmp_path / "cache")
     loaded = load(tmp_path / "cache", on_gpu)
-    kind = {None: KVArena, "int8": CodedArena}.get(kv_dtype, QuantisedKV)
+    kind = KVArena if kv_dtype is None else LeveledKV
     assert {type(layer.ragged) for layer in loaded.pruned_layers} == {kind}
     for model, each in ((on_gpu, cache), (on_gpu, loaded), (on_cpu, load(tmp_path / "cache", on_cpu))):
         token, own = ids[:, :1].to(model.device), mask.to(model.device)

@@ -133,14 +133,13 @@ def test_only_for_caches_that_decode_through_captured_steps(llama, deferring):
 
     for cache in (
         new_cache(llama, decode="eager"),
-        new_cache(llama, kv_dtype="int4"),
         new_cache(llama, decode_interval=2),
         refreekv.ReFreeKVCache(llama),
     ):
         run(cache)
     hybrid = build("gemma3", attention="sdpa")
     run(new_cache(hybrid), hybrid)
-    assert deferring == [False] * 5
+    assert deferring == [False] * 4
     # Another cache of another model, while ours is in use elsewhere.
     with stop_checks.deferred_stop_checks(lambda cache: True):
         assert not utils.DeferredStopCheck.is_supported(torch.device("cpu"), DynamicCache(), True, is_assistant=False)

@@ -90,7 +90,7 @@ def evaluate(
         typer.Option(
             "--policy",
             metavar="NAME[:PARAM=VALUE[,VALUE…],…]",
-            help="A policy, or several of it: refreekv:threshold=0.001,0.01. With @int4, @int8 or @fp8 behind it, "
+            help="A policy, or several of it: refreekv:threshold=0.001,0.01. With @int4, @int8 or @k6v4 behind it, "
             "what it keeps is stored so. May be given more than once.",
         ),
     ] = None,

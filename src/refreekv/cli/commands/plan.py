@@ -52,7 +52,7 @@ def plan(
         ),
     ] = None,
     kv: Annotated[
-        str | None, typer.Option("--kv", metavar="bf16|fp8|int8|int4", help="How kept K/V is stored. Default: bf16.")
+        str | None, typer.Option("--kv", metavar="bf16|int8|int4|k6v4", help="How kept K/V is stored. Default: bf16.")
     ] = None,
     policy: PolicyOption = DEFAULT_POLICY,
     prefill_chunk: Annotated[

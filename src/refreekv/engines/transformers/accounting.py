@@ -5,7 +5,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.report import LayerReport, RowReport
-from refreekv.storage.arena import KVArena
 
 
 def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
@@ -41,7 +40,7 @@ def entry_bytes(layer: ReFreeKVLayer) -> int:
 
 def padded_bytes(layer: ReFreeKVLayer) -> int:
     """Bytes that attention copies for the length of a call, to give KV heads of different length one length."""
-    if layer.ragged is None or isinstance(layer.ragged, KVArena):
+    if layer.ragged is None or layer.ragged.tables:
         return 0
     uneven = [max(lengths) for lengths in layer.ragged.lengths if len(set(lengths)) > 1]
     return sum(uneven) * entry_bytes(layer)
@@ -50,7 +49,8 @@ def padded_bytes(layer: ReFreeKVLayer) -> int:
 def index_bytes(layer: ReFreeKVLayer) -> int:
     """Bytes of what says which columns were kept and which are padding, and of the arena's table."""
     storages = (head.untyped_storage() for columns in layer.kept_columns for head in columns.heads)
-    table = layer.ragged.table.nbytes if isinstance(layer.ragged, KVArena) else 0
+    arenas = () if layer.ragged is None else layer.ragged.tables
+    table = sum(arena.table.nbytes for arena in arenas)
     # Rows copied for beam search share one index.
     return layer.padding_bytes + table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -236,9 +236,9 @@ def compress(
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
     kv_dtype : str, KVDtype or None
-        ``"int8"``, ``"int4"``, ``"k6v4"`` (keys in 6 bits, values in 4) or ``"fp8"``: what is kept is stored
-        in few bits, all but int8 without the newest entries; int8 is decoded through the graph. None: in the
-        model's precision.
+        ``"int8"``, ``"int4"``, ``"k6v4"`` (keys in 6 bits, values in 4) or other such widths out of 8, 6, 4
+        and 2: what is kept is stored in few bits, but for sinks and the newest entries. None: in the model's
+        precision.
     decode : str
         How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
         in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from refreekv import kernels
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.engines.transformers import fingerprint
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.fusion import fused
@@ -29,6 +30,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, cache_given
 from refreekv.kernels import Format
 from refreekv.storage.arena import KVArena
+from refreekv.storage.base import KVStorage
 
 logger = logging.getLogger("refreekv")
 
@@ -52,16 +54,55 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"decode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
 
 
-class TableLayer(DynamicLayer):
-    """What stands for a cache layer during a capture: it knows a table and nothing else."""
+class Form(NamedTuple):
+    """What the entries of a layer are: exact ones, and where there are any those in packed lines."""
 
-    def __init__(self, table: Tensor, form: Format):
+    exact: Format
+    packed: PackedFormat | None
+
+    @classmethod
+    def of(cls, storage: KVStorage) -> "Form":
+        """That of a storage with tables."""
+        return cls(storage.tables[0].form, None if storage.coding is None else storage.coding.form)
+
+
+class Reads(NamedTuple):
+    """Where a captured layer finds its entries, in places that stay."""
+
+    form: Form
+    tables: tuple[Tensor, ...]
+    maps: PackedMaps | None
+
+    @classmethod
+    def nothing(cls, form: Form, batch: int, segments: int, device: torch.device) -> "Reads":
+        """Tables without entries and room, and means that are zero."""
+        count = 1 if form.packed is None else 2
+        tables = torch.zeros(count, segments, 4, dtype=torch.long, device=device).unbind()
+        if form.packed is None:
+            return cls(form, tables, None)
+        keys, values = (torch.zeros(batch, segments // batch, size, device=device) for size in form.exact.sizes)
+        return cls(form, tables, PackedMaps.rotated(keys, values, form.exact.key_type))
+
+    def adopt(self, storage: KVStorage) -> None:
+        """Read and write a storage from now on: its tables move here, and its means are copied."""
+        for arena, table in zip(storage.tables, self.tables, strict=True):
+            arena.lend_table(table)
+        if self.maps is not None and storage.coding is not None:
+            # All else that the maps have is the same for all.
+            self.maps.key_mean.copy_(storage.coding.maps.key_mean)
+            self.maps.value_mean.copy_(storage.coding.maps.value_mean)
+
+
+class TableLayer(DynamicLayer):
+    """What stands for a cache layer during a capture: it knows tables and nothing else."""
+
+    def __init__(self, reads: Reads):
         super().__init__()
-        self.table, self.form = table, form
+        self.reads = reads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries to wherever the table says."""
-        kernels.append(key_states, value_states, self.table, self.form)
+        kernels.append(key_states, value_states, self.reads.tables[0], self.reads.form.exact)
         hand_out(self, key_states, value_states)
         return key_states, value_states
 
@@ -76,15 +117,17 @@ class TableLayer(DynamicLayer):
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend to wherever the table says."""
-        return kernels.ragged_decode(
-            query,
-            self.table,
-            self.form,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=s_aux,
+        """Attend to wherever the tables say."""
+        form, (exact, *lines), maps = self.reads
+        if form.packed is None or maps is None:
+            return kernels.ragged_decode(query, exact, form.exact, scaling=scaling, softcap=softcap, sinks=s_aux)
+        stored = form.exact.key_type
+        if torch.promote_types(query.dtype, stored) != stored:
+            raise TypeError(f"queries are {query.dtype} and the exact entries beside coded ones {stored}")
+        out = kernels.packed_attention(
+            query.to(stored), exact, lines, [form.packed], maps, scaling=scaling, softcap=softcap, sinks=s_aux
         )
+        return out.to(query.dtype)
 
     def get_seq_length(self) -> int:
         """No length: masks, which would depend on it, are not used."""
@@ -98,8 +141,8 @@ class TableLayer(DynamicLayer):
 class TableCache(Cache):
     """The cache that the captured forward sees."""
 
-    def __init__(self, tables: list[Tensor], forms: Sequence[Format]):
-        super().__init__(layers=[TableLayer(*pair) for pair in zip(tables, forms, strict=True)])
+    def __init__(self, reads: Sequence[Reads]):
+        super().__init__(layers=[TableLayer(layer) for layer in reads])
         self.length = 0
         self.length_asked = False
 
@@ -118,10 +161,8 @@ class Step:
 
     Attributes
     ----------
-    tables : list of Tensor
-        ``[B * H_kv, 4]`` each: where the layers' entries are; `kernels.table`.
-    forms : sequence of Format
-        What each layer's entries are.
+    reads : list of Reads
+        Where each layer's entries are; tables are ``[B * H_kv, 4]``, see `kernels.table`.
     """
 
     def __init__(
@@ -130,15 +171,18 @@ class Step:
         forward: Callable[..., Any],
         batch: int,
         segments: Sequence[int],
-        forms: Sequence[Format],
+        forms: Sequence[Form],
     ):
-        self.model, self.batch, self.forms, self._forward = model, batch, forms, forward
+        self.model, self.batch, self._forward = model, batch, forward
         device = next(model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
-            # Zero: no entries and no room, so that running it touches no memory.
-            self.tables = list(torch.zeros(sum(segments), 4, dtype=torch.long, device=device).split(list(segments)))
+            # No entries and no room, so that running it touches no memory.
+            self.reads = [
+                Reads.nothing(form, batch, count, device) for form, count in zip(forms, segments, strict=True)
+            ]
+        self.tables = [table for layer in self.reads for table in layer.tables]
         self.weights = fingerprint.of_addresses(model)
         self.autocast = _autocast(device.type)
         # Weak: a graph must not keep a finished answer's keys and values alive.
@@ -157,7 +201,7 @@ class Step:
                 self._check_length()
 
     def _run(self) -> Any:
-        out = self._once(TableCache(self.tables, self.forms))
+        out = self._once(TableCache(self.reads))
         # The next token's, so that the host need not say them each time.
         self.positions.add_(1)
         return out
@@ -173,7 +217,7 @@ class Step:
 
     def _check_length(self) -> None:
         """Raise UncapturableError if more depends on the length of the cache than masks, such as positions."""
-        cache = TableCache(self.tables, self.forms)
+        cache = TableCache(self.reads)
         out = self._once(cache)
         if cache.length_asked and getattr(out, "logits", None) is not None:
             first, cache.length = out.logits.clone(), 7
@@ -217,9 +261,9 @@ class Step:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def owned_by(self, arenas: list[KVArena]) -> bool:
-        """Whether these are the arenas that the step reads and writes."""
-        owners = self._owners
+    def owned_by(self, storages: Sequence[KVStorage]) -> bool:
+        """Whether these are the storages that the step reads and writes."""
+        owners, arenas = self._owners, [arena for storage in storages for arena in storage.tables]
         return len(owners) == len(arenas) and all(
             owner() is arena and arena.table is table
             for owner, arena, table in zip(owners, arenas, self.tables, strict=True)
@@ -229,17 +273,17 @@ class Step:
         """Whether the token at logical length ``length`` has room for sure: it is the next one, and was counted for."""
         return length == self._next and self._left > 0
 
-    def note_room(self, arenas: list[KVArena]) -> None:
+    def note_room(self, storages: Sequence[KVStorage]) -> None:
         """Look how many tokens have room; while the device is busy, as this takes time at each token."""
-        self._left = min(arena.left for arena in arenas)
+        self._left = min(storage.tables[0].left for storage in storages)
 
-    def adopt(self, arenas: list[KVArena]) -> None:
-        """Read and write these arenas from now on; their tables move here."""
+    def adopt(self, storages: Sequence[KVStorage]) -> None:
+        """Read and write these storages from now on; their tables move here."""
         self._take_turn()
         self.release()
-        for arena, table in zip(arenas, self.tables, strict=True):
-            arena.lend_table(table)
-        self._owners = [weakref.ref(arena) for arena in arenas]
+        for storage, layer in zip(storages, self.reads, strict=True):
+            layer.adopt(storage)
+        self._owners = [weakref.ref(arena) for storage in storages for arena in storage.tables]
         self._next = -1
 
     def release(self) -> None:
@@ -315,11 +359,11 @@ class Decoder:
         if cache.decode == "eager" or cache.state.decode_interval is not None:
             return False
         try:
-            arenas = _arenas(self._layers(cache))
+            storages = _storages(self._layers(cache))
             self._check_model()
         except UncapturableError:
             return False
-        return _key(arenas) not in self._refused
+        return _key(storages) not in self._refused
 
     def _step(self, forward: Callable[..., Any], cache: PrunedCache, kwargs: dict[str, Any], length: int) -> Any:
         ids: Tensor = kwargs["input_ids"]
@@ -336,9 +380,11 @@ class Decoder:
         if positions.dim() != 2 or positions.shape[1] != 1:
             raise UncapturableError("positions have more than one number a token")
         layers = self._layers(cache)
-        arenas = _arenas(layers)
+        storages = _storages(layers)
         with self._lock:
-            step = self._step_for(forward, ids.shape[0], arenas)
+            for layer in layers:
+                layer.code_older()
+            step = self._step_for(forward, ids.shape[0], storages)
             if not step.has_room(length):
                 for layer in layers:
                     layer.reserve(1)
@@ -347,7 +393,7 @@ class Decoder:
             logits = out.logits.clone()
             for layer in layers:
                 layer.note_appended(1)
-            step.note_room(arenas)
+            step.note_room(storages)
         return type(out)(logits=logits, **{NAME: cache})
 
     def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:
@@ -357,23 +403,23 @@ class Decoder:
                 raise UncapturableError(f"the cache has a {type(layer).__name__}")
             if layer.get_seq_length() == 0:
                 raise UncapturableError("the model runs without some of its layers")
-            if not isinstance(layer.ragged, KVArena):
+            if layer.ragged is None or not layer.ragged.tables:
                 raise UncapturableError(f"a layer's entries are in a {type(layer.ragged or layer.keys).__name__}")
             if layer.holds_hidden:
                 raise UncapturableError("the attention mask hides tokens that are no padding and stay in the cache")
             layers.append(layer)
         return layers
 
-    def _step_for(self, forward: Callable[..., Any], batch: int, arenas: list[KVArena]) -> Step:
+    def _step_for(self, forward: Callable[..., Any], batch: int, storages: Sequence[KVStorage]) -> Step:
         last = self._last
-        autocast = _autocast(arenas[0].keys.device.type)
-        if last is not None and last.batch == batch and last.autocast == autocast and last.owned_by(arenas):
+        autocast = _autocast(storages[0].keys.device.type)
+        if last is not None and last.batch == batch and last.autocast == autocast and last.owned_by(storages):
             return last
-        key = _key(arenas)
+        key = _key(storages)
         if key in self._refused:
             raise UncapturableError(self._refused[key])
         step = self._steps.get(key)
-        if step is not None and step.owned_by(arenas):
+        if step is not None and step.owned_by(storages):
             self._last = step
             return step
         self._check_model()
@@ -393,7 +439,7 @@ class Decoder:
                 self._refused[key] = f"its forward cannot be captured: {what}"
                 raise UncapturableError(self._refused[key]) from error
             self._steps[key] = step
-        step.adopt(arenas)
+        step.adopt(storages)
         self._last = step
         return step
 
@@ -449,9 +495,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _arenas(layers: Sequence[ReFreeKVLayer]) -> list[KVArena]:
+def _storages(layers: Sequence[ReFreeKVLayer]) -> list[KVStorage]:
     """The storages of layers that `Decoder._layers` let pass."""
-    return [cast("KVArena", layer.ragged) for layer in layers]
+    return [layer.ragged for layer in layers if layer.ragged is not None]
 
 
 class _Key(NamedTuple):
@@ -459,14 +505,14 @@ class _Key(NamedTuple):
 
     batch: int
     segments: tuple[int, ...]
-    forms: tuple[Format, ...]
+    forms: tuple[Form, ...]
     autocast: torch.dtype | None
 
 
-def _key(arenas: list[KVArena]) -> _Key:
-    batch = len(arenas[0].freed)
-    segments, forms = zip(*((batch * arena.kv_heads, arena.form) for arena in arenas), strict=True)
-    return _Key(batch, segments, forms, _autocast(arenas[0].keys.device.type))
+def _key(storages: Sequence[KVStorage]) -> _Key:
+    batch = len(storages[0].tables[0].freed)
+    segments, forms = zip(*((batch * storage.kv_heads, Form.of(storage)) for storage in storages), strict=True)
+    return _Key(batch, segments, forms, _autocast(storages[0].keys.device.type))
 
 
 def _autocast(device: str) -> torch.dtype | None:

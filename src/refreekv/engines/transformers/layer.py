@@ -28,10 +28,9 @@ from refreekv.pruning.decide import Decision, KeptRow, decide
 from refreekv.pruning.masks import leading_run, mask_for_columns, seen_columns, visible_columns
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import RowRecord, after_crop, after_pruning
-from refreekv.storage.arena import KVArena
+from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns
 from refreekv.storage.compaction import compacted, takes_arena
-from refreekv.storage.ragged import RaggedKV
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -43,7 +42,7 @@ class ReFreeKVLayer(DynamicLayer):
         Index of the layer in the model.
     ordinal : int
         Index among the layers that may be pruned.
-    ragged : RaggedKV or None
+    ragged : KVStorage or None
         The storage once something was evicted; ``keys`` and ``values`` are then its flat
         tensors.
     kv_dtype : KVDtype or None
@@ -67,7 +66,7 @@ class ReFreeKVLayer(DynamicLayer):
         self._clear()
 
     def _clear(self) -> None:
-        self.ragged: RaggedKV | None = None
+        self.ragged: KVStorage | None = None
         self.records: list[RowRecord] = []
         self._length = 0
         self._appended = 0
@@ -78,7 +77,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._settled_length = 0
-        self._centres: tuple[Tensor, Tensor] | None = None
+        # Number format, and the means that are taken out, of what is coded at the prompt's end.
+        self._coded: tuple[KVDtype, tuple[Tensor, Tensor]] | None = None
         self.holds_hidden = False
         # [B, columns]: padding that is still stored. None: there is none.
         self._padding: Tensor | None = None
@@ -135,6 +135,8 @@ class ReFreeKVLayer(DynamicLayer):
                 "to each key, in each row and KV head"
             )
         if self._length == 0:
+            if self.kv_dtype is not None:
+                self.kv_dtype.form((keys.shape[3], values.shape[3]))
             return
         if self.ragged is not None:
             stored = (len(self.ragged.lengths), self.ragged.kv_heads, *self.ragged.sizes)
@@ -154,19 +156,25 @@ class ReFreeKVLayer(DynamicLayer):
 
     def reserve(self, tokens: int) -> None:
         """Make sure that a captured forward has room for more entries in the arena."""
-        assert isinstance(self.ragged, KVArena)
+        assert self.ragged is not None
         if self.ragged.reserve(tokens):
+            self._store(self.ragged)
+
+    def code_older(self) -> None:
+        """Code generated entries that are no longer among the newest, where entries are coded."""
+        assert self.ragged is not None
+        if self.ragged.code_older():
             self._store(self.ragged)
 
     def note_appended(self, tokens: int) -> None:
         """Count entries that a captured forward wrote to the arena."""
-        assert isinstance(self.ragged, KVArena)
+        assert self.ragged is not None
         self.ragged.note_appended(tokens)
         self._length += tokens
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give back the memory of finished rows; see `PrunedCache.free_rows`."""
-        if not isinstance(self.ragged, KVArena):
+        if self.ragged is None or not self.ragged.tables:
             raise ValueError("only rows of a cache that decodes on CUDA can be freed; keep the others instead")
         self.ragged.free_rows(rows)
         self._store(self.ragged)
@@ -257,8 +265,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._queries = HeldQueries()
         self._unverified = None
         self.state.news = True
-        if self.ragged is None and self.kv_dtype is not None and not self._takes_arena(self.kv_dtype):
-            self._centres = _centres(*parts)
+        if self.ragged is None and self.kv_dtype is not None:
+            self._coded = self.kv_dtype, _centres(*parts)
         if isinstance(policy, JointPolicy):
 
             def settle_decided(decided: Sequence[Decision]) -> None:
@@ -312,36 +320,36 @@ class ReFreeKVLayer(DynamicLayer):
         self.records = after_pruning(self.records, chosen)
         self.holds_hidden = any(row.hides for row in chosen)
         if self._in_place(chosen, behind):
+            if self.ragged is not None:
+                self.ragged.code_older(behind, all_due=True)
+                self._store(self.ragged)
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
         columns = [
             kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
             for row, kept in enumerate(chosen)
         ]
-        source = self.dense if self.ragged is None else self.ragged
-        storage = compacted(
-            source, [kept.columns for kept in chosen], columns, behind, self.state.arena, self.kv_dtype, self._centres
-        )
-        self._centres = None
+        if self.ragged is None:
+            storage = compacted(self.dense, columns, behind, self.state.arena, self._coded)
+        else:
+            storage = self.ragged.keep([kept.columns for kept in chosen], behind)
+            storage.code_older(behind, all_due=True)
+        self._coded = None
         self.kept_columns, self._pruned_length = columns, self._length - behind
         self._padding = None
         self._store(storage)
 
     def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
         """Whether all entries stay, and where they are is where they belong."""
-        if isinstance(self.ragged, KVArena):
+        if self.ragged is not None and self.ragged.tables:
             # Padding has to go, too: what decodes from an arena looks at no mask.
             stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
             return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
-        if self.kv_dtype is not None or (self.ragged is None and self._takes_arena(None)):
+        if self.ragged is None and (self.kv_dtype is not None or takes_arena(self.state.arena, *self.dense)):
             return False
         return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
 
-    def _takes_arena(self, kv_dtype: KVDtype | None) -> bool:
-        """Whether what is dense now will move to storage with room to grow."""
-        return takes_arena(self.state.arena, *self.dense, kv_dtype)
-
-    def _store(self, ragged: RaggedKV) -> None:
+    def _store(self, ragged: KVStorage) -> None:
         self.ragged = ragged
         self.keys, self.values = ragged.keys, ragged.values
 
@@ -388,7 +396,7 @@ class ReFreeKVLayer(DynamicLayer):
             self.kept_columns = [columns.below(length) for columns in self.kept_columns]
             self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
             self._pruned_length = length
-        elif isinstance(self.ragged, KVArena) and self.ragged.drop(self._length - length):
+        elif self.ragged.drop(self._length - length):
             return
         rest, heads = length - self._pruned_length, self.ragged.kv_heads
         lengths = [[kept + rest for kept in columns.for_heads(heads)] for columns in self.kept_columns]
@@ -453,7 +461,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def restore(
         self,
-        entries: RaggedKV | tuple[Tensor, Tensor],
+        entries: KVStorage | tuple[Tensor, Tensor],
         marks: Mapping[str, int],
         *,
         columns: Sequence[Columns],
@@ -465,10 +473,10 @@ class ReFreeKVLayer(DynamicLayer):
         """Become what another layer was, of which these are the parts: dense entries, or a storage."""
         self._clear()
         self.is_initialized = True
-        if isinstance(entries, RaggedKV):
-            self._store(entries)
-        else:
+        if isinstance(entries, tuple):
             self.keys, self.values = entries
+        else:
+            self._store(entries)
         held = self.dense[0] if self.ragged is None else self.ragged.keys
         self.device, self.dtype = held.device, held.dtype
         self._length, self._pruned_length, self._settled_length = (marks[n] for n in ("length", "pruned", "settled"))

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refreekv.core.autocast import without_autocast
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.kernels import ragged_decode
 from refreekv.pruning.masks import causal_mask, check_columns, hide_padding
-from refreekv.storage.arena import KVArena
-from refreekv.storage.ragged import Piece, RaggedKV
+from refreekv.storage.base import KVStorage, Piece
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -57,28 +54,14 @@ def ragged_attention(
     """
     storage = layer.ragged
     assert storage is not None
-    if isinstance(storage, KVArena) and _kernel_can(layer, query, mask, kwargs):
-        with storage.table_in_turn() as table:
-            return ragged_decode(
-                query,
-                table,
-                storage.form,
-                scaling=kwargs.get("scaling"),
-                softcap=kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
-            )
-    shifts = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    with without_autocast(query.device):
-        storage, frame = storage.for_attention(shifts=shifts)
-    if frame is None:
-        return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
-    query = frame.query(query)
-    return frame.output(_by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs))
+    if storage.tables and _kernel_can(layer, query, mask, kwargs):
+        return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+    return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
 
 
 def _by_row(
     layer: ReFreeKVLayer,
-    storage: RaggedKV,
+    storage: KVStorage,
     attention: AttentionFunction,
     module: Any,
     query: Tensor,
@@ -87,7 +70,7 @@ def _by_row(
     flash: bool,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over full-precision entries: in one call where all rows have one length, else row by row."""
+    """Attention over entries in full precision: in one call where all rows have one length, else row by row."""
     batch, heads, queries, _ = query.shape
     if mask is not None:
         check_columns(mask, layer.get_seq_length())

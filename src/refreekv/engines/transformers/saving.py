@@ -26,9 +26,9 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.policies import Policy, registry
 from refreekv.pruning.records import RowRecord
 from refreekv.storage.arena import KVArena
+from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns
 from refreekv.storage.compaction import takes_arena
-from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.written import TYPES, Written, read, read_lengths, written
 
 if TYPE_CHECKING:
@@ -137,9 +137,10 @@ def _states(layer: Any) -> bool:
 
 def _pruned_layer(layer: ReFreeKVLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     layer.check_between_calls()
-    if isinstance(layer.ragged, KVArena) and any(layer.ragged.freed):
+    freed = [] if layer.ragged is None else layer.ragged.freed
+    if any(freed):
         raise ValueError(
-            f"rows {[row for row, freed in enumerate(layer.ragged.freed) if freed]} were freed and hold nothing; "
+            f"rows {[row for row, gone in enumerate(freed) if gone]} were freed and hold nothing; "
             "select the others before saving (batch_select_indices)"
         )
     plain: dict[str, Any] = {"kind": "pruned", **layer.marks, "hides": layer.holds_hidden}
@@ -368,7 +369,7 @@ def _fill_layer(layer: Any, plain: Mapping[str, Any], tensors: dict[str, Tensor]
 def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[str, Tensor], arena: bool | None) -> int:
     marks = {name: _count(plain[name]) for name in ("length", "pruned", "settled")}
     columns = [_columns(row, given, tensors, marks["pruned"]) for row, given in enumerate(plain["columns"])]
-    entries: RaggedKV | tuple[Tensor, Tensor]
+    entries: KVStorage | tuple[Tensor, Tensor]
     if plain["storage"]["kind"] == "dense":
         entries = tensors["keys"], tensors["values"]
         _check_dense(*entries)
@@ -376,15 +377,14 @@ def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[s
         if entries[0].shape[2] != marks["length"] or columns:
             raise DamagedError("entries and lengths do not agree")
     else:
-        entries = read(plain["storage"], tensors)
-        rows, heads = len(entries.lengths), entries.kv_heads
+        entries = storage = read(plain["storage"], tensors)
+        rows, heads = len(storage.lengths), storage.kv_heads
         behind = marks["length"] - marks["pruned"]
         kept = [tuple(n + behind for n in row.for_heads(heads)) for row in columns]
-        if behind < 0 or kept != entries.lengths:
+        if behind < 0 or kept != storage.lengths:
             raise DamagedError("kept columns and lengths do not agree")
-        exact = plain["storage"]["kind"] == "exact"
-        if exact and takes_arena(arena, entries.keys, entries.values, None):
-            entries = KVArena.of(entries)
+        if storage.coding is None and takes_arena(arena, storage.keys, storage.values):
+            entries = KVArena.of(storage.full())
     records = [_record(given) for given in plain["records"]]
     padding = tensors.get("padding")
     if len(records) not in (0, rows) or (padding is not None and padding.shape != (rows, padding.shape[-1])):

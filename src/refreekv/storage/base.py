@@ -1,0 +1,161 @@
+"""What every storage of one layer's keys and values can do: the contract of all that lies in this folder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from refreekv.storage.arena import KVArena
+    from refreekv.storage.columns import Columns
+    from refreekv.storage.leveled import Coding
+    from refreekv.storage.ragged import RaggedKV
+
+Piece: TypeAlias = Tensor | Sequence[Tensor]
+"""A part of a row: ``[kv_heads, l, D]``, or one ``[l_h, D]`` for each KV head."""
+
+
+class KVStorage(ABC):
+    """Keys and values of one layer, one segment per (row, KV head).
+
+    `append`, `code_older`, `drop`, `reserve` and `free_rows` may change a storage in place; `append` says what to
+    go on with. All else leaves it as it is.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        A tensor of each that the storage holds: they say on what device it is.
+    lengths : list of tuple of int
+        Entries of each row's KV heads.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: list[tuple[int, ...]]
+
+    # -- what it holds ----------------------------------------------------------------------
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of each row."""
+        return len(self.lengths[0])
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values."""
+
+    @property
+    @abstractmethod
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of the keys and of the values that come out. Those of wider entries that come in are taken over."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the storages really hold on to."""
+
+    @abstractmethod
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's entries."""
+
+    @property
+    def freed(self) -> list[bool]:
+        """Which rows were freed."""
+        return [False] * len(self.lengths)
+
+    @property
+    def tables(self) -> "tuple[KVArena, ...]":
+        """The arenas whose tables decode attention reads, first the one that takes new entries; none: it reads none."""
+        return ()
+
+    @property
+    def coding(self) -> "Coding | None":
+        """How entries behind the second table are coded; None: there is one table at most, of exact entries."""
+        return None
+
+    # -- all entries in full precision --------------------------------------------------------
+
+    @abstractmethod
+    def full(self) -> "RaggedKV":
+        """All entries in full precision, one beside the other: a copy where they are stored otherwise."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all segments have one length, so that `stacked` can be asked for."""
+        return len({length for row in self.lengths for length in row}) <= 1
+
+    def even(self, row: int) -> bool:
+        """Whether all KV heads of a row hold equally many entries."""
+        return len(set(self.lengths[row])) == 1
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All rows as ``[B, kv_heads, L, D]``; only where `uniform`."""
+        return self.full().stacked()
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Each row as ``[kv_heads, L, D]``, padded on the left where heads are uneven."""
+        return self.full().rows()
+
+    def segments(self, row: int) -> tuple[Piece, Piece]:
+        """One row's keys and values as parts, without padding."""
+        return self.full().segments(row)
+
+    def visible(self, row: int) -> Tensor | None:
+        """Boolean ``[kv_heads, L]``, False where `rows` padded a head of this row; None if it padded none."""
+        if self.even(row):
+            return None
+        longest = max(self.lengths[row])
+        places = torch.arange(longest, device=self.keys.device)
+        # Numbers become arguments of launches: a copy of a list would make the host wait for the device.
+        return torch.stack([places >= longest - length for length in self.lengths[row]])
+
+    def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``; where there are tables."""
+        raise NotImplementedError(f"a {type(self).__name__} has no table to attend to")
+
+    # -- changes ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> "KVStorage":
+        """A storage with ``[B, kv_heads, q, D]`` new entries at the segments' ends, of types that hold all."""
+
+    @abstractmethod
+    def select_rows(self, indices: Sequence[int]) -> Self:
+        """A new storage of the rows ``indices``, in that order; rows may repeat."""
+
+    @abstractmethod
+    def truncate(self, lengths: Sequence[Sequence[int]]) -> Self:
+        """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
+
+    @abstractmethod
+    def keep(self, kept: "Sequence[Columns]", behind: int) -> Self:
+        """A new storage of what a policy keeps of each row, and the last ``behind`` entries.
+
+        Columns count the entries of `rows`, where shorter heads are padded on the left.
+        """
+
+    def code_older(self, behind: int = 0, *, all_due: bool = False) -> bool:
+        """Code entries that are no longer among the newest, in place, where entries are coded; whether any were.
+
+        They are coded in blocks, or ``all_due``, as at the end of a prompt, which ``behind`` entries follow.
+        """
+        return False
+
+    def drop(self, tokens: int) -> bool:
+        """Take the last entries of all segments back, in place; False where a new storage has to be made."""
+        return False
+
+    def reserve(self, tokens: int) -> bool:
+        """Make sure that ``tokens`` more entries have room in the table; whether the storage moved for it."""
+        raise NotImplementedError(f"a {type(self).__name__} has no table to write to")
+
+    def note_appended(self, tokens: int) -> None:
+        """Count entries that somebody wrote through the table."""
+        raise NotImplementedError(f"a {type(self).__name__} has no table to write to")
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give the memory of finished rows back; only where there are `tables`. They stay in the batch, empty."""
+        raise NotImplementedError(f"rows of a {type(self).__name__} cannot be freed")
