@@ -35,6 +35,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.25,
     "bos_token_id": None,

@@ -133,7 +133,9 @@ class LeveledKV(KVStorage):
             tuple(n - c + behind for n, c in zip(*rows, strict=True)) for rows in zip(counts, coded, strict=True)
         ]
         longest = max(map(max, coded))
-        exact = KVArena.gathered(keys, values, lengths, where, end, room=FLUSH + LEAST_ROOM if longest else None)
+        # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
+        room = min(FLUSH + LEAST_ROOM, max(LEAST_ROOM, longest // 2)) if longest else None
+        exact = KVArena.gathered(keys, values, lengths, where, end, room=room)
         lines = _lines(coding.form, coded, device)
         if longest:
             table = on_device([list(span) for span in spans], device)
