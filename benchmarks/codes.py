@@ -13,7 +13,8 @@ stopped goes on where it stopped.
 
 Schemes: `tq` rotation, Gaussian codebook, the prompt's means; `tq-m` the same with the model's means; `bh` keys in
 codes of the model's own (`model_codes`) but for the prompt's means; `bh-m` the model's means, too; `bh-k`
-of these the mean keys alone; `bh-0` as `bh`, measured at offset 0 alone; `int8` groups of 64, not centred.
+of these the mean keys alone; `bh-0` as `bh`, measured at offset 0 alone; `bh-f` as `bh-m` with one layout of widths
+for all heads of the model; `int8` groups of 64, not centred.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 
 import checkpoints
 from codebooks import coded_bytes, round_trip
-from model_codes import LayerCodes, model_codes
+from model_codes import LayerCodes, model_codes, shared_widths
 from refreekv import ReFreeKVCache
 from refreekv.core.quantisation import SINKS, centre_of
 from refreekv.engines.transformers.naming import NAME
@@ -77,6 +78,17 @@ def of_model(
     return way
 
 
+def one_layout(key_bits: int, value_bits: int, every: Sequence[LayerCodes]) -> Way:
+    """As `of_model` with all means the model's, and widths that all heads share."""
+    widths = shared_widths([layer.keys for layer in every], key_bits)
+
+    def way(keys: Tensor, values: Tensor, codes: LayerCodes, first: LayerCodes) -> tuple[Tensor, Tensor]:
+        del first
+        return codes.keys.round_trip(keys, key_bits, None, widths), round_trip(values, value_bits, codes.value_centre)
+
+    return way
+
+
 def in_groups(keys: Tensor, values: Tensor, codes: LayerCodes, first: LayerCodes) -> tuple[Tensor, Tensor]:
     """int8 in groups of 64 elements at most, between each group's lowest and highest value."""
     del codes, first
@@ -93,7 +105,7 @@ def _group(size: int) -> int:
     return next(group for group in range(min(64, size), 0, -1) if size % group == 0)
 
 
-def schemes() -> dict[str, tuple[int, int, Way]]:
+def schemes(every: Sequence[LayerCodes]) -> dict[str, tuple[int, int, Way]]:
     """Names to widths and ways."""
     found: dict[str, tuple[int, int, Way]] = {"int8": (8, 8, in_groups)}
     for key, value in WIDTHS:
@@ -103,6 +115,7 @@ def schemes() -> dict[str, tuple[int, int, Way]]:
             found[f"tq-m k{key}v{value}"] = key, value, rotated(key, value, model_means=True)
             found[f"bh-0 k{key}v{value}"] = key, value, of_model(key, value, at_zero=True)
             found[f"bh-k k{key}v{value}"] = key, value, of_model(key, value, model_keys=True)
+            found[f"bh-f k{key}v{value}"] = key, value, one_layout(key, value, every)
             found[f"bh-m k{key}v{value}"] = key, value, of_model(key, value, model_keys=True, model_values=True)
     return found
 
@@ -187,11 +200,12 @@ def run(arguments: argparse.Namespace) -> None:
         done = {(line["model"], line["sample"], line["scheme"]) for line in lines}
     attached = ReFreeKVCache(model, "full")  # attention goes through refreekv while this lives
     codes, first = model_codes(model), model_codes(model, [0])
+    print("widths that heads share:", {bits: shared_widths([one.keys for one in codes], bits) for bits in range(2, 9)})
     del attached
     layers = [codes[0].keys.centre.shape[-1], codes[0].value_centre.shape[-1]]
     print(f"{name}: heads of {layers}; calibrated in {time.monotonic() - started:.0f} s with loading", flush=True)
     for family, sample, context, question in samples(tokenizer, arguments):
-        missing = {scheme: way for scheme, way in schemes().items() if (name, sample, scheme) not in done}
+        missing = {scheme: way for scheme, way in schemes(codes).items() if (name, sample, scheme) not in done}
         if not missing:
             continue
         if arguments.time_limit and time.monotonic() - started > arguments.time_limit:

@@ -120,17 +120,20 @@ class KeyCodes:
         """Bits of each group's codes, for each KV head: ``bits`` on average."""
         return [filled(costs, bits) for costs in self.cost.tolist()]
 
-    def round_trip(self, keys: Tensor, bits: int, centre: Tensor | None = None) -> Tensor:
+    def round_trip(
+        self, keys: Tensor, bits: int, centre: Tensor | None = None, widths: tuple[int, ...] | None = None
+    ) -> Tensor:
         """What codes of ``bits`` bits an element, on average, give back of keys ``[H_kv, n, D]``.
 
-        ``centre`` ``[H_kv, D]`` takes the place of the model's mean keys.
+        ``centre`` ``[H_kv, D]`` takes the place of the model's mean keys, ``widths`` that of each head's own widths.
         """
+        each = self.widths(bits) if widths is None else [widths] * len(keys)
         turned = self.turned(keys, centre)
         even = turned / self.spread[:, None]
         size = even.square().mean(-1, keepdim=True).sqrt().clamp_min(_TINY)
         best, least = torch.zeros_like(turned), turned.square().sum(-1, keepdim=True)
         for factor in SCALES:
-            levels = self._levels(even / (factor * size), bits) * self.spread[:, None]
+            levels = _levels(even / (factor * size), each) * self.spread[:, None]
             # The scale is fitted where errors count as they do for the queries.
             scale = (turned * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_min(_TINY)
             half = keys.dtype if keys.dtype.itemsize == 2 else torch.float16
@@ -139,15 +142,24 @@ class KeyCodes:
             best, least = torch.where(lost < least, found, best), torch.minimum(lost, least)
         return self.turned_back(best, centre).to(keys.dtype)
 
-    def _levels(self, numbers: Tensor, bits: int) -> Tensor:
-        """Nearest levels of numbers ``[H_kv, n, D]``, each group's in its width."""
-        heads = [
-            torch.cat(
-                [codes.nearest(part, width) for part, width in zip(own.chunk(GROUPS, -1), widths, strict=True)], -1
-            )
-            for own, widths in zip(numbers, self.widths(bits), strict=True)
-        ]
-        return torch.stack(heads)
+
+def _levels(numbers: Tensor, widths: Sequence[tuple[int, ...]]) -> Tensor:
+    """Nearest levels of numbers ``[H_kv, n, D]``, each group's in its width."""
+    heads = [
+        torch.cat([codes.nearest(part, width) for part, width in zip(own.chunk(GROUPS, -1), row, strict=True)], -1)
+        for own, row in zip(numbers, widths, strict=True)
+    ]
+    return torch.stack(heads)
+
+
+def shared_widths(measured: Sequence[KeyCodes], bits: int) -> tuple[int, ...]:
+    """One layout of widths for all heads of a model: what the typical head's groups would get.
+
+    Groups' costs are compared within each head, where bits are shared out, and averaged as logarithms.
+    """
+    costs = torch.cat([one.cost.cpu() for one in measured]).clamp_min(_TINY)
+    typical = (costs / costs.sum(-1, keepdim=True)).log().mean(0).exp()
+    return filled(typical.tolist(), bits)
 
 
 def filled(costs: Sequence[float], bits: int, most: int = codes.WIDTHS.stop - 1) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import codebooks as codes
 from codebooks import round_trip
-from model_codes import GROUPS, KeyCodes, filled
+from model_codes import GROUPS, KeyCodes, filled, shared_widths
 from refreekv.core.quantisation import SINKS, centre_of
 
 
@@ -115,3 +115,17 @@ def test_statistics_leave_sinks_out():
     assert torch.equal(first.centre, second.centre)
     assert torch.equal(first.spread, second.spread)
     assert math.isfinite(float(second.cost.sum()))
+
+
+def test_widths_that_heads_share():
+    measured = [KeyCodes.measured(keys[None], queries[None]) for keys, queries in map(keys_and_queries, (64, 128))]
+    widths = shared_widths(measured, 4)
+    assert sum(widths) == 4 * GROUPS
+    assert list(widths) == sorted(widths, reverse=True)
+    # Of one head it is that head's own, and units do not matter.
+    alone = measured[0].of(1)
+    assert shared_widths([alone], 4) == alone.widths(4)[0]
+    keys, _ = keys_and_queries(64)
+    assert torch.equal(measured[0].round_trip(keys, 4), measured[0].round_trip(keys, 4, None, None))
+    shared = measured[0].round_trip(keys, 4, None, widths)
+    assert (shared - keys).square().mean() < 1.0 * keys.var()
