@@ -353,6 +353,11 @@ def pack_lines(
         ``[segments]`` int64: the first line that is written, up to the table's length; None: 0.
     source : Tensor, optional
         A table as in `kernels.table`, of exact entries of the type of ``keys``, whose lines the spans then count.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, devices or types that do not go with each other: nothing was written.
     """
     pack = packed_ops.pack_lines_on_cuda if _at_once(keys) else packed_ops.pack_lines
     pack(keys, values, source, table, form.numbers, maps.tensors, spans, end, longest, starts)
@@ -390,6 +395,11 @@ def packed_attention(
     -------
     Tensor
         ``[B, 1, H, Dv]``, as attention functions return it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or devices that do not go with each other: nothing was read.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     numbers = [number for form in forms for number in form.numbers]

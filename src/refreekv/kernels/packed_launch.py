@@ -8,6 +8,7 @@ from torch import Tensor
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels.packed_decode import launch_packed_decode
 from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
+from refreekv.kernels.packed_reference import check_attention
 
 
 def launch_packed_attention(
@@ -22,6 +23,7 @@ def launch_packed_attention(
     **settings: Any,
 ) -> Tensor:
     """Run all kernels; parameters as in `kernels.packed_attention`. ``settings`` are `launch_packed_decode`'s."""
+    check_attention(query, exact, tables, forms, maps, sinks)
     prepared = launch_prepare(query, maps.key_mean, maps.key_dual, maps.key_bound, scaling, softcap)
     found = launch_packed_decode(
         query, prepared, exact, tables, forms, maps.value_mean.shape[-1], scaling, softcap, **settings

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.kernels.reference import as_written
-from refreekv.kernels.table import CAPACITY, LENGTH, entries
+from refreekv.kernels.table import CAPACITY, LENGTH, Format, check_query, check_spans, check_table, entries
 
 
 def lines_of(table: Tensor, segment: int, form: PackedFormat) -> tuple[Tensor, Tensor]:
     """Lines ``[capacity, line_bytes]`` and factors ``[capacity, 2]`` of one segment in host memory, as views."""
-    lines, factors = entries(table, segment, (form.line_bytes, 4), (torch.uint8,) * 2)
+    lines, factors = entries(table, segment, (form.line_bytes, FACTOR_BYTES), (torch.uint8,) * 2)
     return lines, factors.view(torch.float16)
 
 
@@ -29,6 +29,7 @@ def pack(
     starts: Tensor | None,
 ) -> None:
     """`kernels.pack_lines`."""
+    check_pack(keys, values, source, table, form, maps, spans, end, starts)
     kv_heads = maps.key_mean.shape[1]
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
@@ -43,6 +44,88 @@ def pack(
         into = lines_of(table, segment, form)
         for there, new in zip(into, form.pack(*coded), strict=True):
             there[first : first + len(position)] = new
+
+
+def check_pack(
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    starts: Tensor | None,
+) -> None:
+    """Check what `kernels.pack_lines` is given.
+
+    Raises
+    ------
+    ValueError
+        Shapes or devices that do not go together.
+    TypeError
+        Maps for entries of another type.
+    """
+    check_table(table, keys)
+    _check_maps(maps, form, table)
+    sizes = form.key_size, form.value_size
+    if (keys.shape[-1], values.shape[-1]) != sizes or values.device != keys.device:
+        raise ValueError(
+            f"keys {list(keys.shape)} on {keys.device} and values {list(values.shape)} on {values.device}; expected "
+            f"heads of {sizes[0]} and {sizes[1]} elements on one device, as the lines are of"
+        )
+    if source is not None:
+        check_table(source, table)
+        if source.shape != table.shape:
+            raise ValueError(f"{source.shape[0]} segments of exact entries for {table.shape[0]} of lines")
+        if spans.shape != (table.shape[0], 3) or spans.dtype != torch.int64 or not spans.is_contiguous():
+            raise ValueError(f"spans are contiguous int64 [{table.shape[0]}, 3], got {spans.dtype} {list(spans.shape)}")
+    elif keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or keys.shape[0] * keys.shape[1] != table.shape[0]:
+        raise ValueError(
+            f"keys {list(keys.shape)} and values {list(values.shape)}: expected [B, H_kv, n, D] of {table.shape[0]} "
+            "segments in all"
+        )
+    else:
+        check_spans(spans, table, end, keys.shape[2])
+    if starts is not None and (starts.shape != table.shape[:1] or starts.dtype != torch.int64):
+        raise ValueError(f"starts are int64 [{table.shape[0]}], got {starts.dtype} {list(starts.shape)}")
+    if not maps.key_sum.dtype == keys.dtype == values.dtype:
+        raise TypeError(
+            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
+            "PackedMaps.of_type"
+        )
+
+
+def check_attention(
+    query: Tensor,
+    exact: Tensor,
+    tables: Sequence[Tensor],
+    forms: Sequence[PackedFormat],
+    maps: PackedMaps,
+    sinks: Tensor | None,
+) -> None:
+    """Check what `kernels.packed_attention` is given; ValueError or TypeError."""
+    sizes = maps.key_mean.shape[-1], maps.value_mean.shape[-1]
+    check_query(query, exact, Format(sizes, query.dtype, query.dtype), sinks)
+    if len(tables) != len(forms):
+        raise ValueError(f"{len(tables)} tables of levels for {len(forms)} formats")
+    for table, form in zip(tables, forms, strict=True):
+        check_table(table, exact)
+        if table.shape != exact.shape:
+            raise ValueError(f"a level of {table.shape[0]} segments beside {exact.shape[0]} of exact entries")
+        _check_maps(maps, form, exact)
+
+
+def _check_maps(maps: PackedMaps, form: PackedFormat, table: Tensor) -> None:
+    kv_heads, sizes = maps.key_mean.shape[1], (maps.key_mean.shape[-1], maps.value_mean.shape[-1])
+    if sizes != (form.key_size, form.value_size) or maps.key_mean.device != table.device:
+        raise ValueError(
+            f"maps of heads of {sizes[0]} and {sizes[1]} elements on {maps.key_mean.device} for lines of "
+            f"{form.key_size} and {form.value_size} on {table.device}"
+        )
+    for rows in (len(maps.key_mean), len(maps.key_matrix)):
+        if table.shape[0] % kv_heads or rows not in (1, table.shape[0] // kv_heads):
+            raise ValueError(f"maps of {rows} rows of {kv_heads} KV heads for {table.shape[0]} segments")
 
 
 def _chosen(spans: Tensor, segment: int, count: int, end: int) -> Tensor:
@@ -78,6 +161,7 @@ def packed_attention(
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """`kernels.packed_attention`, computed in ``wide``: as a judge of others in float64."""
+    check_attention(query, exact, tables, forms, maps, sinks)
     batch, heads, _, size = query.shape
     kv_heads = len(exact) // batch
     group, value_size = heads // kv_heads, maps.value_mean.shape[-1]

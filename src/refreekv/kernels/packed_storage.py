@@ -18,6 +18,7 @@ from refreekv.core.packed_lines import MOST, PackedFormat, PackedMaps, Side, ste
 from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import constant
+from refreekv.kernels.packed_reference import check_pack
 from refreekv.kernels.storage import _chosen, elements_first
 
 BLOCK_IN = 32
@@ -195,17 +196,13 @@ def launch_pack(
     longest: int,
     starts: Tensor | None,
     block: int | None = None,
-    warps: int = 4,
+    warps: int | None = None,
 ) -> None:
     """Write chosen entries to lines; parameters as in `kernels.pack_lines`.
 
     ``block``, entries of a program, and ``warps`` are there to be measured.
     """
-    if not maps.key_sum.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
-            "PackedMaps.of_type"
-        )
+    check_pack(keys, values, source, table, form, maps, spans, end, starts)
     keys, values = elements_first(keys), elements_first(values)
     kv_heads = maps.key_mean.shape[1]
     if source is None:
@@ -217,6 +214,9 @@ def launch_pack(
         block = 64 if keys.dtype.itemsize == 2 else 32
     # Of each stage the entries' and the matrices' part of what is multiplied next.
     columns = max(sum(part[2] * 8 // part[0] for part in some) for some in (key_chunks, value_chunks))
+    if warps is None:
+        # Registers for all of an entry's channels at once.
+        warps = 4 if columns <= 128 else 8
     stage = BLOCK_IN * keys.element_size() * (block + len(maps.key_sum) * int(columns))
     stages = max(1, min(3, shared_memory.for_tiles(keys.device) // stage))
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
