@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import refreekv
-from helpers.command_line import CHAT_TEMPLATE, PROMPT, Outcome, full_cache, runner, save_llama
+from helpers.command_line import CHAT_TEMPLATE, PROMPT, SHAPE, Outcome, full_cache, runner, save_llama
 from refreekv.cli.commands import app
 from refreekv.engines import DEFAULT_POLICY
 
@@ -164,7 +164,8 @@ def test_dtype_decides_what_an_entry_weighs(run, folder, dtype):
     common = ("generate", "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "2", "--json")
     report = json.loads(run(*common, "--dtype", dtype).out)["report"]
     size = torch.finfo(getattr(torch, dtype)).bits // 8
-    assert report["bytes_before"] == 4 * 2 * 2 * 8 * 61 * size  # layers, K and V, KV heads, head size, tokens
+    # Layers, K and V, KV heads, head size, tokens.
+    assert report["bytes_before"] == 4 * 2 * 2 * SHAPE["head_dim"] * 61 * size
 
 
 def test_trust_remote_code_is_handed_on_only_when_asked_for(run, folder, monkeypatch):

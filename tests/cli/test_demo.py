@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import refreekv
-from helpers.command_line import PROMPT, Outcome, full_cache, runner, save_llama
+from helpers.command_line import PROMPT, SHAPE, Outcome, full_cache, runner, save_llama
 from refreekv.cli import loading
 from refreekv.cli.comparing import Comparison
 from refreekv.cli.running import Run
@@ -52,8 +52,8 @@ def test_demo_compares_two_real_runs(run, folder, prompt_file):
     assert (result["model"], result["dtype"], result["prompt"]) == ("tiny", "float32", prompt_file)
     full, compressed, report = result["full"], result["compressed"], result["report"]
     assert full["tokens"] == full_cache(folder, PROMPT, 16)
-    assert full["kv_bytes"] == report["bytes_before"] == 4 * 2 * 2 * 8 * 4 * 75
-    assert compressed["kv_bytes"] == report["bytes_after"] == 4 * 2 * 2 * 8 * 4 * (6 + 15)
+    assert full["kv_bytes"] == report["bytes_before"] == 4 * 2 * 2 * SHAPE["head_dim"] * 4 * 75
+    assert compressed["kv_bytes"] == report["bytes_after"] == 4 * 2 * 2 * SHAPE["head_dim"] * 4 * (6 + 15)
     # The first token is the prefill's, which sees everything; so small a cache then goes astray.
     at = result["first_difference"]
     assert 0 < at < 16
@@ -109,7 +109,7 @@ def test_demo_in_a_terminal(run, folder, prompt_file, monkeypatch, columns):
     assert f"The texts differ from token {result['first_difference'] + 1} of 16 on" in out
     rows = {line.split("   ")[0]: line.split() for line in lines if "   " in line}
     assert rows["Prompt tokens kept, a layer's mean"][-3:] == ["60", "6", "-90%"]
-    assert rows["K/V memory at 75 tokens"][-5:] == ["37.5", "KiB", "10.5", "KiB", "-72%"]
+    assert rows["K/V memory at 75 tokens"][-5:] == ["75.0", "KiB", "21.0", "KiB", "-72%"]
     assert sum("10.0%" in line and "█" in line for line in lines) == 4
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra [eval])")
 
 from helpers.models import VOCAB, build
 from refreekv.cli.commands import app
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.records import TaskRecord
 from refreekv.evaluation.results import RecordFile, read
@@ -268,7 +269,7 @@ def test_eval_hands_tasks_over(folder, tmp_path):
     args = ["--model", folder, "--tasks", "niah:tokens=20", "--limit", 1, "--out", tmp_path / "o", "--json"]
     result = command(*args)
     assert result.exit_code == 0, result.output
-    assert [one["policy"] for one in json.loads(result.stdout)["policies"]] == ["full", "refreekv"]
+    assert [one["policy"] for one in json.loads(result.stdout)["policies"]] == ["full", DEFAULT_POLICY]
 
 
 def test_nothing_to_run_is_no_failure(folder, tmp_path):

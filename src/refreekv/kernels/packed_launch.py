@@ -6,11 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import launch_packed_decode
 from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
 from refreekv.kernels.packed_reference import check_attention
 
 
+@on_its_device
 def launch_packed_attention(
     query: Tensor,
     exact: Tensor,
