@@ -128,7 +128,7 @@ def test_a_conversation_as_a_person_has_it(start, tmp_path):
 def test_long_answers_are_shown_once_and_whole(start):
     terminal = start("--max-new-tokens", "400", width=50, height=16)
     terminal.type(words(20, 3))
-    seen = terminal.wait(r"cut at\s+400 tokens")
+    seen = terminal.wait(r"cut\s+at\s+400\s+tokens")
     spoken = re.findall(r"\bw\d+\b", seen)
     terminal.type("/save answer.json")
     terminal.wait("Saved: answer.json")
