@@ -94,8 +94,8 @@ def attention(batch: int, length: int, name: str, bandwidth: float, **settings: 
     return {"us": seconds * 1e6, "floor_us": floor * 1e6, "over_floor": seconds / floor, "bytes": found[0].bytes}
 
 
-def split(batch: int, length: int, name: str) -> list[tuple[str, float]]:
-    """Microseconds of each kernel by itself."""
+def split(batch: int, length: int, name: str, **join_settings: int) -> list[tuple[str, float]]:
+    """Microseconds of each kernel by itself, begun when the one before is over."""
     found = setups(batch, length, name)
     prepare, decode, join = [], [], []
     for setup in found:
@@ -106,7 +106,7 @@ def split(batch: int, length: int, name: str) -> list[tuple[str, float]]:
         middle = (q, launch_prepare(*start), setup.exact.table, tables, forms, SIZE, SIZE**-0.5, None)
         decode.append(lambda middle=middle: launch_packed_decode(*middle, early=False))
         last = (q, launch_packed_decode(*middle), forms, m.value_mean, m.value_back, None)
-        join.append(lambda last=last: launch_packed_join(*last, early=False))
+        join.append(lambda last=last: launch_packed_join(*last, early=False, **join_settings))
     calls = {"prepare": prepare, "decode": decode, "join": join}
     return [(kernel, device_seconds(some) * 1e6) for kernel, some in calls.items()]
 
@@ -198,6 +198,14 @@ def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None
                 torch.cuda.empty_cache()
             print(f"{batch} x {length} {name}: us, settings")
             print("   " + "  ".join(f"{us:.1f} {settings}" for us, settings in sorted(found)), flush=True)
+    for batch, length in ((16, 8192), (1, 8192)):
+        for heads, out, parts, warps in (
+            (4, 128, 16, 8), (4, 128, 8, 8), (4, 64, 8, 4), (4, 64, 8, 8), (2, 64, 16, 4), (1, 128, 16, 4),
+            (1, 64, 16, 4), (1, 32, 16, 4), (1, 32, 64, 4), (1, 32, 32, 2), (4, 32, 8, 4),
+        ):  # fmt: skip
+            settings = {"heads_each": heads, "out_each": out, "parts_each": parts, "warps": warps}
+            us = dict(split(batch, length, "K4V4", **settings))["join"]
+            print(f"join {batch} x {length} {settings}: {us:.1f} us", flush=True)
     for name in ("K4V4", "K6V4"):
         for block, warps in ((64, 4), (64, 8), (128, 8), (32, 4), (128, 4)):
             us = packing(8192, name, block=block, warps=warps)["us"]

@@ -232,6 +232,7 @@ def _level(
     HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
     VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a level; ``before`` are the segments of the tables before."""
     head = tl.arange(0, BLOCK_G)
@@ -246,6 +247,8 @@ def _level(
         lines = tl.multiple_of(lines, 16 if LINE % 16 == 0 else 8)
         factors = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32)), 4)
         heads = segment * group + head  # rows and KV heads one after the other, as query heads are
+        # From here on what the kernel before has written is read.
+        pdl.in_turn(EARLY)
         scale = tl.load(scales + heads, asking, 0.0)
         shift = tl.load(shifts + heads, asking, 0.0)
         q, results = (), ()
@@ -320,34 +323,35 @@ def _packed_decode_kernel(
     EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
     ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    held, blocks = (), ()
+    # The tables and the queries are not of the kernel before, but of those that this one has waited for.
+    held, blocks, ends = (), (), ()
     work = tl.zeros([], tl.int32)
     for i in tl.static_range(COUNT + 1):
         some, counted = blocks_of(tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, EXTRA, BLOCK_S)
         held = held + (some,)
         blocks = blocks + (counted,)
+        ends = ends + (tl.cumsum(counted, 0),)
         work += tl.sum(counted, 0)
     shares = shares_of(work, tl.num_programs(0))
     block = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
     stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
-    # The tables are not of the kernel before but of one before that, which it has waited for.
-    pdl.in_turn(EARLY)
-    ends = tl.cumsum(blocks[0], 0)
     _exact(
-        query, tables[0], out, denominators, held[0], blocks[0], ends, block, tl.minimum(stop, tl.sum(blocks[0], 0)),
-        kv_heads, group, scaling, softcap, sq_b, sq_h,
+        query, tables[0], out, denominators, held[0], blocks[0], ends[0], block,
+        tl.minimum(stop, tl.sum(blocks[0], 0)), kv_heads, group, scaling, softcap, sq_b, sq_h,
         HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXTRA, BLOCK_S, HAS_CAP,
     )  # fmt: skip
     for i in tl.static_range(COUNT):
         done = tl.sum(blocks[i], 0)
         block, stop = tl.maximum(block - done, 0), stop - done
-        ends = tl.cumsum(blocks[i + 1], 0)
         _level(
-            asked, scales, shifts, tables[i + 1], out, denominators, held[i + 1], blocks[i + 1], ends,
+            asked, scales, shifts, tables[i + 1], out, denominators, held[i + 1], blocks[i + 1], ends[i + 1],
             block, tl.minimum(stop, tl.sum(blocks[i + 1], 0)), (i + 1) * segments, group, softcap,
             HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
             constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, EXTRA, BLOCK_S, HAS_CAP, ASSEMBLY,
+            EARLY,
         )  # fmt: skip
+    # Whoever comes next relies on all before it being over.
+    pdl.in_turn(EARLY)
 
 
 @functools.cache

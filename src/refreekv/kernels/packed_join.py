@@ -71,6 +71,15 @@ def _program_of(block, work, shares):
 
 
 @triton.jit
+def _fields(channel, EIGHT: tl.constexpr, SIX: tl.constexpr, FOUR: tl.constexpr):
+    """Where channels are among the fields, those of width 6 by their upper bits."""
+    if SIX > EIGHT:
+        # Channels of width 2 come behind the lower bits of those of width 6.
+        channel = tl.where(channel < FOUR, channel, channel + (SIX - EIGHT))
+    return channel
+
+
+@triton.jit
 def _joined(
     denominators, parts, low, high, slot_of, group, head, asking, element, real_element, highest, shrink_all,
     ELEMENTS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -142,12 +151,9 @@ def _packed_join_kernel(
     for i in tl.static_range(1, COUNT + 1):
         low = _program_of(firsts[i], work, shares)
         high = tl.where(ends[i] > firsts[i], _program_of(ends[i] - 1, work, shares) + 1, low)
-        # Channels of width 2 come behind the lower bits of those of width 6.
-        element = tl.where(
-            dv < constant(LEVELS, i - 1, 2), dv, dv + (constant(LEVELS, i - 1, 1) - constant(LEVELS, i - 1, 0))
-        )
         some, share, highest, shrink = _joined(
-            denominators, parts, low, high, i * segments + segment, group, head, asking, element, dv < VALUE,
+            denominators, parts, low, high, i * segments + segment, group, head, asking,
+            _fields(dv, constant(LEVELS, i - 1, 0), constant(LEVELS, i - 1, 1), constant(LEVELS, i - 1, 2)), dv < VALUE,
             highest, one, FIELDS, BLOCK_P,
         )  # fmt: skip
         if constant(LEVELS, i - 1, 1) > constant(LEVELS, i - 1, 0):
@@ -233,8 +239,9 @@ def launch_packed_join(
     back: Tensor,
     sinks: Tensor | None,
     heads_each: int | None = None,
+    out_each: int | None = None,
     parts_each: int | None = None,
-    warps: int = 4,
+    warps: int | None = None,
     early: bool = True,
 ) -> Tensor:
     """Join parts of the softmax; the result of attention ``[B, 1, H, Dv]``.
@@ -251,26 +258,32 @@ def launch_packed_join(
         ``value_mean`` and ``value_back`` of `PackedMaps`.
     sinks : Tensor, optional
         As ``sinks`` of `kernels.ragged_decode`.
-    heads_each, parts_each, warps, early
-        Query heads of a program, and parts that it loads at once: to be measured.
+    heads_each, out_each, parts_each, warps, early
+        Query heads and channels of a program, and parts that it loads at once: to be measured.
     """
     batch, heads = query.shape[:2]
     kv_heads, size = means.shape[1:]
     segments, group = batch * kv_heads, heads // kv_heads
     out = torch.empty(batch, 1, heads, size, dtype=query.dtype, device=query.device)
     block_v = triton.next_power_of_2(size)
+    few = segments < 64
     if heads_each is None:
-        # Few segments: more programs, each with a query head of its own.
-        heads_each = triton.next_power_of_2(group) if segments >= 64 else 1
+        # Few segments: more programs, each with a query head and some channels of its own.
+        heads_each = 1 if few else triton.next_power_of_2(group)
+    if out_each is None:
+        out_each = 32 if few else min(block_v, max(16, 16384 // block_v))
     if parts_each is None:
-        parts_each = max(2, min(64, 8192 // (heads_each * block_v)))
-    block_out = 32
-    _packed_join_kernel[(segments, triton.cdiv(group, heads_each), triton.cdiv(size, block_out))](
+        # Those of a segment, if all are equally long; but no more than there are registers for.
+        most = 64 if few else triton.next_power_of_2(triton.cdiv(found.programs, segments) + 2)
+        parts_each = max(2, min(most, 8192 // (heads_each * block_v)))
+    if warps is None:
+        warps = 4 if few else 8
+    _packed_join_kernel[(segments, triton.cdiv(group, heads_each), triton.cdiv(size, out_each))](
         found.tables, found.results, found.denominators, query if sinks is None else sinks, means, back, out,
         segments, kv_heads, group, found.programs, *(0 if part.shape[0] == 1 else kv_heads for part in (means, back)),
         LEVELS=tuple(form.values.ends() for form in forms), COUNT=len(forms), VALUE=size,
         FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, EXTRA=found.extra,
-        BLOCK_V=block_v, BLOCK_OUT=block_out, BLOCK_H=heads_each,
+        BLOCK_V=block_v, BLOCK_OUT=out_each, BLOCK_H=heads_each,
         BLOCK_S=triton.next_power_of_2(max(segments, 2)), BLOCK_P=parts_each, HAS_SINKS=sinks is not None,
         EXACT=query.dtype.itemsize > 2, num_warps=warps, **pdl.options(1 if early else batch, query),
     )  # fmt: skip

@@ -26,6 +26,8 @@ def launch_packed_attention(
 ) -> Tensor:
     """Run all kernels; parameters as in `kernels.packed_attention`. ``settings`` are `launch_packed_decode`'s."""
     check_attention(query, exact, tables, forms, maps, sinks)
+    # Here and not where it is needed: a copy has to live until the kernels that begin early have waited.
+    query = query if query.stride(-1) == 1 else query.contiguous()
     prepared = launch_prepare(query, maps.key_mean, maps.key_dual, maps.key_bound, scaling, softcap)
     found = launch_packed_decode(
         query, prepared, exact, tables, forms, maps.value_mean.shape[-1], scaling, softcap, **settings
