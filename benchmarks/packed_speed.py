@@ -179,12 +179,11 @@ def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None
     multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
     changes: list[dict[str, Any]] = [
         {}, {"early": False}, {"extra": 0}, {"extra": 1}, {"extra": 4}, {"exact_block": 32}, {"stages": 2},
-        {"stages": 4}, {"programs": 5 * multi}, {"programs": 4 * multi}, {"programs": 3 * multi},
+        {"programs": 4 * multi}, {"programs": 3 * multi},
         {"block": 64, "warps": 1, "stages": 2, "programs": 8 * multi, "registers": 248},
-        {"block": 64, "warps": 1, "stages": 2, "programs": 10 * multi, "registers": 200},
         {"block": 128, "warps": 4, "programs": 3 * multi},
     ]  # fmt: skip
-    for batch, length in ((16, 8192), (1, 8192), (1, 32768)):
+    for batch, length in ((16, 8192), (1, 32768)):
         for name in names:
             found = []
             for settings in changes:
