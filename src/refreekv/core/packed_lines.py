@@ -109,10 +109,6 @@ class Plane:
         """Bytes in all."""
         return -(-self.used // 4) * 4
 
-    def order(self) -> list[int]:
-        """The channels in the plane's order."""
-        return [channel for start, stop in self.channels for channel in range(start, stop)]
-
 
 @dataclass(frozen=True)
 class Side:
@@ -165,11 +161,6 @@ class Side:
     def bytes(self) -> int:
         """Bytes of the planes."""
         return sum(plane.bytes for plane in self.planes)
-
-    @property
-    def bits(self) -> float:
-        """Bits a channel on average."""
-        return sum(self.widths) / 4
 
     def by_channel(self, numbers: dict[int, float], like: Tensor) -> Tensor:
         """``[size]``: each channel's number, by its width."""
