@@ -6,7 +6,7 @@ is the same at any length: one CUDA graph serves all. A program leaves one parti
 segment it touches, at slot ``program + segment`` (which no other pair shares, as both only grow
 along the list); a second kernel joins them.
 
-A segment is a line of the table that `core.arena` describes: key address, value address, length,
+A segment is a line of the table that `storage.arena` describes: key address, value address, length,
 capacity.
 """
 

@@ -1,6 +1,6 @@
 """Moving entries into, within and between segments of an arena, in Triton.
 
-A segment is a line of the table that `core.arena` describes: key address, value address, length,
+A segment is a line of the table that `storage.arena` describes: key address, value address, length,
 capacity.
 """
 

@@ -1,6 +1,6 @@
 """Stand-ins for evicted entries in five launches, and one that puts them in their places.
 
-The judges are `core.stand_ins.stand_ins` and `put`. Keys are read twice and values once; the rows of
+The judges are `core.surrogates.stand_ins` and `put`. Keys are read twice and values once; the rows of
 attention, which the torch version writes out several times, never leave the chip. A program runs over
 one split of the keys, a chunk at a time, and keeps its sums on the chip until the split's end.
 """
@@ -265,13 +265,13 @@ def _block(count: int) -> int:
 def launch_stand_ins(
     queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, count: int, tile: Tile | None = None
 ) -> StandIns:
-    """`core.stand_ins.stand_ins` of a prompt without padding; all but ``keep`` is evicted.
+    """`core.surrogates.stand_ins` of a prompt without padding; all but ``keep`` is evicted.
 
     At most `MOST` of them, 128 rows of queries a KV head, and only where there is a tile (`tile_for`).
     """
     tile = tile or tile_for(queries, keys, values)
     if tile is None:
-        raise ValueError(f"no tile of {keys.dtype} keys of {keys.shape[-1]} fits the device; use core.stand_ins")
+        raise ValueError(f"no tile of {keys.dtype} keys of {keys.shape[-1]} fits the device; use core.surrogates")
     batch, heads, probes, head = queries.shape
     kv_heads, length, value = keys.shape[1], keys.shape[2], values.shape[-1]
     group, pairs, chunks = heads // kv_heads, batch * kv_heads, triton.cdiv(length, tile.chunk)
@@ -341,7 +341,7 @@ def _put_kernel(
 
 @on_its_device
 def launch_put(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
-    """`core.stand_ins.put`, and what is kept ``[B, H_kv, n]`` with the stand-ins."""
+    """`core.surrogates.put`, and what is kept ``[B, H_kv, n]`` with the stand-ins."""
     keep = keep.clone(memory_format=torch.contiguous_format)
     head, value = keys.shape[-1], values.shape[-1]
     _put_kernel[(chosen.columns.numel(),)](

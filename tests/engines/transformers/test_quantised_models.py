@@ -85,7 +85,7 @@ def test_logits_that_may_not_be_shifted(make, monkeypatch):
         if hasattr(block.self_attn, "sinks"):
             block.self_attn.sinks.data.fill_(4.0)
         block.self_attn.q_proj.bias.data.add_(1.0)
-        block.self_attn.k_proj.bias.data.sub_(3.0)
+        block.self_attn.k_proj.bias.data.sub_(3.5)
     full, coded = ReFreeKVCache(model, "full"), ReFreeKVCache(model, "full", kv_dtype="int8:recent=8")
     ids, _ = prompts((LENGTH,), seed=4)
     fed, _ = prompts((1,), seed=5)
@@ -108,7 +108,7 @@ def test_logits_that_may_not_be_shifted(make, monkeypatch):
 
     monkeypatch.setattr(kernels, "packed_attention", shifted)
     wrong = step(coded)
-    assert float((wanted - wrong).abs().mean() / wanted.std()) > 1.5 * off
+    assert float((wanted - wrong).abs().mean() / wanted.std()) > 2 * off
 
 
 @pytest.mark.parametrize("kind", ["int4:recent=8", "int8:recent=8"])

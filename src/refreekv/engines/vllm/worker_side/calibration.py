@@ -18,7 +18,7 @@ REQUEST = "refreekv-calibration"
 
 
 def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> list[Tensor]:
-    """How much each KV head copies (`engines.copying`), by layer: ``[H_kv]`` over all ranks.
+    """How much each KV head copies (`pruning.copy_scores`), by layer: ``[H_kv]`` over all ranks.
 
     Parameters
     ----------
