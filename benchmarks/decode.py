@@ -93,7 +93,7 @@ def filled(model: Any, kind: str, batch: int, context: int, budget: float, decod
         cache.update(entries(config, batch, context), entries(config, batch, context), index)
         if kind == "ours":
             cache.layers[index].after_attention(AttentionCall(query, None))
-            cache.state.settle()
+            cache.state.finish()
     return cache
 
 

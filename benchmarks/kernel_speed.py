@@ -96,9 +96,9 @@ def storage_kernels() -> list[tuple[str, dict[str, float]]]:
         seconds = device_seconds([move(s, t) for s, t in zip(sources, targets, strict=True)])
         rows.append((f"move {kept} entries a head", {"us": seconds * 1e6, "bandwidth": moved / seconds}))
     for batch in (1, 32):
-        room = arena([(1000,) * KV_HEADS] * batch)
+        growth = arena([(1000,) * KV_HEADS] * batch)
         new = random(batch, 1, KV_HEADS, SIZE).transpose(1, 2)
-        seconds = device_seconds([lambda n=new, r=room: kernels.append(n, n, r.table, r.form)], rounds=20)
+        seconds = device_seconds([lambda n=new, r=growth: kernels.append(n, n, r.table, r.form)], rounds=20)
         rows.append((f"append, batch {batch}", {"us": seconds * 1e6}))
     return rows
 

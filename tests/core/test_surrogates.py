@@ -8,7 +8,7 @@ import refreekv
 from helpers import models
 from helpers.layers import random_layer, view_of
 from refreekv import policies
-from refreekv.core.surrogates import put, stand_ins
+from refreekv.core.surrogates import make, put
 
 
 def a_layer(seed, n=40, batch=2, heads=4, kv_heads=2, dim=6, probes=5, dtype=torch.float32):
@@ -49,7 +49,7 @@ def slow(queries, keys, values, evicted, count):
 @pytest.mark.parametrize("seed", range(3))
 def test_they_are_what_the_slow_twin_says(seed, count):
     queries, keys, values, evicted = a_layer(seed)
-    made = stand_ins(queries, keys, values, evicted, count=count)
+    made = make(queries, keys, values, evicted, count=count)
     wide = [part.double().numpy() for part in (queries, keys, values)]
     for row in range(2):
         for head in range(2):
@@ -73,7 +73,7 @@ def test_for_a_single_query_nothing_is_lost():
     queries, keys, values, evicted = a_layer(7, heads=2, probes=1)
     full = attention(queries, keys, values, torch.ones_like(evicted))
     without = attention(queries, keys, values, ~evicted)
-    made = stand_ins(queries, keys, values, evicted, count=1)
+    made = make(queries, keys, values, evicted, count=1)
     put(made, keys, values)
     with_it = attention(queries, keys, values, (~evicted).scatter(-1, made.columns, made.real))
     torch.testing.assert_close(with_it, full, atol=1e-5, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_no_query_gives_a_stand_in_much_more_than_what_it_stands_for():
     """Not even one that is unlike the others, whom a fit to the mean would serve badly."""
     queries, keys, values, evicted = a_layer(11, batch=1, heads=1, kv_heads=1, probes=8, dim=16)
     queries[:, :, 0] *= 2
-    made = stand_ins(queries, keys, values, evicted, count=1)
+    made = make(queries, keys, values, evicted, count=1)
     logits = (queries @ keys.transpose(2, 3))[0, 0]
     sums = logits.masked_fill(~evicted[0], -torch.inf).logsumexp(-1)
     weight = (sums - logits.logsumexp(-1)).softmax(0)
@@ -102,7 +102,7 @@ def test_for_many_queries_most_of_what_is_lost_comes_back():
     grouped = queries.view(2, 2, -1, 16)
     full = attention(grouped, keys, values, torch.ones_like(evicted))
     without = attention(grouped, keys, values, ~evicted)
-    made = stand_ins(queries, keys, values, evicted, count=4)
+    made = make(queries, keys, values, evicted, count=4)
     put(made, keys, values)
     with_them = attention(grouped, keys, values, (~evicted).scatter(-1, made.columns, made.real))
     assert (with_them - full).square().mean() < 0.5 * (without - full).square().mean()
@@ -112,13 +112,13 @@ def test_queries_may_lie_in_memory_as_models_leave_them():
     """Heads inside of positions: what rotary embeddings return of projections."""
     queries, keys, values, evicted = a_layer(6)
     apart = queries.transpose(1, 2).contiguous().transpose(1, 2)
-    for one, other in zip(*(stand_ins(q, keys, values, evicted, count=2) for q in (queries, apart)), strict=True):
+    for one, other in zip(*(make(q, keys, values, evicted, count=2) for q in (queries, apart)), strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_padding_changes_nothing():
     queries, keys, values, evicted = a_layer(3)
-    alone = stand_ins(queries, keys, values, evicted, count=3)
+    alone = make(queries, keys, values, evicted, count=3)
     pads = 7
     wide = [torch.nn.functional.pad(part, (0, 0, pads, 0), value=9.0) for part in (keys, values)]
     mask = torch.nn.functional.pad(evicted, (pads, 0))
@@ -126,7 +126,7 @@ def test_padding_changes_nothing():
     real[..., :pads] = False
     more = torch.cat([torch.full_like(queries[:, :, :2], 5.0), queries], dim=2)
     asked = torch.tensor([[False, False, True, True, True, True, True]])
-    padded = stand_ins(more, *wide, mask, count=3, real=real, asked=asked)
+    padded = make(more, *wide, mask, count=3, real=real, asked=asked)
     assert torch.equal(padded.columns - pads, alone.columns)
     torch.testing.assert_close(padded.keys, alone.keys)
     torch.testing.assert_close(padded.values, alone.values)
@@ -136,7 +136,7 @@ def test_nothing_evicted_changes_nothing():
     queries, keys, values, evicted = a_layer(4)
     evicted = torch.zeros_like(evicted)
     evicted[0, 1, 3] = True
-    made = stand_ins(queries, keys, values, evicted, count=2)
+    made = make(queries, keys, values, evicted, count=2)
     assert made.real.sum() == 1
     before = keys.clone(), values.clone()
     put(made, keys, values)
@@ -150,7 +150,7 @@ def test_nothing_evicted_changes_nothing():
 def test_extreme_logits_give_numbers(dtype):
     queries, keys, values, evicted = a_layer(5, dtype=dtype)
     for factor in (0.0, 40.0):
-        made = stand_ins(queries * factor, keys * (1 + factor), values, evicted, count=4)
+        made = make(queries * factor, keys * (1 + factor), values, evicted, count=4)
         assert made.keys.isfinite().all()
         assert made.values.isfinite().all()
 
@@ -198,4 +198,4 @@ def test_none_is_made_where_heads_share_a_set_or_none_is_asked_for():
     scores = torch.zeros(1, 2)
     for changes, given in (({"shared": True}, scores), ({"stand_ins": 0}, scores), ({}, None)):
         policy = policies.create("adaptive", **{"min_length": 8, "window": 6, "constant": 0.4, **changes})
-        assert policy.select(view_of(policy, *layer, scores=given)).stand_ins is None
+        assert policy.select(view_of(policy, *layer, scores=given)).surrogates is None

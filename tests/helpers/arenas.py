@@ -6,7 +6,7 @@ import pickle
 import torch
 from hypothesis import strategies as st
 
-from refreekv.storage.arena import room_for
+from refreekv.storage.arena import growth_for
 from refreekv.storage.ragged import RaggedKV
 
 SIZES = (16, 8)
@@ -83,7 +83,7 @@ def check_changes(arena, judge, steps, *, same, stored=lambda entries: entries):
             how = min(how, *(n for row in judge.lengths for n in row))
             if arena.drop(how):
                 judge = judge.truncate([[n - how for n in row] for row in judge.lengths])
-            assert arena.left <= room_for(arena.lengths) + 16
+            assert arena.left <= growth_for(arena.lengths) + 16
         else:
             before = arena
             arena = copy.deepcopy(arena) if how == "deepcopy" else pickle.loads(pickle.dumps(arena))

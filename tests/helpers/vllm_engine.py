@@ -110,10 +110,10 @@ class Engine:
                     done[output.request_id] = list(output.outputs[0].token_ids)
             if on_step is not None:
                 on_step(self)
-        self.settle()
+        self.finish()
         return [done[f"r{index}"] for index in range(len(prompts))]
 
-    def settle(self):
+    def finish(self):
         """Nothing runs any more: everything must have come back."""
         from helpers import vllm_invariants as invariants
 

@@ -50,9 +50,9 @@ def _check_requests(scheduler: Any, managers: Any) -> None:
         assert request_id in scheduler.requests, f"the ledger still has {request_id}, which has ended"
         lengths = {len(one.req_to_blocks.get(request_id, ())) for one in managers}
         assert len(lengths) == 1, f"{request_id}'s block tables differ in length between groups: {lengths}"
-        if entry.verdict is None or ledger.current(entry.verdict) is None:
+        if entry.outcome is None or ledger.current(entry.outcome) is None:
             continue
-        for index, (one, group) in enumerate(zip(managers, entry.verdict.groups, strict=True)):
+        for index, (one, group) in enumerate(zip(managers, entry.outcome.groups, strict=True)):
             blocks = one.req_to_blocks.get(request_id, [])
             if not blocks or index in entry.pending:
                 continue

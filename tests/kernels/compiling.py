@@ -18,7 +18,7 @@ from refreekv.kernels.linear import gated_linear
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.storage import launch_append, launch_gather
-from refreekv.kernels.surrogates import launch_stand_ins
+from refreekv.kernels.surrogates import launch_surrogates
 from refreekv.kernels.table import Format
 
 LIMITS = {86: 101_376, 90: 232_448}
@@ -54,7 +54,7 @@ def no_assembly(*stage):
 def stand_ins(dtype, heads, head_size):
     keys = torch.zeros(1, 1, 100, head_size, dtype=dtype)
     queries = torch.zeros(1, heads, 16, head_size, dtype=dtype)
-    launch_stand_ins(queries, keys, keys, torch.ones(1, 1, 100, dtype=torch.bool), 4)
+    launch_surrogates(queries, keys, keys, torch.ones(1, 1, 100, dtype=torch.bool), 4)
 
 
 def decode(dtype, heads, head_size):

@@ -39,9 +39,9 @@ def on(maps, device):
 class Packed:
     """Segments of packed lines, poisoned wherever nothing was written."""
 
-    def __init__(self, lengths, form, device, room=0, capacities=None):
+    def __init__(self, lengths, form, device, growth=0, capacities=None):
         self.form, self.lengths = form, list(lengths)
-        self.capacities = capacities or [length + room for length in lengths]
+        self.capacities = capacities or [length + growth for length in lengths]
         self.lines, self.factors = (
             [torch.full((max(c, 1), width), POISON, dtype=torch.uint8, device=device) for c in self.capacities]
             for width in (form.line_bytes, 4)
@@ -72,13 +72,13 @@ class Packed:
 class Exact:
     """Segments of exact entries."""
 
-    def __init__(self, lengths, sizes, dtype, device, room=3):
+    def __init__(self, lengths, sizes, dtype, device, growth=3):
         self.lengths = lengths
         self.keys, self.values = (
-            [torch.randn(length + room, size).to(device, dtype) for length in lengths] for size in sizes
+            [torch.randn(length + growth, size).to(device, dtype) for length in lengths] for size in sizes
         )
         parts = zip(self.keys, self.values, lengths, strict=True)
-        self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, n + room] for k, v, n in parts], device=device)
+        self.table = torch.tensor([[k.data_ptr(), v.data_ptr(), n, n + growth] for k, v, n in parts], device=device)
 
     def host(self):
         other = Exact(self.lengths, (1, 1), self.keys[0].dtype, "cpu")
@@ -136,7 +136,7 @@ def check_attention(
     maps = maps_of(sizes, dtype, batch if rows else 1, shared=shared)
     forms = [form_of(*level, sizes) for level in levels]
     # Each level in another order of lengths.
-    packed = [Packed(lengths[i:] + lengths[:i], form, device, room=4).fill(values) for i, form in enumerate(forms)]
+    packed = [Packed(lengths[i:] + lengths[:i], form, device, growth=4).fill(values) for i, form in enumerate(forms)]
     kept = Exact(exact, sizes, dtype, device)
     if values != 1.0:
         for part in kept.values:
@@ -254,7 +254,7 @@ def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, 
         tail,
     ]
     spans = torch.tensor([(0, 4, 56), (some.data_ptr(), 70, 0), (0, 0, n), (0, 0, end)], device=device)
-    packed = Packed([len(w) for w in wanted], form, device, room=3)
+    packed = Packed([len(w) for w in wanted], form, device, growth=3)
     arguments = (keys, values, None, packed.table, form, on(maps, device), spans, end)
     if which == "kernel":
         launch_pack(*arguments, max(packed.lengths), None)
@@ -273,7 +273,7 @@ def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, 
 def test_pack_takes_entries_out_of_an_arena_and_goes_on_behind_lines(which, dtype, device):
     sizes, lengths, taken = (64, 64), [7, 0, 12, 3], [20, 33, 0, 1]
     form, maps = form_of("6442", "4444", sizes), maps_of(sizes, dtype)
-    packed = Packed([a + b for a, b in zip(lengths, taken, strict=True)], form, device, room=2)
+    packed = Packed([a + b for a, b in zip(lengths, taken, strict=True)], form, device, growth=2)
     before = [[part.clone() for part in side] for side in (packed.lines, packed.factors)]
     kept = Exact([count + 6 for count in taken], sizes, dtype, device)
     starts = torch.tensor(lengths, device=device)

@@ -16,12 +16,12 @@ POISON = float("nan")
 class Segments:
     """Segments in storage of their own, poisoned wherever nothing was written."""
 
-    def __init__(self, lengths, sizes, dtype, device, room=0, capacities=None):
+    def __init__(self, lengths, sizes, dtype, device, growth=0, capacities=None):
         """``dtype`` is that of keys and values, or a pair."""
         types = dtype if isinstance(dtype, tuple) else (dtype, dtype)
         self.form = Format(sizes, *types)
         self.lengths = list(lengths)
-        self.capacities = capacities or [length + room for length in lengths]
+        self.capacities = capacities or [length + growth for length in lengths]
         self.keys, self.values = (
             [torch.full((c, size), POISON, dtype=kind, device=device) for c in self.capacities]
             for size, kind in zip(sizes, types, strict=True)
@@ -72,7 +72,7 @@ def check_decode(
 ):  # fmt: skip
     kv_heads = 2
     batch = len(lengths) // kv_heads
-    segments = Segments(lengths, (head_size, value_size), dtype, device, room=5).fill()
+    segments = Segments(lengths, (head_size, value_size), dtype, device, growth=5).fill()
     heads = kv_heads * group
     # A view of what a projection writes, with other heads in between.
     query = torch.randn(batch, 1, 2 * heads, head_size, device=device).to(dtype).transpose(1, 2)[:, ::2]
@@ -106,7 +106,7 @@ def test_decode_blocks_of_smaller_gpus(block, dtype, close, device):
 
 
 def test_decode_reads_a_ring(dtype, close, device):
-    """More entries written than there is room for: the last ones are there, in any order."""
+    """More entries written than there is growth for: the last ones are there, in any order."""
     segments = Segments([50, 9], (64, 64), dtype, device, capacities=[32, 32])
     segments.lengths = [32, 9]
     segments.fill()
@@ -174,7 +174,7 @@ def test_gather_takes_ranges_and_indices(which, device):
     if none.data_ptr() == 0:
         # Nothing listed and nothing before the tail: a gap from the start says the same.
         spans[3] = (0, 0, end)
-    segments = Segments([len(w) for w in wanted], (80, 64), torch.float16, device, room=3)
+    segments = Segments([len(w) for w in wanted], (80, 64), torch.float16, device, growth=3)
     arguments = (keys, values, segments.table, torch.tensor(spans, device=device), end)
     extra = (max(segments.lengths),) if which == "kernel" else ()
     run(which, device, launch_gather, reference.gather, *arguments, *extra, segments.form)
@@ -188,8 +188,8 @@ def test_gather_takes_ranges_and_indices(which, device):
 
 @pytest.mark.parametrize("which", ["kernel", "reference"])
 def test_move_copies_what_both_hold(which, device):
-    old = Segments([0, 1, 300, 33], (80, 64), torch.float16, device, room=2).fill()
-    new = Segments([0, 1, 300, 20], (80, 64), torch.float16, device, room=9)
+    old = Segments([0, 1, 300, 33], (80, 64), torch.float16, device, growth=2).fill()
+    new = Segments([0, 1, 300, 20], (80, 64), torch.float16, device, growth=9)
     arguments = (old.table, new.table, 160, 128)
     extra = (300,) if which == "kernel" else ()
     run(which, device, launch_move, reference.move, *arguments, *extra)
@@ -200,7 +200,7 @@ def test_move_copies_what_both_hold(which, device):
 
 
 def test_the_operators_are_what_torch_expects_of_them():
-    segments = Segments([5, 9], (16, 16), torch.float32, "cpu", room=3).fill()
+    segments = Segments([5, 9], (16, 16), torch.float32, "cpu", growth=3).fill()
     entry = torch.randn(1, 2, 1, 16)
     decode = (entry, segments.table, *segments.form, 0.25, 0, None, None)
     torch.library.opcheck(ops.ragged_decode, decode, test_utils=("test_schema", "test_faketensor"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from refreekv.kernels import shared_memory
-from refreekv.kernels.surrogates import Tile, launch_stand_ins, tile_for
+from refreekv.kernels.surrogates import Tile, launch_surrogates, tile_for
 
 
 def test_kernels_fit(tmp_path):
@@ -40,7 +40,7 @@ def test_stand_ins_that_fit_nowhere(monkeypatch):
     monkeypatch.setattr(shared_memory, "bytes_of", lambda device: 101_376)
     assert tile_for(*layer) is None
     with pytest.raises(ValueError, match="no tile"):
-        launch_stand_ins(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
+        launch_surrogates(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
 
 
 def test_the_limit_is_the_one_that_triton_knows(monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from refreekv.core.surrogates import put, stand_ins
-from refreekv.kernels.surrogates import Tile, launch_put, launch_stand_ins
+from refreekv.core.surrogates import make, put
+from refreekv.kernels.surrogates import Tile, launch_put, launch_surrogates
 
 CASES = {
     "plain": {},
@@ -32,8 +32,8 @@ def a_layer(device, dtype, *, heads=8, probes=16, head=64, value=64, length=700,
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_stand_ins(case, dtype, close, device):
     queries, keys, values, keep, count = a_layer(device, dtype, **case)
-    got = launch_stand_ins(queries, keys, values, keep, count)
-    want = stand_ins(queries, keys, values, ~keep, count=count)
+    got = launch_surrogates(queries, keys, values, keep, count)
+    want = make(queries, keys, values, ~keep, count=count)
     assert torch.equal(got.real, want.real)
     assert got.real.all()
     # Two entries may get as much but for a rounding: then either place is right.
@@ -47,8 +47,8 @@ def test_stand_ins(case, dtype, close, device):
 @pytest.mark.parametrize("tile", [Tile(32, 2), Tile(16, 2)], ids=str)
 def test_tiles_of_smaller_gpus(tile, close, dtype, device):
     queries, keys, values, keep, count = a_layer(device, dtype, head=80, length=1100)
-    got = launch_stand_ins(queries, keys, values, keep, count, tile)
-    want = stand_ins(queries, keys, values, ~keep, count=count)
+    got = launch_surrogates(queries, keys, values, keep, count, tile)
+    want = make(queries, keys, values, ~keep, count=count)
     assert (got.columns == want.columns).float().mean() > 0.9
     close(got.values, want.values)
     for mine, other in zip(got.keys.flatten(0, 2), want.keys.flatten(0, 2), strict=True):
@@ -60,7 +60,7 @@ def test_heads_that_evict_little_or_nothing_have_fewer(device):
     keep[0] = True
     keep[1, 0] = True
     keep[1, 0, [5, 300]] = False
-    got, want = launch_stand_ins(queries, keys, values, keep, count), stand_ins(queries, keys, values, ~keep, count=4)
+    got, want = launch_surrogates(queries, keys, values, keep, count), make(queries, keys, values, ~keep, count=4)
     assert torch.equal(got.real, want.real)
     assert got.real.sum(-1).tolist() == [[0, 0], [2, 4]]
     assert torch.equal(got.columns[got.real], want.columns[got.real])
@@ -69,7 +69,7 @@ def test_heads_that_evict_little_or_nothing_have_fewer(device):
 def test_put(device):
     queries, keys, values, keep, count = a_layer(device, torch.float16)
     keep[0, 1] = True
-    chosen = launch_stand_ins(queries, keys, values, keep, count)
+    chosen = launch_surrogates(queries, keys, values, keep, count)
     mine, other = [keys.clone(), values.clone()], [keys.clone(), values.clone()]
     put(chosen, *other)
     kept = launch_put(chosen, *mine, keep)

@@ -7,13 +7,13 @@ from kernels.test_segment_kernels import Segments, run
 from kernels.test_surrogate_kernels import a_layer
 from refreekv.core import reductions
 from refreekv.core.probes import attention_rows
-from refreekv.core.surrogates import put, stand_ins
+from refreekv.core.surrogates import make, put
 from refreekv.kernels import append, gather, move, ragged_decode, reference
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.kernels.reference import decode_segment
 from refreekv.kernels.storage import launch_append, launch_gather
-from refreekv.kernels.surrogates import launch_put, launch_stand_ins
+from refreekv.kernels.surrogates import launch_put, launch_surrogates
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 ON_GPU = torch.cuda.is_available()
@@ -34,7 +34,7 @@ def check(got, want, query):
 @pytest.mark.parametrize("asked", QUERIES, ids=str)
 @pytest.mark.parametrize("types", TYPES, ids=str)
 def test_decode(types, asked, which, device):
-    segments = Segments(LENGTHS, (64, 32), types, device, room=5).fill()
+    segments = Segments(LENGTHS, (64, 32), types, device, growth=5).fill()
     query = torch.randn(3, 8, 1, 64, device=device).to(asked)
     arguments = (query, segments.table, segments.form, 0.2, 0, None, None)
     got = run(which, device, launch_ragged_decode, reference.ragged_decode, *arguments)
@@ -69,7 +69,7 @@ def test_append_widens_and_touches_nothing_else(tokens, brought, which, device):
 def test_append_and_gather_keep_types_apart(which, device):
     """Four bytes an element on one side and two on the other."""
     keys, values = torch.randn(1, 2, 40, 64, device=device), torch.randn(1, 2, 40, 64, device=device).half()
-    segments = Segments([32, 40], (64, 64), (F32, F16), device, room=2)
+    segments = Segments([32, 40], (64, 64), (F32, F16), device, growth=2)
     spans = torch.tensor([(0, 4, 8), (0, 40, 0)], device=device)
     extra = (40,) if which == "kernel" else ()
     arguments = (keys, values, segments.table, spans, 40, *extra, segments.form)
@@ -104,7 +104,7 @@ def bad_entries(device):
 @WHICH
 @pytest.mark.parametrize("name", bad_entries("cpu"))
 def test_entries_that_do_not_fit_are_refused(name, which, device):
-    segments = Segments([1, 2, 0, 5], (64, 32), F16, device, room=30).fill()
+    segments = Segments([1, 2, 0, 5], (64, 32), F16, device, growth=30).fill()
     before = [part.clone() for part in (*segments.keys, *segments.values)]
     keys, values = bad_entries(device)[name]
     spans = torch.zeros(4, 3, dtype=torch.int64, device=device)
@@ -120,7 +120,7 @@ def test_entries_that_do_not_fit_are_refused(name, which, device):
 
 
 def test_types_are_named():
-    segments = Segments([1, 2], (64, 32), (F32, F16), "cpu", room=3)
+    segments = Segments([1, 2], (64, 32), (F32, F16), "cpu", growth=3)
     with pytest.raises(TypeError, match=r"float32 keys and float32 values.*float32 of 64 and float16 of 32"):
         append(torch.ones(1, 2, 1, 64), torch.ones(1, 2, 1, 32), segments.table, segments.form)
     assert all(part.isnan().all() for part in (*segments.keys, *segments.values))
@@ -129,7 +129,7 @@ def test_types_are_named():
 @pytest.mark.parametrize("heads", [3, 8])
 @pytest.mark.parametrize("size", [64, 32])
 def test_queries_that_do_not_fit_are_refused(heads, size, device):
-    segments = Segments([1, 2, 0, 5], (64, 32), F16, device, room=30).fill()
+    segments = Segments([1, 2, 0, 5], (64, 32), F16, device, growth=30).fill()
     query = torch.ones(2, heads, 1, size, dtype=F16, device=device)
     if (heads, size) == (8, 64):
         assert ragged_decode(query, segments.table, segments.form).shape == (2, 1, 8, 32)
@@ -145,7 +145,7 @@ def test_queries_that_do_not_fit_are_refused(heads, size, device):
 
 
 def test_tables_that_are_none_are_refused(device):
-    segments = Segments([1, 2], (64, 64), F16, device, room=3).fill()
+    segments = Segments([1, 2], (64, 64), F16, device, growth=3).fill()
     entry, form = torch.ones(1, 2, 1, 64, dtype=F16, device=device), segments.form
     for table in (segments.table.int(), segments.table[:, :3], segments.table.T.contiguous().T, segments.table[0]):
         with pytest.raises(ValueError, match=r"table"):
@@ -185,8 +185,8 @@ def test_probe_reductions(stored, asked, device):
 def test_stand_ins(types, device):
     queries, keys, values, keep, count = a_layer(device, F32)
     keys, values = keys.to(types[0]), values.to(types[1])
-    got = launch_stand_ins(queries, keys, values, keep, count)
-    want = stand_ins(queries, keys, values, ~keep, count=count)
+    got = launch_surrogates(queries, keys, values, keep, count)
+    want = make(queries, keys, values, ~keep, count=count)
     assert (got.keys.dtype, got.values.dtype) == (want.keys.dtype, want.values.dtype) == types
     assert (got.columns == want.columns).float().mean() > 0.9
     torch.testing.assert_close(got.values.float(), want.values.float(), atol=3e-2, rtol=3e-2)

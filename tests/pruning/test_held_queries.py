@@ -102,6 +102,6 @@ def test_what_an_earlier_prompt_left_is_marked(settled):
     keys = torch.randn(1, 2, 10, 8)
     asked = Queries.of_call(queries(rows=1), 9, None)
     entries = Entries.of_dense(keys, keys, None, None, asked, settled)
-    marks = None if entries.settled is None else entries.settled.flatten().tolist()
+    marks = None if entries.earlier is None else entries.earlier.flatten().tolist()
     assert marks == (None if settled == 0 else [True] * 7 + [False] * 3)
     assert entries.columns.tolist() == list(range(10))

@@ -1,4 +1,4 @@
-"""The arena does what the exact storage does, in place and with room, whatever happens to it."""
+"""The arena does what the exact storage does, in place and with growth, whatever happens to it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from helpers.arenas import SIZES, check_changes, check_integrity, exact, lengths_of, moves, same
 from refreekv.kernels import ragged_decode
 from refreekv.kernels.reference import decode_segment
-from refreekv.storage.arena import KVArena, room_for
+from refreekv.storage.arena import KVArena, growth_for
 
 
 @settings(deadline=None, max_examples=40)
@@ -36,7 +36,7 @@ def test_room_is_at_most_three_percent():
     arena = KVArena.of(exact(lengths))
     kept = sum(map(sum, lengths)) * sum(SIZES) * 4
     assert kept < arena.nbytes <= 1.03 * kept
-    assert room_for([(5, 5)]) == 16
+    assert growth_for([(5, 5)]) == 16
 
 
 def test_taking_back_much_gives_its_memory_back():
@@ -50,11 +50,11 @@ def test_taking_back_much_gives_its_memory_back():
     assert arena.lengths == [(1290, 3290), (2290, 2290)]
 
 
-@pytest.mark.parametrize(("kept", "room"), [(4096, 16), (4080, 16), (4046, 50), (2048, 51)])
-def test_a_prompt_of_which_little_goes_comes_to_hold_no_more_than_it_had(kept, room):
+@pytest.mark.parametrize(("kept", "growth"), [(4096, 16), (4080, 16), (4046, 50), (2048, 51)])
+def test_a_prompt_of_which_little_goes_comes_to_hold_no_more_than_it_had(kept, growth):
     keys, values = torch.randn(1, 2, 4096, 16), torch.randn(1, 2, 4096, 8)
     arena = KVArena.gathered(keys, values, [(kept, kept)], [(0, 0, 4096 - kept)] * 2, 4096)
-    assert arena.capacities == [(kept + room,) * 2]
+    assert arena.capacities == [(kept + growth,) * 2]
 
 
 def test_freed_rows_give_their_memory_back_and_take_nothing():

@@ -41,10 +41,10 @@ class Twins:
         self.coded, self.plain, self.number, self.centres = coded, plain, number, centres
 
     @classmethod
-    def of(cls, dense, columns, behind, number):
+    def of(cls, dense, columns, after, number):
         centres = centres_of(dense)
-        coded = LeveledKV.gathered(*dense, columns, behind, number, centres)
-        end = dense[0].shape[2] - behind
+        coded = LeveledKV.gathered(*dense, columns, after, number, centres)
+        end = dense[0].shape[2] - after
         rows = []
         for row, own in enumerate(columns):
             index = own.tensors(torch.device("cpu"))
@@ -125,12 +125,12 @@ class Twins:
                     return self
                 return self.alike(self.coded, self.plain.truncate([[n - how for n in row] for row in lengths]))
             case "keep":
-                behind = min(how, *(n for row in lengths for n in row))
+                after = min(how, *(n for row in lengths for n in row))
                 kept = [
                     Columns(
                         heads=tuple(
                             torch.tensor(
-                                [i for i in range(max(row) - n, max(row) - behind) if (i * 7 + h) % 3],
+                                [i for i in range(max(row) - n, max(row) - after) if (i * 7 + h) % 3],
                                 dtype=torch.int32,
                             )
                             for h, n in enumerate(row)
@@ -138,8 +138,8 @@ class Twins:
                     )
                     for row in lengths
                 ]
-                twins = self.alike(self.coded.keep(kept, behind), kept_of(self.plain, kept, behind))
-                twins.coded.code_older(behind, all_due=True)
+                twins = self.alike(self.coded.keep(kept, after), kept_of(self.plain, kept, after))
+                twins.coded.code_older(after, all_due=True)
                 return twins
             case "copy":
                 copied = copy.deepcopy(self.coded) if how == "deepcopy" else pickle.loads(pickle.dumps(self.coded))
@@ -151,13 +151,13 @@ class Twins:
                 return self
 
 
-def kept_of(plain, kept, behind):
+def kept_of(plain, kept, after):
     """What plain storage keeps of columns that count entries of rows padded on the left."""
     sides = [], []
     for row, lengths in enumerate(plain.lengths):
         for own, into in zip(plain.segments(row), sides, strict=True):
             parts = zip(own, kept[row].heads, lengths, strict=True)
-            into.append([[torch.cat([p[i.long() - (max(lengths) - n)], p[n - behind :]]) for p, i, n in parts]])
+            into.append([[torch.cat([p[i.long() - (max(lengths) - n)], p[n - after :]]) for p, i, n in parts]])
     return RaggedKV.from_pieces(*sides)
 
 
@@ -191,15 +191,15 @@ def some_columns(length, heads, seed):
     length=st.integers(1, 90),
     heads=st.integers(1, 3),
     rows=st.integers(1, 3),
-    behind=st.integers(0, 3),
+    after=st.integers(0, 3),
     seed=st.integers(0, 20),
     steps=moves,
 )
-def test_any_sequence_of_changes_is_that_of_plain_storage(kind, recent, length, heads, rows, behind, seed, steps):
+def test_any_sequence_of_changes_is_that_of_plain_storage(kind, recent, length, heads, rows, after, seed, steps):
     number = KVDtype(kind, recent=recent)
-    dense = entries(rows, heads, length + behind, seed=seed)
+    dense = entries(rows, heads, length + after, seed=seed)
     columns = [some_columns(length, heads, seed + row) for row in range(rows)]
-    twins = Twins.of(dense, columns, behind, number)
+    twins = Twins.of(dense, columns, after, number)
     counts = [row.for_heads(heads) for row in columns]
     assert twins.coded.coded.lengths == [tuple(max(0, n - SINKS - recent) for n in row) for row in counts]
     twins.check()
@@ -266,7 +266,7 @@ def test_tables_stay_what_they_are_while_entries_come():
         moved += before != twins.coded.exact.keys.data_ptr()
         assert all(arena.table is table for arena, table in zip(twins.coded.tables, tables, strict=True))
     twins.check()
-    assert moved == 150 // FLUSH  # once for each block that is coded, and never for want of room
+    assert moved == 150 // FLUSH  # once for each block that is coded, and never for want of growth
 
 
 def test_freed_rows_give_their_memory_back_and_take_nothing():

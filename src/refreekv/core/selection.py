@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Selection:
     reasons : dict
         Names of reasons to ``[B]``: the share of the real entries that stay for each. An entry may
         have several.
-    stand_ins : StandIns or None
+    surrogates : Surrogates or None
         Entries to store in the places of some that ``keep`` evicts; with as many KV heads as the keys.
     """
 
     keep: Tensor
     metric: Tensor | None = None
     reasons: Mapping[str, Tensor] = field(default_factory=dict)
-    stand_ins: StandIns | None = None
+    surrogates: Surrogates | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ Too little is what eviction does anyway; too much hides what stays.
 """
 
 
-class StandIns(NamedTuple):
+class Surrogates(NamedTuple):
     """Surrogates of evicted entries; ``m`` for each KV head.
 
     Attributes
@@ -48,7 +48,7 @@ class StandIns(NamedTuple):
     real: Tensor
 
 
-def stand_ins(
+def make(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -57,7 +57,7 @@ def stand_ins(
     count: int,
     real: Tensor | None = None,
     asked: Tensor | None = None,
-) -> StandIns:
+) -> Surrogates:
     """Surrogates of evicted entries, as ``queries`` saw these.
 
     The evicted entries of a head are divided by position into ``count`` parts of equal size, so that
@@ -84,7 +84,7 @@ def stand_ins(
 
     Returns
     -------
-    StandIns
+    Surrogates
     """
     batch, kv_heads, _, _ = keys.shape
     grouped = queries.reshape(batch, kv_heads, -1, queries.shape[-1])
@@ -118,10 +118,10 @@ def stand_ins(
     key = mean_key + step[..., None] * mean_query
     filled = members.any(2)
     columns = torch.where(filled, inside.argmax(-1), keys.shape[2] - 1)
-    return StandIns(columns, key.to(keys.dtype), mean_value.to(values.dtype), filled)
+    return Surrogates(columns, key.to(keys.dtype), mean_value.to(values.dtype), filled)
 
 
-def put(chosen: StandIns, keys: Tensor, values: Tensor) -> None:
+def put(chosen: Surrogates, keys: Tensor, values: Tensor) -> None:
     """Write surrogates over the entries ``[B, H_kv, n, D]`` whose places they take."""
     for stored, new in ((keys, chosen.keys), (values, chosen.values)):
         index = chosen.columns[..., None].expand_as(new)

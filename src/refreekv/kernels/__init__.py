@@ -18,7 +18,7 @@ from refreekv.core.needs import Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import uni_metric_cut_and_loss
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 from refreekv.kernels import ops, packed_ops, probe_blocks, reference
 from refreekv.kernels.table import Format
 
@@ -30,14 +30,14 @@ __all__ = [
     "available",
     "gather",
     "kept_first",
+    "make_surrogates",
     "move",
     "needed",
     "pack_lines",
     "packed_attention",
     "probe_reductions",
-    "put_stand_ins",
+    "put_surrogates",
     "ragged_decode",
-    "stand_ins",
     "uni_metric_cut",
 ]
 
@@ -159,7 +159,7 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return reference.kept_first(keep)
 
 
-def stand_ins(
+def make_surrogates(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -168,23 +168,23 @@ def stand_ins(
     count: int,
     real: Tensor | None = None,
     asked: Tensor | None = None,
-) -> StandIns:
+) -> Surrogates:
     """Surrogates of all that is not kept.
 
-    Parameters, results and meaning are those of `core.surrogates.stand_ins`, but ``keep``: boolean
+    Parameters, results and meaning are those of `core.surrogates.make`, but ``keep``: boolean
     ``[B, H_kv, n]``, whose opposite that takes.
     """
     rows = queries.shape[1] // keys.shape[1] * queries.shape[2]
     if keys.is_cuda and available() and real is None and asked is None and count <= 16 and rows <= 128:
-        from refreekv.kernels.surrogates import launch_stand_ins, tile_for
+        from refreekv.kernels.surrogates import launch_surrogates, tile_for
 
         if tile := tile_for(queries, keys, values):
-            return launch_stand_ins(queries, keys, values, keep, count, tile)
+            return launch_surrogates(queries, keys, values, keep, count, tile)
     gone = ~keep if real is None else real & ~keep
-    return surrogates_in_torch.stand_ins(queries, keys, values, gone, count=count, real=real, asked=asked)
+    return surrogates_in_torch.make(queries, keys, values, gone, count=count, real=real, asked=asked)
 
 
-def put_stand_ins(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+def put_surrogates(chosen: Surrogates, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     """Write surrogates over the entries ``[B, H_kv, n, D]`` whose places they take; what is kept with them."""
     if keys.is_cuda and available():
         from refreekv.kernels.surrogates import launch_put
@@ -202,7 +202,7 @@ def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     keys, values : Tensor
         ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``; of a ring, ``q`` must not exceed the capacity.
     table : Tensor
-        See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. There must be room.
+        See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. They must have the capacity.
     form : Format
         How the segments hold entries. Types that are narrower than theirs are widened, exactly.
 

@@ -71,10 +71,10 @@ def _decode_kernel(
     segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
     PRODUCT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """``PRODUCT`` is the type that queries and keys are multiplied in: wide enough for both."""
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
@@ -123,10 +123,10 @@ def _join_kernel(
     partial, denominators, table, sinks, out,
     segments, kv_heads, group, window, programs,
     VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One query head: its partial results, weighted by their shares of the softmax."""
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     segment, head = tl.program_id(0), tl.program_id(1)
     all_segments = tl.arange(0, BLOCK_S)
     blocks = (_held(table, all_segments, segments, window) + BLOCK - 1) // BLOCK

@@ -14,9 +14,9 @@ from refreekv.kernels import pdl
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, out, size, eps, stride, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x, weight, out, size, eps, stride, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + n, n < size, 0.0).to(tl.float32)
@@ -32,9 +32,9 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _gated_kernel(
-    gate, up, out, size, stride_gate, stride_up, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    gate, up, out, size, stride_gate, stride_up, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * stride_gate + n, n < size, 0.0).to(tl.float32)
@@ -52,9 +52,9 @@ def _gated_kernel(
 def _rotary_kernel(
     query, key, cos, sin, query_out, key_out, heads, kv_heads,
     sq_b, sq_h, sk_b, sk_h, sc_b, ss_b,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     d = tl.arange(0, BLOCK)
     real = d < HALF

@@ -83,10 +83,11 @@ def _product(
 @triton.jit
 def _linear_kernel(
     x, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, blocks0, blocks1, rows, size,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Up to three products with one input; each program makes a few columns of one of them."""
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     block = tl.program_id(0)
     if block < blocks0:
         weight, bias, y, count = w0, b0, y0, n0
@@ -107,9 +108,10 @@ def _linear_kernel(
 @triton.jit
 def _gated_linear_kernel(
     x, gate, up, y, count, rows, size,
-    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     kind = y.dtype.element_ty
     g = _product(x, gate, size, m, rows, n, count, BLOCK_M, BLOCK_N, BLOCK_K).to(kind).to(tl.float32)

@@ -232,7 +232,7 @@ def _level(
     HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
     VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr,
-    EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a level; ``before`` are the segments of the tables before."""
     head = tl.arange(0, BLOCK_G)
@@ -248,7 +248,7 @@ def _level(
         factors = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32)), 4)
         heads = segment * group + head  # rows and KV heads one after the other, as query heads are
         # From here on what the kernel before has written is read.
-        pdl.in_turn(EARLY)
+        pdl.in_turn(DEPENDENT)
         scale = tl.load(scales + heads, asking, 0.0)
         shift = tl.load(shifts + heads, asking, 0.0)
         q, results = (), ()
@@ -321,7 +321,7 @@ def _packed_decode_kernel(
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, LEVELS: tl.constexpr, COUNT: tl.constexpr,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+    ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # The tables and the queries are not of the kernel before, but of those that this one has waited for.
     held, blocks, ends = (), (), ()
@@ -348,10 +348,10 @@ def _packed_decode_kernel(
             block, tl.minimum(stop, tl.sum(blocks[i + 1], 0)), (i + 1) * segments, group, softcap,
             HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
             constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, EXTRA, BLOCK_S, HAS_CAP, ASSEMBLY,
-            EARLY,
+            DEPENDENT,
         )  # fmt: skip
     # Whoever comes next relies on all before it being over.
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
 
 
 @functools.cache

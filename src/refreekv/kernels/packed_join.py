@@ -29,11 +29,11 @@ def _prepare_kernel(
     rows, kv_heads, group, scaling, sq_b, sq_h, row_of_means, row_of_maps,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr, CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one KV head in some rows: some of their channels in code space."""
-    pdl.in_turn(EARLY)
-    if CHAINED and not EARLY:
+    pdl.in_turn(DEPENDENT)
+    if CHAINED and not DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     first_row, kv_head, part = tl.program_id(0) * BLOCK_R, tl.program_id(1), tl.program_id(2)
     maps = first_row.to(tl.int64) * row_of_maps + kv_head
@@ -113,7 +113,7 @@ def _packed_join_kernel(
     LEVELS: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
-    EXACT: tl.constexpr, EARLY: tl.constexpr,
+    EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some query heads of one segment, some channels of the result."""
     segment = tl.program_id(0)
@@ -144,7 +144,7 @@ def _packed_join_kernel(
     if HAS_SINKS:
         highest = tl.load(sinks + kv_head * group + head, asking, 0.0).to(tl.float32) * LOG2E
         rest += 1.0
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     coded = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_H], tl.float32)
     one = mass + 1.0
@@ -224,7 +224,7 @@ def launch_prepare(
         query, means, dual, bounds, out, scales, shifts, batch, kv_heads, heads // kv_heads, scaling,
         query.stride(0), query.stride(1), *(0 if part.shape[0] == 1 else kv_heads for part in (means, dual)),
         HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK_R=rows, BLOCK_G=block_g,
-        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["EARLY"],
+        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["DEPENDENT"],
         num_warps=4, **pdl.options(batch, query),
     )  # fmt: skip
     return out, scales, shifts

@@ -18,21 +18,21 @@ MOST_ROWS = 1
 
 
 @triton.jit
-def in_turn(EARLY: tl.constexpr):
+def in_turn(DEPENDENT: tl.constexpr):
     """What a kernel of a step does first: waits for the one before to be over, and lets the next one begin.
 
     Every kernel that is launched early has to: so whatever came before is over too, and its memory written.
     """
-    if EARLY:
+    if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def options(rows: int, like: Tensor) -> dict[str, Any]:
-    """How a kernel of a step of ``rows`` rows is launched, ``EARLY`` among it."""
+    """How a kernel of a step of ``rows`` rows is launched, ``DEPENDENT`` among it."""
     if rows > MOST_ROWS or not like.is_cuda or not _possible(like.device):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
 
 
 @functools.cache

@@ -28,16 +28,16 @@ def _append_kernel(
     keys, values, table, tokens, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    pdl.in_turn(EARLY)
+    pdl.in_turn(DEPENDENT)
     segment = tl.program_id(0)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     length, capacity = tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     key_out = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
     value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE)), 16)
-    # A segment without room, of a row that is finished, takes nothing.
+    # A segment without capacity, of a row that is finished, takes nothing.
     taken = tl.where(capacity > 0, tokens, 0)
     for start in range(0, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)

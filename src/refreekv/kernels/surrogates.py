@@ -1,6 +1,6 @@
 """Stand-ins for evicted entries in five launches, and one that puts them in their places.
 
-The judges are `core.surrogates.stand_ins` and `put`. Keys are read twice and values once; the rows of
+The judges are `core.surrogates.make` and `put`. Keys are read twice and values once; the rows of
 attention, which the torch version writes out several times, never leave the chip. A program runs over
 one split of the keys, a chunk at a time, and keeps its sums on the chip until the split's end.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.surrogates import TINY, TOO_MUCH, StandIns
+from refreekv.core.surrogates import TINY, TOO_MUCH, Surrogates
 from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
 
@@ -262,10 +262,10 @@ def _block(count: int) -> int:
 
 
 @on_its_device
-def launch_stand_ins(
+def launch_surrogates(
     queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, count: int, tile: Tile | None = None
-) -> StandIns:
-    """`core.surrogates.stand_ins` of a prompt without padding; all but ``keep`` is evicted.
+) -> Surrogates:
+    """`core.surrogates.make` of a prompt without padding; all but ``keep`` is evicted.
 
     At most `MOST` of them, 128 rows of queries a KV head, and only where there is a tile (`tile_for`).
     """
@@ -288,7 +288,7 @@ def launch_stand_ins(
     best = torch.empty(pairs, splits, count, **like)
     place = torch.empty(pairs, splits, count, dtype=torch.int32, device=keys.device)
     shape = (batch, kv_heads, count)
-    found = StandIns(
+    found = Surrogates(
         torch.empty(shape, dtype=torch.int64, device=keys.device),
         torch.empty(*shape, head, dtype=keys.dtype, device=keys.device),
         torch.empty(*shape, value, dtype=values.dtype, device=keys.device),
@@ -340,7 +340,7 @@ def _put_kernel(
 
 
 @on_its_device
-def launch_put(chosen: StandIns, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+def launch_put(chosen: Surrogates, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     """`core.surrogates.put`, and what is kept ``[B, H_kv, n]`` with the stand-ins."""
     keep = keep.clone(memory_format=torch.contiguous_format)
     head, value = keys.shape[-1], values.shape[-1]

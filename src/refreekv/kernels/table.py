@@ -1,12 +1,12 @@
 """The table that tells kernels where an arena's segments are.
 
 ``[segments, 4]`` int64, a line for each (row, KV head), row by row: address of the first key,
-address of the first value, entries written so far, entries there is room for. Addresses, not
+address of the first value, entries written so far, entries it can hold. Addresses, not
 offsets: a CUDA graph that reads the table serves any storage, also after that has moved.
 
-A segment that was written more entries than it has room for is a ring, as sliding-window layers
+A segment that was written more entries than it can hold is a ring, as sliding-window layers
 need: entry ``i`` is in line ``i % capacity``, and the last ``capacity`` entries are there. One
-without room takes nothing.
+without capacity takes nothing.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.needs import Rules
 from refreekv.core.selection import Selection
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
@@ -143,15 +143,15 @@ class Adaptive(Policy):
         keep = found.keep
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
-        standing = self._stand_ins(view, keep) if by_head else None
-        return Selection(keep, metric=found.lost / view.heads**0.5, reasons=found.shares, stand_ins=standing)
+        found_surrogates = self._surrogates(view, keep) if by_head else None
+        return Selection(keep, metric=found.lost / view.heads**0.5, reasons=found.shares, surrogates=found_surrogates)
 
-    def _stand_ins(self, view: LayerView, keep: Tensor) -> StandIns | None:
+    def _surrogates(self, view: LayerView, keep: Tensor) -> Surrogates | None:
         if self.stand_ins == 0 or view.queries is None:
             return None
         # The last query in any case: short prompts have few.
         some = slice((view.queries.shape[2] - 1) % STAND_IN_STEP, None, STAND_IN_STEP)
-        return kernels.stand_ins(
+        return kernels.make_surrogates(
             view.queries[:, :, some],
             view.keys,
             view.values,

@@ -50,7 +50,7 @@ class Entries:
         Whether the columns are ``0 .. n-1``.
     queries : Queries
         The last queries of the prompt.
-    settled : Tensor or None
+    earlier : Tensor or None
         Boolean ``[1, 1 | H_kv, n]``: entries that an earlier prompt's end kept; None if there was none.
     in_place : bool
         Whether ``keys`` and ``values`` are the storage itself, in which an entry can be replaced.
@@ -64,7 +64,7 @@ class Entries:
     valid: Tensor | None
     columns: Tensor
     queries: "Queries"
-    settled: Tensor | None = None
+    earlier: Tensor | None = None
     in_place: bool = False
     gapless: bool = False
     hidden: Tensor | None = None
@@ -77,14 +77,14 @@ class Entries:
         visible: Tensor | None,
         padding: Tensor | None,
         queries: "Queries",
-        settled: int,
+        earlier_length: int,
     ) -> "Entries":
-        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``settled`` are an earlier prompt's.
+        """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``earlier_length`` are an earlier prompt's.
 
         ``visible`` and ``padding`` are boolean ``[B, n]``, both or neither.
         """
         columns = torch.arange(keys.shape[2], device=keys.device)
-        earlier = (columns < settled)[None, None] if settled else None
+        earlier = (columns < earlier_length)[None, None] if earlier_length else None
         valid, hidden = _told_apart(visible, padding)
         return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)
 
@@ -93,20 +93,20 @@ class Entries:
         cls,
         storage: KVStorage,
         columns: Sequence[Columns],
-        behind: int,
+        after: int,
         visible: Tensor | None,
         padding: Tensor | None,
         queries: "Queries",
-        settled: int,
+        earlier_length: int,
     ) -> "list[Entries]":
-        """A batch's row by row, without the last ``behind`` entries of each.
+        """A batch's row by row, without the last ``after`` entries of each.
 
-        ``columns`` are those of each row's entries, of which the ones before ``settled`` were there at an
+        ``columns`` are those of each row's entries, of which the ones before ``earlier_length`` were there at an
         earlier prompt's end; ``visible`` and ``padding`` as in `of_dense`.
         """
         parts = []
         for row, (keys, values) in enumerate(storage.rows()):
-            stored = keys.shape[1] - behind
+            stored = keys.shape[1] - after
             # Heads may hold different columns, but only of those before any of these queries.
             held = columns[row].padded(keys.device)[:, :stored]
             valid = hidden = None
@@ -121,7 +121,7 @@ class Entries:
             if valid is not None and len(valid) > 1:
                 # [1, H_kv, stored]; where all heads hold the same it is [1, stored]
                 valid, hidden = valid[None], None if hidden is None else hidden[None]
-            earlier = (held < settled)[None] if settled else None
+            earlier = (held < earlier_length)[None] if earlier_length else None
             own = queries.row(row)
             entries = keys[None, :, :stored], values[None, :, :stored]
             parts.append(cls(*entries, valid, held[0], own, earlier, hidden=hidden))

@@ -14,8 +14,8 @@ from torch import Tensor
 from refreekv.core.probes import attention_rows
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.surrogates import StandIns
-from refreekv.kernels import kept_first, probe_reductions, put_stand_ins
+from refreekv.core.surrogates import Surrogates
+from refreekv.kernels import kept_first, probe_reductions, put_surrogates
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.storage.columns import Columns
@@ -161,14 +161,14 @@ def decide(
         return Decision(entries, None)
     view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
     selection = select(policy, view)
-    if isinstance(selection, Selection) and selection.stand_ins is not None and entries.in_place:
-        selection = replace_entries(entries, selection, selection.stand_ins)
+    if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
+        selection = replace_entries(entries, selection, selection.surrogates)
     return Decision(entries, selection)
 
 
-def replace_entries(entries: Entries, selection: Selection, chosen: StandIns) -> Selection:
+def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates) -> Selection:
     """Write the stand-ins over entries that go, and keep these."""
-    keep = put_stand_ins(chosen, entries.keys, entries.values, selection.keep)
+    keep = put_surrogates(chosen, entries.keys, entries.values, selection.keep)
     kv_heads = entries.keys.shape[1]
     everything: int | Tensor = entries.keys.shape[2] * kv_heads
     if entries.valid is not None:
@@ -196,7 +196,7 @@ def layer_view(
         layers,
         heads=entries.queries.states.shape[1],
         copy_scores=copy_scores,
-        earlier=entries.settled,
+        earlier=entries.earlier,
     )
     if plan.reduced:
         window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)

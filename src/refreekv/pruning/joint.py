@@ -11,7 +11,7 @@ from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.pruning.decide import Decision, layer_view
 
-Settle = Callable[[Sequence[Decision]], None]
+CarryOut = Callable[[Sequence[Decision]], None]
 """Takes what was decided about a layer's entries."""
 
 
@@ -21,7 +21,7 @@ class _Held:
 
     parts: list[Entries]
     rows: list[LayerScores]
-    settle: Settle
+    carry_out: CarryOut
 
 
 @dataclass
@@ -31,19 +31,25 @@ class JointPruning:
     _waiting: list[_Held] = field(default_factory=list)
 
     def add(
-        self, policy: JointPolicy, call: AttentionCall, parts: list[Entries], layer: int, layers: int, settle: Settle
+        self,
+        policy: JointPolicy,
+        call: AttentionCall,
+        parts: list[Entries],
+        layer: int,
+        layers: int,
+        carry_out: CarryOut,
     ) -> None:
         """Note what a policy needs of a layer; after the last one, let it decide about all."""
         if layer == 0:  # what an interrupted call left
             self._waiting.clear()
         if policy.freezes(layer):
-            settle([Decision(part, None) for part in parts])
+            carry_out([Decision(part, None) for part in parts])
         else:
             rows: list[LayerScores] = []
             for part in parts:
                 plan = policy.probe_plan(part.keys.shape[2])
                 rows += policy.examine(layer_view(plan, call, part, layer, layers)).rows()
-            self._waiting.append(_Held(parts, rows, settle))
+            self._waiting.append(_Held(parts, rows, carry_out))
         if layer == layers - 1:
             self._decide(policy)
 
@@ -59,7 +65,7 @@ class JointPruning:
                 batch = part.keys.shape[0]
                 decisions.append(Decision(part, _joined(left[:batch])))
                 del left[:batch]
-            held.settle(decisions)
+            held.carry_out(decisions)
 
     def clear(self) -> None:
         """Forget what waits."""

@@ -1,9 +1,9 @@
-"""Ragged K/V storage with room to grow: what CUDA decodes from.
+"""Ragged K/V storage that can grow: what CUDA decodes from.
 
-`RaggedKV` is exact and immutable: each new token copies the layer. Here each segment has some
-room behind its entries, new ones are written in place, and lengths live on the device too, in a
-table that kernels and CUDA graphs read. When the room is used up the layer moves once, to storage
-with room for about 2.5% more.
+`RaggedKV` is exact and immutable: each new token copies the layer. Here each segment has
+spare lines after its entries, new ones are written in place, and lengths live on the device too, in a
+table that kernels and CUDA graphs read. When these are used up the layer moves once, to storage
+with about 2.5% more of them.
 """
 
 import threading
@@ -20,10 +20,10 @@ from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.columns import Columns
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
 
-LEAST_ROOM = 16
+LEAST_GROWTH = 16
 """Entries that a segment can always take before its layer has to move."""
 
-ROOM_SHARE = 40
+GROWTH_SHARE = 40
 """A segment gets room for one more entry for this many that the layer's segments hold on average."""
 
 Span = tuple[int, int, int]
@@ -47,10 +47,10 @@ class KVArena(KVStorage):
         until `lend_table` or wider entries put another in its place.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], room: Sequence[int]):
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]):
         self.keys, self.values, self._lengths = keys, values, list(lengths)
-        self._room = list(room)
-        self._left = _least(room)
+        self._growth = list(growth)
+        self._left = _least(growth)
         self._appended = 0
         self._ready()
 
@@ -68,7 +68,7 @@ class KVArena(KVStorage):
         keys: Tensor,
         values: Tensor,
         lengths: Sequence[tuple[int, ...]],
-        room: int | None = None,
+        growth: int | None = None,
         freed: Sequence[bool] | None = None,
     ) -> Self:
         """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
@@ -77,10 +77,10 @@ class KVArena(KVStorage):
         """
         freed = [False] * len(lengths) if freed is None else freed
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
-        rest = room_for(lengths) if room is None else room
-        rooms = [-1 if gone else rest for gone in freed]
-        storages = [_allocated(lengths, rooms, part) for part in (keys, values)]
-        return cls(storages[0], storages[1], lengths, rooms)
+        rest = growth_for(lengths) if growth is None else growth
+        growths = [-1 if gone else rest for gone in freed]
+        storages = [_allocated(lengths, growths, part) for part in (keys, values)]
+        return cls(storages[0], storages[1], lengths, growths)
 
     @classmethod
     def gathered(
@@ -90,18 +90,18 @@ class KVArena(KVStorage):
         lengths: Sequence[tuple[int, ...]],
         spans: Sequence[Span],
         end: int,
-        room: int | None = None,
+        growth: int | None = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, copied once, straight to where they belong.
 
-        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`. ``room`` is as in
+        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`. ``growth`` is as in
         `like`.
         """
         # As much room as what goes leaves, so that no prompt comes to hold more than all of its entries.
         count = sum(map(len, lengths))
         evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
-        room = min(room_for(lengths), max(LEAST_ROOM, evicted)) if room is None else room
-        arena = cls.like(keys, values, lengths, room)
+        growth = min(growth_for(lengths), max(LEAST_GROWTH, evicted)) if growth is None else growth
+        arena = cls.like(keys, values, lengths, growth)
         where, longest = on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
         kernels.gather(keys, values, arena.table, where, arena.form, end=end, longest=longest)
         return arena
@@ -122,12 +122,12 @@ class KVArena(KVStorage):
     def lengths(self) -> list[tuple[int, ...]]:  # type: ignore[override]  # nobody sets them
         """Entries of each row's KV heads."""
         if self._appended:
-            self._settle()
+            self._read_lengths()
         return self._lengths
 
     @property
     def kv_heads(self) -> int:
-        """KV heads of each row. Does not settle lengths: it is asked for at each token."""
+        """KV heads of each row. Does not wait for lengths: it is asked for at each token."""
         return len(self._lengths[0])
 
     @property
@@ -158,25 +158,25 @@ class KVArena(KVStorage):
     @property
     def freed(self) -> list[bool]:
         """Which rows were freed."""
-        return [room < 0 for room in self._room]
+        return [growth < 0 for growth in self._growth]
 
     @property
     def capacities(self) -> list[tuple[int, ...]]:
         """Lines of each row's KV heads."""
-        return _capacities(self.lengths, self._room)
+        return _capacities(self.lengths, self._growth)
 
     @property
     def uniform(self) -> bool:
         """Whether all segments have one length and one capacity, so that `stacked` is a view."""
-        return len({length for row in self.lengths for length in row}) <= 1 and len(set(self._room)) == 1
+        return len({length for row in self.lengths for length in row}) <= 1 and len(set(self._growth)) == 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storages really hold on to, room included."""
+        """Bytes that the storages really hold on to, growth included."""
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
 
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's lines, room included."""
+        """Bytes of one row's lines, growth included."""
         return sum(self.capacities[row]) * self._line_bytes
 
     @property
@@ -187,7 +187,7 @@ class KVArena(KVStorage):
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
         length = self.lengths[0][0]
-        capacity = length + self._room[0]
+        capacity = length + self._growth[0]
         shape = (len(self.lengths), self.kv_heads, capacity, -1)
         return self.keys.view(shape)[:, :, :length], self.values.view(shape)[:, :, :length]
 
@@ -255,9 +255,9 @@ class KVArena(KVStorage):
             shorter._take(own)
         return shorter
 
-    def keep(self, kept: Sequence[Columns], behind: int) -> Self:
-        """A new arena of what a policy keeps of each row, and the last ``behind`` entries."""
-        stays = kept_of_rows(self.rows(), kept, behind)
+    def keep(self, kept: Sequence[Columns], after: int) -> Self:
+        """A new arena of what a policy keeps of each row, and the last ``after`` entries."""
+        stays = kept_of_rows(self.rows(), kept, after)
         return self._alike(stays.lengths, self.freed)._copied(stays)
 
     def taken(self, entries: Sequence[Sequence[Tensor]]) -> Self:
@@ -284,8 +284,8 @@ class KVArena(KVStorage):
         """Make sure that ``tokens`` more entries have room; whether the storage moved for it."""
         if self._left >= tokens:
             return False
-        room = room_for(self.lengths) + tokens
-        self._reallocate(self.lengths, [-1 if freed else room for freed in self.freed])
+        growth = growth_for(self.lengths) + tokens
+        self._reallocate(self.lengths, [-1 if freed else growth for freed in self.freed])
         return True
 
     @property
@@ -301,9 +301,9 @@ class KVArena(KVStorage):
     def drop(self, tokens: int, due: int = 0) -> bool:
         """Take the last entries of all segments back, in place; False if more room than is due would be left.
 
-        Every segment of a row that was not freed must hold as many. ``due`` is room that is due at least.
+        Every segment of a row that was not freed must hold as many. ``due`` is growth that is due at least.
         """
-        if self._left + tokens > max(room_for(self.lengths), due) + LEAST_ROOM:
+        if self._left + tokens > max(growth_for(self.lengths), due) + LEAST_GROWTH:
             return False
         with self.table_in_turn() as own:
             own[:, LENGTH] -= tokens * (own[:, CAPACITY] > 0)
@@ -317,36 +317,38 @@ class KVArena(KVStorage):
             return
         none = (0,) * self.kv_heads
         lengths = [none if row in gone else kept for row, kept in enumerate(self.lengths)]
-        self._reallocate(lengths, [-1 if row in gone else room for row, room in enumerate(self._room)])
+        self._reallocate(lengths, [-1 if row in gone else growth for row, growth in enumerate(self._growth)])
 
     def lengthen(self, counts: Sequence[Sequence[int]]) -> None:
         """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written."""
         longer = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self.lengths, counts, strict=True)]
         grown = [max(row) for row in counts]
         if all(
-            freed or (min(row) == most <= room)
-            for row, most, room, freed in zip(counts, grown, self._room, self.freed, strict=True)
+            freed or (min(row) == most <= growth)
+            for row, most, growth, freed in zip(counts, grown, self._growth, self.freed, strict=True)
         ):
             with self.table_in_turn() as own:
                 own[:, LENGTH] += on_device([[n for row in counts for n in row]], own.device)[0]
             self._lengths = longer
-            self._room = [room if room < 0 else room - most for room, most in zip(self._room, grown, strict=True)]
-            self._left = _least(self._room)
+            self._growth = [
+                growth if growth < 0 else growth - most for growth, most in zip(self._growth, grown, strict=True)
+            ]
+            self._left = _least(self._growth)
             return
-        room = max(2 * LEAST_ROOM, room_for(longer))
-        self._reallocate(longer, [-1 if freed else room for freed in self.freed])
+        growth = max(2 * LEAST_GROWTH, growth_for(longer))
+        self._reallocate(longer, [-1 if freed else growth for freed in self.freed])
 
-    def cut(self, firsts: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], room: int) -> None:
-        """Take entries out of each row's KV heads, from ``firsts[b][h]`` on, and leave ``room`` for others."""
+    def cut(self, firsts: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], growth: int) -> None:
+        """Take entries out of each row's KV heads, from ``firsts[b][h]`` on, and leave ``growth`` for others."""
         with self.table_in_turn() as own:
             old, storages = own.clone(), (self.keys, self.values)
             lengths = [
                 tuple(n - count for n, count in zip(*rows, strict=True))
                 for rows in zip(self.lengths, counts, strict=True)
             ]
-            rooms = [-1 if freed else room for freed in self.freed]
-            self.keys, self.values = (_allocated(lengths, rooms, storage) for storage in storages)
-            self._lengths, self._room, self._appended, self._left = lengths, rooms, 0, _least(rooms)
+            growths = [-1 if freed else growth for freed in self.freed]
+            self.keys, self.values = (_allocated(lengths, growths, storage) for storage in storages)
+            self._lengths, self._growth, self._appended, self._left = lengths, growths, 0, _least(growths)
             own.copy_(on_device(self._lines(), own.device))
             flat = [[n for row in numbers for n in row] for numbers in (firsts, counts)]
             first, count = on_device(flat, own.device)
@@ -386,15 +388,15 @@ class KVArena(KVStorage):
         with self.table_in_turn() as own, torch.inference_mode(False):
             self.table = own.clone()
 
-    def _reallocate(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
+    def _reallocate(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
         with self.table_in_turn():
-            self._move_to(lengths, room)
+            self._move_to(lengths, growth)
 
-    def _move_to(self, lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> None:
+    def _move_to(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
-        self.keys, self.values = (_allocated(lengths, room, storage) for storage in old_storages)
-        self._lengths, self._room, self._appended = list(lengths), list(room), 0
-        self._left = _least(room)
+        self.keys, self.values = (_allocated(lengths, growth, storage) for storage in old_storages)
+        self._lengths, self._growth, self._appended = list(lengths), list(growth), 0
+        self._left = _least(growth)
         self.table.copy_(on_device(self._lines(), self.table.device))
         self._take(old)
 
@@ -406,12 +408,12 @@ class KVArena(KVStorage):
             target = self.table if target is None else target
             kernels.move(source, target, key_bytes=key, value_bytes=value, longest=longest)
 
-    def _settle(self) -> None:
+    def _read_lengths(self) -> None:
         self._lengths = [
-            row if room < 0 else tuple(length + self._appended for length in row)
-            for row, room in zip(self._lengths, self._room, strict=True)
+            row if growth < 0 else tuple(length + self._appended for length in row)
+            for row, growth in zip(self._lengths, self._growth, strict=True)
         ]
-        self._room = [room if room < 0 else room - self._appended for room in self._room]
+        self._growth = [growth if growth < 0 else growth - self._appended for growth in self._growth]
         self._appended = 0
 
     def _lines(self) -> list[list[int]]:
@@ -431,7 +433,7 @@ class KVArena(KVStorage):
     # -- copies: addresses do not travel --------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._read_lengths()
         return {name: value for name, value in self.__dict__.items() if name not in ("table", "_lock", "_stream")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -439,26 +441,26 @@ class KVArena(KVStorage):
         self._ready()
 
 
-def room_for(lengths: Sequence[Sequence[int]]) -> int:
+def growth_for(lengths: Sequence[Sequence[int]]) -> int:
     """Entries that each segment of a layer gets room for, beyond those it holds."""
     count = sum(len(row) for row in lengths)
-    return max(LEAST_ROOM, sum(map(sum, lengths)) // max(count, 1) // ROOM_SHARE)
+    return max(LEAST_GROWTH, sum(map(sum, lengths)) // max(count, 1) // GROWTH_SHARE)
 
 
-def _least(room: Sequence[int]) -> int:
-    return min((r for r in room if r >= 0), default=LEAST_ROOM)
+def _least(growth: Sequence[int]) -> int:
+    return min((r for r in growth if r >= 0), default=LEAST_GROWTH)
 
 
-def _capacities(lengths: Sequence[tuple[int, ...]], room: Sequence[int]) -> list[tuple[int, ...]]:
+def _capacities(lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> list[tuple[int, ...]]:
     return [
-        tuple(length + extra if extra >= 0 else 0 for length in row) for row, extra in zip(lengths, room, strict=True)
+        tuple(length + extra if extra >= 0 else 0 for length in row) for row, extra in zip(lengths, growth, strict=True)
     ]
 
 
-def _allocated(lengths: Sequence[tuple[int, ...]], room: Sequence[int], like: Tensor) -> Tensor:
+def _allocated(lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor) -> Tensor:
     # Not in inference mode: what is made there cannot be changed in place outside of it.
     with torch.inference_mode(False):
-        lines = sum(map(sum, _capacities(lengths, room)))
+        lines = sum(map(sum, _capacities(lengths, growth)))
         return torch.empty(lines, like.shape[-1], dtype=like.dtype, device=like.device)
 
 

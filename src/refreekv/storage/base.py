@@ -131,16 +131,16 @@ class KVStorage(ABC):
         """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
 
     @abstractmethod
-    def keep(self, kept: "Sequence[Columns]", behind: int) -> Self:
-        """A new storage of what a policy keeps of each row, and the last ``behind`` entries.
+    def keep(self, kept: "Sequence[Columns]", after: int) -> Self:
+        """A new storage of what a policy keeps of each row, and the last ``after`` entries.
 
         Columns count the entries of `rows`, where shorter heads are padded on the left.
         """
 
-    def code_older(self, behind: int = 0, *, all_due: bool = False) -> bool:
+    def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
         """Code entries that are no longer among the newest, in place, where entries are coded; whether any were.
 
-        They are coded in blocks, or ``all_due``, as at the end of a prompt, which ``behind`` entries follow.
+        They are coded in blocks, or ``all_due``, as at the end of a prompt, which ``after`` entries follow.
         """
         return False
 

@@ -27,11 +27,11 @@ def takes_arena(arena: bool | None, keys: Tensor, values: Tensor) -> bool:
 def compacted(
     dense: Dense,
     columns: Sequence[Columns],
-    behind: int,
+    after: int,
     arena: bool | None,
     coded: tuple[KVDtype, Dense] | None = None,
 ) -> KVStorage:
-    """What is kept of a dense layer, and the last ``behind`` entries, in the storage that suits device and precision.
+    """What is kept of a dense layer, and the last ``after`` entries, in the storage that suits device and precision.
 
     Parameters
     ----------
@@ -42,20 +42,20 @@ def compacted(
     behind : int
         Entries behind the prompt.
     arena : bool or None
-        Whether to use storage with room to grow; None: on CUDA.
+        Whether to use storage that can grow; None: on CUDA.
     coded : pair of KVDtype and Dense, optional
         The number format to store in, and the prompt's mean key and mean value ``[B, H_kv, D]``.
     """
     if coded is not None:
-        return LeveledKV.gathered(*dense, columns, behind, *coded)
+        return LeveledKV.gathered(*dense, columns, after, *coded)
     if not takes_arena(arena, *dense):
-        return kept_of_rows(list(zip(*dense, strict=True)), columns, behind)
+        return kept_of_rows(list(zip(*dense, strict=True)), columns, after)
     keys, values = dense
     heads, length = keys.shape[1:3]
-    lengths = [tuple(count + behind for count in row.for_heads(heads)) for row in columns]
+    lengths = [tuple(count + after for count in row.for_heads(heads)) for row in columns]
     # One kernel for the whole layer, from where the prompt's entries are to where they stay.
-    spans = [span for row in columns for span in _spans(row, heads, length - behind)]
-    return KVArena.gathered(keys, values, lengths, spans, length - behind)
+    spans = [span for row in columns for span in _spans(row, heads, length - after)]
+    return KVArena.gathered(keys, values, lengths, spans, length - after)
 
 
 def _spans(columns: Columns, heads: int, end: int) -> list[Span]:

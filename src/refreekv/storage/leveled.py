@@ -16,7 +16,7 @@ from refreekv import kernels
 from refreekv.core.autocast import without_autocast
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype
-from refreekv.storage.arena import LEAST_ROOM, KVArena, Span, on_device
+from refreekv.storage.arena import LEAST_GROWTH, KVArena, Span, on_device
 from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.columns import Columns
 from refreekv.storage.ragged import RaggedKV
@@ -102,9 +102,9 @@ class LeveledKV(KVStorage):
 
     @classmethod
     def gathered(
-        cls, keys: Tensor, values: Tensor, columns: Sequence[Columns], behind: int, number: KVDtype, centres: Pair
+        cls, keys: Tensor, values: Tensor, columns: Sequence[Columns], after: int, number: KVDtype, centres: Pair
     ) -> Self:
-        """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``behind`` ones exact.
+        """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
         ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``.
         """
@@ -112,7 +112,7 @@ class LeveledKV(KVStorage):
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
         coding = Coding.of(number, centres, keys.dtype)
-        end = keys.shape[2] - behind
+        end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
         coded = [tuple(number.coded(n) for n in row) for row in counts]
         sinks = [tuple(SINKS if n else 0 for n in row) for row in coded]
@@ -126,16 +126,14 @@ class LeveledKV(KVStorage):
                 parts += [listed[:first], listed[stop:]]
                 spans.append(_span(listed[first:stop], end))
         flat, at, where = torch.cat(parts), 0, []
-        for before, after in zip(parts[::2], parts[1::2], strict=True):
-            where.append(_span(flat[at : at + len(before) + len(after)], end))
-            at += len(before) + len(after)
-        lengths = [
-            tuple(n - c + behind for n, c in zip(*rows, strict=True)) for rows in zip(counts, coded, strict=True)
-        ]
+        for opening, rest in zip(parts[::2], parts[1::2], strict=True):
+            where.append(_span(flat[at : at + len(opening) + len(rest)], end))
+            at += len(opening) + len(rest)
+        lengths = [tuple(n - c + after for n, c in zip(*rows, strict=True)) for rows in zip(counts, coded, strict=True)]
         longest = max(map(max, coded))
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
-        room = min(FLUSH + LEAST_ROOM, max(LEAST_ROOM, longest // 2)) if longest else None
-        exact = KVArena.gathered(keys, values, lengths, where, end, room=room)
+        growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
+        exact = KVArena.gathered(keys, values, lengths, where, end, growth=growth)
         lines = _lines(coding.form, coded, device)
         if longest:
             table = on_device([list(span) for span in spans], device)
@@ -264,8 +262,8 @@ class LeveledKV(KVStorage):
         exact = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(lengths, coded, strict=True)]
         return type(self)(self.exact.truncate(exact), self.coded.truncate(coded), self.sinks, self.coding, self._types)
 
-    def keep(self, kept: Sequence[Columns], behind: int) -> Self:
-        """A new storage of what a policy keeps of each row, and the last ``behind`` entries; codes stay as they are."""
+    def keep(self, kept: Sequence[Columns], after: int) -> Self:
+        """A new storage of what a policy keeps of each row, and the last ``after`` entries; codes stay as they are."""
         device = self.exact.keys.device
         exact, coded, sinks = [], [], []
         for row, (columns, lengths) in enumerate(zip(kept, self.lengths, strict=True)):
@@ -273,13 +271,13 @@ class LeveledKV(KVStorage):
             own_exact, own_coded, own_sinks = [], [], []
             for head, length in enumerate(lengths):
                 first, held = self.sinks[row][head], self.coded.lengths[row][head]
-                tail = torch.arange(longest - behind, longest, device=device)
+                tail = torch.arange(longest - after, longest, device=device)
                 # [n]: what stays of the segment, counted within it
                 chosen = torch.cat([index[head % len(index)].long(), tail]) - (longest - length)
-                before, after = chosen[chosen < first], chosen[chosen >= first + held]
+                early, late = chosen[chosen < first], chosen[chosen >= first + held]
                 own_coded.append(chosen[(chosen >= first) & (chosen < first + held)] - first)
-                own_exact.append(torch.cat([before, after - held]))
-                own_sinks.append(len(before))
+                own_exact.append(torch.cat([early, late - held]))
+                own_sinks.append(len(early))
             exact.append(own_exact)
             coded.append(own_coded)
             sinks.append(tuple(own_sinks))
@@ -287,15 +285,15 @@ class LeveledKV(KVStorage):
 
     # -- growing and freeing, in place ---------------------------------------------------------
 
-    def code_older(self, behind: int = 0, *, all_due: bool = False) -> bool:
+    def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
         """Code entries that are no longer among the newest, in place; whether any were.
 
         In whole blocks of `FLUSH`, so that it does not matter how many entries a call brought; or ``all_due``, as
-        at the end of a prompt, which ``behind`` entries follow.
+        at the end of a prompt, which ``after`` entries follow.
         """
         if self._wait > 0 and not all_due:
             return False
-        counts = [self._due(row, behind, 1 if all_due else FLUSH) for row in range(len(self.sinks))]
+        counts = [self._due(row, after, 1 if all_due else FLUSH) for row in range(len(self.sinks))]
         if longest := max(map(max, counts)):
             old = self.coded.lengths
             firsts = [
@@ -311,7 +309,7 @@ class LeveledKV(KVStorage):
                     self.exact.keys, self.exact.values, table, coding.form, self._maps(), spans, end=0,
                     longest=longest, starts=starts, source=source,
                 )  # fmt: skip
-            self.exact.cut(firsts, counts, room=FLUSH + LEAST_ROOM)
+            self.exact.cut(firsts, counts, growth=FLUSH + LEAST_GROWTH)
             self.sinks = [
                 tuple(first if n else 0 for first, n in zip(*rows, strict=True))
                 for rows in zip(firsts, self.coded.lengths, strict=True)
@@ -325,11 +323,11 @@ class LeveledKV(KVStorage):
             self._coding = replace(self.coding, maps=self.coding.maps.of_type(self.exact.types[0]))
         return self.coding.maps
 
-    def _due(self, row: int, behind: int, block: int) -> tuple[int, ...]:
+    def _due(self, row: int, after: int, block: int) -> tuple[int, ...]:
         """How many entries of each of a row's KV heads are to be coded now."""
         found = []
         for first, held, n in zip(self.sinks[row], self.coded.lengths[row], self.exact.lengths[row], strict=True):
-            surplus = n - behind - (first if held else SINKS) - self.coding.recent
+            surplus = n - after - (first if held else SINKS) - self.coding.recent
             found.append(max(0, surplus) // block * block)
         return tuple(found)
 
@@ -360,7 +358,7 @@ class LeveledKV(KVStorage):
             if not rows[2]
             for n, first in zip(*rows[:2], strict=True)
         ]
-        if min(newest, default=0) < tokens or not self.exact.drop(tokens, FLUSH + LEAST_ROOM):
+        if min(newest, default=0) < tokens or not self.exact.drop(tokens, FLUSH + LEAST_GROWTH):
             return False
         self._wait += tokens
         return True
@@ -376,7 +374,7 @@ def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch
     """An arena for so many packed lines, which are still to be written."""
     lines = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=device)
     factors = torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device)
-    return KVArena.like(lines, factors, lengths, room=0)
+    return KVArena.like(lines, factors, lengths, growth=0)
 
 
 def _span(index: Tensor, end: int) -> Span:

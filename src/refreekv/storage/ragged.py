@@ -119,17 +119,17 @@ class RaggedKV(KVStorage):
             values.append([[head[:n] for head, n in zip(value, wanted, strict=True)]])
         return RaggedKV.from_pieces(keys, values)
 
-    def keep(self, kept: Sequence[Columns], behind: int) -> "RaggedKV":
-        """A new storage of what a policy keeps of each row, and the last ``behind`` entries."""
-        return kept_of_rows(self.rows(), kept, behind)
+    def keep(self, kept: Sequence[Columns], after: int) -> "RaggedKV":
+        """A new storage of what a policy keeps of each row, and the last ``after`` entries."""
+        return kept_of_rows(self.rows(), kept, after)
 
 
-def kept_of_rows(rows: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Columns], behind: int) -> RaggedKV:
-    """What a policy keeps of rows ``[kv_heads, n, D]``, and the last ``behind`` entries, copied once."""
+def kept_of_rows(rows: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Columns], after: int) -> RaggedKV:
+    """What a policy keeps of rows ``[kv_heads, n, D]``, and the last ``after`` entries, copied once."""
     keys: list[list[Piece]] = []
     values: list[list[Piece]] = []
     for columns, (key, value) in zip(kept, rows, strict=True):
-        stored = key.shape[1] - behind
+        stored = key.shape[1] - after
         keys.append([*pieces(key, columns), key[:, stored:]])
         values.append([*pieces(value, columns), value[:, stored:]])
     return RaggedKV.from_pieces(keys, values)

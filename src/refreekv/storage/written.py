@@ -41,7 +41,7 @@ class Written(NamedTuple):
 
 
 def written(storage: KVStorage) -> Written:
-    """What says all about a storage, less room to grow: an arena is written as the exact storage of its entries."""
+    """What says all about a storage: an arena is written as the exact storage of its entries."""
     if isinstance(storage, LeveledKV):
         return _coded(storage)
     plain, tensors = _exact(storage)

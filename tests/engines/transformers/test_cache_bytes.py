@@ -181,7 +181,7 @@ def test_layers_compacted_later_as_on_a_gpu(llama, new_cache, monkeypatch):
     later, waiting = new_cache(), []
     handles = [
         layer.self_attn.register_forward_hook(
-            lambda *_: waiting.append([layer.index for layer in later.layers if layer._unsettled])
+            lambda *_: waiting.append([layer.index for layer in later.layers if layer._undecided])
         )
         for layer in llama.model.layers
     ]
@@ -193,7 +193,7 @@ def test_layers_compacted_later_as_on_a_gpu(llama, new_cache, monkeypatch):
     # Under a joint policy all wait for the last one, and are then compacted at once.
     joint = isinstance(later.policy, JointPolicy)
     assert waiting == [[] if joint else [index] for index in range(LAYERS)]
-    assert not any(layer._unsettled for layer in later.layers)
+    assert not any(layer._undecided for layer in later.layers)
     assert later.report == at_once.report
     assert later.report.budget < 1
     check_bytes(later, later.report)

@@ -262,13 +262,13 @@ class Attachment:
         if not isinstance(cache, PrunedCache) or not cache.made_for(self.model):
             return
         cache.state.end_forward()
-        cache.state.settle()
+        cache.state.finish()
         if cache.is_unused:
             raise RuntimeError(
                 f"{type(self.model).__name__} did not store its keys and values in the cache it was given; "
                 "refreekv cannot prune it"
             )
-        if cache.state.take_news():
+        if cache.state.take_changed():
             cache.tell_owner()
 
 

@@ -132,7 +132,7 @@ class PrunedCache(DynamicCache):
             owner.observe(self)
 
     @property
-    def draft_room(self) -> int | None:
+    def draft_limit(self) -> int | None:
         """Draft tokens that may be fed behind the next token without a decision over them; None: any number."""
         if self.state.end is not None and self.first.get_seq_length() < self.state.end:
             return 0  # they would attend to what is evicted by the time they are asked for
@@ -177,10 +177,10 @@ class PrunedCache(DynamicCache):
         Raises
         ------
         ValueError
-            The cache's entries are not in storage with room to grow, as they are on CUDA once the
+            The cache's entries are not in storage that can grow, as they are on CUDA once the
             prompt was pruned.
         """
-        self.state.settle()
+        self.state.finish()
         for layer in self.pruned_layers:
             layer.free_rows(rows)
 
@@ -205,7 +205,7 @@ class PrunedCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with keys and values of its own."""
-        self.state.settle()
+        self.state.finish()
         copied = self.__copy__()
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -237,7 +237,7 @@ class PrunedCache(DynamicCache):
             half-open ranges of logical columns, generated tokens and padding before pruning
             included.
         """
-        self.state.settle()
+        self.state.finish()
         return [
             (((0, layer.get_seq_length()),),) if layer.ragged is None else layer.columns(row).as_ranges()
             for layer in self.pruned_layers
@@ -246,7 +246,7 @@ class PrunedCache(DynamicCache):
     @property
     def report(self) -> CompressionReport:
         """What is kept and what it saves, now."""
-        self.state.settle()
+        self.state.finish()
         return CompressionReport(
             policy=self.policy.spec,
             tokens=self.get_seq_length(self.pruned_layers[0].index),

@@ -146,11 +146,11 @@ def _draft(
     get_candidates, cache = draft(), held()
     assert get_candidates is not None
     ids, logits = get_candidates(input_ids, *args, **kwargs)
-    room = None if cache is None else cache.draft_room
-    if room is None or ids.shape[1] - input_ids.shape[1] <= room:
+    limit = None if cache is None else cache.draft_limit
+    if limit is None or ids.shape[1] - input_ids.shape[1] <= limit:
         return ids, logits
     # Without any, None: transformers would read no logits as all.
-    return ids[:, : input_ids.shape[1] + room], None if logits is None or room == 0 else logits[:, :room]
+    return ids[:, : input_ids.shape[1] + limit], None if logits is None or limit == 0 else logits[:, :limit]
 
 
 def init_continuous_batching(attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -269,11 +269,11 @@ class Step:
             for owner, arena, table in zip(owners, arenas, self.tables, strict=True)
         )
 
-    def has_room(self, length: int) -> bool:
+    def can_grow(self, length: int) -> bool:
         """Whether the token at logical length ``length`` has room for sure: it is the next one, and was counted for."""
         return length == self._next and self._left > 0
 
-    def note_room(self, storages: Sequence[KVStorage]) -> None:
+    def note_capacity(self, storages: Sequence[KVStorage]) -> None:
         """Look how many tokens have room; while the device is busy, as this takes time at each token."""
         self._left = min(storage.tables[0].left for storage in storages)
 
@@ -385,7 +385,7 @@ class Decoder:
             for layer in layers:
                 layer.code_older()
             step = self._step_for(forward, ids.shape[0], storages)
-            if not step.has_room(length):
+            if not step.can_grow(length):
                 for layer in layers:
                     layer.reserve(1)
             out = step(ids, positions, length)
@@ -393,7 +393,7 @@ class Decoder:
             logits = out.logits.clone()
             for layer in layers:
                 layer.note_appended(1)
-            step.note_room(storages)
+            step.note_capacity(storages)
         return type(out)(logits=logits, **{NAME: cache})
 
     def _layers(self, cache: PrunedCache) -> list[ReFreeKVLayer]:

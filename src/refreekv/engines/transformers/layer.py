@@ -72,11 +72,11 @@ class ReFreeKVLayer(DynamicLayer):
         self._appended = 0
         self._queries = HeldQueries()
         self._unverified: AttentionCall | None = None
-        self._unsettled = False
+        self._undecided = False
         self.kept_columns: list[Columns] = []
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
-        self._settled_length = 0
+        self._earlier_length = 0
         # Number format, and the means that are taken out, of what is coded at the prompt's end.
         self._coded: tuple[KVDtype, tuple[Tensor, Tensor]] | None = None
         self.holds_hidden = False
@@ -115,8 +115,8 @@ class ReFreeKVLayer(DynamicLayer):
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
         self.state.check_reported(self.index)
-        if self._unsettled:
-            self.state.settle()
+        if self._undecided:
+            self.state.finish()
         self._check_geometry(key_states, value_states)
         self._appended = key_states.shape[-2]
         self._length += self._appended
@@ -203,12 +203,12 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _look_at(self, call: AttentionCall) -> None:
         before = self._length - call.query.shape[2]
-        behind = self.state.tokens_behind(before, self._length)
-        if behind is not None:
-            self._note_seen(call, before, self._length - behind)
+        after = self.state.tokens_after_prompt(before, self._length)
+        if after is not None:
+            self._note_seen(call, before, self._length - after)
             self._note_padding()
-            self._prune(call, behind)
-            self._settled_length = self._length - behind
+            self._prune(call, after)
+            self._earlier_length = self._length - after
         elif self.state.continues(self._length):
             self._note_seen(call, before, self._length)
             if not self.state.policy.freezes(self.ordinal):
@@ -232,7 +232,7 @@ class ReFreeKVLayer(DynamicLayer):
         interval = self.state.decode_interval
         if interval is not None and self._queries.generated_tokens >= interval:
             # Their queries are the probes.
-            self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), behind=0)
+            self._prune(replace(call, query=torch.cat(self._queries.generated, dim=2)), after=0)
 
     def _note_seen(self, call: AttentionCall, before: int, end: int) -> None:
         """Take down which columns the queries of a prompt's chunk, from logical length ``before`` on, see."""
@@ -258,50 +258,50 @@ class ReFreeKVLayer(DynamicLayer):
 
     # -- pruning --------------------------------------------------------------------------
 
-    def _prune(self, call: AttentionCall, behind: int) -> None:
+    def _prune(self, call: AttentionCall, after: int) -> None:
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         self.state.check_scores(self._length)
-        policy, parts = self.state.policy, self._entries(call, behind)
+        policy, parts = self.state.policy, self._entries(call, after)
         self._queries = HeldQueries()
         self._unverified = None
-        self.state.news = True
+        self.state.changed = True
         if self.ragged is None and self.kv_dtype is not None:
             self._coded = self.kv_dtype, _centres(*parts)
         if isinstance(policy, JointPolicy):
 
-            def settle_decided(decided: Sequence[Decision]) -> None:
-                self._settle(decided, behind)
+            def carry_out_decided(decided: Sequence[Decision]) -> None:
+                self._carry_out(decided, after)
 
-            self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, settle_decided)
+            self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, carry_out_decided)
             return
         scores = self.state.scores_of(self.ordinal)
         decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores) for part in parts]
 
-        def settle() -> None:
-            self._settle(decisions, behind)
+        def carry_out() -> None:
+            self._carry_out(decisions, after)
 
         if call.query.is_cuda:
-            self._unsettled = True
-            self.state.later(settle)
+            self._undecided = True
+            self.state.later(carry_out)
         else:
-            settle()
+            carry_out()
 
-    def _entries(self, call: AttentionCall, behind: int) -> list[Entries]:
+    def _entries(self, call: AttentionCall, after: int) -> list[Entries]:
         """Take the prompt's entries, the whole batch at once when dense, row by row when ragged.
 
-        The last ``behind`` entries follow the prompt; the policy does not see them, and all stay.
+        The last ``after`` entries follow the prompt; the policy does not see them, and all stay.
         """
-        end = self._length - behind
-        new = call.query.shape[2] - behind
-        visible = visible_columns(call.mask, -1 - behind, call.query.shape[0], end)
+        end = self._length - after
+        new = call.query.shape[2] - after
+        visible = visible_columns(call.mask, -1 - after, call.query.shape[0], end)
         padding = None if visible is None else self._padding_until(end, visible)
         held = self._queries.prompt
         queries = Queries.of_call(call.query[:, :, :new], end - new, visible, held).after(held)
         if self.ragged is None:
             keys, values = (entries[:, :, :end] for entries in self.dense)
-            return [Entries.of_dense(keys, values, visible, padding, queries, self._settled_length)]
+            return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length)]
         columns = [self.columns(row) for row in range(self.batch)]
-        return Entries.of_ragged(self.ragged, columns, behind, visible, padding, queries, self._settled_length)
+        return Entries.of_ragged(self.ragged, columns, after, visible, padding, queries, self._earlier_length)
 
     def _padding_until(self, end: int, like: Tensor) -> Tensor:
         """Boolean ``[B, end]`` like another: the padding that is still stored."""
@@ -309,19 +309,19 @@ class ReFreeKVLayer(DynamicLayer):
             return torch.zeros_like(like)
         return torch.nn.functional.pad(self._padding, (0, end - self._padding.shape[1]))
 
-    def _settle(self, decisions: Sequence[Decision], behind: int) -> None:
+    def _carry_out(self, decisions: Sequence[Decision], after: int) -> None:
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
-        self._unsettled = False
+        self._undecided = False
         with without_autocast(self.device):
-            self._compact(decisions, behind)
+            self._compact(decisions, after)
 
-    def _compact(self, decisions: Sequence[Decision], behind: int) -> None:
+    def _compact(self, decisions: Sequence[Decision], after: int) -> None:
         chosen = [row for decision in decisions for row in decision.rows()]
         self.records = after_pruning(self.records, chosen)
         self.holds_hidden = any(row.hides for row in chosen)
-        if self._in_place(chosen, behind):
+        if self._in_place(chosen, after):
             if self.ragged is not None:
-                self.ragged.code_older(behind, all_due=True)
+                self.ragged.code_older(after, all_due=True)
                 self._store(self.ragged)
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
@@ -330,20 +330,20 @@ class ReFreeKVLayer(DynamicLayer):
             for row, kept in enumerate(chosen)
         ]
         if self.ragged is None:
-            storage = compacted(self.dense, columns, behind, self.state.arena, self._coded)
+            storage = compacted(self.dense, columns, after, self.state.arena, self._coded)
         else:
-            storage = self.ragged.keep([kept.columns for kept in chosen], behind)
-            storage.code_older(behind, all_due=True)
+            storage = self.ragged.keep([kept.columns for kept in chosen], after)
+            storage.code_older(after, all_due=True)
         self._coded = None
-        self.kept_columns, self._pruned_length = columns, self._length - behind
+        self.kept_columns, self._pruned_length = columns, self._length - after
         self._padding = None
         self._store(storage)
 
-    def _in_place(self, chosen: Sequence[KeptRow], behind: int) -> bool:
+    def _in_place(self, chosen: Sequence[KeptRow], after: int) -> bool:
         """Whether all entries stay, and where they are is where they belong."""
         if self.ragged is not None and self.ragged.tables:
             # Padding has to go, too: what decodes from an arena looks at no mask.
-            stored = [tuple(n - behind for n in lengths) for lengths in self.ragged.lengths]
+            stored = [tuple(n - after for n in lengths) for lengths in self.ragged.lengths]
             return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
         if self.ragged is None and (self.kv_dtype is not None or takes_arena(self.state.arena, *self.dense)):
             return False
@@ -367,7 +367,7 @@ class ReFreeKVLayer(DynamicLayer):
         Cropping into the pruned prompt removes what is left of it there; what was evicted
         before that point does not come back.
         """
-        self.state.settle()
+        self.state.finish()
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         remove = min(-tokens_to_remove, self._length)
@@ -381,7 +381,7 @@ class ReFreeKVLayer(DynamicLayer):
         self._turn_start = self._seen = None
         if self._padding is not None:
             self._padding = self._padding[:, :length].clone()
-        self._settled_length = min(self._settled_length, length)
+        self._earlier_length = min(self._earlier_length, length)
         if self.ragged is None:
             super().crop(-remove)
             # A copy, as the view that is left would hold on to what was removed.
@@ -404,7 +404,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _take_rows(self, indices: Sequence[int]) -> None:
         """Put the rows ``indices`` of the batch, in that order, in place of the present ones."""
-        self.state.settle()
+        self.state.finish()
         if self._length == 0:
             return
         if self.ragged is None:
@@ -447,7 +447,7 @@ class ReFreeKVLayer(DynamicLayer):
     @property
     def marks(self) -> dict[str, int]:
         """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt."""
-        return {"length": self._length, "pruned": self._pruned_length, "settled": self._settled_length}
+        return {"length": self._length, "pruned": self._pruned_length, "settled": self._earlier_length}
 
     @property
     def padding(self) -> Tensor | None:
@@ -479,7 +479,7 @@ class ReFreeKVLayer(DynamicLayer):
             self._store(entries)
         held = self.dense[0] if self.ragged is None else self.ragged.keys
         self.device, self.dtype = held.device, held.dtype
-        self._length, self._pruned_length, self._settled_length = (marks[n] for n in ("length", "pruned", "settled"))
+        self._length, self._pruned_length, self._earlier_length = (marks[n] for n in ("length", "pruned", "settled"))
         self.kept_columns, self.records, self.holds_hidden = list(columns), list(records), hides
         self._padding, self._queries = padding, HeldQueries(generated=tuple(generated))
 

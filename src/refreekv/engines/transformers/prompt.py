@@ -46,15 +46,15 @@ class PromptState:
         By layer that may be pruned, ``[H_kv]``; None until somebody measures them for a policy that reads them.
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
-    news : bool
-        Whether a layer was pruned since `take_news` was last asked.
+    changed : bool
+        Whether a layer was pruned since `take_changed` was last asked.
     joint : JointPruning
         Layers that wait for the last one, under a policy that decides about all together.
     generating : bool
         Whether `generate` drives the cache: what it feeds behind the prompt are real tokens, one
         a row, which masks would say again.
     arena : bool or None
-        Whether layers go to storage with room to grow; None: on CUDA they do.
+        Whether layers go to storage that can grow; None: on CUDA they do.
     model : weakref to Module, or None
         The model that the cache is for; None: any.
     forward : int or None
@@ -69,14 +69,14 @@ class PromptState:
     mask_given: bool = False
     copy_scores: Sequence[Tensor] | None = None
     decode_interval: int | None = None
-    news: bool = False
+    changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False
     arena: bool | None = None
     model: weakref.ref[nn.Module] | None = None
     forward: int | None = None
     _frame: int | None = None
-    _unsettled: list[Callable[[], None]] = field(default_factory=list)
+    _pending: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
     def until(self, end: int, *, generating: bool = False) -> Iterator[None]:
@@ -101,7 +101,7 @@ class PromptState:
         """Whether the token at logical length ``before`` is one that `generate` made."""
         return self.generating and self.end is not None and before >= self.end
 
-    def tokens_behind(self, before: int, after: int) -> int | None:
+    def tokens_after_prompt(self, before: int, after: int) -> int | None:
         """Tokens of a call that lie behind the prompt's end; None if it does not end in this call.
 
         ``before`` and ``after`` are the logical lengths around the call.
@@ -123,15 +123,15 @@ class PromptState:
         reads = self.policy.reads_copy_scores and self.policy.frozen_layers != "all"
         return reads and self.copy_scores is None and self.policy.probe_plan(length).count > 0
 
-    def later(self, settle: Callable[[], None]) -> None:
+    def later(self, carry_out: Callable[[], None]) -> None:
         """Compact a layer when the next one was decided on: by then its numbers are on the host."""
-        self.settle()
-        self._unsettled.append(settle)
+        self.finish()
+        self._pending.append(carry_out)
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Compact what was decided on and not compacted yet."""
-        while self._unsettled:
-            self._unsettled.pop()()
+        while self._pending:
+            self._pending.pop()()
 
     def clear(self) -> None:
         """Forget what is under way."""
@@ -139,12 +139,12 @@ class PromptState:
         self.mask_given = False
         self.proofs.clear()
         self.joint.clear()
-        self._unsettled.clear()
+        self._pending.clear()
 
-    def take_news(self) -> bool:
+    def take_changed(self) -> bool:
         """Whether a layer was pruned since this was last asked."""
-        news, self.news = self.news, False
-        return news
+        changed, self.changed = self.changed, False
+        return changed
 
     # -- forwards ---------------------------------------------------------------------------
 

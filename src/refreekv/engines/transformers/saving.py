@@ -1,6 +1,6 @@
 """Pruned caches in files: safetensors, with a description that is checked when they are read.
 
-A file holds what the cache holds, as it is stored (codes stay codes), without room to grow; so it can be
+A file holds what the cache holds, as it is stored (codes stay codes), without spare lines; so it can be
 written on one device and read on another. Written first beside its place and then renamed, it is whole or
 not there.
 """
@@ -80,7 +80,7 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
         )
     for pruned in cache.pruned_layers:
         pruned.prune_verified()
-    cache.state.settle()
+    cache.state.finish()
     if cache.is_unused:
         raise ValueError("the cache holds nothing yet: there is nothing to save")
     layers: list[dict[str, Any]] = []
@@ -379,9 +379,9 @@ def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[s
     else:
         entries = storage = read(plain["storage"], tensors)
         rows, heads = len(storage.lengths), storage.kv_heads
-        behind = marks["length"] - marks["pruned"]
-        kept = [tuple(n + behind for n in row.for_heads(heads)) for row in columns]
-        if behind < 0 or kept != storage.lengths:
+        after = marks["length"] - marks["pruned"]
+        kept = [tuple(n + after for n in row.for_heads(heads)) for row in columns]
+        if after < 0 or kept != storage.lengths:
             raise DamagedError("kept columns and lengths do not agree")
         if storage.coding is None and takes_arena(arena, storage.keys, storage.values):
             entries = KVArena.of(storage.full())

@@ -6,7 +6,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.logger import init_logger
 
 from refreekv.engines.vllm import metrics, refusals
-from refreekv.engines.vllm.messages import StepOrders, WorkerNews
+from refreekv.engines.vllm.messages import StepOrders, WorkerOutcomes
 from refreekv.engines.vllm.scheduler_side.coordinator import LeadingCoordinator
 from refreekv.engines.vllm.scheduler_side.reclaim import Reclaimer
 from refreekv.engines.vllm.worker_side.state import WorkerState
@@ -16,7 +16,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
-    """Carries verdicts to the scheduler and orders to the workers; transfers no keys or values.
+    """Carries outcomes to the scheduler and orders to the workers; transfers no keys or values.
 
     vLLM makes one instance beside the scheduler and one in every worker. The first owns a
     `Reclaimer`, the others hand over to the worker's `WorkerState`.
@@ -61,9 +61,9 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler_side().orders(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Apply the verdicts of a step."""
-        news = connector_output.kv_connector_worker_meta
-        self._scheduler_side().receive(news.verdicts if isinstance(news, WorkerNews) else [])
+        """Apply the outcomes of a step."""
+        message = connector_output.kv_connector_worker_meta
+        self._scheduler_side().receive(message.outcomes if isinstance(message, WorkerOutcomes) else [])
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -89,7 +89,7 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         if self.state is not None:
             self.state.begin_step(kv_connector_metadata)
 
-    def build_connector_worker_meta(self) -> WorkerNews | None:
+    def build_connector_worker_meta(self) -> WorkerOutcomes | None:
         """After the step's forward pass."""
         return self.state.end_step() if self.state is not None else None
 

@@ -6,7 +6,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 
 @dataclass(frozen=True)
-class GroupVerdict:
+class GroupOutcome:
     """What one group of layers gives up of one request, counted in blocks of its table.
 
     Attributes
@@ -30,7 +30,7 @@ class GroupVerdict:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PruningOutcome:
     """A request's prompt has ended and every layer has decided.
 
     Attributes
@@ -39,7 +39,7 @@ class Verdict:
         vLLM's id.
     epoch : int
         How often the request had been preempted. Scheduler and workers are steps apart:
-        a verdict from before a preemption must not touch the blocks allocated after it.
+        a outcome from before a preemption must not touch the blocks allocated after it.
     prompt : int
         Prompt tokens.
     kept : tuple of int
@@ -48,7 +48,7 @@ class Verdict:
         For each layer, tokens that the policy wanted to keep, before rounding to blocks.
     metrics : tuple of (float or None)
         For each layer, the policy's criterion at what is kept.
-    groups : tuple of GroupVerdict
+    groups : tuple of GroupOutcome
         One for each KV cache group.
     """
 
@@ -58,18 +58,18 @@ class Verdict:
     kept: tuple[int, ...]
     selected: tuple[int, ...]
     metrics: tuple[float | None, ...]
-    groups: tuple[GroupVerdict, ...]
+    groups: tuple[GroupOutcome, ...]
 
 
 @dataclass
-class WorkerNews(KVConnectorWorkerMetadata):
+class WorkerOutcomes(KVConnectorWorkerMetadata):
     """Worker → scheduler, once a step."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
+    outcomes: list[PruningOutcome] = field(default_factory=list)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerNews":
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerOutcomes":
         """News of one rank stand for all: tensor-parallel ranks decide on the same gathered rows."""
-        assert isinstance(other, WorkerNews)
+        assert isinstance(other, WorkerOutcomes)
         return self
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from refreekv.engines.vllm.messages import Verdict
+from refreekv.engines.vllm.messages import PruningOutcome
 
 COUNTS = {
     "pruned_requests": "Requests of which a part of the prompt was evicted.",
@@ -35,17 +35,17 @@ class PruningStats(KVConnectorStats):
 
     data: dict[str, Any] = field(default_factory=_empty)
 
-    def count_verdict(self, verdict: Verdict, *, first: bool) -> None:
+    def count_outcome(self, outcome: PruningOutcome, *, first: bool) -> None:
         """A prompt has ended; ``first``: not a repetition after a preemption."""
         if not first:
             return
-        if any(group.freed for group in verdict.groups):
+        if any(group.freed for group in outcome.groups):
             self.data["pruned_requests"] += 1
         else:
-            self.count_refusal("policy" if set(verdict.selected) == {verdict.prompt} else "rounding")
-        self.data["prompt_tokens"] += verdict.prompt
-        self.data["kept_share"].append(sum(verdict.kept) / (len(verdict.kept) * verdict.prompt))
-        metrics = [metric for metric in verdict.metrics if metric is not None]
+            self.count_refusal("policy" if set(outcome.selected) == {outcome.prompt} else "rounding")
+        self.data["prompt_tokens"] += outcome.prompt
+        self.data["kept_share"].append(sum(outcome.kept) / (len(outcome.kept) * outcome.prompt))
+        metrics = [metric for metric in outcome.metrics if metric is not None]
         if metrics:
             self.data["metric"].append(max(metrics))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import layer_view, select
@@ -45,7 +45,7 @@ class Choice:
     masks: list[Tensor | None]  # by layer, boolean ``[P, H_kv, n]``; None if all policies keep everything
     alike: list[set[str]]  # by layer, the policies whose KV heads all keep the same positions
     # by layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks do not show these
-    surrogates: list[dict[str, StandIns]]
+    surrogates: list[dict[str, Surrogates]]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
         """The mask of one layer for some policies, in their order."""
@@ -54,16 +54,16 @@ class Choice:
             return mask
         return mask[[self.names[name] for name in names]]
 
-    def surrogates_of(self, layer: int, names: Sequence[str]) -> StandIns | None:
+    def surrogates_of(self, layer: int, names: Sequence[str]) -> Surrogates | None:
         """Surrogates of some policies, in their order, a row each; None if none has any."""
         there = self.surrogates[layer]
         like = next((there[name] for name in names if name in there), None)
         if like is None:
             return None
         most = max(one.columns.shape[-1] for one in there.values())
-        nothing = StandIns(*(part.new_zeros(1, part.shape[1], 0, *part.shape[3:]) for part in like))
-        rows = [StandIns(*(_filled(part, most) for part in there.get(name, nothing))) for name in names]
-        return StandIns(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+        nothing = Surrogates(*(part.new_zeros(1, part.shape[1], 0, *part.shape[3:]) for part in like))
+        rows = [Surrogates(*(_filled(part, most) for part in there.get(name, nothing))) for name in names]
+        return Surrogates(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     def counts(self, names: Sequence[str]) -> list[list[list[int]]]:
         """Entries kept, by policy, layer and KV head (one number where heads are alike)."""
@@ -128,7 +128,7 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     """
     masks: list[Tensor | None] = []
     alike: list[set[str]] = []
-    surrogates: list[dict[str, StandIns]] = []
+    surrogates: list[dict[str, Surrogates]] = []
     noted: dict[str, list[LayerScores]] = {}
     while len(masks) < len(layers):
         group = _group(layers[len(masks) :])
@@ -166,7 +166,7 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 
 def _choose(
     asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
-) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, StandIns]]]:
+) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, Surrogates]]]:
     """Masks ``[P, H_kv, n]`` of some layers from number ``start`` on, whose heads are alike, and surrogates.
 
     Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
@@ -197,10 +197,16 @@ def _choose(
         if chosen[name] is not None and frozen[name]:
             masks[row, : frozen[name]] = True
     surrogates = {
-        name: one.stand_ins for name, one in chosen.items() if isinstance(one, Selection) and one.stand_ins is not None
+        name: one.surrogates
+        for name, one in chosen.items()
+        if isinstance(one, Selection) and one.surrogates is not None
     }
     by_layer = [
-        {name: StandIns(*(part[at : at + 1] for part in one)) for name, one in surrogates.items() if at >= frozen[name]}
+        {
+            name: Surrogates(*(part[at : at + 1] for part in one))
+            for name, one in surrogates.items()
+            if at >= frozen[name]
+        }
         for at in range(count)
     ]
     return list(masks.unbind(1)), alike, by_layer

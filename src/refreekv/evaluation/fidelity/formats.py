@@ -14,7 +14,7 @@ from torch import Tensor
 from refreekv import policies
 from refreekv.core.quantisation import SINKS, KVDtype, centre_of, round_trip
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 from refreekv.evaluation.fidelity.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 
@@ -94,7 +94,7 @@ class StoredLayer(MaskedLayer):
         Boolean ``[P, H_kv, n]``: what each row keeps; None: everything.
     numbers : sequence of KVDtype or None
         The format of each row.
-    surrogates : StandIns or None
+    surrogates : Surrogates or None
         As in `MaskedLayer`.
     """
 
@@ -104,7 +104,7 @@ class StoredLayer(MaskedLayer):
         values: Tensor,
         keep: Tensor | None,
         numbers: Sequence[KVDtype | None],
-        surrogates: StandIns | None = None,
+        surrogates: Surrogates | None = None,
     ):
         kinds = sorted({number for number in numbers if number is not None}, key=str)
         self._prompt = keys.shape[2]
@@ -130,7 +130,7 @@ def stored_layer(
     keep: Tensor | None,
     names: Sequence[str],
     asked: Mapping[str, Policy | None],
-    surrogates: StandIns | None = None,
+    surrogates: Surrogates | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
     numbers = [format_of(asked[name]) for name in names]
@@ -145,7 +145,7 @@ def _stored(entries: Pair, number: KVDtype, centres: Pair) -> Pair:
     return keys, values
 
 
-def _stored_surrogates(surrogates: StandIns, numbers: Sequence[KVDtype | None], centres: Pair) -> StandIns:
+def _stored_surrogates(surrogates: Surrogates, numbers: Sequence[KVDtype | None], centres: Pair) -> Surrogates:
     """Surrogates as each row's format gives them back."""
     parts = zip(surrogates.keys.split(1), surrogates.values.split(1), strict=True)
     rows = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from refreekv.core.probes import wide_product
-from refreekv.core.surrogates import StandIns
+from refreekv.core.surrogates import Surrogates
 from refreekv.engines.transformers.handout import hand_out
 
 LOGITS = {"cuda": 2**28, "cpu": 2**24}
@@ -31,11 +31,11 @@ class MaskedLayer(DynamicLayer):
         ``[1, H_kv, n, D]``.
     keep : Tensor or None
         Boolean ``[P, H_kv, n]``, a row each; None: all see everything.
-    surrogates : StandIns or None
+    surrogates : Surrogates or None
         ``[P, H_kv, m]``: entries of each row's own, seen beside what it keeps.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, surrogates: StandIns | None = None):
+    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor | None, surrogates: Surrogates | None = None):
         super().__init__()
         self._surrogates = surrogates
         self.lazy_initialization(keys, values)

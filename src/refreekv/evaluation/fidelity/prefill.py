@@ -35,8 +35,8 @@ class _CapturingLayer(ReFreeKVLayer):
         super().__init__(index, ordinal, state)
         self._plans = plans
 
-    def _prune(self, call: AttentionCall, behind: int) -> None:
-        (entries,) = self._entries(call, behind)
+    def _prune(self, call: AttentionCall, after: int) -> None:
+        (entries,) = self._entries(call, after)
         self.captured = capture(self._plans, call, entries, self.state.scores_of(self.ordinal))
 
 

@@ -60,4 +60,4 @@ class LeadingCoordinator:
             self._inner.cache_blocks(request, num_computed_tokens)
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: holes come from verdicts, not from a window."""
+        """Nothing to do: holes come from outcomes, not from a window."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from refreekv.engines.vllm.messages import Verdict
+from refreekv.engines.vllm.messages import PruningOutcome
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Entry:
     ----------
     request : vllm Request
         vLLM's own object: its preemption count and status are always up to date.
-    verdict : Verdict or None
+    outcome : PruningOutcome or None
         The last one that was applied, or is being applied.
     pending : list of int
         Groups whose tokens still wait for private blocks to be copied into.
@@ -23,7 +23,7 @@ class Entry:
     """
 
     request: Any
-    verdict: Verdict | None = None
+    outcome: PruningOutcome | None = None
     pending: list[int] = field(default_factory=list)
     freed: int = 0
 
@@ -42,21 +42,21 @@ class Ledger:
         """A request has ended."""
         return self.entries.pop(request_id, None)
 
-    def current(self, verdict: Verdict) -> Entry | None:
-        """The entry that a verdict is about; None if the request ended or was preempted since."""
-        entry = self.entries.get(verdict.request_id)
-        if entry is None or entry.request.num_preemptions != verdict.epoch or entry.request.is_finished():
+    def current(self, outcome: PruningOutcome) -> Entry | None:
+        """The entry that a outcome is about; None if the request ended or was preempted since."""
+        entry = self.entries.get(outcome.request_id)
+        if entry is None or entry.request.num_preemptions != outcome.epoch or entry.request.is_finished():
             return None
         return entry
 
     def untouched(self, request: Any, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens were computed without any eviction before them.
 
-        Until the verdict is in, the prompt's. Afterwards all, if nothing was evicted, else those of
-        the prompt that the verdict was about: a session that goes on calls all that it holds its prompt.
+        Until the outcome is in, the prompt's. Afterwards all, if nothing was evicted, else those of
+        the prompt that the outcome was about: a session that goes on calls all that it holds its prompt.
         """
         entry = self.entries.get(request.request_id)
-        verdict = entry.verdict if entry is not None else None
-        if verdict is None:
+        outcome = entry.outcome if entry is not None else None
+        if outcome is None:
             return min(tokens, int(request.num_prompt_tokens))
-        return min(tokens, verdict.prompt) if any(group.freed for group in verdict.groups) else tokens
+        return min(tokens, outcome.prompt) if any(group.freed for group in outcome.groups) else tokens

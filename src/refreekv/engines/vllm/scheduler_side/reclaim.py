@@ -5,14 +5,14 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 
-from refreekv.engines.vllm.messages import CopyOrder, StepOrders, Verdict
+from refreekv.engines.vllm.messages import CopyOrder, PruningOutcome, StepOrders
 from refreekv.engines.vllm.metrics import PruningStats
 from refreekv.engines.vllm.scheduler_side.ledger import Entry, Ledger
 from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
 
 
 class Reclaimer:
-    """Applies verdicts to the block managers.
+    """Applies outcomes to the block managers.
 
     A cut is applied at once: the workers read around it from the step after the one that
     decided. Scattered tokens are first copied into private blocks, allocated here and filled
@@ -26,7 +26,7 @@ class Reclaimer:
         self.ledger = Ledger()
         self._managers: tuple[PrunedAttentionManager, ...] = ()
         self._pool: BlockPool | None = None
-        self._copies: list[tuple[Verdict, CopyOrder]] = []
+        self._copies: list[tuple[PruningOutcome, CopyOrder]] = []
         self._stats = PruningStats()
 
     def bind(self, managers: Sequence[Any], pool: BlockPool) -> None:
@@ -40,39 +40,39 @@ class Reclaimer:
             manager.ledger = self.ledger
         self._managers, self._pool = tuple(managers), pool
 
-    def receive(self, verdicts: list[Verdict]) -> None:
-        """Apply new verdicts, and go on with those that wait for blocks."""
-        for verdict in verdicts:
-            entry = self.ledger.current(verdict)
+    def receive(self, outcomes: list[PruningOutcome]) -> None:
+        """Apply new outcomes, and go on with those that wait for blocks."""
+        for outcome in outcomes:
+            entry = self.ledger.current(outcome)
             if entry is None:
                 continue
-            self._stats.count_verdict(verdict, first=entry.verdict is None)
-            entry.verdict, entry.freed = verdict, 0
-            entry.pending = [index for index, group in enumerate(verdict.groups) if group.copies]
-            for index, group in enumerate(verdict.groups):
+            self._stats.count_outcome(outcome, first=entry.outcome is None)
+            entry.outcome, entry.freed = outcome, 0
+            entry.pending = [index for index, group in enumerate(outcome.groups) if group.copies]
+            for index, group in enumerate(outcome.groups):
                 if group.freed and not group.copies:
-                    self._freed(entry, self._managers[index].free_range(verdict.request_id, group.start, group.stop))
+                    self._freed(entry, self._managers[index].free_range(outcome.request_id, group.start, group.stop))
         for entry in self.ledger.entries.values():
             if entry.pending:
                 self._copy(entry)
 
     def _copy(self, entry: Entry) -> None:
         """Order copies group by group, as far as there are free blocks."""
-        verdict, pool = entry.verdict, self._pool
-        assert verdict is not None
+        outcome, pool = entry.outcome, self._pool
+        assert outcome is not None
         assert pool is not None
-        if self.ledger.current(verdict) is None:
+        if self.ledger.current(outcome) is None:
             entry.pending = []
             return
         while entry.pending:
             index = entry.pending[0]
-            group = verdict.groups[index]
+            group = outcome.groups[index]
             if pool.get_num_free_blocks() < group.copies:
                 return
             private = pool.get_new_blocks(group.copies)
-            self._freed(entry, self._managers[index].move_into(verdict.request_id, private, group.stop))
-            order = CopyOrder(verdict.request_id, index, tuple(block.block_id for block in private))
-            self._copies.append((verdict, order))
+            self._freed(entry, self._managers[index].move_into(outcome.request_id, private, group.stop))
+            order = CopyOrder(outcome.request_id, index, tuple(block.block_id for block in private))
+            self._copies.append((outcome, order))
             entry.pending.pop(0)
 
     def _freed(self, entry: Entry, blocks: int) -> None:
@@ -87,7 +87,7 @@ class Reclaimer:
             if request_id in self.ledger.entries
         }
         # Of a request that was preempted or ended meanwhile, the blocks belong to others.
-        copies = [order for verdict, order in self._copies if self.ledger.current(verdict) is not None]
+        copies = [order for outcome, order in self._copies if self.ledger.current(outcome) is not None]
         self._copies = []
         return StepOrders(list(scheduler_output.finished_req_ids), preempted, copies)
 
@@ -96,15 +96,15 @@ class Reclaimer:
         entry = self.ledger.close(request_id)
         if entry is None:
             return None
-        verdict = entry.verdict
-        if verdict is None:
+        outcome = entry.outcome
+        if outcome is None:
             self._stats.count_refusal("ended")
             return None
-        metrics = [metric for metric in verdict.metrics if metric is not None]
+        metrics = [metric for metric in outcome.metrics if metric is not None]
         return {
-            "prompt_tokens": verdict.prompt,
-            "kept_share": sum(verdict.kept) / (len(verdict.kept) * verdict.prompt),
-            "selected_share": sum(verdict.selected) / (len(verdict.selected) * verdict.prompt),
+            "prompt_tokens": outcome.prompt,
+            "kept_share": sum(outcome.kept) / (len(outcome.kept) * outcome.prompt),
+            "selected_share": sum(outcome.selected) / (len(outcome.selected) * outcome.prompt),
             "blocks_freed": entry.freed,
             "metric": max(metrics) if metrics else None,
         }

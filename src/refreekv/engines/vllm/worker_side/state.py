@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refreekv.engines.vllm.layout import PagedLayout
-from refreekv.engines.vllm.messages import CopyOrder, GroupVerdict, StepOrders, Verdict, WorkerNews
+from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
 from refreekv.engines.vllm.worker_side.rounding import GroupSet, decide_group, keep_mask
 from refreekv.engines.vllm.worker_side.runner import RunnerV1
 from refreekv.engines.vllm.worker_side.scoring import Probes
@@ -94,12 +94,12 @@ class WorkerState:
             self._step = self._plan(common)
         return self._step
 
-    def end_step(self) -> WorkerNews | None:
+    def end_step(self) -> WorkerOutcomes | None:
         """After the forward pass: decide on the prompts that ended in it, and show that in the tables."""
         step, self._open, self._step = self._step, False, None
         if step is None or not step.ended:
             return None
-        return WorkerNews([self._announce(request_id, tracked) for request_id, tracked in step.ended])
+        return WorkerOutcomes([self._announce(request_id, tracked) for request_id, tracked in step.ended])
 
     def _plan(self, common: Any) -> Step:
         rows = self.runner.rows()
@@ -115,7 +115,7 @@ class WorkerState:
                 self.requests[request_id] = tracked
             holes[:, :, index] = tracked.holes
             stop = start + at[index + 1] - at[index]
-            if tracked.verdict is None:
+            if tracked.outcome is None:
                 if tracked.probes is None:
                     tracked.probes = Probes.for_prompt(self.policy, prompt)
                 step.prompts.append(Part(index, tracked, start, min(stop, prompt), at[index]))
@@ -127,24 +127,24 @@ class WorkerState:
         step.close_holes(holes)
         return step
 
-    def _announce(self, request_id: str, tracked: Tracked) -> Verdict:
-        if tracked.verdict is None:
+    def _announce(self, request_id: str, tracked: Tracked) -> PruningOutcome:
+        if tracked.outcome is None:
             self._decide(request_id, tracked)
-        verdict = tracked.verdict
-        assert verdict is not None
+        outcome = tracked.outcome
+        assert outcome is not None
         tracked.announced = True
         for group, decision in enumerate(tracked.decisions):
             if decision.freed and not decision.copies:
                 self.runner.set_blocks(request_id, group, decision.start, [0] * decision.freed)
                 tracked.express(group)
-        return Verdict(
+        return PruningOutcome(
             request_id,
             tracked.epoch,
-            verdict.prompt,
-            verdict.kept,
-            verdict.selected,
-            verdict.metrics,
-            verdict.groups,
+            outcome.prompt,
+            outcome.kept,
+            outcome.selected,
+            outcome.metrics,
+            outcome.groups,
         )
 
     def _decide(self, request_id: str, tracked: Tracked) -> None:
@@ -158,14 +158,14 @@ class WorkerState:
         found = [selections[layer.facts.index] for layer in layers]
         tracked.decisions = tuple(decisions)
         tracked.expressed = [not decision.freed for decision in decisions]
-        tracked.verdict = Verdict(
+        tracked.outcome = PruningOutcome(
             request_id,
             tracked.epoch,
             prompt,
             kept=tuple(prompt - decisions[layer.group].freed * block for layer in layers),
             selected=tuple(prompt if one is None else int(keep_mask(one, prompt).sum()) for one in found),
             metrics=tuple(None if one is None or one.metric is None else float(one.metric[0]) for one in found),
-            groups=tuple(GroupVerdict(one.start, one.stop, one.copies) for one in decisions),
+            groups=tuple(GroupOutcome(one.start, one.stop, one.copies) for one in decisions),
         )
         tracked.probes, tracked.selections = None, {}
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.engines.vllm.messages import Verdict
+from refreekv.engines.vllm.messages import PruningOutcome
 from refreekv.engines.vllm.worker_side.rounding import GroupDecision
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes
 
@@ -46,10 +46,10 @@ class Tracked:
         Queries collected so far, while the prompt is computed for the first time.
     selections : dict
         Each layer's selection, as they come in.
-    verdict : Verdict or None
+    outcome : PruningOutcome or None
         Made once, at the prompt's end; a preemption does not change it.
     decisions : tuple of GroupDecision
-        What each group gives up; empty until the verdict.
+        What each group gives up; empty until the outcome.
     expressed : list of bool
         For each group, whether the block table shows the decision by now.
     announced : bool
@@ -61,7 +61,7 @@ class Tracked:
     epoch: int = 0
     probes: Probes | None = None
     selections: dict[int, Selection | CutSelection | None] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    outcome: PruningOutcome | None = None
     decisions: tuple[GroupDecision, ...] = ()
     expressed: list[bool] = field(default_factory=list)
     announced: bool = False
