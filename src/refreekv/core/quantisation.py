@@ -29,10 +29,17 @@ SINKS = 4
 are unlike all others (StreamingLLM, arXiv 2309.17453)."""
 FLUSH = 32
 """Generated entries that gather before they are coded together, beyond those that stay as they are."""
+MOST_RUNGS = 4
+"""Number formats that the entries of a head may have."""
 RECENT = 64
 """The newest entries of each KV head that stay as they are, if nobody says otherwise."""
 Count = TypeVar("Count", int, float)
-_KINDS = re.compile(r"int([8642])|k([8642])v([8642])")
+LAYOUTS = {
+    8: (8, 8, 8, 8), 7: (8, 8, 6, 6), 6: (8, 6, 6, 4), 5: (6, 6, 4, 4),
+    4: (6, 4, 4, 2), 3: (4, 4, 2, 2), 2: (2, 2, 2, 2),
+}  # fmt: skip
+"""Bits of each quarter of a key's channels, so many on average, where the model's own codes sort these."""
+_KINDS = re.compile(r"int([8642])|k([2-8])v([8642])")
 _GONE = {
     "fp8": "fp8 was taken out: int8 loses less in the same bytes",
     "group": "entries have one scale each, and no groups any more",
@@ -103,8 +110,15 @@ class KVDtype:
         both, key, value = found.groups()
         return int(both or key), int(both or value)
 
-    def form(self, sizes: Sequence[int]) -> PackedFormat:
+    def form(self, sizes: Sequence[int], *, sorted_keys: bool = False) -> PackedFormat:
         """The packed lines of keys and values of ``sizes`` elements.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            Elements of a key and of a value.
+        sorted_keys : bool
+            Whether channels of keys are sorted by what their errors cost, as the model's own codes do.
 
         Raises
         ------
@@ -117,7 +131,8 @@ class KVDtype:
                 f"and its values {sizes[1]}; leave kv_dtype out"
             )
         keys, values = self.widths
-        return PackedFormat(sizes[0], sizes[1], (keys,) * 4, (values,) * 4)
+        widths = LAYOUTS[keys] if sorted_keys or keys % 2 else (keys,) * 4
+        return PackedFormat(sizes[0], sizes[1], widths, (values,) * 4)
 
     def entry_bytes(self, sizes: Sequence[int]) -> int:
         """Bytes of one coded entry, a key and a value of ``sizes`` elements, scales included."""
@@ -134,6 +149,42 @@ class KVDtype:
         """
         coded = self.coded(entries)
         return coded * self.entry_bytes(sizes) + ((entries - coded) * itemsize + 8) * sum(sizes)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Number formats from narrow to wide, of which each entry is stored in one.
+
+    Attributes
+    ----------
+    rungs : tuple of KVDtype
+        One to `MOST_RUNGS`, with equally many newest entries that stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Too many rungs, or rungs that do not grow.
+    """
+
+    rungs: tuple[KVDtype, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.rungs) <= MOST_RUNGS:
+            raise ValueError(f"a ladder has 1 to {MOST_RUNGS} number formats, got {len(self.rungs)}")
+        if len({rung.recent for rung in self.rungs}) > 1:
+            raise ValueError("all number formats of a ladder leave equally many newest entries as they are")
+        bits = [sum(rung.widths) for rung in self.rungs]
+        if bits != sorted(set(bits)):
+            raise ValueError(f"the number formats of a ladder grow from narrow to wide, got {self}")
+
+    @classmethod
+    def parse(cls, value: str) -> "Ladder":
+        """From names with ``+`` between them, such as ``k4v2+k4v4+int8``."""
+        found = [KVDtype.parse(name) for name in value.split("+")]
+        return cls(tuple(number for number in found if number is not None))
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.rungs))
 
 
 def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:

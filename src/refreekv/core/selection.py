@@ -34,12 +34,16 @@ class Selection:
         have several.
     surrogates : Surrogates or None
         Entries to store in the places of some that ``keep`` evicts; with as many KV heads as the keys.
+    levels : Tensor or None
+        uint8 ``[B, G, n]``: in which rung of a ladder of number formats, from 0 on, each kept entry is to be
+        stored; None: all in the narrowest. Without a ladder they say nothing.
     """
 
     keep: Tensor
     metric: Tensor | None = None
     reasons: Mapping[str, Tensor] = field(default_factory=dict)
     surrogates: Surrogates | None = None
+    levels: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def specification(policy: Policy) -> str:
     Two ways to write one policy have the same specification, so it serves as a key.
     """
     if isinstance(policy, StoredPolicy):
-        return f"{specification(policy.policy)}{MARK}{policy.kv_dtype}"
+        return f"{specification(policy.policy)}{MARK}{policy.ladder}"
     changed = {
         field.name: value
         for field in dataclasses.fields(policy)  # type: ignore[arg-type]

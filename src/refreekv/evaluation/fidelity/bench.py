@@ -25,7 +25,7 @@ from refreekv.engines.transformers.attachment import Attachment
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
-from refreekv.evaluation.fidelity.formats import format_of
+from refreekv.evaluation.fidelity.formats import ladder_of
 from refreekv.evaluation.fidelity.metrics import divergence, negative_log_likelihood, token_metrics
 from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.records import FidelityRecord
@@ -186,7 +186,7 @@ class _Prepared:
         self, name: str, kept: list[list[int]], metrics: dict[str, Any], compared: int, change: float | None
     ) -> dict[str, Any]:
         shares = [[count / self.shared.length for count in layer] for layer in kept]
-        full, held = self.shared.bytes(name, kept)
+        full, held = self.shared.bytes(name)
         sample = self.job.sample
         return {
             "sample": sample.id,
@@ -207,7 +207,7 @@ class _Prepared:
         """Policies in batches that store what they keep in one number format."""
 
         def stored(name: str) -> str:
-            return str(format_of(self.job.policies[name]))
+            return str(ladder_of(self.job.policies[name]))
 
         for _, alike in itertools.groupby(sorted(names, key=stored), key=stored):
             group = list(alike)

@@ -46,6 +46,8 @@ class Choice:
     alike: list[set[str]]  # by layer, the policies whose KV heads all keep the same positions
     # by layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks do not show these
     surrogates: list[dict[str, Surrogates]]
+    # by layer, policies to the rungs ``[1, H_kv, n]`` of their ladders that entries are stored in
+    levels: list[dict[str, Tensor]]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
         """The mask of one layer for some policies, in their order."""
@@ -129,13 +131,15 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     masks: list[Tensor | None] = []
     alike: list[set[str]] = []
     surrogates: list[dict[str, Surrogates]] = []
+    levels: list[dict[str, Tensor]] = []
     noted: dict[str, list[LayerScores]] = {}
     while len(masks) < len(layers):
         group = _group(layers[len(masks) :])
-        kept, same, stands = _choose(asked, group, len(masks), len(layers), noted)
+        kept, same, stands, rungs = _choose(asked, group, len(masks), len(layers), noted)
         masks += kept
         alike += same
         surrogates += stands
+        levels += rungs
     names = {name: row for row, name in enumerate(asked)}
     for name, scores in noted.items():
         policy = asked[name]
@@ -146,7 +150,7 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
             mask[names[name]] = selection.keep[0]
             if selection.keep.shape[1] > 1:
                 alike[layer].discard(name)
-    return Choice(names, layers[0].keys.shape[2], masks, alike, surrogates)
+    return Choice(names, layers[0].keys.shape[2], masks, alike, surrogates, levels)
 
 
 def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
@@ -166,8 +170,8 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 
 def _choose(
     asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
-) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, Surrogates]]]:
-    """Masks ``[P, H_kv, n]`` of some layers from number ``start`` on, whose heads are alike, and surrogates.
+) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, Surrogates]], list[dict[str, Tensor]]]:
+    """Masks ``[P, H_kv, n]`` of some layers from number ``start`` on, whose heads are alike, surrogates and levels.
 
     Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
     their masks keep everything.
@@ -190,7 +194,7 @@ def _choose(
     shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
     alike = [shared | {name for name in asked if at < frozen[name]} for at in range(count)]
     if all(one is None for one in chosen.values()) and not noted:
-        return [None] * count, alike, [{} for _ in group]
+        return [None] * count, alike, [{} for _ in group], [{} for _ in group]
     real = torch.ones(count, length, dtype=torch.bool, device=group[0].keys.device)
     masks = torch.stack([mask.expand(count, kv_heads, length) for mask in _masks(list(chosen.values()), real)])
     for row, name in enumerate(asked):
@@ -209,7 +213,13 @@ def _choose(
         }
         for at in range(count)
     ]
-    return list(masks.unbind(1)), alike, by_layer
+    levels = {
+        name: one.levels.expand(-1, kv_heads, -1)
+        for name, one in chosen.items()
+        if isinstance(one, Selection) and one.levels is not None
+    }
+    rungs = [{name: one[at : at + 1] for name, one in levels.items() if at >= frozen[name]} for at in range(count)]
+    return list(masks.unbind(1)), alike, by_layer, rungs
 
 
 def _views(

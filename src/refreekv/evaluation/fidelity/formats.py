@@ -5,6 +5,7 @@ entries stand there once as they are and once in each format, and a policy sees 
 entries in the one form and those between in the other.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from refreekv import policies
-from refreekv.core.quantisation import SINKS, KVDtype, centre_of, round_trip
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import SINKS, KVDtype, Ladder, centre_of
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.evaluation.fidelity.masked import MaskedLayer
@@ -24,15 +26,15 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class StoredPolicy(Policy):
-    """A policy, and the number format that what it keeps is stored in."""
+    """A policy, and the number formats that what it keeps is stored in."""
 
-    policy: Policy  # decides on what to keep
-    kv_dtype: KVDtype  # the format
+    policy: Policy  # decides on what to keep, and where there are several formats on each entry's
+    ladder: Ladder  # the formats
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen_layers", self.policy.frozen_layers)
         object.__setattr__(self, "reads_copy_scores", self.policy.reads_copy_scores)
-        object.__setattr__(self, "name", f"{self.policy.name}{MARK}{self.kv_dtype}")
+        object.__setattr__(self, "name", f"{self.policy.name}{MARK}{self.ladder}")
 
     def probe_plan(self, n: int) -> ProbePlan:
         """That of the policy."""
@@ -47,11 +49,11 @@ class StoredPolicy(Policy):
         return self.policy.freezes(layer)
 
     def __str__(self) -> str:
-        return f"{self.policy}{MARK}{self.kv_dtype}"
+        return f"{self.policy}{MARK}{self.ladder}"
 
 
 def parse(spec: str) -> Policy:
-    """A policy from its specification, with or without a number format behind it.
+    """A policy from its specification, with or without number formats behind it.
 
     Raises
     ------
@@ -62,25 +64,50 @@ def parse(spec: str) -> Policy:
     """
     base, mark, kind = spec.partition(MARK)
     policy = policies.parse(base)
-    number = KVDtype.parse(kind) if mark else None
-    return policy if number is None else StoredPolicy(policy, number)
+    return StoredPolicy(policy, Ladder.parse(kind)) if mark else policy
 
 
-def format_of(policy: Policy | None) -> KVDtype | None:
-    """The number format that a policy comes with."""
-    return policy.kv_dtype if isinstance(policy, StoredPolicy) else None
+def ladder_of(policy: Policy | None) -> Ladder | None:
+    """The number formats that a policy comes with."""
+    return policy.ladder if isinstance(policy, StoredPolicy) else None
 
 
-def kept_bytes(counts: Sequence[int], heads: int, sizes: tuple[int, int], itemsize: int, number: KVDtype | None) -> int:
-    """Bytes of one layer that keeps ``counts`` entries in its KV heads (one number where heads are alike).
+def kept_bytes(
+    rungs: Sequence[Sequence[int]], sizes: tuple[int, int], itemsize: int, forms: Sequence[PackedFormat]
+) -> int:
+    """Bytes of one layer whose KV heads keep so many entries exact, and then so many in each format.
 
-    ``sizes`` are the elements of a key and of a value, ``itemsize`` the bytes of each in the model.
+    ``sizes`` are the elements of a key and of a value, ``itemsize`` the bytes of each in the model. The means of
+    each head are float32, as they are and in code space.
     """
-    everywhere = list(counts) * heads if len(counts) == 1 else list(counts)
-    entry = sum(sizes) * itemsize
-    if number is None:
-        return sum(everywhere) * entry
-    return sum(number.segment_bytes(n, sizes, itemsize) for n in everywhere)
+    sizes_of = [itemsize * sum(sizes), *(form.entry_bytes for form in forms)]
+    means = 8 * sum(sizes) if forms else 0
+    return sum(sum(map(operator.mul, head, sizes_of)) + means for head in rungs)
+
+
+def rung_counts(keep: Tensor, levels: Tensor | None, ladder: Ladder | None) -> Tensor:
+    """Entries of KV heads that keep ``[H_kv, n]``: those that stay exact, and those in each rung, ``[H_kv, 1 + R]``."""
+    older = coded(keep, ladder)
+    counts = [(keep & ~older).sum(-1)]
+    if ladder is not None:
+        counts += [(older & _at(levels, rung, keep)).sum(-1) for rung in range(len(ladder.rungs))]
+    return torch.stack(counts, -1)
+
+
+def coded(keep: Tensor, ladder: Ladder | None) -> Tensor:
+    """Of what heads keep, ``[H_kv, n]``, the entries that are coded: neither sinks nor among the newest."""
+    if ladder is None:
+        return torch.zeros_like(keep)
+    counts = keep.sum(-1, keepdim=True)
+    held = (counts - SINKS - ladder.rungs[0].recent).clamp_min(0)
+    order = keep.cumsum(-1) - SINKS
+    return keep & (order > 0) & (order <= held)
+
+
+def _at(levels: Tensor | None, rung: int, keep: Tensor) -> Tensor:
+    if levels is None:
+        return torch.full_like(keep, rung == 0)
+    return levels == rung
 
 
 class StoredLayer(MaskedLayer):
@@ -92,10 +119,14 @@ class StoredLayer(MaskedLayer):
         ``[1, H_kv, n, D]``.
     keep : Tensor or None
         Boolean ``[P, H_kv, n]``: what each row keeps; None: everything.
-    numbers : sequence of KVDtype or None
-        The format of each row.
+    ladders : sequence of Ladder or None
+        The formats of each row.
+    levels : sequence of Tensor or None
+        ``[1, H_kv, n]`` for each row: which of them each entry has; None: the first.
     surrogates : Surrogates or None
         As in `MaskedLayer`.
+    matrix : Tensor or None
+        ``[H_kv, D, D]``: what takes keys to the code space of the model's own codes; None: a rotation.
     """
 
     def __init__(
@@ -103,20 +134,27 @@ class StoredLayer(MaskedLayer):
         keys: Tensor,
         values: Tensor,
         keep: Tensor | None,
-        numbers: Sequence[KVDtype | None],
+        ladders: Sequence[Ladder | None],
+        levels: Sequence[Tensor | None],
         surrogates: Surrogates | None = None,
+        matrix: Tensor | None = None,
     ):
-        kinds = sorted({number for number in numbers if number is not None}, key=str)
+        kinds = sorted({rung for ladder in ladders if ladder is not None for rung in ladder.rungs}, key=str)
         self._prompt = keys.shape[2]
         if keep is None:
-            keep = torch.ones(len(numbers), keys.shape[1], self._prompt, dtype=torch.bool, device=keys.device)
-        centres = centre_of(keys), centre_of(values)
-        stored = [_stored((keys, values), kind, centres) for kind in kinds]
+            keep = torch.ones(len(ladders), keys.shape[1], self._prompt, dtype=torch.bool, device=keys.device)
+        maps = maps_of(keys, values, matrix)
+        stored = [_stored((keys, values), kind, maps, matrix is not None) for kind in kinds]
         super().__init__(
             torch.cat([keys, *(part for part, _ in stored)], dim=2),
             torch.cat([values, *(part for _, part in stored)], dim=2),
-            torch.stack([_visible(row, number, kinds) for row, number in zip(keep, numbers, strict=True)]),
-            None if surrogates is None else _stored_surrogates(surrogates, numbers, centres),
+            torch.stack(
+                [
+                    _visible(row, None if own is None else own[0], ladder, kinds)
+                    for row, own, ladder in zip(keep, levels, ladders, strict=True)
+                ]
+            ),
+            None if surrogates is None else _stored_surrogates(surrogates, ladders, maps, matrix is not None),
         )
 
     def get_seq_length(self) -> int:
@@ -131,36 +169,59 @@ def stored_layer(
     names: Sequence[str],
     asked: Mapping[str, Policy | None],
     surrogates: Surrogates | None = None,
+    levels: Mapping[str, Tensor] | None = None,
+    matrix: Tensor | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
-    numbers = [format_of(asked[name]) for name in names]
-    if not any(numbers):
+    ladders = [ladder_of(asked[name]) for name in names]
+    if not any(ladders):
         return MaskedLayer(keys, values, keep, surrogates)
-    return StoredLayer(keys, values, keep, numbers, surrogates)
+    own = [(levels or {}).get(name) for name in names]
+    return StoredLayer(keys, values, keep, ladders, own, surrogates, matrix)
 
 
-def _stored(entries: Pair, number: KVDtype, centres: Pair) -> Pair:
+def maps_of(keys: Tensor, values: Tensor, matrix: Tensor | None) -> PackedMaps:
+    """What takes keys and values ``[1, H_kv, n, D]`` to code space, their own means taken out."""
+    centres = centre_of(keys), centre_of(values)
+    plain = PackedMaps.rotated(*centres, keys.dtype)
+    if matrix is None:
+        return plain
+    return PackedMaps.of(centres[0], matrix[None], centres[1], plain.value_matrix, keys.dtype)
+
+
+def _stored(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool) -> Pair:
     """Keys and values ``[1, H_kv, n, D]`` as a format gives them back."""
-    keys, values = map(round_trip, entries, number.widths, centres)
-    return keys, values
+    form = number.form((entries[0].shape[-1], entries[1].shape[-1]), sorted_keys=sorted_keys)
+    found = []
+    for part, side, mean, matrix, back in (
+        (entries[0], form.keys, maps.key_mean, maps.key_matrix, maps.key_dual),
+        (entries[1], form.values, maps.value_mean, maps.value_matrix, maps.value_back.mT),
+    ):
+        # [1, H_kv, n, D] of rows: matrices stand to their right, transposed
+        codes, factors = side.encode((part.float() - mean[:, :, None]) @ matrix.mT)
+        levels = side.levels(codes, torch.float32) * factors[..., None].float()
+        found.append((levels @ back + mean[:, :, None]).to(part.dtype))
+    return found[0], found[1]
 
 
-def _stored_surrogates(surrogates: Surrogates, numbers: Sequence[KVDtype | None], centres: Pair) -> Surrogates:
-    """Surrogates as each row's format gives them back."""
+def _stored_surrogates(
+    surrogates: Surrogates, ladders: Sequence[Ladder | None], maps: PackedMaps, sorted_keys: bool
+) -> Surrogates:
+    """Surrogates as the narrowest of each row's formats gives them back."""
     parts = zip(surrogates.keys.split(1), surrogates.values.split(1), strict=True)
     rows = [
-        row if number is None else _stored(row, number, centres) for row, number in zip(parts, numbers, strict=True)
+        row if ladder is None else _stored(row, ladder.rungs[0], maps, sorted_keys)
+        for row, ladder in zip(parts, ladders, strict=True)
     ]
     return surrogates._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))
 
 
-def _visible(keep: Tensor, number: KVDtype | None, kinds: Sequence[KVDtype]) -> Tensor:
+def _visible(keep: Tensor, levels: Tensor | None, ladder: Ladder | None, kinds: Sequence[KVDtype]) -> Tensor:
     """Of one row ``[H_kv, n]``, which copies of each entry it sees: ``[H_kv, n + n * kinds]``."""
     nothing = torch.zeros_like(keep)
-    if number is None:
-        return torch.cat([keep, *([nothing] * len(kinds))], dim=-1)
-    counts = keep.sum(-1, keepdim=True)
-    coded = torch.tensor([[number.coded(count)] for count in counts.flatten().tolist()], device=keep.device)
-    order = keep.cumsum(-1) - SINKS
-    older = keep & (order > 0) & (order <= coded)
-    return torch.cat([keep & ~older, *(older if kind == number else nothing for kind in kinds)], dim=-1)
+    older = coded(keep, ladder)
+    copies = [keep & ~older]
+    for kind in kinds:
+        there = ladder is not None and kind in ladder.rungs
+        copies.append(older & _at(levels, ladder.rungs.index(kind), keep) if there and ladder is not None else nothing)
+    return torch.cat(copies, dim=-1)

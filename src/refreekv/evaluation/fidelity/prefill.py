@@ -23,7 +23,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
-from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, stored_layer
+from refreekv.evaluation.fidelity.formats import kept_bytes, ladder_of, rung_counts, stored_layer
 from refreekv.policies import Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall
 
@@ -101,6 +101,7 @@ class SharedPrefill:
                 self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
         if any(policy is not None and policy.reads_copy_scores for policy in asked.values()):
             self._cache.state.copy_scores = copy_scores(model)
+        self._matrices = getattr(model, "key_matrices", None)
         self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
         for layer in self._cache.layers:
             if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
@@ -152,6 +153,8 @@ class SharedPrefill:
                     names,
                     self._asked,
                     self._choice.surrogates_of(layer.ordinal, names),
+                    self._choice.levels[layer.ordinal],
+                    None if self._matrices is None else self._matrices[layer.ordinal],
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
@@ -161,17 +164,24 @@ class SharedPrefill:
         """Entries that policies keep, by policy, layer and KV head (one number where heads are alike)."""
         return self._choice.counts(names)
 
-    def bytes(self, name: str, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """K/V bytes of the prompt in a full cache, and in a policy's that keeps so many by layer and KV head."""
-        number = format_of(self._asked[name])
+    def bytes(self, name: str) -> tuple[int, int]:
+        """K/V bytes of the prompt in a full cache, and in a policy's."""
+        ladder = ladder_of(self._asked[name])
         full = held = 0
-        counts = iter(kept)
         for layer in self._cache.layers:
             if isinstance(layer, _CapturingLayer):
                 keys, values = layer.dense
                 sizes = keys.shape[-1], values.shape[-1]
                 full += self.length * entry_bytes(layer)
-                held += kept_bytes(next(counts), layer.kv_heads, sizes, keys.element_size(), number)
+                keep = self._choice.keep(layer.ordinal, [name])
+                keep = keys.new_ones(keys.shape[1:3], dtype=torch.bool) if keep is None else keep[0]
+                levels = self._choice.levels[layer.ordinal].get(name)
+                counts = rung_counts(keep, None if levels is None else levels[0], ladder)
+                surrogates = self._choice.surrogates[layer.ordinal].get(name)
+                if surrogates is not None:
+                    counts[:, min(1, counts.shape[1] - 1)] += surrogates.real.sum(-1)[0]
+                forms = [] if ladder is None else [rung.form(sizes) for rung in ladder.rungs]
+                held += kept_bytes(counts.tolist(), sizes, keys.element_size(), forms)
             else:
                 full += (other := _held(layer))
                 held += other
