@@ -24,7 +24,10 @@ RAGGED = (52, 40, 29, 47)
 
 @dataclass(frozen=True)
 class Uneven(Policy):
-    """The 6 newest entries of each KV head, and of the others more in each head than in the one before."""
+    """The 6 newest entries of each KV head, and of the others more in each head than in the one before.
+
+    Of a ladder of number formats neighbours have different ones.
+    """
 
     name = "uneven"
     frozen_layers: int | Literal["all"] = 0
@@ -33,7 +36,8 @@ class Uneven(Policy):
         real = view.real_heads
         newest = real.flip(-1).cumsum(-1).flip(-1)
         heads = torch.arange(real.shape[1], device=real.device)[:, None]
-        return Selection(real & ((newest <= 6) | (newest * 7 % 5 < 1 + heads)))
+        keep = real & ((newest <= 6) | (newest * 7 % 5 < 1 + heads))
+        return Selection(keep, levels=((newest + heads) % 4).to(torch.uint8))
 
 
 @dataclass(frozen=True)

@@ -153,20 +153,23 @@ class KVDtype:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Number formats from narrow to wide, of which each entry is stored in one.
+    """Number formats from narrow to wide, of which each kept entry is stored in one, its rung.
 
     Attributes
     ----------
     rungs : tuple of KVDtype
         One to `MOST_RUNGS`, with equally many newest entries that stay as they are.
+    generated : int
+        The rung of what is generated, and of all else that nobody gives a rung; -1: the widest.
 
     Raises
     ------
     ValueError
-        Too many rungs, or rungs that do not grow.
+        Too many rungs, or rungs that do not grow; a number that is none of them.
     """
 
     rungs: tuple[KVDtype, ...]
+    generated: int = -1
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.rungs) <= MOST_RUNGS:
@@ -176,15 +179,61 @@ class Ladder:
         bits = [sum(rung.widths) for rung in self.rungs]
         if bits != sorted(set(bits)):
             raise ValueError(f"the number formats of a ladder grow from narrow to wide, got {self}")
+        if not -len(self.rungs) <= self.generated < len(self.rungs):
+            raise ValueError(f"generated is the number of a rung, 0 to {len(self.rungs) - 1}, got {self.generated}")
+        object.__setattr__(self, "generated", self.generated % len(self.rungs))
 
     @classmethod
-    def parse(cls, value: str) -> "Ladder":
-        """From names with ``+`` between them, such as ``k4v2+k4v4+int8``."""
-        found = [KVDtype.parse(name) for name in value.split("+")]
-        return cls(tuple(number for number in found if number is not None))
+    def of(cls, *kinds: str, recent: int = RECENT, generated: int = -1) -> "Ladder":
+        """Of the names of its number formats."""
+        return cls(tuple(KVDtype(kind, recent) for kind in kinds), generated)
+
+    @classmethod
+    def parse(cls, value: "str | KVDtype | Ladder") -> "Ladder":
+        """From names with ``+`` between them, such as ``k4v2+k4v4+int8`` or ``k4v2+int8:recent=32,generated=0``.
+
+        A number format is a ladder with one rung.
+
+        Raises
+        ------
+        ValueError
+            Unknown name or parameter, or a value out of range.
+        TypeError
+            Something else than a string, a `KVDtype` or a `Ladder`.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            number = KVDtype.parse(value)  # type: ignore[arg-type]
+            if number is None:
+                raise TypeError("expected number formats, got None")
+            return cls((number,))
+        names, items = spelling.parts(value)
+        given = [number or "" for name, number in items if name == "generated"]
+        if any(not number.isdecimal() for number in given):
+            raise ValueError(f"generated is the number of a rung, got {given[0]!r}")
+        rest = {name: number for name, number in items if name != "generated"}
+        found = [KVDtype.parse(spelling.spell(name.strip(), rest)) for name in names.split("+")]
+        return cls(tuple(number for number in found if number is not None), int(given[0]) if given else -1)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.rungs))
+        extra = {} if self.recent == RECENT else {"recent": self.recent}
+        if self.generated % len(self.rungs) != len(self.rungs) - 1:
+            extra["generated"] = self.generated
+        return spelling.spell("+".join(rung.kind for rung in self.rungs), extra)
+
+    @property
+    def recent(self) -> int:
+        """The newest entries of each KV head that stay in the model's own precision."""
+        return self.rungs[0].recent
+
+    def coded(self, entries: Count) -> Count:
+        """How many of a KV head's entries are coded at the end of a prompt, in whatever rung."""
+        return self.rungs[0].coded(entries)
+
+    def forms(self, sizes: Sequence[int], *, sorted_keys: bool = False) -> tuple[PackedFormat, ...]:
+        """The packed lines of each rung; see `KVDtype.form`."""
+        return tuple(rung.form(sizes, sorted_keys=sorted_keys) for rung in self.rungs)
 
 
 def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:

@@ -35,8 +35,10 @@ class Selection:
     surrogates : Surrogates or None
         Entries to store in the places of some that ``keep`` evicts; with as many KV heads as the keys.
     levels : Tensor or None
-        uint8 ``[B, G, n]``: in which rung of a ladder of number formats, from 0 on, each kept entry is to be
-        stored; None: all in the narrowest. Without a ladder they say nothing.
+        uint8 ``[B, 1 or H_kv, n]``: in which rung of a ladder of number formats, from 0 on, each kept entry is to be
+        stored; where surrogates are put, it is said of these. None: all in the rung of what is generated
+        (`refreekv.core.quantisation.Ladder`). Without a ladder they say nothing, and first and newest entries stay
+        as they are in any case.
     """
 
     keep: Tensor

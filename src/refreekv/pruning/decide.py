@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from refreekv.core.probes import attention_rows
+from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.kernels import kept_first, probe_reductions, put_surrogates
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
-from refreekv.storage.columns import Columns
+from refreekv.storage.columns import Columns, Levels
 
 REASON = "reason:"
 """What the names of reasons begin with among a decision's numbers."""
@@ -42,6 +43,8 @@ class KeptRow:
         Why entries stay, to the share of the row's entries that do for it.
     hides : bool
         Whether some of what stays is hidden from the last query.
+    levels : Levels or None
+        Which rungs of the ladder the columns go to; None: nobody said, or there is no ladder.
     """
 
     columns: Columns
@@ -50,15 +53,21 @@ class KeptRow:
     metric: float | None = None
     reasons: Mapping[str, float] = field(default_factory=dict)
     hides: bool = False
+    levels: Levels | None = None
 
 
 class Decision:
-    """A policy's answer for some rows, on its way from the device to the host."""
+    """A policy's answer for some rows, on its way from the device to the host.
 
-    def __init__(self, entries: Entries, selection: Selection | CutSelection | None):
+    ``ladder`` are the number formats that entries are stored in; None, or one: no levels are asked for.
+    """
+
+    def __init__(self, entries: Entries, selection: Selection | CutSelection | None, ladder: Ladder | None = None):
         self._batch, _, self._length, _ = entries.keys.shape
         self._selection = selection
         self._order: Tensor | None = None
+        self._levels: Tensor | None = None
+        self._ladder = ladder
         # Names, and a column ``[B, .]`` for each: few tensors, as each is a launch or two.
         numbers: list[tuple[list[str], Tensor]] = []
         if selection is not None and selection.metric is not None:
@@ -96,7 +105,29 @@ class Decision:
                 numbers.append((["hides"], hidden.any(2).any(1)[:, None]))
             numbers.append(_numbered("real", valid.sum(-1)))
         self._order, kept = kept_first(keep)
-        return [*numbers, _numbered("kept", kept)]
+        numbers.append(_numbered("kept", kept))
+        if isinstance(selection, Selection) and selection.levels is not None and self._ladder is not None:
+            numbers += self._leveled(selection, keep, selection.levels, self._ladder, kept)
+        return numbers
+
+    def _leveled(
+        self, selection: Selection, keep: Tensor, levels: Tensor, ladder: Ladder, kept: Tensor
+    ) -> list[tuple[list[str], Tensor]]:
+        """Order the levels as the kept entries, and count them among those that will be coded."""
+        assert self._order is not None
+        rungs = len(ladder.rungs)
+        if rungs == 1:
+            return []
+        # What the policy was not asked about keeps as much as there is.
+        levels = levels.clamp_max(rungs - 1).where(~keep | selection.keep, rungs - 1)
+        groups = max(levels.shape[1], kept.shape[1])
+        order, kept = self._order.expand(-1, groups, -1), kept.expand(-1, groups)
+        self._levels = levels.expand(-1, groups, -1).gather(-1, order.long())  # [B, G, n]
+        number = torch.arange(self._length, device=kept.device)
+        coded = (number >= SINKS) & (number < kept[..., None] - ladder.recent)
+        names = [f"rung{rung}.{group}" for rung in range(rungs) for group in range(groups)]
+        counts = torch.stack([(coded & (self._levels == rung)).sum(-1) for rung in range(rungs)], 1)
+        return [(names, counts.flatten(1))]  # [B, rungs, G] -> [B, rungs * G]
 
     def rows(self) -> list[KeptRow]:
         """The answer, a row each; waits for it if need be.
@@ -139,7 +170,15 @@ class Decision:
             columns = Columns.of_ranges((0, self._length))
         reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
         hides = bool(number.get("hides"))
-        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons, hides)
+        levels = None
+        if self._levels is not None and self._ladder is not None:
+            groups, rungs = self._levels.shape[1], range(len(self._ladder.rungs))
+            held = columns.for_heads(groups)
+            levels = Levels(
+                tuple(own[:n] for own, n in zip(self._levels[row], held, strict=True)),
+                tuple(tuple(int(number[f"rung{rung}.{group}"]) for rung in rungs) for group in range(groups)),
+            )
+        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons, hides, levels)
 
 
 def decide(
@@ -149,8 +188,11 @@ def decide(
     layer: int,
     layers: int,
     copy_scores: Tensor | None = None,
+    ladder: Ladder | None = None,
 ) -> Decision:
     """Probe the entries as the policy plans and let it select. Does not wait for the device.
+
+    ``ladder`` are the number formats that what it keeps is stored in.
 
     Raises
     ------
@@ -158,12 +200,12 @@ def decide(
         A selection of the wrong shape.
     """
     if policy.freezes(layer):
-        return Decision(entries, None)
+        return Decision(entries, None, ladder)
     view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
     selection = select(policy, view)
     if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
         selection = replace_entries(entries, selection, selection.surrogates)
-    return Decision(entries, selection)
+    return Decision(entries, selection, ladder)
 
 
 def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates) -> Selection:
@@ -237,6 +279,8 @@ def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:
     selection = policy.select(view)
     if isinstance(selection, Selection):
         _check_shape(policy, selection.keep, view.keys)
+        if selection.levels is not None:
+            _check_shape(policy, selection.levels, view.keys, torch.uint8)
     return selection
 
 
@@ -276,12 +320,13 @@ def _scaled(queries: Tensor, call: AttentionCall) -> Tensor:
     return queries.float() * scaling
 
 
-def _check_shape(policy: Policy, keep: Tensor, keys: Tensor) -> None:
+def _check_shape(policy: Policy, found: Tensor, keys: Tensor, dtype: torch.dtype = torch.bool) -> None:
     batch, kv_heads, length, _ = keys.shape
-    if keep.dtype != torch.bool or keep.shape not in [(batch, 1, length), (batch, kv_heads, length)]:
+    if found.dtype != dtype or found.shape not in [(batch, 1, length), (batch, kv_heads, length)]:
+        what, wanted = ("a selection", "boolean") if dtype == torch.bool else ("levels", "uint8")
         raise ValueError(
-            f"policy {policy.name!r} returned a selection of shape {tuple(keep.shape)} and type {keep.dtype}; "
-            f"expected boolean ({batch}, 1 or {kv_heads}, {length})"
+            f"policy {policy.name!r} returned {what} of shape {tuple(found.shape)} and type {found.dtype}; "
+            f"expected {wanted} ({batch}, 1 or {kv_heads}, {length})"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.columns import Columns
+from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
 
 LEAST_GROWTH = 16
@@ -255,19 +255,18 @@ class KVArena(KVStorage):
             shorter._take(own)
         return shorter
 
-    def keep(self, kept: Sequence[Columns], after: int) -> Self:
+    def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> Self:
         """A new arena of what a policy keeps of each row, and the last ``after`` entries."""
-        stays = kept_of_rows(self.rows(), kept, after)
-        return self._alike(stays.lengths, self.freed)._copied(stays)
+        return self.holding(kept_of_rows(self.rows(), kept, after))
 
-    def taken(self, entries: Sequence[Sequence[Tensor]]) -> Self:
-        """A new arena of some entries, given as indices for each row's KV heads."""
-        sides: tuple[list[list[Piece]], list[list[Piece]]] = ([], [])
-        for row, heads in enumerate(entries):
-            for into, own in zip(sides, self.segments(row), strict=True):
-                into.append([[part.index_select(0, index) for part, index in zip(own, heads, strict=True)]])
-        stays = RaggedKV.from_pieces(*sides)
-        return self._alike(stays.lengths, self.freed)._copied(stays)
+    def taken(self, index: Tensor, lengths: Sequence[tuple[int, ...]]) -> Self:
+        """A new arena of some entries, so many for each segment, by their numbers among all of all segments."""
+        everything = self.full()
+        return self.holding(RaggedKV(everything.keys[index], everything.values[index], lengths))
+
+    def holding(self, exact: RaggedKV) -> Self:
+        """A new arena like this one that holds what an exact storage does."""
+        return self._alike(exact.lengths, self.freed)._copied(exact)
 
     def _alike(self, lengths: Sequence[tuple[int, ...]], freed: Sequence[bool]) -> Self:
         """Another arena that stores entries as this one does."""

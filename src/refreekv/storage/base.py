@@ -9,8 +9,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from refreekv.storage.arena import KVArena
-    from refreekv.storage.columns import Columns
-    from refreekv.storage.leveled import Coding
+    from refreekv.storage.coding import Coding
+    from refreekv.storage.columns import Columns, Levels
     from refreekv.storage.ragged import RaggedKV
 
 Piece: TypeAlias = Tensor | Sequence[Tensor]
@@ -73,7 +73,7 @@ class KVStorage(ABC):
 
     @property
     def coding(self) -> "Coding | None":
-        """How entries behind the second table are coded; None: there is one table at most, of exact entries."""
+        """How entries behind all tables but the first are coded; None: there is one table at most, of exact entries."""
         return None
 
     # -- all entries in full precision --------------------------------------------------------
@@ -131,10 +131,11 @@ class KVStorage(ABC):
         """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
 
     @abstractmethod
-    def keep(self, kept: "Sequence[Columns]", after: int) -> Self:
+    def keep(self, kept: "Sequence[Columns]", after: int, levels: "Sequence[Levels] | None" = None) -> Self:
         """A new storage of what a policy keeps of each row, and the last ``after`` entries.
 
-        Columns count the entries of `rows`, where shorter heads are padded on the left.
+        Columns count the entries of `rows`, where shorter heads are padded on the left. ``levels`` say which rung
+        each goes to, where entries are coded.
         """
 
     def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:

@@ -101,6 +101,26 @@ class Columns:
         return Columns(heads=tuple(head[head < limit] for head in self.heads))
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Which rung of a ladder each of a row's kept entries goes to.
+
+    Attributes
+    ----------
+    heads : tuple of Tensor
+        uint8, a number for each of the row's `Columns`, in their order: for all KV heads together, or for each.
+    counts : tuple of tuple of int
+        For each of ``heads`` and each rung, how many of the entries that are coded at the end of the prompt go there.
+    """
+
+    heads: tuple[Tensor, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def for_heads(self, kv_heads: int, rung: int) -> tuple[int, ...]:
+        """How many entries of each of ``kv_heads`` KV heads are coded in a rung at the end of the prompt."""
+        return tuple(self.counts[head % len(self.counts)][rung] for head in range(kv_heads))
+
+
 def pieces(entries: Tensor, kept: Columns) -> list[Piece]:
     """The kept entries of one row ``[kv_heads, n, D]``, as parts in order.
 

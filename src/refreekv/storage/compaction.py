@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import Ladder
 from refreekv.storage.arena import KVArena, Span
 from refreekv.storage.base import KVStorage
-from refreekv.storage.columns import Columns
+from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.ragged import kept_of_rows
 
@@ -29,7 +29,8 @@ def compacted(
     columns: Sequence[Columns],
     after: int,
     arena: bool | None,
-    coded: tuple[KVDtype, Dense] | None = None,
+    coded: tuple[Ladder, Dense] | None = None,
+    levels: Sequence[Levels] | None = None,
 ) -> KVStorage:
     """What is kept of a dense layer, and the last ``after`` entries, in the storage that suits device and precision.
 
@@ -43,11 +44,13 @@ def compacted(
         Entries behind the prompt.
     arena : bool or None
         Whether to use storage that can grow; None: on CUDA.
-    coded : pair of KVDtype and Dense, optional
-        The number format to store in, and the prompt's mean key and mean value ``[B, H_kv, D]``.
+    coded : pair of Ladder and Dense, optional
+        The number formats to store in, and the prompt's mean key and mean value ``[B, H_kv, D]``.
+    levels : sequence of Levels, optional
+        Of each row's ``columns``, which of the formats; None: that of what is generated.
     """
     if coded is not None:
-        return LeveledKV.gathered(*dense, columns, after, *coded)
+        return LeveledKV.gathered(*dense, columns, after, *coded, levels)
     if not takes_arena(arena, *dense):
         return kept_of_rows(list(zip(*dense, strict=True)), columns, after)
     keys, values = dense

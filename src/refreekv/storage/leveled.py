@@ -1,80 +1,51 @@
 """Keys and values in codes, read where they are: sinks and newest entries exact, those between packed in few bits.
 
-Each segment is its sinks, its coded entries and its newest ones, in that order. What is coded lies in an arena of
-packed lines; all that is appended is exact, and coded once it is no longer among the newest. Attention of one token
-a row reads both as they are stored. Whatever else reads entries gets a copy in full precision, as long as a call takes.
+Each segment is its sinks, its coded entries and its newest ones, in that order. Each coded entry is in one rung of a
+ladder of number formats. The lines of a rung lie in an arena of its own, and two bits an entry say which it is in; not
+so of entries behind the last one that somebody gave a rung, which are in the rung of what is generated. All that is
+appended is exact, and coded once it is no longer among the newest. Attention of one token a row reads everything as
+it is stored. Whatever else reads entries gets a copy in full precision, as long as a call takes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from itertools import chain
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.autocast import without_autocast
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
-from refreekv.core.quantisation import FLUSH, SINKS, KVDtype
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
+from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.storage.arena import LEAST_GROWTH, KVArena, Span, on_device
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.columns import Columns
+from refreekv.storage.coding import Coding, Pair, decoded
+from refreekv.storage.columns import Columns, Levels
+from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
-
-Pair = tuple[Tensor, Tensor]
-"""Of keys and of values."""
-
-Counts = Sequence[Sequence[int]]
-"""A number for each row's KV heads."""
-
-
-@dataclass(frozen=True)
-class Coding:
-    """How the entries of a layer are coded.
-
-    Attributes
-    ----------
-    form : PackedFormat
-        Of the lines.
-    maps : PackedMaps
-        What takes keys, values and queries to code space; the means are the rows' own, fixed for good.
-    recent : int
-        Newest entries of each KV head that stay exact.
-    """
-
-    form: PackedFormat
-    maps: PackedMaps
-    recent: int
-
-    @classmethod
-    def of(cls, number: KVDtype, centres: Pair, dtype: torch.dtype) -> "Coding":
-        """That of a number format for entries in ``dtype``; ``centres`` are the means ``[B, H_kv, D]`` to take out."""
-        sizes = centres[0].shape[-1], centres[1].shape[-1]
-        with torch.inference_mode(False):
-            maps = PackedMaps.rotated(centres[0].clone(), centres[1].clone(), dtype)
-            return cls(number.form(sizes), maps, number.recent)
-
-    def of_rows(self, rows: Sequence[int]) -> "Coding":
-        """The same for some rows, in that order."""
-        return Coding(self.form, self.maps.of_rows(rows), self.recent)
+from refreekv.storage.runs import flat, runs, spread, starts_of
 
 
 class LeveledKV(KVStorage):
     """Keys and values of one layer, coded but for sinks and newest entries.
 
-    Nothing is coded twice: an entry keeps its code until it is evicted. When entries are coded, and into what,
+    An entry keeps its code until it is evicted or moves to a narrower rung. When entries are coded, and into what,
     depends on their segment alone.
 
-    Invariant: in each segment with coded entries, exact ones are its first ``sinks`` and those after the coded ones.
+    Invariants: in each segment with coded entries, exact ones are its first ``sinks`` and those after the coded ones;
+    lines of a rung are in the order of the tokens; with one rung ``members`` are none.
 
     Attributes
     ----------
     exact : KVArena
         Sinks and newest entries, keys and values of one type.
-    coded : KVArena
-        Lines (``keys``, uint8 ``[lines, line_bytes]``) and factors (``values``, float16 ``[lines, 2]``).
+    rungs : tuple of KVArena
+        Of each rung, lines (``keys``, uint8 ``[lines, line_bytes]``) and factors (``values``, float16 ``[lines, 2]``).
     sinks : list of tuple of int
         How many exact entries lie before the coded ones of each row's KV heads; 0 where nothing is coded.
+    members : Members
+        The rungs of each segment's first coded entries.
     coding : Coding
         How entries are coded.
     """
@@ -82,64 +53,87 @@ class LeveledKV(KVStorage):
     def __init__(
         self,
         exact: KVArena,
-        coded: KVArena,
-        sinks: Sequence[tuple[int, ...]],
+        rungs: Sequence[KVArena],
+        sinks: Counts,
+        members: Members,
         coding: Coding,
         types: tuple[torch.dtype, torch.dtype] | None = None,
     ):
         self._types = exact.types if types is None else types
         exact.widen(*exact.types[::-1])
-        self.exact, self.coded, self._coding = exact, coded, coding
-        self.sinks = [
-            tuple(first if n else 0 for first, n in zip(*rows, strict=True))
-            for rows in zip(sinks, coded.lengths, strict=True)
-        ]
-        self._wait = 0
-        """Entries that may be appended before it is worth looking whether some are due to be coded."""
+        self.exact, self.rungs, self.members, self._coding = exact, tuple(rungs), members, coding
+        self.sinks = _where_coded(sinks, self.coded_lengths)
         self._wait = self._until_due()
+        """Entries that may be appended before it is worth looking whether some are due to be coded."""
 
     # -- making one -------------------------------------------------------------------------
 
     @classmethod
     def gathered(
-        cls, keys: Tensor, values: Tensor, columns: Sequence[Columns], after: int, number: KVDtype, centres: Pair
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        columns: Sequence[Columns],
+        after: int,
+        ladder: Ladder,
+        centres: Pair,
+        levels: Sequence[Levels] | None = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
-        ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``.
+        ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``. ``levels`` say of each
+        row's columns which rung they go to; None: all to that of what is generated.
         """
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
-        coding = Coding.of(number, centres, keys.dtype)
+        coding = Coding.of(ladder, centres, keys.dtype)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
-        coded = [tuple(number.coded(n) for n in row) for row in counts]
+        coded = [tuple(ladder.coded(n) for n in row) for row in counts]
         sinks = [tuple(SINKS if n else 0 for n in row) for row in coded]
-        parts, spans = [], []
-        for row, own in enumerate(columns):
-            index = own.tensors(device)
+        opening, between = [], []
+        for row, chosen in enumerate(columns):
+            index = chosen.tensors(device)
             for head in range(heads):
                 # int32 [n]: what stays of the segment, of which the first and the last are exact
                 listed = index[head % len(index)]
                 first, stop = sinks[row][head], sinks[row][head] + coded[row][head]
-                parts += [listed[:first], listed[stop:]]
-                spans.append(_span(listed[first:stop], end))
-        flat, at, where = torch.cat(parts), 0, []
-        for opening, rest in zip(parts[::2], parts[1::2], strict=True):
-            where.append(_span(flat[at : at + len(opening) + len(rest)], end))
-            at += len(opening) + len(rest)
+                opening += [listed[:first], listed[stop:]]
+                between.append(listed[first:stop])
+        around = [n - c for n, c in zip(flat(counts), flat(coded), strict=True)]
+        # They stay alive until the kernels that are told their addresses were launched.
+        exactly, listed = torch.cat(opening), torch.cat(between)
         lengths = [tuple(n - c + after for n, c in zip(*rows, strict=True)) for rows in zip(counts, coded, strict=True)]
-        longest = max(map(max, coded))
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
+        longest = max(map(max, coded))
         growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
-        exact = KVArena.gathered(keys, values, lengths, where, end, growth=growth)
-        lines = _lines(coding.form, coded, device)
-        if longest:
-            table = on_device([list(span) for span in spans], device)
-            with lines.table_in_turn() as own_table:
-                kernels.pack_lines(keys, values, own_table, coding.form, coding.maps, table, end=end, longest=longest)
-        return cls(exact, lines, sinks, coding, types)
+        exact = KVArena.gathered(keys, values, lengths, _spans(exactly, around, end), end, growth=growth)
+        members = Members.none(coded, device)
+        by_rung = [coded if rung == coding.generated else _none(coded) for rung in range(len(coding.forms))]
+        if levels is not None and len(coding.forms) > 1:
+            rungs = torch.cat(
+                [
+                    row.heads[head % len(row.heads)][first : first + n]
+                    for row, firsts, own in zip(levels, sinks, coded, strict=True)
+                    for head, (first, n) in enumerate(zip(firsts, own, strict=True))
+                ]
+            )
+            by_rung = [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
+            listed, members = listed[rungs.argsort(stable=True)], Members.of(rungs, coded)
+        arenas, at = [], 0
+        for form, own in zip(coding.forms, by_rung, strict=True):
+            arena, count = _lines(form, own, device), sum(map(sum, own))
+            if count:
+                spans = _spans(listed[at : at + count], flat(own), end)
+                with arena.table_in_turn() as table:
+                    kernels.pack_lines(
+                        keys, values, table, form, coding.maps, on_device(spans, device), end=end,
+                        longest=max(map(max, own)),
+                    )  # fmt: skip
+            arenas.append(arena)
+            at += count
+        return cls(exact, arenas, sinks, members, coding, types)
 
     # -- what every storage has -----------------------------------------------------------------
 
@@ -154,9 +148,14 @@ class LeveledKV(KVStorage):
         return self.exact.values
 
     @property
+    def coded_lengths(self) -> list[tuple[int, ...]]:
+        """Coded entries of each row's KV heads, in whatever rung."""
+        return _sums([arena.lengths for arena in self.rungs])
+
+    @property
     def lengths(self) -> list[tuple[int, ...]]:  # type: ignore[override]
         """Entries of each row's KV heads."""
-        return _sums(self.exact.lengths, self.coded.lengths)
+        return _sums([arena.lengths for arena in self.tables])
 
     @property
     def kv_heads(self) -> int:
@@ -185,53 +184,85 @@ class LeveledKV(KVStorage):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storages really hold on to, room and the rows' means included."""
-        maps = self.coding.maps
-        means = maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset
-        return self.exact.nbytes + self.coded.nbytes + sum(part.nbytes for part in means)
+        """Bytes that the storages really hold on to: entries, room, rungs of entries, and the rows' means."""
+        arenas = sum(arena.nbytes for arena in self.tables)
+        return arenas + self.members.nbytes + sum(part.nbytes for part in self.coding.means)
 
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's entries, room and means included."""
-        maps = self.coding.maps
-        means = maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset
-        return self.exact.row_nbytes(row) + self.coded.row_nbytes(row) + sum(part[row].nbytes for part in means)
+        """Bytes of one row's."""
+        arenas = sum(arena.row_nbytes(row) for arena in self.tables)
+        return arenas + self.members.row_nbytes(row) + sum(part[row].nbytes for part in self.coding.means)
 
     @property
     def tables(self) -> tuple[KVArena, ...]:
-        """The exact entries' arena, which takes new ones, and that of the lines."""
-        return self.exact, self.coded
+        """The exact entries' arena, which takes new ones, and those of the lines of each rung."""
+        return self.exact, *self.rungs
 
     def full(self) -> RaggedKV:
-        """All entries in full precision: a copy."""
-        rows = [self._decoded(row) for row in range(len(self.sinks))]
-        return RaggedKV.from_pieces([[keys] for keys, _ in rows], [[values] for _, values in rows])
+        """All entries in full precision, one beside the other: a copy."""
+        device, exact, lengths = self.keys.device, self.exact.full(), self.lengths
+        between = decoded(self._in_code_space(), self.coding, self.coded_lengths, self._types)
+        exact_at, coded_at = (runs(*where, device) for where in self._where())
+        sides = []
+        for own, others, kind in zip((exact.keys, exact.values), between, self._types, strict=True):
+            side = torch.empty(sum(flat(lengths)), own.shape[1], dtype=kind, device=device)
+            side[exact_at], side[coded_at] = own.to(kind), others
+            sides.append(side)
+        return RaggedKV(sides[0], sides[1], lengths)
 
     def segments(self, row: int) -> tuple[Piece, Piece]:
         """One row's keys and values as parts: a copy."""
-        return self._decoded(row)
+        return self.select_rows([row]).full().segments(0)
 
-    def _decoded(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
-        """One row's keys and values, a tensor ``[n, D]`` for each KV head."""
-        form, maps = self.coding.form, self.coding.maps
-        exact, stored = self.exact.segments(row), self.coded.segments(row)
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for head, first in enumerate(self.sinks[row]):
-            coded = form.unpack(stored[0][head], stored[1][head], torch.float32)
-            with without_autocast(exact[0][head].device):
-                back = maps.entries(*coded, row, head)
-            for into, own, between, kind in zip(found, exact, back, self._types, strict=True):
-                parts = own[head][:first], between, own[head][first:]
-                into.append(torch.cat([part.to(kind) for part in parts]))
+    def _where(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+        """Where runs of exact and of coded entries begin among all of all segments, and how long they are."""
+        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.coded_lengths))
+        starts = starts_of(lengths)
+        firsts = [start + n for start, n in zip(starts, sinks, strict=True)]
+        ends = [first + n for first, n in zip(firsts, coded, strict=True)]
+        rest = [start + n - end for start, n, end in zip(starts, lengths, ends, strict=True)]
+        around = [[*chain.from_iterable(zip(*pair, strict=True))] for pair in ((starts, ends), (sinks, rest))]
+        return (around[0], around[1]), (firsts, coded)
+
+    def _rungs_of_coded(self) -> Tensor:
+        """The rung of each coded entry in the order of the tokens: uint8 ``[entries]``, one segment after another."""
+        coded, known = flat(self.coded_lengths), flat(self.members.counts)
+        if coded == known:
+            return self.members.rungs()
+        found = torch.full((sum(coded),), self.coding.generated, dtype=torch.uint8, device=self.keys.device)
+        found[runs(starts_of(coded), known, found.device)] = self.members.rungs()
         return found
+
+    def _in_code_space(self) -> Pair:
+        """Keys and values of all coded entries in code space, float32 ``[entries, D]``, one segment after another."""
+        found = []
+        for form, arena in zip(self.coding.forms, self.rungs, strict=True):
+            own = arena.full()
+            found.append(form.unpack(own.keys, own.values, torch.float32))
+        if len(found) == 1:
+            return found[0]
+        order = self._rungs_of_coded().argsort(stable=True)
+        keys, values = (
+            torch.empty(len(order), size, device=order.device).index_copy_(0, order, torch.cat(parts))
+            for parts, size in zip(zip(*found, strict=True), self.sizes, strict=True)
+        )
+        return keys, values
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""
         self.exact.widen(query.dtype, query.dtype)
-        with self.exact.table_in_turn() as exact, self.coded.table_in_turn() as coded:
+        held = [rung for rung, arena in enumerate(self.rungs) if any(map(any, arena.lengths))]
+        with ExitStack() as stack:
+            exact, *lines = (
+                stack.enter_context(arena.table_in_turn())
+                for arena in (self.exact, *(self.rungs[rung] for rung in held))
+            )
             return kernels.packed_attention(
-                query.to(self.exact.types[0]), exact, [coded], [self.coding.form], self.coding.maps,
-                scaling=scaling, softcap=softcap, sinks=sinks,
+                query.to(self.exact.types[0]), exact, lines, [self.coding.forms[rung] for rung in held],
+                self.coding.maps, scaling=scaling, softcap=softcap, sinks=sinks,
             ).to(query.dtype)  # fmt: skip
+
+    # -- changes ------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor) -> Self:
         """Write ``[B, H_kv, q, D]`` new entries behind the segments' last ones, in place.
@@ -249,84 +280,163 @@ class LeveledKV(KVStorage):
 
     def select_rows(self, indices: Sequence[int]) -> Self:
         """A new storage of the rows ``indices``, in that order; rows may repeat."""
-        parts = self.exact.select_rows(indices), self.coded.select_rows(indices)
+        exact, *rungs = (arena.select_rows(indices) for arena in self.tables)
         sinks = [self.sinks[row] for row in indices]
-        return type(self)(*parts, sinks, self.coding.of_rows(indices), self._types)
+        return type(self)(exact, rungs, sinks, self.members.of_rows(indices), self.coding.of_rows(indices), self._types)
 
     def truncate(self, lengths: Counts) -> Self:
         """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
+        held = self.coded_lengths
         coded = [
-            tuple(max(0, min(n - first, held)) for n, first, held in zip(*rows, strict=True))
-            for rows in zip(lengths, self.sinks, self.coded.lengths, strict=True)
+            tuple(max(0, min(n - first, most)) for n, first, most in zip(*rows, strict=True))
+            for rows in zip(lengths, self.sinks, held, strict=True)
         ]
         exact = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(lengths, coded, strict=True)]
-        return type(self)(self.exact.truncate(exact), self.coded.truncate(coded), self.sinks, self.coding, self._types)
+        by_rung, members = [arena.lengths for arena in self.rungs], self.members
+        if len(by_rung) == 1:
+            by_rung = [coded]
+        elif coded != held:
+            left = self._rungs_of_coded()[runs(starts_of(flat(held)), flat(coded), self.keys.device)]
+            by_rung, members = counted(left, coded, len(by_rung)), Members.of(left, coded)
+        rungs = [arena.truncate(own) for arena, own in zip(self.rungs, by_rung, strict=True)]
+        return type(self)(self.exact.truncate(exact), rungs, self.sinks, members, self.coding, self._types)
 
-    def keep(self, kept: Sequence[Columns], after: int) -> Self:
-        """A new storage of what a policy keeps of each row, and the last ``after`` entries; codes stay as they are."""
-        device = self.exact.keys.device
-        exact, coded, sinks = [], [], []
-        for row, (columns, lengths) in enumerate(zip(kept, self.lengths, strict=True)):
-            index, longest = columns.tensors(device), max(lengths)
-            own_exact, own_coded, own_sinks = [], [], []
+    def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> Self:
+        """A new storage of what a policy keeps of each row, and the last ``after`` entries.
+
+        What is coded moves to the rung that ``levels`` say of it if that is narrower than its own, and is coded anew
+        from what its code stands for. What is due is coded: there, or without ``levels`` as generated entries are.
+        """
+        chosen, counts = self._chosen(kept, after)
+        device, flat_counts = chosen.device, flat(counts)
+        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.coded_lengths))
+        segment = spread(range(len(flat_counts)), flat_counts, device)
+        # Each chosen entry's number among those of its segment, and where it is if it is coded and if it is not.
+        by_segment = starts_of(lengths), sinks, coded, starts_of(coded), starts_of(flat(self.exact.lengths))
+        starts, firsts, held, coded_starts, exact_starts = on_device(by_segment, device)[:, segment]
+        number = chosen - starts
+        is_coded = (number >= firsts) & (number < firsts + held)
+        coded_at = number - firsts + coded_starts
+        exact_at = torch.where(number < firsts, number, number - held) + exact_starts
+        asked = None if levels is None or len(self.rungs) == 1 else _asked(levels, counts, after, self.coding.generated)
+        old = self._rungs_of_coded()
+        stay = coded_at[is_coded]
+        rungs = old[stay] if asked is None else torch.minimum(old[stay], asked[is_coded])
+        early = counted((~is_coded & (number < firsts)).to(torch.uint8), counts, 2)[1]
+        left = counted(is_coded.to(torch.uint8), counts, 2)[1]
+        exact_lengths = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(counts, left, strict=True)]
+        made = type(self)(
+            self.exact.taken(exact_at[~is_coded], exact_lengths),
+            self._moved(old, stay, rungs, left),
+            early,
+            Members.none(left, device) if len(self.rungs) == 1 else Members.of(rungs, left),
+            self.coding,
+            self._types,
+        )
+        due = [made._due(row, after, 1) for row in range(len(counts))]
+        if asked is not None:
+            ends = zip(starts_of(flat_counts), flat(made._firsts()), flat(left), strict=True)
+            asked = asked[runs([start + first + n for start, first, n in ends], flat(due), device)]
+        made._code(due, asked)
+        return made
+
+    def _chosen(self, kept: Sequence[Columns], after: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """The numbers of entries that stay, among all of all segments, and how many they are of each."""
+        device, parts, counts, shifts = self.keys.device, [], [], []
+        starts = iter(starts_of(flat(self.lengths)))
+        for columns, lengths in zip(kept, self.lengths, strict=True):
+            longest, index = max(lengths), columns.tensors(device)
+            tail = torch.arange(longest - after, longest, dtype=torch.int32, device=device)
             for head, length in enumerate(lengths):
-                first, held = self.sinks[row][head], self.coded.lengths[row][head]
-                tail = torch.arange(longest - after, longest, device=device)
-                # [n]: what stays of the segment, counted within it
-                chosen = torch.cat([index[head % len(index)].long(), tail]) - (longest - length)
-                early, late = chosen[chosen < first], chosen[chosen >= first + held]
-                own_coded.append(chosen[(chosen >= first) & (chosen < first + held)] - first)
-                own_exact.append(torch.cat([early, late - held]))
-                own_sinks.append(len(early))
-            exact.append(own_exact)
-            coded.append(own_coded)
-            sinks.append(tuple(own_sinks))
-        return type(self)(self.exact.taken(exact), self.coded.taken(coded), sinks, self.coding, self._types)
+                parts += [index[head % len(index)], tail]
+                shifts.append(next(starts) - (longest - length))
+            counts.append(tuple(n + after for n in columns.for_heads(len(lengths))))
+        return torch.cat(parts) + spread(shifts, flat(counts), device), counts
+
+    def _moved(self, old: Tensor, stay: Tensor, rungs: Tensor, counts: Lengths) -> list[KVArena]:
+        """Arenas of the coded entries ``stay``, by their numbers, in ``rungs``; ``old`` are those of all entries."""
+        lines = [arena.full() for arena in self.rungs]
+        if len(lines) == 1:
+            return [self.rungs[0].taken(stay, counts)]
+        # Where each coded entry's line is among those of its rung.
+        order = old.argsort(stable=True)
+        line = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        line -= torch.tensor(starts_of([len(own.keys) for own in lines]), device=order.device)[old.long()]
+        was, line = old[stay], line[stay]
+        found = []
+        for rung, own in enumerate(counted(rungs, counts, len(lines))):
+            wanted = rungs == rung
+            came, at = was[wanted], line[wanted]
+            keys, values = (part.new_empty(len(at), part.shape[1]) for part in (lines[rung].keys, lines[rung].values))
+            for other in range(rung, len(lines)):
+                some = came == other
+                source = lines[other].keys[at[some]], lines[other].values[at[some]]
+                if other > rung:
+                    coded = self.coding.forms[other].unpack(*source, torch.float32)
+                    source = self.coding.forms[rung].pack(*coded)
+                keys[some], values[some] = source
+            found.append(self.rungs[rung].holding(RaggedKV(keys, values, own)))
+        return found
 
     # -- growing and freeing, in place ---------------------------------------------------------
 
     def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
-        """Code entries that are no longer among the newest, in place; whether any were.
+        """Code entries that are no longer among the newest, in place, as generated ones; whether any were.
 
         In whole blocks of `FLUSH`, so that it does not matter how many entries a call brought; or ``all_due``, as
         at the end of a prompt, which ``after`` entries follow.
         """
         if self._wait > 0 and not all_due:
             return False
-        counts = [self._due(row, after, 1 if all_due else FLUSH) for row in range(len(self.sinks))]
-        if longest := max(map(max, counts)):
-            old = self.coded.lengths
-            firsts = [
-                tuple(first if held else min(SINKS, n) for first, held, n in zip(*rows, strict=True))
-                for rows in zip(self.sinks, old, self.exact.lengths, strict=True)
-            ]
-            self.coded.lengthen(counts)
-            device, coding = self.exact.keys.device, self.coding
-            spans = on_device([[0, 0, first] for row in firsts for first in row], device)
-            starts = on_device([[n for row in old for n in row]], device)[0]
-            with self.exact.table_in_turn() as source, self.coded.table_in_turn() as table:
-                kernels.pack_lines(
-                    self.exact.keys, self.exact.values, table, coding.form, self._maps(), spans, end=0,
-                    longest=longest, starts=starts, source=source,
-                )  # fmt: skip
-            self.exact.cut(firsts, counts, growth=FLUSH + LEAST_GROWTH)
-            self.sinks = [
-                tuple(first if n else 0 for first, n in zip(*rows, strict=True))
-                for rows in zip(firsts, self.coded.lengths, strict=True)
-            ]
-        self._wait = self._until_due()
-        return longest > 0
+        return self._code([self._due(row, after, 1 if all_due else FLUSH) for row in range(len(self.sinks))])
 
-    def _maps(self) -> PackedMaps:
-        """The maps for entries of the type that exact ones have by now."""
-        if self.coding.maps.key_sum.dtype != self.exact.types[0]:
-            self._coding = replace(self.coding, maps=self.coding.maps.of_type(self.exact.types[0]))
-        return self.coding.maps
+    def _code(self, counts: Lengths, asked: Tensor | None = None) -> bool:
+        """Code so many of each segment's exact entries, those after the first ones; whether any were.
+
+        ``asked`` are their rungs, uint8 ``[entries]``, None where all are coded as generated ones.
+        """
+        count = sum(map(sum, counts))
+        if count:
+            device, firsts = self.exact.keys.device, self._firsts()
+            self._coding = coding = self._coding.of_type(self.exact.types[0])
+            numbers = runs([0] * len(flat(counts)), flat(counts), device).int() if asked is not None else None
+            if asked is None or numbers is None:
+                by_rung = [counts if rung == coding.generated else _none(counts) for rung in range(len(self.rungs))]
+            else:
+                self.members = self.members.extended(self._rungs_of_coded(), self.coded_lengths, asked, counts)
+                by_rung = counted(asked, counts, len(self.rungs))
+                numbers = (numbers + spread(flat(firsts), flat(counts), device).int())[asked.argsort(stable=True)]
+            at = 0
+            for form, arena, own in zip(coding.forms, self.rungs, by_rung, strict=True):
+                if not any(map(any, own)):
+                    continue
+                starts = on_device([flat(arena.lengths)], device)[0]
+                arena.lengthen(own)
+                spans: list[Span] = [(0, 0, first) for first in flat(firsts)]
+                if numbers is not None:
+                    spans = _spans(numbers[at : at + sum(map(sum, own))], flat(own), 0)
+                    at += sum(map(sum, own))
+                with self.exact.table_in_turn() as source, arena.table_in_turn() as table:
+                    kernels.pack_lines(
+                        self.exact.keys, self.exact.values, table, form, coding.maps, on_device(spans, device), end=0,
+                        longest=max(map(max, own)), starts=starts, source=source,
+                    )  # fmt: skip
+            self.exact.cut(firsts, counts, growth=FLUSH + LEAST_GROWTH)
+            self.sinks = _where_coded(firsts, self.coded_lengths)
+        self._wait = self._until_due()
+        return count > 0
+
+    def _firsts(self) -> list[tuple[int, ...]]:
+        """How many exact entries lie, or would lie, before the coded ones of each row's KV heads."""
+        return [
+            tuple(first if held else min(SINKS, n) for first, held, n in zip(*rows, strict=True))
+            for rows in zip(self.sinks, self.coded_lengths, self.exact.lengths, strict=True)
+        ]
 
     def _due(self, row: int, after: int, block: int) -> tuple[int, ...]:
         """How many entries of each of a row's KV heads are to be coded now."""
         found = []
-        for first, held, n in zip(self.sinks[row], self.coded.lengths[row], self.exact.lengths[row], strict=True):
+        for first, held, n in zip(self.sinks[row], self.coded_lengths[row], self.exact.lengths[row], strict=True):
             surplus = n - after - (first if held else SINKS) - self.coding.recent
             found.append(max(0, surplus) // block * block)
         return tuple(found)
@@ -335,7 +445,7 @@ class LeveledKV(KVStorage):
         """Entries that can be appended before any segment has a block of them to code."""
         surplus = [
             n - (first if held else SINKS) - self.coding.recent
-            for rows in zip(self.sinks, self.coded.lengths, self.exact.lengths, self.freed, strict=True)
+            for rows in zip(self.sinks, self.coded_lengths, self.exact.lengths, self.freed, strict=True)
             if not rows[3]
             for first, held, n in zip(*rows[:3], strict=True)
         ]
@@ -365,9 +475,11 @@ class LeveledKV(KVStorage):
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
-        self.exact.free_rows(rows)
-        self.coded.free_rows(rows)
-        self.sinks = [(0,) * self.kv_heads if freed else own for own, freed in zip(self.sinks, self.freed, strict=True)]
+        for arena in self.tables:
+            arena.free_rows(rows)
+        left = [_none([own])[0] if gone else own for own, gone in zip(self.members.counts, self.freed, strict=True)]
+        self.members = self.members.truncated(left)
+        self.sinks = _where_coded(self.sinks, self.coded_lengths)
 
 
 def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:
@@ -377,11 +489,34 @@ def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch
     return KVArena.like(lines, factors, lengths, growth=0)
 
 
-def _span(index: Tensor, end: int) -> Span:
-    """How `kernels.gather` is told about the entries that an int32 list names, and then all from ``end`` on."""
-    # An empty tensor has no address to look at: nothing listed is a gap from the start.
-    return (index.data_ptr(), len(index), 0) if len(index) else (0, 0, end)
+def _spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
+    """How `kernels.gather` is told about the entries that an int32 list names of each segment, and all from ``end``."""
+    address, size = index.data_ptr(), index.element_size()
+    # Nothing listed is a gap from the start: an empty part has no address to look at.
+    return [
+        (address + start * size, n, 0) if n else (0, 0, end) for start, n in zip(starts_of(counts), counts, strict=True)
+    ]
 
 
-def _sums(first: Sequence[tuple[int, ...]], second: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, second, strict=True)]
+def _asked(levels: Sequence[Levels], counts: Counts, after: int, rest: int) -> Tensor:
+    """The rung that each chosen entry is to have: uint8 ``[entries]``; that of the ``after`` last ones is ``rest``."""
+    tail = torch.full((after,), rest, dtype=torch.uint8, device=levels[0].heads[0].device)
+    parts = []
+    for row, own in zip(levels, counts, strict=True):
+        for head in range(len(own)):
+            parts += [row.heads[head % len(row.heads)], tail]
+    return torch.cat(parts)
+
+
+def _where_coded(sinks: Counts, coded: Counts) -> list[tuple[int, ...]]:
+    return [tuple(first if n else 0 for first, n in zip(*rows, strict=True)) for rows in zip(sinks, coded, strict=True)]
+
+
+def _none(counts: Counts) -> list[tuple[int, ...]]:
+    return [(0,) * len(row) for row in counts]
+
+
+def _sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    if len(parts) == 1:
+        return list(parts[0])
+    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*parts, strict=True)]

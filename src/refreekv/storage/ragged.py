@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.columns import Columns, pieces
+from refreekv.storage.columns import Columns, Levels, pieces
 
 
 class RaggedKV(KVStorage):
@@ -119,7 +119,7 @@ class RaggedKV(KVStorage):
             values.append([[head[:n] for head, n in zip(value, wanted, strict=True)]])
         return RaggedKV.from_pieces(keys, values)
 
-    def keep(self, kept: Sequence[Columns], after: int) -> "RaggedKV":
+    def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> "RaggedKV":
         """A new storage of what a policy keeps of each row, and the last ``after`` entries."""
         return kept_of_rows(self.rows(), kept, after)
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
-from refreekv.storage.leveled import Coding, LeveledKV
+from refreekv.storage.coding import Coding
+from refreekv.storage.leveled import LeveledKV
+from refreekv.storage.members import Members
 from refreekv.storage.ragged import RaggedKV
 
 TYPES = {
@@ -94,44 +97,83 @@ def read_lengths(given: Any) -> list[tuple[int, ...]]:
 
 
 def _coded(storage: LeveledKV) -> Written:
-    exact, lines, coding = _exact(storage.exact), _exact(storage.coded, "coded_"), storage.coding
+    coding, members = storage.coding, storage.members
     plain = {
         "kind": "coded",
-        "format": coding.form.numbers,
+        "formats": [form.numbers for form in coding.forms],
         "recent": coding.recent,
+        "generated": coding.generated,
         "sinks": [list(row) for row in storage.sinks],
+        "members": [list(row) for row in members.counts],
         "types": [_name(kind) for kind in storage.types],
     }
-    means = {"key_means": coding.maps.key_mean, "value_means": coding.maps.value_mean}
-    return Written({**plain, **exact.plain, **lines.plain}, {**exact.tensors, **lines.tensors, **means})
+    tensors = {"members": members.packed, "key_means": coding.maps.key_mean, "value_means": coding.maps.value_mean}
+    for own in (_exact(storage.exact), *(_exact(arena, f"rung{i}_") for i, arena in enumerate(storage.rungs))):
+        plain |= own.plain
+        tensors |= own.tensors
+    return Written(plain, tensors)
 
 
 def _read_coded(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LeveledKV:
     exact, types = _read_exact(plain, tensors), [TYPES[name] for name in _pair(plain["types"], str)]
-    lengths = read_lengths(plain["coded_lengths"])
-    sinks, numbers, recent = read_lengths(plain["sinks"]), plain["format"], plain["recent"]
-    shape = (len(lengths), len(lengths[0]))
-    for others in (exact.lengths, sinks):
-        _check((len(others), len(others[0])) == shape, "parts have different rows or KV heads")
+    sinks, recent, generated = read_lengths(plain["sinks"]), plain["recent"], plain["generated"]
+    formats = plain["formats"]
+    _check(isinstance(formats, list) and 1 <= len(formats) <= MOST_RUNGS, "there are no formats of codes")
+    shape = (len(exact.lengths), len(exact.lengths[0]))
+    _check((len(sinks), len(sinks[0])) == shape, "parts have different rows or KV heads")
     for firsts, held in zip(sinks, exact.lengths, strict=True):
         _check(all(first <= n for first, n in zip(firsts, held, strict=True)), "there are more sinks than entries")
     _check(type(recent) is int and recent >= 0, "the newest entries are of no number")
+    _check(type(generated) is int and 0 <= generated < len(formats), "generated entries go to no rung")
+    means = tensors["key_means"], tensors["value_means"]
+    for mean, size in zip(means, exact.sizes, strict=True):
+        _check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
+    rungs = [_read_rung(plain, tensors, rung, numbers, exact) for rung, numbers in enumerate(formats)]
+    forms, arenas = zip(*rungs, strict=True)
+    maps = PackedMaps.rotated(*means, torch.promote_types(*exact.types))
+    coding = Coding(forms, maps, recent, generated)
+    members = _read_members(plain, tensors, [arena.lengths for arena in arenas], generated)
+    return LeveledKV(KVArena.of(exact), arenas, sinks, members, coding, (types[0], types[1]))
+
+
+def _read_rung(
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], rung: int, numbers: Any, exact: RaggedKV
+) -> tuple[PackedFormat, KVArena]:
+    """The format of a rung, and its lines."""
     _check(
         isinstance(numbers, list) and len(numbers) == 10 and all(type(n) is int for n in numbers),
         "the format of codes is none",
     )
-    form = PackedFormat.from_numbers(numbers)
+    form, lengths = PackedFormat.from_numbers(numbers), read_lengths(plain[f"rung{rung}_lengths"])
+    shapes = [(len(rows), len(rows[0])) for rows in (lengths, exact.lengths)]
+    _check(shapes[0] == shapes[1], "parts have different rows or KV heads")
     _check((form.key_size, form.value_size) == exact.sizes, "exact and coded entries have different head sizes")
-    count, lines, factors = sum(map(sum, lengths)), tensors["coded_keys"], tensors["coded_values"]
+    count, lines, factors = sum(map(sum, lengths)), tensors[f"rung{rung}_keys"], tensors[f"rung{rung}_values"]
     _check(lines.dtype == torch.uint8 and lines.shape == (count, form.line_bytes), "codes and lengths do not agree")
     _check(factors.dtype == torch.float16 and factors.shape == (count, 2), "codes have no scales")
-    means = tensors["key_means"], tensors["value_means"]
-    for mean, size in zip(means, exact.sizes, strict=True):
-        _check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
-    own = torch.promote_types(*exact.types)
-    coding = Coding(form, PackedMaps.rotated(*means, own), recent)
-    coded = KVArena.of(RaggedKV(lines, factors, lengths))
-    return LeveledKV(KVArena.of(exact), coded, sinks, coding, (types[0], types[1]))
+    return form, KVArena.of(RaggedKV(lines, factors, lengths))
+
+
+def _read_members(
+    plain: Mapping[str, Any], tensors: Mapping[str, Tensor], lengths: Sequence[Sequence[tuple[int, ...]]], rest: int
+) -> Members:
+    """Which rung coded entries are in, given how many each rung has; what it does not tell of is in ``rest``."""
+    counts, packed = read_lengths(plain["members"]), tensors["members"]
+    members = Members(packed, counts)
+    _check(packed.dtype == torch.uint8 and packed.dim() == 1, "nothing says which rung entries are in")
+    expected = sum(members.row_nbytes(row) for row in range(len(counts)))
+    _check((len(counts), len(counts[0])) == (len(lengths[0]), len(lengths[0][0])), "rungs are of other KV heads")
+    _check(len(packed) == expected, "rungs and entries do not agree")
+    if len(lengths) > 1:
+        _check(not len(packed) or int(members.rungs().max()) < len(lengths), "entries are in rungs that there are not")
+        told = members.counted(len(lengths))
+        for rung, (own, said) in enumerate(zip(lengths, told, strict=True)):
+            for held, found in zip(own, said, strict=True):
+                agree = all(a >= b if rung == rest else a == b for a, b in zip(held, found, strict=True))
+                _check(agree, "rungs and entries do not agree")
+    else:
+        _check(not any(map(any, counts)), "there is one rung only")
+    return members
 
 
 def _pair(given: Any, kind: type) -> list[Any]:

@@ -31,6 +31,7 @@ STORAGES = {
     "int8 in captured steps": {"kv_dtype": "int8:recent=8", "arena": True},
     "int4": {"kv_dtype": "int4:recent=8"},
     "k6v4": {"kv_dtype": "k6v4:recent=0"},
+    "ladder": {"kv_dtype": "k4v2+k6v4+int8:recent=8,generated=1"},
 }
 
 
@@ -325,8 +326,8 @@ def test_another_version_model_or_policy_is_refused(saved, llama):
         load(path, llama, policy="full")
     with pytest.raises(TypeError, match="expected a transformers model"):
         load(path, "llama")
-    rewritten(path, lambda description, _: description.update(version=2))
-    with pytest.raises(ValueError, match="version 2"):
+    rewritten(path, lambda description, _: description.update(version=3))
+    with pytest.raises(ValueError, match="version 3"):
         load(path, llama)
 
 

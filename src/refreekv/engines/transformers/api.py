@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.transformers import sessions
 from refreekv.engines.transformers.attachment import Attachment
@@ -60,7 +60,7 @@ class ReFreeKVCache(PrunedCache):
         model: torch.nn.Module,
         policy: str | Policy = DEFAULT_POLICY,
         *,
-        kv_dtype: str | KVDtype | None = None,
+        kv_dtype: str | KVDtype | Ladder | None = None,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
         **parameters: Any,
@@ -121,7 +121,7 @@ class CompressionSession:
     ----------
     policy : Policy
         What decides on what to keep.
-    kv_dtype : KVDtype or None
+    kv_dtype : Ladder or None
         How what is kept is stored.
     decode_interval : int or None
         Generated tokens after which the policy looks again.
@@ -131,7 +131,7 @@ class CompressionSession:
         self,
         model: PreTrainedModel,
         policy: Policy,
-        kv_dtype: KVDtype | None = None,
+        kv_dtype: Ladder | None = None,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
     ):
@@ -210,7 +210,7 @@ def compress(
     model: torch.nn.Module,
     policy: str | Policy = DEFAULT_POLICY,
     *,
-    kv_dtype: str | KVDtype | None = None,
+    kv_dtype: str | KVDtype | Ladder | None = None,
     decode: DecodeMode = "graph",
     decode_interval: int | None = None,
     **parameters: Any,
@@ -269,7 +269,8 @@ def compress(
     """
     check_mode(decode)
     model = decoder_of(model)
-    session = CompressionSession(model, resolve(policy, **parameters), KVDtype.parse(kv_dtype), decode, decode_interval)
+    ladder = None if kv_dtype is None else Ladder.parse(kv_dtype)
+    session = CompressionSession(model, resolve(policy, **parameters), ladder, decode, decode_interval)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
@@ -62,7 +62,7 @@ class PrunedCache(DynamicCache):
         self,
         config: PreTrainedConfig,
         policy: Policy,
-        kv_dtype: str | KVDtype | None = None,
+        kv_dtype: str | KVDtype | Ladder | None = None,
         decode: str = "graph",
         decode_interval: int | None = None,
     ):
@@ -73,7 +73,7 @@ class PrunedCache(DynamicCache):
             raise ValueError(
                 f"{text.model_type} shares keys and values between layers; pruning one layer would change the others"
             )
-        self.kv_dtype = KVDtype.parse(kv_dtype)
+        self.kv_dtype = None if kv_dtype is None else Ladder.parse(kv_dtype)
         super().__init__(config=text)
         # By position in the model: layers that look at images, whose states are no tokens of the prompt.
         crossing = set(getattr(text, "cross_attention_layers", None) or ())

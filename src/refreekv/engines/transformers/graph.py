@@ -55,15 +55,15 @@ def check_mode(mode: str) -> None:
 
 
 class Form(NamedTuple):
-    """What the entries of a layer are: exact ones, and where there are any those in packed lines."""
+    """What the entries of a layer are: exact ones, and those in the packed lines of each rung, where there are any."""
 
     exact: Format
-    packed: PackedFormat | None
+    packed: tuple[PackedFormat, ...]
 
     @classmethod
     def of(cls, storage: KVStorage) -> "Form":
         """That of a storage with tables."""
-        return cls(storage.tables[0].form, None if storage.coding is None else storage.coding.form)
+        return cls(storage.tables[0].form, () if storage.coding is None else storage.coding.forms)
 
 
 class Reads(NamedTuple):
@@ -76,9 +76,8 @@ class Reads(NamedTuple):
     @classmethod
     def nothing(cls, form: Form, batch: int, segments: int, device: torch.device) -> "Reads":
         """Tables without entries and room, and means that are zero."""
-        count = 1 if form.packed is None else 2
-        tables = torch.zeros(count, segments, 4, dtype=torch.long, device=device).unbind()
-        if form.packed is None:
+        tables = torch.zeros(1 + len(form.packed), segments, 4, dtype=torch.long, device=device).unbind()
+        if not form.packed:
             return cls(form, tables, None)
         keys, values = (torch.zeros(batch, segments // batch, size, device=device) for size in form.exact.sizes)
         return cls(form, tables, PackedMaps.rotated(keys, values, form.exact.key_type))
@@ -119,13 +118,13 @@ class TableLayer(DynamicLayer):
     ) -> Tensor:
         """Attend to wherever the tables say."""
         form, (exact, *lines), maps = self.reads
-        if form.packed is None or maps is None:
+        if maps is None:
             return kernels.ragged_decode(query, exact, form.exact, scaling=scaling, softcap=softcap, sinks=s_aux)
         stored = form.exact.key_type
         if torch.promote_types(query.dtype, stored) != stored:
             raise TypeError(f"queries are {query.dtype} and the exact entries beside coded ones {stored}")
         out = kernels.packed_attention(
-            query.to(stored), exact, lines, [form.packed], maps, scaling=scaling, softcap=softcap, sinks=s_aux
+            query.to(stored), exact, lines, form.packed, maps, scaling=scaling, softcap=softcap, sinks=s_aux
         )
         return out.to(query.dtype)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.quantisation import KVDtype, centre_of
+from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE, hand_out
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.policies.joint import JointPolicy
@@ -45,8 +45,8 @@ class ReFreeKVLayer(DynamicLayer):
     ragged : KVStorage or None
         The storage once something was evicted; ``keys`` and ``values`` are then its flat
         tensors.
-    kv_dtype : KVDtype or None
-        How what is kept is stored; None: in the precision it came in.
+    ladder : Ladder or None
+        The number formats that what is kept is stored in; None: in the precision it came in.
     records : list of RowRecord
         Outcome of the last pruning, one a row; empty before the first.
     kept_columns : list of Columns
@@ -57,9 +57,9 @@ class ReFreeKVLayer(DynamicLayer):
         while decoding, too.
     """
 
-    def __init__(self, index: int, ordinal: int, state: PromptState, kv_dtype: KVDtype | None = None):
+    def __init__(self, index: int, ordinal: int, state: PromptState, ladder: Ladder | None = None):
         super().__init__()
-        self.kv_dtype = kv_dtype
+        self.ladder = ladder
         self.index = index
         self.ordinal = ordinal
         self.state = state
@@ -77,8 +77,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._earlier_length = 0
-        # Number format, and the means that are taken out, of what is coded at the prompt's end.
-        self._coded: tuple[KVDtype, tuple[Tensor, Tensor]] | None = None
+        # Number formats, and the means that are taken out, of what is coded at the prompt's end.
+        self._coded: tuple[Ladder, tuple[Tensor, Tensor]] | None = None
         self.holds_hidden = False
         # [B, columns]: padding that is still stored. None: there is none.
         self._padding: Tensor | None = None
@@ -135,8 +135,8 @@ class ReFreeKVLayer(DynamicLayer):
                 "to each key, in each row and KV head"
             )
         if self._length == 0:
-            if self.kv_dtype is not None:
-                self.kv_dtype.form((keys.shape[3], values.shape[3]))
+            if self.ladder is not None:
+                self.ladder.forms((keys.shape[3], values.shape[3]))
             return
         if self.ragged is not None:
             stored = (len(self.ragged.lengths), self.ragged.kv_heads, *self.ragged.sizes)
@@ -265,8 +265,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._queries = HeldQueries()
         self._unverified = None
         self.state.changed = True
-        if self.ragged is None and self.kv_dtype is not None:
-            self._coded = self.kv_dtype, _centres(*parts)
+        if self.ragged is None and self.ladder is not None:
+            self._coded = self.ladder, _centres(*parts)
         if isinstance(policy, JointPolicy):
 
             def carry_out_decided(decided: Sequence[Decision]) -> None:
@@ -275,7 +275,7 @@ class ReFreeKVLayer(DynamicLayer):
             self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, carry_out_decided)
             return
         scores = self.state.scores_of(self.ordinal)
-        decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores) for part in parts]
+        decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder) for part in parts]
 
         def carry_out() -> None:
             self._carry_out(decisions, after)
@@ -329,11 +329,12 @@ class ReFreeKVLayer(DynamicLayer):
             kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
             for row, kept in enumerate(chosen)
         ]
+        given = [row.levels for row in chosen if row.levels is not None]
+        levels = given if len(given) == len(chosen) else None
         if self.ragged is None:
-            storage = compacted(self.dense, columns, after, self.state.arena, self._coded)
+            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels)
         else:
-            storage = self.ragged.keep([kept.columns for kept in chosen], after)
-            storage.code_older(after, all_due=True)
+            storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
         self._coded = None
         self.kept_columns, self._pruned_length = columns, self._length - after
         self._padding = None
@@ -344,8 +345,10 @@ class ReFreeKVLayer(DynamicLayer):
         if self.ragged is not None and self.ragged.tables:
             # Padding has to go, too: what decodes from an arena looks at no mask.
             stored = [tuple(n - after for n in lengths) for lengths in self.ragged.lengths]
+            if any(row.levels is not None for row in chosen):
+                return False
             return all(row.columns.for_heads(len(n)) == n for row, n in zip(chosen, stored, strict=True))
-        if self.ragged is None and (self.kv_dtype is not None or takes_arena(self.state.arena, *self.dense)):
+        if self.ragged is None and (self.ladder is not None or takes_arena(self.state.arena, *self.dense)):
             return False
         return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
 

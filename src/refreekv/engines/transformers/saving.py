@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import Ladder
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.policies import Policy, registry
 from refreekv.pruning.records import RowRecord
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from refreekv.engines.transformers.cache import PrunedCache
 
 FORMAT = "refreekv-cache"
-VERSION = 1
+VERSION = 2
 """Of the format: another number is another format."""
 
 SHAPE = (
@@ -290,7 +290,7 @@ class Saved:
         """Arguments of `PrunedCache` beside the policy."""
         with self._reading():
             found = {name: self.description[name] for name in ("kv_dtype", "decode", "decode_interval")}
-            return {**found, "kv_dtype": KVDtype.parse(found["kv_dtype"])}
+            return {**found, "kv_dtype": None if found["kv_dtype"] is None else Ladder.parse(found["kv_dtype"])}
 
     def fill(self, cache: "PrunedCache", model: nn.Module) -> None:
         """Put what the file holds into a cache that was just made for ``model``.

@@ -90,7 +90,7 @@ def rung_counts(keep: Tensor, levels: Tensor | None, ladder: Ladder | None) -> T
     older = coded(keep, ladder)
     counts = [(keep & ~older).sum(-1)]
     if ladder is not None:
-        counts += [(older & _at(levels, rung, keep)).sum(-1) for rung in range(len(ladder.rungs))]
+        counts += [(older & _at(levels, rung, keep, ladder)).sum(-1) for rung in range(len(ladder.rungs))]
     return torch.stack(counts, -1)
 
 
@@ -104,9 +104,9 @@ def coded(keep: Tensor, ladder: Ladder | None) -> Tensor:
     return keep & (order > 0) & (order <= held)
 
 
-def _at(levels: Tensor | None, rung: int, keep: Tensor) -> Tensor:
+def _at(levels: Tensor | None, rung: int, keep: Tensor, ladder: Ladder) -> Tensor:
     if levels is None:
-        return torch.full_like(keep, rung == 0)
+        return torch.full_like(keep, rung == ladder.generated)
     return levels == rung
 
 
@@ -122,7 +122,7 @@ class StoredLayer(MaskedLayer):
     ladders : sequence of Ladder or None
         The formats of each row.
     levels : sequence of Tensor or None
-        ``[1, H_kv, n]`` for each row: which of them each entry has; None: the first.
+        ``[1, H_kv, n]`` for each row: which of them each entry has; None: that of what is generated.
     surrogates : Surrogates or None
         As in `MaskedLayer`.
     matrix : Tensor or None
@@ -222,6 +222,8 @@ def _visible(keep: Tensor, levels: Tensor | None, ladder: Ladder | None, kinds: 
     older = coded(keep, ladder)
     copies = [keep & ~older]
     for kind in kinds:
-        there = ladder is not None and kind in ladder.rungs
-        copies.append(older & _at(levels, ladder.rungs.index(kind), keep) if there and ladder is not None else nothing)
+        if ladder is None or kind not in ladder.rungs:
+            copies.append(nothing)
+        else:
+            copies.append(older & _at(levels, ladder.rungs.index(kind), keep, ladder))
     return torch.cat(copies, dim=-1)
