@@ -1,7 +1,7 @@
 """Which logical columns a pruned row still holds.
 
-A row that lost one range needs two pairs of numbers, not an index as long as what it
-keeps: most policies' rows stay without any tensor here.
+A row that lost one range needs two pairs of numbers: most policies' rows stay without any tensor here. Where others
+are kept for long, a bit for each column of the prompt says whether it is.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refreekv.kernels import kept_first
 from refreekv.storage.base import Piece
+from refreekv.storage.runs import spread
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Ascending entries of one row: ranges that all KV heads share, or indices.
+    """Ascending entries of one row: ranges that all KV heads share, indices, or bits.
 
     Attributes
     ----------
@@ -26,10 +28,16 @@ class Columns:
     heads : tuple of Tensor
         Where ``ranges`` is None: an int32 index for all KV heads together, or one for each;
         these may differ in length.
+    bits : Tensor or None
+        In the place of both: uint8 ``[G, bytes]``, a bit for each column, the first in the lowest bit.
+    held : tuple of int
+        How many of the bits of each group are set.
     """
 
     ranges: tuple[Range, ...] | None = None
     heads: tuple[Tensor, ...] = ()
+    bits: Tensor | None = None
+    held: tuple[int, ...] = ()
 
     @classmethod
     def of_ranges(cls, *ranges: Range) -> "Columns":
@@ -47,10 +55,14 @@ class Columns:
         """Entries: one number for all KV heads together, or one for each."""
         if self.ranges is not None:
             return (sum(stop - start for start, stop in self.ranges),)
-        return tuple(len(head) for head in self.heads)
+        return self.held or tuple(len(head) for head in self.heads)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """As int32 indices on ``device``, one for all KV heads or one for each."""
+        if self.bits is not None:
+            fields = self.bits.to(device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+            order, _ = kept_first(fields.flatten(1).bool())  # [G, bytes, 8] -> [G, columns]
+            return tuple(own[:n] for own, n in zip(order, self.held, strict=True))
         if self.ranges is None:
             return tuple(head.to(device) for head in self.heads)
         parts = [torch.arange(start, stop, dtype=torch.int32, device=device) for start, stop in self.ranges]
@@ -66,25 +78,19 @@ class Columns:
         """As half-open ranges, one tuple for all KV heads together or one for each."""
         if self.ranges is not None:
             return (self.ranges,)
-        return tuple(_runs(head) for head in self.heads)
+        return tuple(_runs(head) for head in self.tensors(torch.device("cpu")))
 
     def for_heads(self, kv_heads: int) -> tuple[int, ...]:
         """Entries of each of ``kv_heads`` KV heads."""
         return self.counts * kv_heads if len(self.counts) == 1 else self.counts
 
-    def owned(self) -> "Columns":
-        """The same with int32 indices in storage of their own, one for all heads."""
-        if not self.heads:
-            return self
-        together = torch.cat([head.to(torch.int32) for head in self.heads])
-        return Columns(heads=together.split([len(head) for head in self.heads]))
-
     def extended(self, start: int, stop: int) -> "Columns":
         """With the range ``start .. stop - 1`` behind."""
         if self.ranges is not None:
             return Columns.of_ranges(*self.ranges, (start, stop))
-        tail = torch.arange(start, stop, dtype=torch.int32, device=self.heads[0].device)
-        return Columns(heads=tuple(torch.cat([head, tail]) for head in self.heads))
+        device = (self.heads[0] if self.bits is None else self.bits).device
+        tail = torch.arange(start, stop, dtype=torch.int32, device=device)
+        return Columns(heads=tuple(torch.cat([head, tail]) for head in self.tensors(device)))
 
     def take(self, kept: "Columns", device: torch.device) -> "Columns":
         """What remains when only the entries ``kept`` (counted within the `padded` row) stay."""
@@ -98,7 +104,27 @@ class Columns:
         """What remains of the columns under ``limit``."""
         if self.ranges is not None:
             return Columns.of_ranges(*((start, min(stop, limit)) for start, stop in self.ranges))
-        return Columns(heads=tuple(head[head < limit] for head in self.heads))
+        device = (self.heads[0] if self.bits is None else self.bits).device
+        return Columns(heads=tuple(head[head < limit] for head in self.tensors(device)))
+
+
+def lasting(rows: Sequence[Columns], end: int) -> list[Columns]:
+    """The same columns, all under ``end``, in as few bytes as may be and in a storage of their own."""
+    lists = [head for row in rows for head in row.heads]
+    if not lists:
+        return list(rows)
+    counts, size = [len(head) for head in lists], -(-end // 8)
+    if 4 * sum(counts) <= size * len(lists):
+        parts = iter(torch.cat(lists).int().split(counts))
+        return [Columns(heads=tuple(next(parts) for _ in row.heads)) if row.heads else row for row in rows]
+    marks = torch.zeros(len(lists) * size * 8, dtype=torch.uint8, device=lists[0].device)
+    starts = range(0, len(marks), size * 8)
+    marks[torch.cat(lists) + spread(starts, counts, marks.device)] = 1
+    # [lists * bytes * 8] -> [lists, bytes]
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=marks.device)
+    packed = (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8).view(-1, size)
+    groups = iter(packed.split([len(row.heads) for row in rows if row.heads]))
+    return [Columns(bits=next(groups), held=row.counts) if row.heads else row for row in rows]
 
 
 @dataclass(frozen=True)
@@ -128,9 +154,10 @@ def pieces(entries: Tensor, kept: Columns) -> list[Piece]:
     """
     if kept.ranges is not None:
         return [entries[:, start:stop] for start, stop in kept.ranges]
-    if len(kept.heads) == 1:
-        return [entries.index_select(1, kept.heads[0])]
-    return [[head.index_select(0, index) for head, index in zip(entries, kept.heads, strict=True)]]
+    heads = kept.tensors(entries.device)
+    if len(heads) == 1:
+        return [entries.index_select(1, heads[0])]
+    return [[head.index_select(0, index) for head, index in zip(entries, heads, strict=True)]]
 
 
 def _runs(index: Tensor) -> tuple[Range, ...]:

@@ -48,7 +48,8 @@ def padded_bytes(layer: ReFreeKVLayer) -> int:
 
 def index_bytes(layer: ReFreeKVLayer) -> int:
     """Bytes of what says which columns were kept and which are padding, and of the arena's table."""
-    storages = (head.untyped_storage() for columns in layer.kept_columns for head in columns.heads)
+    tensors = (part for columns in layer.kept_columns for part in (*columns.heads, columns.bits) if part is not None)
+    storages = (part.untyped_storage() for part in tensors)
     arenas = () if layer.ragged is None else layer.ragged.tables
     table = sum(arena.table.nbytes for arena in arenas)
     # Rows copied for beam search share one index.

@@ -29,7 +29,7 @@ from refreekv.pruning.masks import leading_run, mask_for_columns, seen_columns, 
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import RowRecord, after_crop, after_pruning
 from refreekv.storage.base import KVStorage
-from refreekv.storage.columns import Columns
+from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
 
 
@@ -326,7 +326,7 @@ class ReFreeKVLayer(DynamicLayer):
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
         columns = [
-            kept.columns.owned() if self.ragged is None else self.columns(row).take(kept.columns, device)
+            kept.columns if self.ragged is None else self.columns(row).take(kept.columns, device)
             for row, kept in enumerate(chosen)
         ]
         given = [row.levels for row in chosen if row.levels is not None]
@@ -336,7 +336,8 @@ class ReFreeKVLayer(DynamicLayer):
         else:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
         self._coded = None
-        self.kept_columns, self._pruned_length = columns, self._length - after
+        self._pruned_length = self._length - after
+        self.kept_columns = lasting(columns, self._pruned_length)
         self._padding = None
         self._store(storage)
 
@@ -396,7 +397,7 @@ class ReFreeKVLayer(DynamicLayer):
     def _crop_ragged(self, length: int) -> None:
         assert self.ragged is not None
         if length < self._pruned_length:
-            self.kept_columns = [columns.below(length) for columns in self.kept_columns]
+            self.kept_columns = lasting([columns.below(length) for columns in self.kept_columns], length)
             self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
             self._pruned_length = length
         elif self.ragged.drop(self._length - length):

@@ -85,7 +85,7 @@ def _by_row(
             outputs.append(query.new_zeros(1, queries, heads, storage.sizes[1]))
             continue
         row_kwargs = {name: _row_of(value, name, row, batch) for name, value in kwargs.items()}
-        if flash and (not storage.even(row) or (mask is not None and len(layer.kept_columns[row].heads) > 1)):
+        if flash and (not storage.even(row) or (mask is not None and len(layer.kept_columns[row].counts) > 1)):
             own = storage.segments(row)
             outputs.append(_by_head(layer, own, attention, module, query[row : row + 1], mask, row, **row_kwargs))
             continue

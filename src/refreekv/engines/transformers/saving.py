@@ -27,7 +27,7 @@ from refreekv.policies import Policy, registry
 from refreekv.pruning.records import RowRecord
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
-from refreekv.storage.columns import Columns
+from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import takes_arena
 from refreekv.storage.written import TYPES, Written, read, read_lengths, written
 
@@ -156,8 +156,12 @@ def _pruned_layer(layer: ReFreeKVLayer) -> tuple[dict[str, Any], dict[str, Tenso
     plain["records"] = [{**asdict(record), "reasons": dict(record.reasons)} for record in layer.records]
     plain["columns"] = []
     for row, columns in enumerate(layer.kept_columns):
-        plain["columns"].append(len(columns.heads) if columns.ranges is None else [list(r) for r in columns.ranges])
-        tensors |= {f"columns.{row}.{head}": index for head, index in enumerate(columns.heads)}
+        if columns.bits is not None:
+            plain["columns"].append({"counts": list(columns.held)})
+            tensors[f"columns.{row}"] = columns.bits.clone()  # rows are parts of one tensor
+        else:
+            plain["columns"].append(len(columns.heads) if columns.ranges is None else [list(r) for r in columns.ranges])
+            tensors |= {f"columns.{row}.{head}": index for head, index in enumerate(columns.heads)}
     if layer.padding is not None:
         tensors["padding"] = layer.padding
     if layer.generated:
@@ -410,6 +414,15 @@ def _columns(row: int, given: Any, tensors: Mapping[str, Tensor], end: int) -> C
                 raise DamagedError("kept ranges are not in order")
             at = stop
         return Columns.of_ranges(*((start, stop) for start, stop in given))
+    if isinstance(given, dict):
+        (held,), bits = read_lengths([given["counts"]]), tensors[f"columns.{row}"]
+        if bits.dtype != torch.uint8 or bits.shape != (len(held), -(-end // 8)):
+            raise DamagedError("kept columns are none")
+        found = Columns(bits=bits, held=held)
+        set_bits = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(1)
+        if tuple(set_bits.sum(1).tolist()) != held or bool(set_bits[:, end:].any()):
+            raise DamagedError("kept columns and their number do not agree")
+        return found
     heads = tuple(tensors[f"columns.{row}.{head}"] for head in range(_count(given)))
     for head in heads:
         if head.dtype != torch.int32 or head.dim() != 1 or (len(head) and not 0 <= int(head[0]) <= int(head[-1]) < end):
@@ -418,7 +431,7 @@ def _columns(row: int, given: Any, tensors: Mapping[str, Tensor], end: int) -> C
             raise DamagedError("kept columns are not in order")
     if not heads:
         raise DamagedError("a row says nothing of what it keeps")
-    return Columns(heads=heads).owned()
+    return lasting([Columns(heads=heads)], end)[0]
 
 
 def _record(given: Mapping[str, Any]) -> RowRecord:
