@@ -33,6 +33,10 @@ class Rules(NamedTuple):
         Rows with fewer entries are kept whole.
     together : bool
         Whether all heads keep what any of them keeps.
+    copying_weight : float
+        How much more than its peak says an entry of a head that copies is worth, where it is about its rung.
+    code_unit : float
+        What coding may do to an entry, in units.
     """
 
     sinks: int
@@ -45,6 +49,8 @@ class Rules(NamedTuple):
     copying: float
     min_length: int = 0
     together: bool = False
+    copying_weight: float = 1.0
+    code_unit: float = 1.0
 
 
 class Needs(NamedTuple):
@@ -63,6 +69,52 @@ class Needs(NamedTuple):
     keep: Tensor
     lost: Tensor
     shares: dict[str, Tensor]
+
+
+def levels(
+    window: ProbeReductions,
+    spread: ProbeReductions,
+    scores: Tensor | None,
+    rules: Rules,
+    damage: Tensor,
+    *,
+    real: Tensor | None = None,
+) -> Tensor:
+    """The rung of a ladder of number formats that each entry is worth.
+
+    Each entry gets the narrowest rung in which what coding does to it counts less than the unit does: its highest
+    attention, in units, times the rung's damage is at most 1. Peaks count for neighbours, too.
+
+    Parameters
+    ----------
+    window, spread, scores, rules, real
+        As in `needs`.
+    damage : Tensor
+        ``[B | 1, H_kv, R]`` float32, falling from rung to rung: what storing an entry in it does, as a share of
+        what evicting it does.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``[B, H_kv, n]``, whatever is kept. A smaller unit never gives an entry a narrower rung.
+    """
+    peak = torch.maximum(window.peak / rules.unit, spread.peak / rules.spread_unit)
+    order = None
+    if real is not None:
+        # Neighbours are the entries next to each other without padding, as in `needs`.
+        order = real.to(torch.uint8).argsort(dim=-1, stable=True)
+        peak = peak.masked_fill(~real, 0.0).gather(-1, order)
+    around = peak.clone()
+    around[..., 1:] = torch.maximum(around[..., 1:], peak[..., :-1])
+    around[..., :-1] = torch.maximum(around[..., :-1], peak[..., 1:])
+    if scores is not None:
+        around = torch.where((scores >= rules.copying)[..., None], around * rules.copying_weight, around)
+    found = torch.zeros(around.shape, dtype=torch.uint8, device=around.device)
+    for rung in range(damage.shape[-1] - 1):
+        found += around * damage[..., rung : rung + 1] > rules.code_unit
+    if order is not None:
+        found = torch.zeros_like(found).scatter(-1, order, found)
+    return found
 
 
 def needs(

@@ -6,12 +6,15 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.needs import Rules
+from refreekv.core.needs import Rules, levels
+from refreekv.core.quantisation import Ladder
 from refreekv.core.selection import Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
+LADDER = Ladder.of("k4v2", "k4v4", "k6v6", "int8")
+"""What entries are stored in: the few that lie on the frontier of bytes and damage."""
 STAND_IN_STEP = 4
 """One in so many of the window's queries makes the surrogates."""
 
@@ -39,6 +42,10 @@ class Adaptive(Policy):
 
     What a head evicts all the same gets little attention each, but some together: ``stand_ins`` entries
     take its place, surrogates (`refreekv.core.surrogates`), at the end of the first prompt of a conversation.
+
+    And the same peaks say in how many bits each entry is stored: the fewest that change the output by less than
+    ``code_unit * u`` would, given what a rung of `LADDER` does to an entry of this head (`refreekv.core.damage`).
+    Nothing in a prompt says what copying heads will fetch, so that entries there count ``copying_weight`` times.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
@@ -68,6 +75,12 @@ class Adaptive(Policy):
         Tokens under which a prompt is kept whole.
     shared : bool
         Whether all heads of a layer keep what any of them keeps, for engines with one table a layer.
+    bits : int or "auto"
+        ``"auto"``: as many bits for each entry as it is worth. 16: what is kept stays as the model computed it.
+    copying_weight : float
+        How much more than its peak says an entry of a copying head is worth.
+    code_unit : float
+        What coding may do to an entry, in units ``u``.
     frozen_layers : int or "all"
         Leading full-attention layers that are never pruned.
     """
@@ -84,6 +97,9 @@ class Adaptive(Policy):
     stand_ins: int = 4
     min_length: int = 512
     shared: bool = False
+    bits: int | Literal["auto"] = "auto"
+    copying_weight: float = 8.0
+    code_unit: float = 1.0
     frozen_layers: int | Literal["all"] = 0
 
     reads_copy_scores: ClassVar[bool] = True
@@ -103,8 +119,17 @@ class Adaptive(Policy):
         _check_number("lost_mass", self.lost_mass, 1.0, "the share of its attention that a head may lose")
         _check_number("copying", self.copying, float("inf"), "a copy score")
         _check_number("spread_factor", self.spread_factor, float("inf"), "a factor")
+        _check_number("copying_weight", self.copying_weight, float("inf"), "a factor")
+        _check_number("code_unit", self.code_unit, float("inf"), "a factor")
+        if self.bits not in ("auto", 16):
+            raise ValueError(f"bits must be 'auto' or 16, got {self.bits!r}: other widths are kv_dtype's")
         check_flag("shared", self.shared)
         check_frozen_layers(self.frozen_layers)
+
+    @property
+    def default_ladder(self) -> Ladder | None:
+        """What entries are stored in if nobody says otherwise; None: as they are."""
+        return None if self.bits == 16 or self.shared or self.constant == 0 else LADDER
 
     def probe_plan(self, n: int) -> ProbePlan:
         if self.constant == 0 or n < self.min_length:
@@ -136,6 +161,8 @@ class Adaptive(Policy):
             copying=self.copying,
             min_length=self.min_length,
             together=not by_head,
+            copying_weight=self.copying_weight,
+            code_unit=self.code_unit,
         )
         scores = None if view.copy_scores is None else view.copy_scores.to(view.keys.device)
         real = None if view.valid is None else view.real_heads
@@ -144,7 +171,11 @@ class Adaptive(Policy):
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
         found_surrogates = self._surrogates(view, keep) if by_head else None
-        return Selection(keep, metric=found.lost / view.heads**0.5, reasons=found.shares, surrogates=found_surrogates)
+        rungs = None
+        if by_head and (damage := view.rungs) is not None:
+            rungs = levels(view.window, view.spread, scores, rules, damage, real=real)
+        metric = found.lost / view.heads**0.5
+        return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=rungs)
 
     def _surrogates(self, view: LayerView, keep: Tensor) -> Surrogates | None:
         if self.stand_ins == 0 or view.queries is None:

@@ -9,7 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from refreekv.core.damage import plain_damage, rung_damage
+from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.probes import causal_visibility
+from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.scores import mean_over_visible_rows
 from refreekv.core.selection import CutSelection, Selection
@@ -102,6 +105,11 @@ class LayerView:
         nobody measured it.
     earlier : Tensor or None
         Boolean ``[1, 1 | H_kv, n]``: what earlier prompts of the conversation left; None if this is the first.
+    forms : tuple of PackedFormat
+        The rungs of the ladder that what is kept will be stored in, from narrow to wide; empty: there is none.
+    key_power : Tensor or None
+        ``[B | 1, H_kv, 4]`` float32: how much the model's queries look at each quarter of its keys' channels
+        (`core.damage`); None where nobody measured it.
     """
 
     keys: Tensor
@@ -118,6 +126,8 @@ class LayerView:
     heads: int = 0
     copy_scores: Tensor | None = None
     earlier: Tensor | None = None
+    forms: tuple[PackedFormat, ...] = ()
+    key_power: Tensor | None = None
     _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -153,6 +163,18 @@ class LayerView:
             return mean_over_visible_rows(rows, self.visible)
         columns = torch.arange(length - probes, length, device=rows.device)
         return mean_over_visible_rows(rows, causal_visibility(self.real, columns))
+
+    @property
+    def rungs(self) -> Tensor | None:
+        """What storing an entry in each rung does, as a share of what evicting it does: ``[B | 1, H_kv, R]`` float32.
+
+        None where there are no rungs to choose from.
+        """
+        if len(self.forms) < 2:
+            return None
+        if self.key_power is None:
+            return plain_damage(self.forms, self.keys.shape[1], self.keys.device)[None]
+        return rung_damage(self.key_power.to(self.keys.device), self.forms)
 
     def last(self, rows: int) -> "LayerView":
         """The same layer with the last ``rows`` probed queries only: what a plan that asks for fewer is shown."""
@@ -204,6 +226,11 @@ class Policy(ABC):
     @abstractmethod
     def select(self, view: LayerView) -> Selection | CutSelection | None:
         """What to keep of this layer; None keeps everything."""
+
+    @property
+    def default_ladder(self) -> Ladder | None:
+        """Number formats that what is kept is stored in, if nobody says otherwise; None: as the model computed it."""
+        return None
 
     def freezes(self, layer: int) -> bool:
         """Whether the full-attention layer with index ``layer`` is never pruned."""

@@ -7,7 +7,7 @@ entries in the one form and those between in the other.
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,8 +41,10 @@ class StoredPolicy(Policy):
         return self.policy.probe_plan(n)
 
     def select(self, view: LayerView) -> Selection | CutSelection | None:
-        """What the policy says."""
-        return self.policy.select(view)
+        """What the policy says, which is told of the formats."""
+        sizes = view.keys.shape[-1], view.values.shape[-1]
+        forms = self.ladder.forms(sizes, sorted_keys=view.key_power is not None)
+        return self.policy.select(replace(view, forms=forms))
 
     def freezes(self, layer: int) -> bool:
         """What the policy says."""
