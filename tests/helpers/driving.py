@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from helpers.models import prompts
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.selection import Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.policies.heavy_hitter import ReFreeKVHeavyHitter
@@ -80,7 +81,7 @@ def tensors_of(layer):
             todo += item.values()
         elif isinstance(item, (list, tuple)):
             todo += item
-        elif type(item).__module__.startswith("refreekv"):
+        elif type(item).__module__.startswith("refreekv") and not isinstance(item, KeyCodes):  # those are the model's
             todo.append(getattr(item, "__dict__", None))
     return found
 

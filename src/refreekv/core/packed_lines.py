@@ -348,7 +348,7 @@ class PackedMaps:
             (matrix @ mean.double()[..., None])[..., 0] for matrix, mean in ((keys, key_mean), (values, value_mean))
         ]
         parts = (key_mean, key_matrix, dual, value_mean, value_matrix, back, dual.norm(dim=-1).amax(-1), *offsets)
-        sums = [_sum_of(matrix, dtype) for matrix in (keys, values)]
+        sums = [sum_of(matrix, dtype) for matrix in (keys, values)]
         return cls(*(part.float().contiguous() for part in parts), *sums)
 
     @classmethod
@@ -369,7 +369,7 @@ class PackedMaps:
         """The same for entries in ``dtype``."""
         if self.key_sum.dtype == dtype:
             return self
-        sums = (_sum_of(matrix.double(), dtype) for matrix in (self.key_matrix, self.value_matrix))
+        sums = (sum_of(matrix.double(), dtype) for matrix in (self.key_matrix, self.value_matrix))
         return replace(self, key_sum=next(sums), value_sum=next(sums))
 
     def of_segment(self, row: int, head: int) -> "PackedMaps":
@@ -413,7 +413,7 @@ class PackedMaps:
         ]  # fmt: skip
 
 
-def _sum_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrices in ``dtype`` that make one together: two, or one in float32."""
     if dtype.itemsize > 2:
         return matrix.float()[None].contiguous()
@@ -427,4 +427,4 @@ def _rotations(heads: int, size: int, device: torch.device, dtype: torch.dtype) 
     with torch.inference_mode(False):
         # `rotation` is made for entries to its left.
         matrix = rotation(size).T.to(device).expand(1, heads, -1, -1)
-        return matrix.float().contiguous(), matrix.mT.float().contiguous(), _sum_of(matrix, dtype).contiguous()
+        return matrix.float().contiguous(), matrix.mT.float().contiguous(), sum_of(matrix, dtype).contiguous()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import Ladder
 
@@ -29,20 +30,21 @@ class Coding:
         Newest entries of each KV head that stay exact.
     generated : int
         The rung of entries that nobody gave one.
+    codes : KeyCodes or None
+        The model's own for keys, which ``maps`` then come from; None: keys are rotated as values are.
     """
 
     forms: tuple[PackedFormat, ...]
     maps: PackedMaps
     recent: int
     generated: int
+    codes: KeyCodes | None = None
 
     @classmethod
-    def of(cls, ladder: Ladder, centres: Pair, dtype: torch.dtype) -> "Coding":
+    def of(cls, ladder: Ladder, centres: Pair, dtype: torch.dtype, codes: KeyCodes | None = None) -> "Coding":
         """That of a ladder for entries in ``dtype``; ``centres`` are the means ``[B, H_kv, D]`` to take out."""
-        sizes = centres[0].shape[-1], centres[1].shape[-1]
-        with torch.inference_mode(False):
-            maps = PackedMaps.rotated(centres[0].clone(), centres[1].clone(), dtype)
-            return cls(ladder.forms(sizes), maps, ladder.recent, ladder.generated)
+        forms = ladder.forms([part.shape[-1] for part in centres], sorted_keys=codes is not None)
+        return cls(forms, maps_of(centres, dtype, codes), ladder.recent, ladder.generated, codes)
 
     def of_rows(self, rows: Sequence[int]) -> "Coding":
         """The same for some rows, in that order."""
@@ -56,6 +58,13 @@ class Coding:
     def means(self) -> tuple[Tensor, ...]:
         """What the rows have of their own."""
         return self.maps.key_mean, self.maps.value_mean, self.maps.key_offset, self.maps.value_offset
+
+
+def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None) -> PackedMaps:
+    """The maps that take means ``[B, H_kv, D]`` out of entries in ``dtype``, by codes of the model's own if given."""
+    with torch.inference_mode(False):
+        own = centres[0].clone(), centres[1].clone()
+        return PackedMaps.rotated(*own, dtype) if codes is None else codes.maps(*own, dtype)
 
 
 def decoded(

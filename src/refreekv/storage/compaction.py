@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder
 from refreekv.storage.arena import KVArena, Span
 from refreekv.storage.base import KVStorage
@@ -29,7 +30,7 @@ def compacted(
     columns: Sequence[Columns],
     after: int,
     arena: bool | None,
-    coded: tuple[Ladder, Dense] | None = None,
+    coded: tuple[Ladder, Dense, KeyCodes | None] | None = None,
     levels: Sequence[Levels] | None = None,
 ) -> KVStorage:
     """What is kept of a dense layer, and the last ``after`` entries, in the storage that suits device and precision.
@@ -44,13 +45,14 @@ def compacted(
         Entries behind the prompt.
     arena : bool or None
         Whether to use storage that can grow; None: on CUDA.
-    coded : pair of Ladder and Dense, optional
-        The number formats to store in, and the prompt's mean key and mean value ``[B, H_kv, D]``.
+    coded : tuple of Ladder, Dense and KeyCodes or None, optional
+        The number formats to store in, the prompt's mean key and value ``[B, H_kv, D]``, and the model's own codes.
     levels : sequence of Levels, optional
         Of each row's ``columns``, which of the formats; None: that of what is generated.
     """
     if coded is not None:
-        return LeveledKV.gathered(*dense, columns, after, *coded, levels)
+        ladder, centres, codes = coded
+        return LeveledKV.gathered(*dense, columns, after, ladder, centres, levels, codes)
     if not takes_arena(arena, *dense):
         return kept_of_rows(list(zip(*dense, strict=True)), columns, after)
     keys, values = dense

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.storage.arena import LEAST_GROWTH, KVArena, Span, on_device
@@ -78,16 +79,17 @@ class LeveledKV(KVStorage):
         ladder: Ladder,
         centres: Pair,
         levels: Sequence[Levels] | None = None,
+        codes: KeyCodes | None = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
         ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``. ``levels`` say of each
-        row's columns which rung they go to; None: all to that of what is generated.
+        row's columns which rung they go to; None: all to that of what is generated. ``codes`` are the model's own.
         """
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
-        coding = Coding.of(ladder, centres, keys.dtype)
+        coding = Coding.of(ladder, centres, keys.dtype, codes)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
         coded = [tuple(ladder.coded(n) for n in row) for row in counts]

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
-from refreekv.storage.coding import Coding
+from refreekv.storage.coding import Coding, maps_of
 from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.members import Members
 from refreekv.storage.ragged import RaggedKV
@@ -26,6 +27,9 @@ TYPES = {
     "float64": torch.float64,
 }
 """Types of entries by the names they have in files."""
+
+CODES = ("order", "weight", "spread")
+"""Parts of a model's own codes for keys."""
 
 
 class Written(NamedTuple):
@@ -108,6 +112,8 @@ def _coded(storage: LeveledKV) -> Written:
         "types": [_name(kind) for kind in storage.types],
     }
     tensors = {"members": members.packed, "key_means": coding.maps.key_mean, "value_means": coding.maps.value_mean}
+    if coding.codes is not None:
+        tensors |= {f"code_{part}": getattr(coding.codes, part) for part in CODES}
     for own in (_exact(storage.exact), *(_exact(arena, f"rung{i}_") for i, arena in enumerate(storage.rungs))):
         plain |= own.plain
         tensors |= own.tensors
@@ -130,8 +136,12 @@ def _read_coded(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Leve
         _check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
     rungs = [_read_rung(plain, tensors, rung, numbers, exact) for rung, numbers in enumerate(formats)]
     forms, arenas = zip(*rungs, strict=True)
-    maps = PackedMaps.rotated(*means, torch.promote_types(*exact.types))
-    coding = Coding(forms, maps, recent, generated)
+    codes = None
+    if f"code_{CODES[0]}" in tensors:
+        codes = KeyCodes.known(*(tensors[f"code_{part}"] for part in CODES))
+        _check(codes.order.shape == (shape[1], exact.sizes[0]), "codes of keys are of other heads")
+    maps = maps_of(means, torch.promote_types(*exact.types), codes)
+    coding = Coding(forms, maps, recent, generated, codes)
     members = _read_members(plain, tensors, [arena.lengths for arena in arenas], generated)
     return LeveledKV(KVArena.of(exact), arenas, sinks, members, coding, (types[0], types[1]))
 

@@ -17,6 +17,7 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.finding import COMPILED, check_can_prune
 from refreekv.engines.transformers.graph import Decoder
+from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
 from refreekv.engines.transformers.routing import Route, attention_configs
@@ -233,6 +234,9 @@ class Attachment:
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
+            if tokens is not None and cache.state.codes_wanted:
+                cache.state.codes_wanted = False
+                cache.state.key_codes = key_codes(self.model)
             if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
                 cache.state.copy_scores = copy_scores(self.model)
         if cache.made_for(self.model):

@@ -81,7 +81,7 @@ class PrunedCache(DynamicCache):
         self.kinds: list[str] = [CROSS if index in crossing else kind for index, kind in enumerate(kinds)]
         if decode_interval is not None:
             check_count("decode_interval", decode_interval, minimum=1)
-        self.state = PromptState(policy, decode_interval=decode_interval)
+        self.state = PromptState(policy, decode_interval=decode_interval, codes_wanted=self.kv_dtype is not None)
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
             if type(layer) is DynamicLayer and self.kinds[index] != CROSS:

@@ -43,6 +43,13 @@ def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
     return known[1]
 
 
+def remember(model: PreTrainedModel, scores: Sequence[Tensor], key: str | None) -> None:
+    """Note scores that were measured on another occasion; also on disk where the model has a ``key``."""
+    _KNOWN[model] = (fingerprint.of_contents(model), tuple(scores))
+    if key is not None:
+        model_constants.store(key, {f"{KEPT}{layer}": part for layer, part in enumerate(scores)})
+
+
 def _kept(key: str, model: PreTrainedModel) -> Sequence[Tensor]:
     """The scores on disk; measured and put there if there are none."""
     found = model_constants.load(key)
@@ -54,14 +61,27 @@ def _kept(key: str, model: PreTrainedModel) -> Sequence[Tensor]:
     return scores
 
 
-@torch.no_grad()
 def _measure(model: PreTrainedModel) -> list[Tensor]:
     prompt, count = tokens_said_twice(model.config.get_text_config(decoder=True))
-    ids = torch.tensor([prompt], device=model.device)
-    probe = CopyProbe(tokens=count)
-    cache = PrunedCache(model.config, probe)
+    return read(model, CopyProbe(tokens=count), [prompt])
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel, probe: CopyProbe, prompts: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Let a model read rows of tokens, all of one length, for a probe: the scores that it took down.
+
+    ``starts`` are the positions of their first tokens; None: 0.
+    """
+    ids = torch.tensor(prompts, device=model.device)
+    cache, positions = PrunedCache(model.config, probe), {}
+    if starts is not None:
+        first = torch.tensor(starts, device=model.device)[:, None]
+        positions = {"position_ids": first + torch.arange(ids.shape[1], device=model.device)}
     with cache.prompt_until(ids.shape[1]):
-        model(input_ids=ids, **cache_argument(model.forward, cache), use_cache=True, **few_logits(model))
+        arguments = cache_argument(model.forward, cache) | few_logits(model)
+        model(input_ids=ids, **positions, **arguments, use_cache=True)
     return probe.scores(cache.state.layers)
 
 

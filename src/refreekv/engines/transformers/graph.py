@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.generic import ModelOutput
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.engines.transformers import fingerprint
 from refreekv.engines.transformers.cache import PrunedCache
@@ -31,6 +32,7 @@ from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, ca
 from refreekv.kernels import Format
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
+from refreekv.storage.coding import maps_of
 
 logger = logging.getLogger("refreekv")
 
@@ -55,15 +57,20 @@ def check_mode(mode: str) -> None:
 
 
 class Form(NamedTuple):
-    """What the entries of a layer are: exact ones, and those in the packed lines of each rung, where there are any."""
+    """What the entries of a layer are: exact ones, and those in the packed lines of each rung, where there are any.
+
+    Codes of the model's own are one object for all caches that have the same.
+    """
 
     exact: Format
-    packed: tuple[PackedFormat, ...]
+    packed: tuple[PackedFormat, ...] = ()
+    codes: KeyCodes | None = None
 
     @classmethod
     def of(cls, storage: KVStorage) -> "Form":
         """That of a storage with tables."""
-        return cls(storage.tables[0].form, () if storage.coding is None else storage.coding.forms)
+        exact, coding = storage.tables[0].form, storage.coding
+        return cls(exact) if coding is None else cls(exact, coding.forms, coding.codes)
 
 
 class Reads(NamedTuple):
@@ -80,7 +87,7 @@ class Reads(NamedTuple):
         if not form.packed:
             return cls(form, tables, None)
         keys, values = (torch.zeros(batch, segments // batch, size, device=device) for size in form.exact.sizes)
-        return cls(form, tables, PackedMaps.rotated(keys, values, form.exact.key_type))
+        return cls(form, tables, maps_of((keys, values), form.exact.key_type, form.codes))
 
     def adopt(self, storage: KVStorage) -> None:
         """Read and write a storage from now on: its tables move here, and its means are copied."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from refreekv.core.autocast import without_autocast
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE, hand_out
 from refreekv.engines.transformers.prompt import PromptState
@@ -77,8 +78,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._pruned_length = 0
         # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
         self._earlier_length = 0
-        # Number formats, and the means that are taken out, of what is coded at the prompt's end.
-        self._coded: tuple[Ladder, tuple[Tensor, Tensor]] | None = None
+        # Number formats, the means that are taken out and the model's codes, of what is coded at the prompt's end.
+        self._coded: tuple[Ladder, tuple[Tensor, Tensor], KeyCodes | None] | None = None
         self.holds_hidden = False
         # [B, columns]: padding that is still stored. None: there is none.
         self._padding: Tensor | None = None
@@ -266,7 +267,7 @@ class ReFreeKVLayer(DynamicLayer):
         self._unverified = None
         self.state.changed = True
         if self.ragged is None and self.ladder is not None:
-            self._coded = self.ladder, _centres(*parts)
+            self._coded = self.ladder, _centres(*parts), self.state.codes_of(self.ordinal)
         if isinstance(policy, JointPolicy):
 
             def carry_out_decided(decided: Sequence[Decision]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from refreekv.core.key_codes import KeyCodes
 from refreekv.engines.transformers.handout import Handout, missing
 from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
@@ -44,6 +45,10 @@ class PromptState:
         model's.
     copy_scores : sequence of Tensor or None
         By layer that may be pruned, ``[H_kv]``; None until somebody measures them for a policy that reads them.
+    key_codes : sequence of KeyCodes, or None
+        By layer that may be pruned, codes of the model's own for keys; None: keys are rotated.
+    codes_wanted : bool
+        Whether entries are coded, and nobody has tried yet to measure codes for them.
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
     changed : bool
@@ -68,6 +73,8 @@ class PromptState:
     proofs: list[Proof] = field(default_factory=list)
     mask_given: bool = False
     copy_scores: Sequence[Tensor] | None = None
+    key_codes: Sequence[KeyCodes] | None = None
+    codes_wanted: bool = False
     decode_interval: int | None = None
     changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
@@ -117,6 +124,10 @@ class PromptState:
     def scores_of(self, layer: int) -> Tensor | None:
         """Copy scores ``[1, H_kv]`` of a layer that may be pruned; None if nobody measured any."""
         return None if self.copy_scores is None else self.copy_scores[layer][None]
+
+    def codes_of(self, layer: int) -> KeyCodes | None:
+        """Codes of the model's own for the keys of a layer that may be pruned; None if nobody measured any."""
+        return None if self.key_codes is None else self.key_codes[layer]
 
     def lacks_scores(self, length: int) -> bool:
         """Whether a prompt of ``length`` tokens would be pruned by a policy that misses its copy scores."""
