@@ -1,4 +1,4 @@
-"""Codes of a model's own for keys, in float64; what they are measured from: engines/transformers/test_key_codes_measured.py."""
+"""Codes of a model's own for keys, in float64; how they are measured: engines/transformers/test_key_codes_measured.py."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ SIZES = [64, 80, 96, 128, 256]
 
 
 def text(size, seed=0, rows=1, length=700, heads=2, group=3):
-    """Keys whose channels differ tenfold and more in spread, behind large constants, and queries that use few of them."""
+    """Keys whose channels differ tenfold in spread, behind large constants, and queries that use few of them."""
     generator = torch.Generator().manual_seed(size)  # the model's
     spread = torch.randn(heads, 1, size, generator=generator).exp()
     constants = 50 * torch.randn(heads, 1, size, generator=generator) * (torch.rand(size, generator=generator) < 0.05)

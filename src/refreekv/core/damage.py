@@ -7,6 +7,8 @@ in codes shifts the query's logit by a random ``e``, and so the attention by the
 from the model alone: of random tokens, once (`refreekv.pruning.copy_scores`).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ def rung_damage(power: Tensor, forms: tuple[PackedFormat, ...]) -> Tensor:
     Parameters
     ----------
     power : Tensor
-        ``[..., H_kv, 4]`` float32: for each quarter of a key's channels in code space, where keys have a variance of 1,
-        the sum over its channels of the mean square of scaled queries.
+        ``[..., H_kv, 4]`` float32: for each quarter of a key's channels in code space, where keys have a variance of
+        1, the sum over its channels of the mean square of scaled queries.
     forms : tuple of PackedFormat
         The rungs.
 
@@ -37,15 +39,21 @@ def rung_damage(power: Tensor, forms: tuple[PackedFormat, ...]) -> Tensor:
     Tensor
         ``[..., H_kv, R]`` float32.
     """
-    columns = []
-    for form in forms:
-        errors = torch.tensor([distortion(width) for width in form.key_widths], device=power.device)
-        shifts = (power * errors).sum(-1)
-        value = sum(map(distortion, form.value_widths)) / len(form.value_widths)
-        columns.append((shifts.expm1().clamp_max(MOST) + value).sqrt())
-    return torch.stack(columns, -1)
+    keys, values = _errors(forms, power.device)
+    # [..., H_kv, 1, 4] times [R, 4], summed
+    shifts = (power[..., None, :] * keys).sum(-1)
+    return (shifts.expm1().clamp_max(MOST) + values).sqrt()
 
 
 def plain_damage(forms: tuple[PackedFormat, ...], heads: int, device: torch.device) -> Tensor:
     """What rungs do where nobody knows the size of queries: as if logits had a variance of 1. ``[H_kv, R]``."""
     return rung_damage(torch.full((heads, 4), 0.25, device=device), forms)
+
+
+@lru_cache(maxsize=32)
+def _errors(forms: tuple[PackedFormat, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Distortion of each rung's quarters of keys ``[R, 4]``, and of its values ``[R]``."""
+    keys = [[distortion(width) for width in form.key_widths] for form in forms]
+    values = [sum(map(distortion, form.value_widths)) / len(form.value_widths) for form in forms]
+    with torch.inference_mode(False):
+        return torch.tensor(keys, device=device), torch.tensor(values, device=device)

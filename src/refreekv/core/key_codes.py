@@ -114,6 +114,21 @@ class KeyCodes:
     def _made(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]:
         return {}
 
+    def power(self, device: torch.device) -> Tensor:
+        """How much queries look at each group of channels in code space: ``[H_kv, 4]`` float32, see `core.damage`.
+
+        Weighted queries have a mean square of 1 in each channel, and rotation leaves that; dividing keys by their
+        spread multiplies queries by it.
+        """
+        if device not in self._powers:
+            with torch.inference_mode(False):
+                self._powers[device] = self.spread.square().unflatten(-1, (GROUPS, -1)).sum(-1).to(device)
+        return self._powers[device]
+
+    @functools.cached_property
+    def _powers(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def __reduce__(self) -> tuple[object, tuple[Tensor, Tensor, Tensor]]:
         return KeyCodes.known, (self.order, self.weight, self.spread)
 

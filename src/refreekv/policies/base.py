@@ -174,7 +174,7 @@ class LayerView:
             return None
         if self.key_power is None:
             return plain_damage(self.forms, self.keys.shape[1], self.keys.device)[None]
-        return rung_damage(self.key_power.to(self.keys.device), self.forms)
+        return rung_damage(self.key_power, self.forms)
 
     def last(self, rows: int) -> "LayerView":
         """The same layer with the last ``rows`` probed queries only: what a plan that asks for fewer is shown."""

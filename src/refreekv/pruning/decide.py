@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.probes import attention_rows
 from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.core.reductions import ProbeReductions
@@ -189,10 +190,11 @@ def decide(
     layers: int,
     copy_scores: Tensor | None = None,
     ladder: Ladder | None = None,
+    codes: KeyCodes | None = None,
 ) -> Decision:
     """Probe the entries as the policy plans and let it select. Does not wait for the device.
 
-    ``ladder`` are the number formats that what it keeps is stored in.
+    ``ladder`` are the number formats that what it keeps is stored in, ``codes`` the model's own for keys.
 
     Raises
     ------
@@ -202,6 +204,10 @@ def decide(
     if policy.freezes(layer):
         return Decision(entries, None, ladder)
     view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
+    if ladder is not None:
+        sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device
+        forms = ladder.forms(sizes, sorted_keys=codes is not None)
+        view = replace(view, forms=forms, key_power=None if codes is None else codes.power(device)[None])
     selection = select(policy, view)
     if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
         selection = replace_entries(entries, selection, selection.surrogates)

@@ -276,7 +276,10 @@ class ReFreeKVLayer(DynamicLayer):
             self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, carry_out_decided)
             return
         scores = self.state.scores_of(self.ordinal)
-        decisions = [decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder) for part in parts]
+        codes = self.state.codes_of(self.ordinal)
+        decisions = [
+            decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder, codes) for part in parts
+        ]
 
         def carry_out() -> None:
             self._carry_out(decisions, after)

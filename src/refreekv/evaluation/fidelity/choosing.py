@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
@@ -34,6 +35,7 @@ class Captured:
     values: Tensor
     queries: dict[ProbePlan, Queries]  # probe plans to the queries that they ask for
     copy_scores: Tensor | None = None  # ``[1, H_kv]``
+    codes: KeyCodes | None = None  # the model's own for keys
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,11 @@ def _looks_at_the_end(plan: ProbePlan) -> bool:
 
 
 def capture(
-    plans: Sequence[ProbePlan], call: AttentionCall, entries: Entries, copy_scores: Tensor | None = None
+    plans: Sequence[ProbePlan],
+    call: AttentionCall,
+    entries: Entries,
+    copy_scores: Tensor | None = None,
+    codes: KeyCodes | None = None,
 ) -> Captured:
     """What plans need of one layer; nothing in it holds on to the queries of the whole prompt."""
     queries = {}
@@ -117,7 +123,7 @@ def capture(
             planned = entries.queries.planned(plan)
             queries[plan] = replace(planned, states=planned.states.clone())
     call = replace(call, query=call.query[:, :, :0], mask=None)
-    return Captured(call, entries.keys, entries.values, queries, copy_scores)
+    return Captured(call, entries.keys, entries.values, queries, copy_scores, codes)
 
 
 def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
@@ -252,7 +258,9 @@ def _view(plan: ProbePlan, group: Sequence[Captured], start: int, layers: int) -
     call = replace(first.call, sink_logits=stacked)
     scores = [one.copy_scores for one in group if one.copy_scores is not None]
     copying = torch.cat(scores) if scores else None
-    return layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers, copying)
+    view = layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers, copying)
+    powers = [one.codes.power(keys.device) for one in group if one.codes is not None]
+    return replace(view, key_power=torch.stack(powers) if powers else None)
 
 
 def _masks(chosen: Sequence[Selection | CutSelection | None], real: Tensor) -> list[Tensor]:

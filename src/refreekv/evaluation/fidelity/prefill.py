@@ -19,6 +19,7 @@ from refreekv import policies
 from refreekv.engines.transformers.accounting import entry_bytes
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.engines.transformers.prompt import PromptState
@@ -37,7 +38,9 @@ class _CapturingLayer(ReFreeKVLayer):
 
     def _prune(self, call: AttentionCall, after: int) -> None:
         (entries,) = self._entries(call, after)
-        self.captured = capture(self._plans, call, entries, self.state.scores_of(self.ordinal))
+        self.captured = capture(
+            self._plans, call, entries, self.state.scores_of(self.ordinal), self.state.codes_of(self.ordinal)
+        )
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -101,7 +104,8 @@ class SharedPrefill:
                 self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
         if any(policy is not None and policy.reads_copy_scores for policy in asked.values()):
             self._cache.state.copy_scores = copy_scores(model)
-        self._matrices = getattr(model, "key_matrices", None)
+        if any(ladder_of(policy) is not None for policy in asked.values()):
+            self._cache.state.key_codes = key_codes(model)
         self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
         for layer in self._cache.layers:
             if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
@@ -154,7 +158,7 @@ class SharedPrefill:
                     self._asked,
                     self._choice.surrogates_of(layer.ordinal, names),
                     self._choice.levels[layer.ordinal],
-                    None if self._matrices is None else self._matrices[layer.ordinal],
+                    self._cache.state.codes_of(layer.ordinal),
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
