@@ -1,4 +1,4 @@
-"""Codes of a model's own for keys, in float64; how they are measured: engines/transformers/test_key_codes_measured.py."""
+"""Codes of a model's own for keys, in float64; for how they are measured see test_key_codes_measured.py."""
 
 import copy
 import pickle

@@ -184,8 +184,10 @@ class SharedPrefill:
                 surrogates = self._choice.surrogates[layer.ordinal].get(name)
                 if surrogates is not None:
                     counts[:, min(1, counts.shape[1] - 1)] += surrogates.real.sum(-1)[0]
-                forms = [] if ladder is None else [rung.form(sizes) for rung in ladder.rungs]
-                held += kept_bytes(counts.tolist(), sizes, keys.element_size(), forms)
+                sorted_keys = self._cache.state.codes_of(layer.ordinal) is not None
+                forms = [] if ladder is None else ladder.forms(sizes, sorted_keys=sorted_keys)
+                mixed = levels is not None and len(forms) > 1
+                held += kept_bytes(counts.tolist(), sizes, keys.element_size(), forms, mixed)
             else:
                 full += (other := _held(layer))
                 held += other
