@@ -98,7 +98,7 @@ class Chat:
         context = f", context {loaded.context:,}" if loaded.context else ""
         size = format_bytes(weight_bytes(loaded.model))
         self._say(f"{loaded.name}, {dtype} on {loaded.device}, weights {size}{context}")
-        stored = f", stored in {self.conversation.kv_dtype}" if self.conversation.kv_dtype else ""
+        stored = f", stored in {self.conversation.formats}" if self.conversation.formats else ""
         self._say(f"{self.conversation.policy.spec}{stored}", style="dim")
         if not self.conversation.has_template:
             self._say(
@@ -341,7 +341,7 @@ def transcript(conversation: Conversation) -> dict[str, Any]:
         "refreekv": refreekv.__version__,
         "model": conversation.loaded.name,
         "policy": conversation.policy.spec,
-        "kv_dtype": None if conversation.kv_dtype is None else str(conversation.kv_dtype),
+        "kv_dtype": None if conversation.formats is None else str(conversation.formats),
         "messages": conversation.messages,
         "turns": [
             {**asdict(turn), "report": turn.report.to_dict(), "tokens_per_second": turn.tokens_per_second}

@@ -48,7 +48,7 @@ def compare(
     policy: refreekv.policies.Policy,
     *,
     max_new_tokens: int,
-    kv_dtype: refreekv.KVDtype | None = None,
+    kv_dtype: str | None = "auto",
 ) -> Comparison:
     """Generate with the full cache, then with ``policy`` and ``kv_dtype``; what is compared is only the cache.
 

@@ -12,6 +12,8 @@ import refreekv
 from refreekv.cli.answering import Answering, Listener
 from refreekv.cli.app import UserError, one_line
 from refreekv.cli.loading import Loaded, quiet_transformers
+from refreekv.core.quantisation import Ladder
+from refreekv.policies.base import ladder_for
 
 _ANSWER = "\x02refreekv-answer\x03"
 """Stands for an answer while the text that follows it is looked for."""
@@ -66,8 +68,8 @@ class Conversation:
         model continues.
     policy : Policy
         Decides what is kept, at the end of each message.
-    kv_dtype : KVDtype, optional
-        How what is kept is stored.
+    kv_dtype : str, optional
+        How what is kept is stored, as for `compress`.
     system : str, optional
         A system prompt.
     max_new_tokens : int
@@ -88,7 +90,7 @@ class Conversation:
         loaded: Loaded,
         policy: refreekv.policies.Policy,
         *,
-        kv_dtype: refreekv.KVDtype | None = None,
+        kv_dtype: str | None = "auto",
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
@@ -108,6 +110,11 @@ class Conversation:
         self.reset()
         self._encode("hello")  # and here a template that does not work
         self._stop_tokens = self._find_stop_tokens()
+
+    @property
+    def formats(self) -> Ladder | None:
+        """The number formats that what is kept is stored in; None: the model's precision."""
+        return ladder_for(self.policy, self.kv_dtype)
 
     def reset(self) -> None:
         """Start a new conversation."""

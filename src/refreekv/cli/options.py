@@ -22,12 +22,12 @@ PolicyOption = Annotated[
 ]
 
 KVDtypeOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--kv-dtype",
-        metavar="int8|int4|k6v4[:recent=N]",
-        help="Store what is kept in so many bits (k6v4: keys in 6, values in 4), but for the 64 newest entries. "
-        "Default: as the model computes it.",
+        metavar="auto|16|int8|int4|k6v4[:recent=N]",
+        help="Store what is kept in so many bits (k6v4: keys in 6, values in 4), but for the 64 newest entries; 16: "
+        "as the model computes it; auto: as the policy has it.",
     ),
 ]
 

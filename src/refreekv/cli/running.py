@@ -12,6 +12,7 @@ import refreekv
 from refreekv.cli.app import UserError, refusals
 from refreekv.cli.loading import Loaded, quiet_transformers
 from refreekv.policies import Policy
+from refreekv.policies.base import ladder_for
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -29,12 +30,14 @@ class Run:
     kv_bytes: int  # storage of all key and value tensors at the end, measured on the cache itself
 
 
-def parse(policy: str, kv_dtype: str | None, max_new_tokens: int) -> tuple[Policy, refreekv.KVDtype | None]:
+def parse(policy: str, kv_dtype: str, max_new_tokens: int) -> tuple[Policy, str | None]:
     """What the options say; `UserError` for what they cannot, or unless at least one token is asked for."""
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     with refusals():
-        return refreekv.policies.parse(policy), refreekv.KVDtype.parse(kv_dtype)
+        chosen, stored = refreekv.policies.parse(policy), None if kv_dtype == "16" else kv_dtype
+        ladder_for(chosen, stored)  # refuse before the long work
+        return chosen, stored
 
 
 def generate(

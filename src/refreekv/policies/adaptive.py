@@ -13,7 +13,7 @@ from refreekv.core.surrogates import Surrogates
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
-LADDER = Ladder.of("k4v2", "k4v4", "k6v6", "int8")
+LADDER = Ladder.of("k4v2", "k6v4", "int8")
 """What entries are stored in: the few that lie on the frontier of bytes and damage."""
 STAND_IN_STEP = 4
 """One in so many of the window's queries makes the surrogates."""
@@ -70,7 +70,7 @@ class Adaptive(Policy):
     copying : float
         Copy score, in [0, 1], from which on a head keeps everything. Above 1: none does.
     stand_ins : int
-        Surrogates of each head: entries in place of all that it evicts. 0: none.
+        Surrogates of each head, with 16 bits: entries in place of all that it evicts. 0: none.
     min_length : int
         Tokens under which a prompt is kept whole.
     shared : bool
@@ -98,8 +98,8 @@ class Adaptive(Policy):
     min_length: int = 512
     shared: bool = False
     bits: int | Literal["auto"] = "auto"
-    copying_weight: float = 8.0
-    code_unit: float = 1.0
+    copying_weight: float = 16.0
+    code_unit: float = 2.0
     frozen_layers: int | Literal["all"] = 0
 
     reads_copy_scores: ClassVar[bool] = True
@@ -131,6 +131,11 @@ class Adaptive(Policy):
         """What entries are stored in if nobody says otherwise; None: as they are."""
         return None if self.bits == 16 or self.shared or self.constant == 0 else LADDER
 
+    @property
+    def _replaces(self) -> bool:
+        """Whether surrogates take the place of what is evicted: what few bits do to the rest hides what they mend."""
+        return self.stand_ins > 0 and self.default_ladder is None
+
     def probe_plan(self, n: int) -> ProbePlan:
         if self.constant == 0 or n < self.min_length:
             return ProbePlan()
@@ -140,7 +145,7 @@ class Adaptive(Policy):
             reduced=True,
             distance=self.window,
             spread_sums=False,
-            queries=self.stand_ins > 0,
+            queries=self._replaces,
         )
 
     def select(self, view: LayerView) -> Selection | None:
@@ -178,7 +183,7 @@ class Adaptive(Policy):
         return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=rungs)
 
     def _surrogates(self, view: LayerView, keep: Tensor) -> Surrogates | None:
-        if self.stand_ins == 0 or view.queries is None:
+        if not self._replaces or view.queries is None:
             return None
         # The last query in any case: short prompts have few.
         some = slice((view.queries.shape[2] - 1) % STAND_IN_STEP, None, STAND_IN_STEP)

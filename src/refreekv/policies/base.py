@@ -12,10 +12,13 @@ from torch import Tensor
 from refreekv.core.damage import plain_damage, rung_damage
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.probes import causal_visibility
-from refreekv.core.quantisation import Ladder
+from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.scores import mean_over_visible_rows
 from refreekv.core.selection import CutSelection, Selection
+
+AUTO = "auto"
+"""The ``kv_dtype`` that stands for a policy's own number formats."""
 
 
 def spread_step(spread: int, prompt: int) -> int:
@@ -250,6 +253,21 @@ class Policy(ABC):
         """The name with all parameters, so that results under other defaults are not taken for these."""
         parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         return f"{self.name}({parameters})"
+
+
+def ladder_for(policy: Policy, kv_dtype: str | KVDtype | Ladder | None) -> Ladder | None:
+    """The number formats that ``kv_dtype`` means: those of the policy's own for `AUTO`, none for None.
+
+    Raises
+    ------
+    ValueError
+        Unknown name or parameter, or a value out of range.
+    TypeError
+        Something else than a string, a `KVDtype`, a `Ladder` or None.
+    """
+    if isinstance(kv_dtype, str) and kv_dtype == AUTO:
+        return policy.default_ladder
+    return None if kv_dtype is None else Ladder.parse(kv_dtype)
 
 
 def check_count(name: str, value: object, minimum: int = 0) -> None:

@@ -210,12 +210,18 @@ def decide(
         view = replace(view, forms=forms, key_power=None if codes is None else codes.power(device)[None])
     selection = select(policy, view)
     if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
-        selection = replace_entries(entries, selection, selection.surrogates)
+        widest = 0 if ladder is None else len(ladder.rungs) - 1
+        selection = replace_entries(entries, selection, selection.surrogates, widest)
     return Decision(entries, selection, ladder)
 
 
-def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates) -> Selection:
-    """Write the stand-ins over entries that go, and keep these."""
+def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates, widest: int) -> Selection:
+    """Write the surrogates over entries that go, and keep these, in the ``widest`` rung: each stands for many."""
+    levels = selection.levels
+    if levels is not None:
+        # [B, H_kv, m]; those that are not real may name any column
+        at = torch.where(chosen.real, widest, levels.gather(-1, chosen.columns)).to(levels.dtype)
+        levels = levels.scatter(-1, chosen.columns, at)
     keep = put_surrogates(chosen, entries.keys, entries.values, selection.keep)
     kv_heads = entries.keys.shape[1]
     everything: int | Tensor = entries.keys.shape[2] * kv_heads
@@ -223,7 +229,7 @@ def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates) 
         valid = entries.valid if entries.valid.dim() == 3 else entries.valid[:, None].expand(-1, kv_heads, -1)
         everything = valid.sum((1, 2)).clamp_min(1)
     share = chosen.real.sum((1, 2)).float() / everything
-    return replace(selection, keep=keep, reasons={**selection.reasons, "stand-ins": share})
+    return replace(selection, keep=keep, levels=levels, reasons={**selection.reasons, "stand-ins": share})
 
 
 def layer_view(

@@ -13,7 +13,7 @@ from refreekv.cli.app import UserError, app
 def chat(
     model: options.ModelOption,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
-    kv_dtype: options.KVDtypeOption = None,
+    kv_dtype: options.KVDtypeOption = "auto",
     weights: options.WeightsOption = "auto",
     device_map: options.DeviceMapOption = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")] = None,

@@ -30,7 +30,7 @@ def demo(
     ] = None,
     prompt_file: options.PromptFileOption = None,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
-    kv_dtype: options.KVDtypeOption = None,
+    kv_dtype: options.KVDtypeOption = "auto",
     max_new_tokens: options.MaxNewTokensOption = 48,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",

@@ -18,7 +18,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: options.PromptFileOption = None,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
-    kv_dtype: options.KVDtypeOption = None,
+    kv_dtype: options.KVDtypeOption = "auto",
     max_new_tokens: options.MaxNewTokensOption = 128,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",

@@ -22,7 +22,7 @@ def inspect(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")] = None,
     prompt_file: options.PromptFileOption = None,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
-    kv_dtype: options.KVDtypeOption = None,
+    kv_dtype: options.KVDtypeOption = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The HTML page to write. Default: inspect.html.")
     ] = None,

@@ -19,6 +19,7 @@ from refreekv.engines.transformers.finding import decoder_of
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
 from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
+from refreekv.policies.base import AUTO, ladder_for
 from refreekv.report import CompressionReport
 
 
@@ -60,7 +61,7 @@ class ReFreeKVCache(PrunedCache):
         model: torch.nn.Module,
         policy: str | Policy = DEFAULT_POLICY,
         *,
-        kv_dtype: str | KVDtype | Ladder | None = None,
+        kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
         **parameters: Any,
@@ -131,19 +132,20 @@ class CompressionSession:
         self,
         model: PreTrainedModel,
         policy: Policy,
-        kv_dtype: Ladder | None = None,
+        kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
     ):
         self.policy = policy
         self._decode = decode
-        self.kv_dtype = kv_dtype
+        self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
         self.decode_interval = decode_interval
         self._model = model
         self._opened: sessions.Opened | None = None
         # Weak: the session must not keep a finished answer's keys and values alive.
         self._latest: weakref.ref[PrunedCache] | None = None
-        self._snapshot = CompressionReport(policy.spec, 0, (), kv_dtype=None if kv_dtype is None else str(kv_dtype))
+        stored = None if self.kv_dtype is None else str(self.kv_dtype)
+        self._snapshot = CompressionReport(policy.spec, 0, (), kv_dtype=stored)
 
     @property
     def cache(self) -> PrunedCache | None:
@@ -192,7 +194,7 @@ class CompressionSession:
 
     def new_cache(self, *, nested: bool = False) -> PrunedCache:
         """A cache for a call that brings none; ``nested``: inside an answer, which the report stays about."""
-        cache = PrunedCache(self._model.config, self.policy, self.kv_dtype, self._decode, self.decode_interval)
+        cache = PrunedCache(self._model.config, self.policy, self._storage, self._decode, self.decode_interval)
         cache.bind(self._model)
         if not nested:
             cache.owner = weakref.ref(self)
@@ -210,7 +212,7 @@ def compress(
     model: torch.nn.Module,
     policy: str | Policy = DEFAULT_POLICY,
     *,
-    kv_dtype: str | KVDtype | Ladder | None = None,
+    kv_dtype: str | KVDtype | Ladder | None = AUTO,
     decode: DecodeMode = "graph",
     decode_interval: int | None = None,
     **parameters: Any,
@@ -235,10 +237,11 @@ def compress(
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype : str, KVDtype or None
-        ``"int8"``, ``"int4"``, ``"k6v4"`` (keys in 6 bits, values in 4) or other such widths out of 8, 6, 4
-        and 2: what is kept is stored in few bits, but for sinks and the newest entries. None: in the model's
-        precision.
+    kv_dtype : str, KVDtype, Ladder or None
+        What is kept is stored in, but for sinks and the newest entries: ``"int8"``, ``"int4"``, ``"k6v4"`` (keys in 6
+        bits, values in 4) or other such widths; several of them, such as ``"k4v2+k6v4+int8"``, of which a policy
+        chooses for each entry; None: in the model's precision. ``"auto"``: as the policy has it, several widths for
+        `adaptive` and the model's precision for others; also where heads cannot be coded.
     decode : str
         How `generate` decodes on CUDA: ``"graph"`` through a CUDA graph, captured at the second token
         in about a second, or ``"eager"``. What cannot be captured is decoded eagerly, for one reason
@@ -269,8 +272,7 @@ def compress(
     """
     check_mode(decode)
     model = decoder_of(model)
-    ladder = None if kv_dtype is None else Ladder.parse(kv_dtype)
-    session = CompressionSession(model, resolve(policy, **parameters), ladder, decode, decode_interval)
+    session = CompressionSession(model, resolve(policy, **parameters), kv_dtype, decode, decode_interval)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)

@@ -17,7 +17,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.engines.transformers.saving import save
 from refreekv.policies import Policy
-from refreekv.policies.base import check_count
+from refreekv.policies.base import AUTO, check_count, ladder_for
 from refreekv.report import CompressionReport
 
 CROSS = "cross_attention"
@@ -62,7 +62,7 @@ class PrunedCache(DynamicCache):
         self,
         config: PreTrainedConfig,
         policy: Policy,
-        kv_dtype: str | KVDtype | Ladder | None = None,
+        kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: str = "graph",
         decode_interval: int | None = None,
     ):
@@ -73,7 +73,7 @@ class PrunedCache(DynamicCache):
             raise ValueError(
                 f"{text.model_type} shares keys and values between layers; pruning one layer would change the others"
             )
-        self.kv_dtype = None if kv_dtype is None else Ladder.parse(kv_dtype)
+        self.kv_dtype = ladder_for(policy, kv_dtype)
         super().__init__(config=text)
         # By position in the model: layers that look at images, whose states are no tokens of the prompt.
         crossing = set(getattr(text, "cross_attention_layers", None) or ())
@@ -81,7 +81,12 @@ class PrunedCache(DynamicCache):
         self.kinds: list[str] = [CROSS if index in crossing else kind for index, kind in enumerate(kinds)]
         if decode_interval is not None:
             check_count("decode_interval", decode_interval, minimum=1)
-        self.state = PromptState(policy, decode_interval=decode_interval, codes_wanted=self.kv_dtype is not None)
+        self.state = PromptState(
+            policy,
+            decode_interval=decode_interval,
+            codes_wanted=self.kv_dtype is not None,
+            codes_optional=isinstance(kv_dtype, str) and kv_dtype == AUTO,
+        )
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
             if type(layer) is DynamicLayer and self.kinds[index] != CROSS:

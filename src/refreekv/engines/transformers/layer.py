@@ -136,8 +136,11 @@ class ReFreeKVLayer(DynamicLayer):
                 "to each key, in each row and KV head"
             )
         if self._length == 0:
-            if self.ladder is not None:
-                self.ladder.forms((keys.shape[3], values.shape[3]))
+            sizes = keys.shape[3], values.shape[3]
+            if self.ladder is not None and not (self.state.codes_optional and any(size % 16 for size in sizes)):
+                self.ladder.forms(sizes)
+            else:
+                self.ladder = None
             return
         if self.ragged is not None:
             stored = (len(self.ragged.lengths), self.ragged.kv_heads, *self.ragged.sizes)

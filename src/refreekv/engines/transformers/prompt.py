@@ -49,6 +49,8 @@ class PromptState:
         By layer that may be pruned, codes of the model's own for keys; None: keys are rotated.
     codes_wanted : bool
         Whether entries are coded, and nobody has tried yet to measure codes for them.
+    codes_optional : bool
+        Whether what cannot be coded is stored as it is, without a word: nobody asked for codes by name.
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
     changed : bool
@@ -75,6 +77,7 @@ class PromptState:
     copy_scores: Sequence[Tensor] | None = None
     key_codes: Sequence[KeyCodes] | None = None
     codes_wanted: bool = False
+    codes_optional: bool = False
     decode_interval: int | None = None
     changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)

@@ -57,7 +57,7 @@ class StoredPolicy(Policy):
 
 
 def parse(spec: str) -> Policy:
-    """A policy from its specification, with or without number formats behind it.
+    """A policy from its specification; without number formats behind it, it has those of its own, if any.
 
     Raises
     ------
@@ -68,7 +68,8 @@ def parse(spec: str) -> Policy:
     """
     base, mark, kind = spec.partition(MARK)
     policy = policies.parse(base)
-    return StoredPolicy(policy, Ladder.parse(kind)) if mark else policy
+    ladder = Ladder.parse(kind) if mark else policy.default_ladder
+    return policy if ladder is None else StoredPolicy(policy, ladder)
 
 
 def ladder_of(policy: Policy | None) -> Ladder | None:
@@ -204,10 +205,10 @@ def _stored(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool)
 def _stored_surrogates(
     surrogates: Surrogates, ladders: Sequence[Ladder | None], maps: PackedMaps, sorted_keys: bool
 ) -> Surrogates:
-    """Surrogates as the narrowest of each row's formats gives them back."""
+    """Surrogates as the widest of each row's formats gives them back."""
     parts = zip(surrogates.keys.split(1), surrogates.values.split(1), strict=True)
     rows = [
-        row if ladder is None else _stored(row, ladder.rungs[0], maps, sorted_keys)
+        row if ladder is None else _stored(row, ladder.rungs[-1], maps, sorted_keys)
         for row, ladder in zip(parts, ladders, strict=True)
     ]
     return surrogates._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))

@@ -183,7 +183,7 @@ class SharedPrefill:
                 counts = rung_counts(keep, None if levels is None else levels[0], ladder)
                 surrogates = self._choice.surrogates[layer.ordinal].get(name)
                 if surrogates is not None:
-                    counts[:, min(1, counts.shape[1] - 1)] += surrogates.real.sum(-1)[0]
+                    counts[:, -1] += surrogates.real.sum(-1)[0]
                 sorted_keys = self._cache.state.codes_of(layer.ordinal) is not None
                 forms = [] if ladder is None else ladder.forms(sizes, sorted_keys=sorted_keys)
                 mixed = levels is not None and len(forms) > 1
