@@ -1,4 +1,4 @@
-"""Codes of a model's own for keys, in float64; what they are measured from: engines/transformers/test_key_codes_measured.py."""
+"""Codes of a model's own for keys, in float64. What they are measured from: test_key_codes_measured.py."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ SIZES = [64, 80, 96, 128, 256]
 
 
 def text(size, seed=0, rows=1, length=700, heads=2, group=3):
-    """Keys whose channels differ tenfold and more in spread, behind large constants, and queries that use few of them."""
+    """Keys whose channels differ tenfold and more in spread, behind large constants; queries that use few of them."""
     generator = torch.Generator().manual_seed(size)  # the model's
     spread = torch.randn(heads, 1, size, generator=generator).exp()
     constants = 50 * torch.randn(heads, 1, size, generator=generator) * (torch.rand(size, generator=generator) < 0.05)
@@ -89,9 +89,8 @@ def test_they_lose_less_of_the_products_than_rotations(size, bits):
         back = form.keys.levels(own, torch.float32) * factors[..., None].float() @ maps.key_dual[0] + mean[0, :, None]
         lost.append((asked @ (back - keys[0]).mT).square().mean(dim=(1, 2)))
         # Planes are filled up to four bytes each, which takes some where a quarter has 20 channels.
-        assert form.entry_bytes == KVDtype(f"int{bits}").form((size, size)).entry_bytes + 8 * (
-            sorted_keys and size == 80
-        )
+        filling = 8 if sorted_keys and size == 80 else 0
+        assert form.entry_bytes == KVDtype(f"int{bits}").form((size, size)).entry_bytes + filling
     assert lost[1].mean() < 0.5 * lost[0].mean()
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from refreekv import policies
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import SINKS, KVDtype, Ladder, centre_of
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.evaluation.fidelity.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
+from refreekv.storage.coding import maps_of
 
 MARK = "@"
 Pair = tuple[Tensor, Tensor]
@@ -127,8 +129,8 @@ class StoredLayer(MaskedLayer):
         ``[1, H_kv, n]`` for each row: which of them each entry has; None: that of what is generated.
     surrogates : Surrogates or None
         As in `MaskedLayer`.
-    matrix : Tensor or None
-        ``[H_kv, D, D]``: what takes keys to the code space of the model's own codes; None: a rotation.
+    codes : KeyCodes or None
+        The model's own for keys; None: these are rotated.
     """
 
     def __init__(
@@ -139,14 +141,14 @@ class StoredLayer(MaskedLayer):
         ladders: Sequence[Ladder | None],
         levels: Sequence[Tensor | None],
         surrogates: Surrogates | None = None,
-        matrix: Tensor | None = None,
+        codes: KeyCodes | None = None,
     ):
         kinds = sorted({rung for ladder in ladders if ladder is not None for rung in ladder.rungs}, key=str)
         self._prompt = keys.shape[2]
         if keep is None:
             keep = torch.ones(len(ladders), keys.shape[1], self._prompt, dtype=torch.bool, device=keys.device)
-        maps = maps_of(keys, values, matrix)
-        stored = [_stored((keys, values), kind, maps, matrix is not None) for kind in kinds]
+        maps = maps_of((centre_of(keys), centre_of(values)), keys.dtype, codes)
+        stored = [_stored((keys, values), kind, maps, codes is not None) for kind in kinds]
         super().__init__(
             torch.cat([keys, *(part for part, _ in stored)], dim=2),
             torch.cat([values, *(part for _, part in stored)], dim=2),
@@ -156,7 +158,7 @@ class StoredLayer(MaskedLayer):
                     for row, own, ladder in zip(keep, levels, ladders, strict=True)
                 ]
             ),
-            None if surrogates is None else _stored_surrogates(surrogates, ladders, maps, matrix is not None),
+            None if surrogates is None else _stored_surrogates(surrogates, ladders, maps, codes is not None),
         )
 
     def get_seq_length(self) -> int:
@@ -172,23 +174,14 @@ def stored_layer(
     asked: Mapping[str, Policy | None],
     surrogates: Surrogates | None = None,
     levels: Mapping[str, Tensor] | None = None,
-    matrix: Tensor | None = None,
+    codes: KeyCodes | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
     ladders = [ladder_of(asked[name]) for name in names]
     if not any(ladders):
         return MaskedLayer(keys, values, keep, surrogates)
     own = [(levels or {}).get(name) for name in names]
-    return StoredLayer(keys, values, keep, ladders, own, surrogates, matrix)
-
-
-def maps_of(keys: Tensor, values: Tensor, matrix: Tensor | None) -> PackedMaps:
-    """What takes keys and values ``[1, H_kv, n, D]`` to code space, their own means taken out."""
-    centres = centre_of(keys), centre_of(values)
-    plain = PackedMaps.rotated(*centres, keys.dtype)
-    if matrix is None:
-        return plain
-    return PackedMaps.of(centres[0], matrix[None], centres[1], plain.value_matrix, keys.dtype)
+    return StoredLayer(keys, values, keep, ladders, own, surrogates, codes)
 
 
 def _stored(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool) -> Pair:

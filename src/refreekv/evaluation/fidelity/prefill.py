@@ -19,6 +19,7 @@ from refreekv import policies
 from refreekv.engines.transformers.accounting import entry_bytes
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.engines.transformers.prompt import PromptState
@@ -101,7 +102,8 @@ class SharedPrefill:
                 self._cache.layers[index] = _CapturingLayer(index, layer.ordinal, self._cache.state, plans)
         if any(policy is not None and policy.reads_copy_scores for policy in asked.values()):
             self._cache.state.copy_scores = copy_scores(model)
-        self._matrices = getattr(model, "key_matrices", None)
+        coded = any(ladder_of(policy) is not None for policy in asked.values())
+        self._codes = key_codes(model) if coded else None
         self.logits = forward(model, [list(context)], self._cache, start=0, keep=1)[0, -1].clone()
         for layer in self._cache.layers:
             if type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
@@ -154,7 +156,7 @@ class SharedPrefill:
                     self._asked,
                     self._choice.surrogates_of(layer.ordinal, names),
                     self._choice.levels[layer.ordinal],
-                    None if self._matrices is None else self._matrices[layer.ordinal],
+                    None if self._codes is None else self._codes[layer.ordinal],
                 )
             else:
                 cache.layers[index] = _copied(layer, rows=len(names))
@@ -180,7 +182,7 @@ class SharedPrefill:
                 surrogates = self._choice.surrogates[layer.ordinal].get(name)
                 if surrogates is not None:
                     counts[:, min(1, counts.shape[1] - 1)] += surrogates.real.sum(-1)[0]
-                forms = [] if ladder is None else [rung.form(sizes) for rung in ladder.rungs]
+                forms = () if ladder is None else ladder.forms(sizes, sorted_keys=self._codes is not None)
                 held += kept_bytes(counts.tolist(), sizes, keys.element_size(), forms)
             else:
                 full += (other := _held(layer))
