@@ -41,7 +41,7 @@ class Uneven(Policy):
         scores[..., -2:] = torch.inf
         rank = scores.argsort(-1, descending=True).argsort(-1)
         counts = torch.tensor([max(2, int(n * self.share / (head + 1))) for head in range(kv_heads)])
-        return Selection(rank < counts[:, None])
+        return Selection(rank < counts[:, None], levels=(rank % 4).to(torch.uint8))
 
 
 POLICIES = {

@@ -77,16 +77,24 @@ def ladder_of(policy: Policy | None) -> Ladder | None:
 
 
 def kept_bytes(
-    rungs: Sequence[Sequence[int]], sizes: tuple[int, int], itemsize: int, forms: Sequence[PackedFormat]
+    rungs: Sequence[Sequence[int]],
+    sizes: tuple[int, int],
+    itemsize: int,
+    forms: Sequence[PackedFormat],
+    *,
+    leveled: bool = False,
 ) -> int:
     """Bytes of one layer whose KV heads keep so many entries exact, and then so many in each format.
 
     ``sizes`` are the elements of a key and of a value, ``itemsize`` the bytes of each in the model. The means of
-    each head are float32, as they are and in code space.
+    each head are float32, as they are and in code space. ``leveled``: two bits say of each coded entry which format
+    it is in.
     """
     sizes_of = [itemsize * sum(sizes), *(form.entry_bytes for form in forms)]
     means = 8 * sum(sizes) if forms else 0
-    return sum(sum(map(operator.mul, head, sizes_of)) + means for head in rungs)
+    told = sum(-(-sum(head[1:]) // 4) for head in rungs) if leveled else 0
+    held: int = sum(sum(map(operator.mul, head, sizes_of)) + means for head in rungs)
+    return held + told
 
 
 def rung_counts(keep: Tensor, levels: Tensor | None, ladder: Ladder | None) -> Tensor:
@@ -111,7 +119,7 @@ def coded(keep: Tensor, ladder: Ladder | None) -> Tensor:
 def _at(levels: Tensor | None, rung: int, keep: Tensor, ladder: Ladder) -> Tensor:
     if levels is None:
         return torch.full_like(keep, rung == ladder.generated)
-    return levels == rung
+    return levels.clamp_max(len(ladder.rungs) - 1) == rung
 
 
 class StoredLayer(MaskedLayer):

@@ -183,7 +183,9 @@ class SharedPrefill:
                 if surrogates is not None:
                     counts[:, min(1, counts.shape[1] - 1)] += surrogates.real.sum(-1)[0]
                 forms = () if ladder is None else ladder.forms(sizes, sorted_keys=self._codes is not None)
-                held += kept_bytes(counts.tolist(), sizes, keys.element_size(), forms)
+                held += kept_bytes(
+                    counts.tolist(), sizes, keys.element_size(), forms, leveled=levels is not None and len(forms) > 1
+                )
             else:
                 full += (other := _held(layer))
                 held += other
