@@ -14,7 +14,7 @@ from typing import Any
 
 from refreekv.evaluation import results as store
 from refreekv.evaluation import sweeps, tables
-from refreekv.evaluation.fidelity.formats import format_of, kept_bytes, parse
+from refreekv.evaluation.fidelity.formats import kept_bytes, ladder_of, parse
 from refreekv.evaluation.records import FidelityRecord
 
 HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64), "qwen2.5-coder-1.5b": (128, 128), "gemma-3-270m": (256, 256)}
@@ -22,12 +22,16 @@ HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64), "qwen2.5-coder-1.5b": (128, 128
 
 def share(record: FidelityRecord, sizes: tuple[int, int]) -> float:
     """Bytes of a sample's prompt, as a share of a full cache's in 16 bits."""
-    number = None if record.policy == sweeps.FULL else format_of(parse(record.policy))
+    ladder = None if record.policy == sweeps.FULL else ladder_of(parse(record.policy))
     assert record.kept_heads is not None
+    if ladder is not None and len(ladder.rungs) > 1:
+        raise ValueError(f"{record.policy}: records do not say how many entries are in which of several formats")
+    forms = () if ladder is None else ladder.forms(sizes)
     held = full = 0
     for layer in record.kept_heads:
         counts = [round(kept * record.prompt_tokens) for kept in layer]
-        held += kept_bytes(counts, len(counts), sizes, 2, number)
+        coded = [0 if ladder is None else ladder.coded(n) for n in counts]
+        held += kept_bytes([[n - c, c][: 1 + len(forms)] for n, c in zip(counts, coded, strict=True)], sizes, 2, forms)
         full += len(counts) * record.prompt_tokens * sum(sizes) * 2
     return held / full
 

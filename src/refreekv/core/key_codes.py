@@ -87,6 +87,20 @@ class KeyCodes:
         matrix: Tensor = blocks / self.spread.double()[..., None] @ (chosen * self.weight.double()[..., None])
         return matrix
 
+    @property
+    def power(self) -> Tensor:
+        """How much queries look at each quarter of the channels in code space: float32 ``[H_kv, 4]``.
+
+        The sum over its channels of the mean square of scaled queries there, where keys have a variance of 1; as if
+        queries' channels did not go together.
+        """
+        squares = self.weight.square()
+        # Queries are divided by their size, less what was added to it; rotated, a group's channels share what is left.
+        asked = 1 - RIDGE / (1 + RIDGE) * squares.mean(-1, keepdim=True) / squares
+        groups = (part.unflatten(-1, (GROUPS, -1)) for part in (asked, self.spread.square()))
+        power: Tensor = next(groups).mean(-1) * next(groups).sum(-1)  # [H_kv, 4]
+        return power.clamp_min(0)
+
     def maps(self, key_mean: Tensor, value_mean: Tensor, dtype: torch.dtype) -> PackedMaps:
         """Take means ``[B, H_kv, D]`` out of entries in ``dtype``; sort, weight and rotate keys, rotate values.
 
