@@ -128,15 +128,11 @@ class KeyCodes:
     def _made(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]:
         return {}
 
-    def power(self, device: torch.device) -> Tensor:
-        """How much queries look at each group of channels in code space: ``[H_kv, 4]`` float32, see `core.damage`.
-
-        Weighted queries have a mean square of 1 in each channel, and rotation leaves that; dividing keys by their
-        spread multiplies queries by it.
-        """
+    def power_on(self, device: torch.device) -> Tensor:
+        """`power` on a device, where it is taken once."""
         if device not in self._powers:
             with torch.inference_mode(False):
-                self._powers[device] = self.spread.square().unflatten(-1, (GROUPS, -1)).sum(-1).to(device)
+                self._powers[device] = self.power.to(device)
         return self._powers[device]
 
     @functools.cached_property

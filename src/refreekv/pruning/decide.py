@@ -207,7 +207,7 @@ def decide(
     if ladder is not None:
         sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device
         forms = ladder.forms(sizes, sorted_keys=codes is not None)
-        view = replace(view, forms=forms, key_power=None if codes is None else codes.power(device)[None])
+        view = replace(view, forms=forms, key_power=None if codes is None else codes.power_on(device)[None])
     selection = select(policy, view)
     if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
         widest = 0 if ladder is None else len(ladder.rungs) - 1
