@@ -62,6 +62,9 @@ class LayerReport:
         One for each row of the batch.
     bytes_before, bytes_after : int
         K/V bytes of a full cache and of this one, now.
+    formats : dict
+        Number formats to the entries that are stored in them, over all rows and KV heads; ``"exact"`` are those in
+        the model's own. Empty where nothing is coded.
     """
 
     index: int
@@ -69,6 +72,7 @@ class LayerReport:
     rows: tuple[RowReport, ...]
     bytes_before: int
     bytes_after: int
+    formats: dict[str, int] = field(default_factory=dict)
 
     @property
     def budget(self) -> float:
@@ -123,6 +127,15 @@ class CompressionReport:
         return {name: _mean(row.get(name, 0.0) for row in rows) for name in names}
 
     @property
+    def formats(self) -> dict[str, float]:
+        """Number formats to the share of stored entries that are in them; empty where nothing is coded."""
+        counts: dict[str, int] = {}
+        for layer in self.prunable:
+            for name, count in layer.formats.items():
+                counts[name] = counts.get(name, 0) + count
+        return {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
+
+    @property
     def has_cuts(self) -> bool:
         """Whether what some layer dropped is one range."""
         return any(row.cut is not None for layer in self.prunable for row in layer.rows[:1])
@@ -159,6 +172,7 @@ class CompressionReport:
             "index_bytes": self.index_bytes,
             "padded_bytes": self.padded_bytes,
             "reasons": self.reasons,
+            "formats": self.formats,
             "layers": [
                 {
                     **asdict(layer),
@@ -185,6 +199,9 @@ class CompressionReport:
         if self.reasons:
             why = ", ".join(f"{name} {share:.1%}" for name, share in self.reasons.items())
             lines.append(f"  kept for: {why} (an entry may have several reasons)")
+        if self.formats:
+            how = ", ".join(f"{name} {share:.1%}" for name, share in self.formats.items())
+            lines.append(f"  stored as: {how}")
         lines += [
             f"  layer {layer.index:3d}  {bar(layer.budget)} {layer.budget:6.1%}"
             f"  {format_bytes(layer.bytes_before)} -> {format_bytes(layer.bytes_after)}"

@@ -25,7 +25,7 @@ def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
         )
         for record, held in zip(layer.records, _row_bytes(layer), strict=False)
     )
-    return LayerReport(index, kind, rows, bytes_before=layer.batch * full, bytes_after=_held_bytes(layer))
+    return LayerReport(index, kind, rows, layer.batch * full, _held_bytes(layer), _formats(layer))
 
 
 def entry_bytes(layer: ReFreeKVLayer) -> int:
@@ -54,6 +54,14 @@ def index_bytes(layer: ReFreeKVLayer) -> int:
     table = sum(arena.table.nbytes for arena in arenas)
     # Rows copied for beam search share one index.
     return layer.padding_bytes + table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _formats(layer: ReFreeKVLayer) -> dict[str, int]:
+    """Number formats to the entries that are stored in them; empty where nothing is coded."""
+    if layer.ragged is None or layer.ragged.coding is None or layer.ladder is None:
+        return {}
+    names = ["exact", *(rung.kind for rung in layer.ladder.rungs)]
+    return {name: sum(map(sum, arena.lengths)) for name, arena in zip(names, layer.ragged.tables, strict=True)}
 
 
 def _row_bytes(layer: ReFreeKVLayer) -> list[int]:
