@@ -185,10 +185,11 @@ class Side:
         steps = self.by_channel({width: step(width) for width in WIDTHS}, w)
         offsets = self.by_channel({width: (2**width - 1) / 2 for width in WIDTHS}, w)
         most = self.by_channel({width: 2**width - 1.0 for width in WIDTHS}, w)
-        codes = (w / (size * steps).clamp_min(torch.finfo(w.dtype).tiny) + offsets).round()
-        codes = codes.clamp_min(0).minimum(most)
-        levels = (codes - offsets) * steps
-        factors = (w * levels).sum(-1) / levels.square().sum(-1)
+        # In place where it may be: these are the passes over a prompt that count.
+        codes = (w / (size * steps).clamp_min_(torch.finfo(w.dtype).tiny)).add_(offsets).round_()
+        codes = torch.minimum(codes.clamp_min_(0), most, out=codes)
+        levels = (codes - offsets).mul_(steps)
+        factors = torch.linalg.vecdot(w, levels) / torch.linalg.vecdot(levels, levels)
         return codes.to(torch.uint8), factors.clamp(0, MOST).half()
 
     def pack(self, codes: Tensor) -> Tensor:

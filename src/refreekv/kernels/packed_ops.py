@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.kernels import packed_reference
+from refreekv.kernels import packed_host, packed_reference
 
 
 def formats_of(numbers: Sequence[int]) -> list[PackedFormat]:
@@ -69,7 +69,7 @@ def packed_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """`kernels.packed_attention`."""
-    return packed_reference.packed_attention(
+    return packed_host.packed_attention(
         query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks
     )
 

@@ -31,19 +31,23 @@ def pack(
     """`kernels.pack_lines`."""
     check_pack(keys, values, source, table, form, maps, spans, end, starts)
     kv_heads = maps.key_mean.shape[1]
-    for segment in range(len(table)):
+    firsts = [0] * len(table) if starts is None else starts.tolist()
+    coded = []
+    for segment, (first, length) in enumerate(zip(firsts, table[:, LENGTH].tolist(), strict=True)):
         row, head = divmod(segment, kv_heads)
-        first = 0 if starts is None else int(starts[segment])
-        position = _chosen(spans, segment, int(table[segment, LENGTH]) - first, end)
+        position = _chosen(spans, segment, length - first, end)
         if source is None:
             some = keys[row, head][position], values[row, head][position]
         else:
             stored = entries(source, segment, (form.key_size, form.value_size), (keys.dtype, values.dtype))
             some = stored[0][position], stored[1][position]
-        coded = to_code_space(*some, maps, segment, kv_heads)
-        into = lines_of(table, segment, form)
-        for there, new in zip(into, form.pack(*coded), strict=True):
-            there[first : first + len(position)] = new
+        coded.append(to_code_space(*some, maps, segment, kv_heads))
+    # Each entry codes alone: so all of them at once.
+    counts = [len(part) for part, _ in coded]
+    packed = form.pack(torch.cat([part for part, _ in coded]), torch.cat([part for _, part in coded]))
+    for segment, (first, *new) in enumerate(zip(firsts, *(part.split(counts) for part in packed), strict=True)):
+        for there, own in zip(lines_of(table, segment, form), new, strict=True):
+            there[first : first + len(own)] = own
 
 
 def check_pack(

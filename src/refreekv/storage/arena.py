@@ -126,6 +126,11 @@ class KVArena(KVStorage):
         return self._lengths
 
     @property
+    def batch(self) -> int:
+        """Rows. Does not wait for lengths, either."""
+        return len(self._growth)
+
+    @property
     def kv_heads(self) -> int:
         """KV heads of each row. Does not wait for lengths: it is asked for at each token."""
         return len(self._lengths[0])

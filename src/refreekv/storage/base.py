@@ -38,6 +38,11 @@ class KVStorage(ABC):
     # -- what it holds ----------------------------------------------------------------------
 
     @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    @property
     def kv_heads(self) -> int:
         """KV heads of each row."""
         return len(self.lengths[0])

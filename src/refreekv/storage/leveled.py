@@ -160,6 +160,11 @@ class LeveledKV(KVStorage):
         return _sums([arena.lengths for arena in self.tables])
 
     @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.exact.batch
+
+    @property
     def kv_heads(self) -> int:
         """KV heads of each row."""
         return self.exact.kv_heads

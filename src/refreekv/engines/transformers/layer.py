@@ -143,7 +143,7 @@ class ReFreeKVLayer(DynamicLayer):
                 self.ladder = None
             return
         if self.ragged is not None:
-            stored = (len(self.ragged.lengths), self.ragged.kv_heads, *self.ragged.sizes)
+            stored = (self.ragged.batch, self.ragged.kv_heads, *self.ragged.sizes)
         else:
             held, others = self.dense
             stored = (held.shape[0], held.shape[1], held.shape[3], others.shape[3])
@@ -518,7 +518,7 @@ class ReFreeKVLayer(DynamicLayer):
     def batch(self) -> int:
         """Rows that the layer holds."""
         if self.ragged is not None:
-            return len(self.ragged.lengths)
+            return self.ragged.batch
         return self.dense[0].shape[0] if self._length else 0
 
     @property
