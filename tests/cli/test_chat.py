@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import refreekv
 from helpers.command_line import DIALOGUE, assert_refused, runner, save_chat_model, words
 from refreekv.cli import loading
-from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError
 from refreekv.cli.chatting import printable, stop_on_interrupt
 from refreekv.cli.conversation import Conversation, MessageError, Sampling
+from refreekv.serving.answering import Listener
 
 FULL = refreekv.policies.create("full")
 ADAPTIVE = refreekv.policies.create(
