@@ -1,5 +1,6 @@
 """``refreekv serve --engine transformers``: a model, its worker and the server, from the options."""
 
+import contextlib
 import importlib.util
 import socket
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def serve(model: str, options: ServeOptions) -> None:
 def _run(server: object, listening: socket.socket) -> None:
     from refreekv.cli.loading import quiet_transformers
 
-    with quiet_transformers():
+    # Ctrl-C ends the server, and then comes here once more.
+    with quiet_transformers(), contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])  # type: ignore[attr-defined]
 
 
