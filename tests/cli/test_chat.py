@@ -351,7 +351,7 @@ def test_a_message_that_does_not_fit_is_one_line_and_the_chat_goes_on(chat, tmp_
     [
         (("--policy", "refrekv"), "did you mean 'refreekv'?"),
         (("--kv-dtype", "int9"), "int9"),
-        (("--weights", "int3"), "--weights must be one of auto, int8, int4, packed; got 'int3'"),
+        (("--weights", "int3"), "--weights must be one of auto, int8, int4, packed, unpacked; got 'int3'"),
         (("--weights", "packed"), "--weights packed is for .gguf files"),
         (("--device-map", "everywhere"), "--device-map must be one of auto"),
         (("--device-map", "auto", "--device", "cpu"), "--device and --device-map exclude each other"),

@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits, through the libraries that people use for it."""
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refreekv.cli.app import UserError
@@ -8,7 +9,8 @@ from refreekv.cli.app import UserError
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = ("auto", "int8", "int4", "packed")
+WEIGHTS = ("auto", "int8", "int4", "packed", "unpacked")
+GGUF_ONLY = ("packed", "unpacked")
 INSTALL = "pip install 'refreekv[quant]'"
 
 
@@ -18,11 +20,11 @@ def check(weights: str, gguf: str | None) -> None:
         raise UserError(f"--weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     if gguf and weights in ("int8", "int4"):
         raise UserError(
-            f"{gguf} is quantised already; leave --weights out to unpack it, or give --weights packed to keep its "
-            "weights as they are where transformers can compute with them"
+            f"{gguf} is quantised already; leave --weights out to keep its weights as they are where transformers can "
+            "compute with them"
         )
-    if weights == "packed" and not gguf:
-        raise UserError("--weights packed is for .gguf files; use int8 or int4")
+    if weights in GGUF_ONLY and not gguf:
+        raise UserError(f"--weights {weights} is for .gguf files; use int8 or int4")
 
 
 def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any:
@@ -69,6 +71,61 @@ def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any
         bnb_4bit_compute_dtype=dtype or torch.bfloat16,
         llm_int8_enable_fp32_cpu_offload=True,
     )
+
+
+def gguf_config(weights: str) -> Any:
+    """What `from_pretrained` is told of a .gguf file's weights; None where the release of transformers knows no choice.
+
+    transformers keeps weights in their blocks for a few architectures, and with kernels that it fetches through the
+    package ``kernels``; in all other cases it unpacks them, whatever it is told.
+    """
+    config = _gguf_config_class()
+    return None if config is None else config(dequantize=weights == "unpacked")
+
+
+def _gguf_config_class() -> Any:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before 5.17
+        return None
+    return GgufConfig
+
+
+def packed_modules(model: Any) -> int:
+    """How many modules of a model compute with a .gguf file's blocks as they are."""
+    return sum(hasattr(module, "ggml_type") or hasattr(module, "gate_up_type") for module in model.modules())
+
+
+def packing(model: Any, path: Path, weights: str) -> str:
+    """One sentence on what became of a .gguf file's weights, with bytes; why they were unpacked, if they were."""
+    from refreekv.report import format_bytes
+
+    before, now = path.stat().st_size, weight_bytes(model)
+    sizes = f"{format_bytes(now)} in memory, {format_bytes(before)} in the file"
+    if packed := packed_modules(model):
+        return f"{path.name}: weights stay packed in {packed} modules ({sizes})"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{path.name}: weights are unpacked to {dtype} ({sizes}); {_why_unpacked(model, weights)}"
+
+
+def _why_unpacked(model: Any, weights: str) -> str:
+    import transformers
+
+    if weights == "unpacked":
+        return "as --weights says"
+    release, kind = f"transformers {transformers.__version__}", model.config.get_text_config(decoder=True).model_type
+    if _gguf_config_class() is None:
+        return f"{release} knows no packed ones"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "supported", True):
+        return f"{release} keeps none of {kind} packed"
+    from transformers.utils import import_utils
+
+    if not getattr(import_utils, "is_kernels_available", lambda: False)():
+        least, most = (getattr(import_utils, f"KERNELS_{end}_VERSION", "") for end in ("MIN", "MAX"))
+        bounds = ",".join(filter(None, [f">={least}" if least else "", f"<{most}" if most else ""]))
+        return f"packed ones need: pip install 'kernels{bounds}'"
+    return f"{release} found no kernels for {model.device.type} that compute with them"
 
 
 def weight_bytes(model: Any) -> int:
