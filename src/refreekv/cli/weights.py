@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refreekv.cli.app import UserError
+from refreekv.cli.app import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,8 @@ def check(weights: str, gguf: str | None) -> None:
         raise UserError(f"--weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     if gguf and weights in ("int8", "int4"):
         raise UserError(
-            f"{gguf} is quantised already; leave --weights out to keep its weights as they are where transformers can "
-            "compute with them"
+            f"{gguf} is quantised already: leave --weights out, or give --weights packed to keep its weights as "
+            "they are"
         )
     if weights in GGUF_ONLY and not gguf:
         raise UserError(f"--weights {weights} is for .gguf files; use int8 or int4")
@@ -73,6 +73,26 @@ def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any
     )
 
 
+def packed_model(path: Path, weights: str, device: "torch.device", dtype: Any) -> Any:
+    """A .gguf file's model with its weights as they are, or why transformers is to load it, as a text.
+
+    It is on CPUs, unless the user wishes otherwise, and for files that cannot be read that way.
+    """
+    from refreekv import kernels
+    from refreekv.engines.transformers import packed_weights
+
+    if weights == "unpacked":
+        return "as --weights says"
+    if weights == "auto" and device.type == "cpu":
+        return "on a CPU that is quicker; --weights packed keeps them as they are"
+    if weights == "auto" and not kernels.available():
+        return f"no kernels for packed ones run on this {device.type}; --weights packed does without"
+    try:
+        return packed_weights.load(path, device=device, dtype=dtype)
+    except packed_weights.UnpackableError as reason:
+        return one_line(reason)
+
+
 def gguf_config(weights: str) -> Any:
     """What `from_pretrained` is told of a .gguf file's weights; None where the release of transformers knows no choice.
 
@@ -93,11 +113,14 @@ def _gguf_config_class() -> Any:
 
 def packed_modules(model: Any) -> int:
     """How many modules of a model compute with a .gguf file's blocks as they are."""
-    return sum(hasattr(module, "ggml_type") or hasattr(module, "gate_up_type") for module in model.modules())
+    from refreekv.engines.transformers.packed_weights import is_packed
+
+    names = ("ggml_type", "gate_up_type")  # of transformers' modules
+    return sum(is_packed(module) or any(hasattr(module, name) for name in names) for module in model.modules())
 
 
-def packing(model: Any, path: Path, weights: str) -> str:
-    """One sentence on what became of a .gguf file's weights, with bytes; why they were unpacked, if they were."""
+def packing(model: Any, path: Path, why: str) -> str:
+    """One sentence on what became of a .gguf file's weights, with bytes; ``why`` they were unpacked, if they were."""
     from refreekv.report import format_bytes
 
     before, now = path.stat().st_size, weight_bytes(model)
@@ -105,27 +128,7 @@ def packing(model: Any, path: Path, weights: str) -> str:
     if packed := packed_modules(model):
         return f"{path.name}: weights stay packed in {packed} modules ({sizes})"
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{path.name}: weights are unpacked to {dtype} ({sizes}); {_why_unpacked(model, weights)}"
-
-
-def _why_unpacked(model: Any, weights: str) -> str:
-    import transformers
-
-    if weights == "unpacked":
-        return "as --weights says"
-    release, kind = f"transformers {transformers.__version__}", model.config.get_text_config(decoder=True).model_type
-    if _gguf_config_class() is None:
-        return f"{release} knows no packed ones"
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not getattr(quantizer, "supported", True):
-        return f"{release} keeps none of {kind} packed"
-    from transformers.utils import import_utils
-
-    if not getattr(import_utils, "is_kernels_available", lambda: False)():
-        least, most = (getattr(import_utils, f"KERNELS_{end}_VERSION", "") for end in ("MIN", "MAX"))
-        bounds = ",".join(filter(None, [f">={least}" if least else "", f"<{most}" if most else ""]))
-        return f"packed ones need: pip install 'kernels{bounds}'"
-    return f"{release} found no kernels for {model.device.type} that compute with them"
+    return f"{path.name}: weights are unpacked to {dtype} ({sizes}): {why}"
 
 
 def weight_bytes(model: Any) -> int:

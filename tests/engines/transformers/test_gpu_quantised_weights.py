@@ -165,14 +165,40 @@ def test_digesting_packed_weights_takes_little_memory(folder):
     assert torch.cuda.max_memory_allocated() - held < 16 * 2**20
 
 
-def test_gguf_blocks_of_transformers(tmp_path):
-    """Its kernels come from the hub, for a few architectures."""
-    needs("kernels", "gguf")
-    from transformers.utils.import_utils import is_kernels_available
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0", "Q4_1"])
+def test_blocks_of_gguf_files(kind, tmp_path, monkeypatch, caplog):
+    needs("gguf", "accelerate")
+    from helpers.gguf_files import write_model
+    from refreekv.cli import weights
 
-    if not is_kernels_available():
-        pytest.skip("needs a release of kernels that this transformers takes")
-    pytest.skip("needs a .gguf file of an architecture that transformers keeps packed (Qwen3.5, LFM2), and its kernels")
+    made = []
+    original = graph.Step.__init__
+    monkeypatch.setattr(graph.Step, "__init__", lambda self, *args: made.append(self) or original(self, *args))
+    path = write_model(
+        tmp_path / "a.gguf", kind, hidden=1024, inner=2048, heads=16, kv_heads=4, layers=4, vocabulary=128
+    )
+    model = weights.packed_model(path, "auto", torch.device("cuda"), torch.bfloat16)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    assert weights.weight_bytes(model) <= 1.1 * path.stat().st_size
+    with caplog.at_level(logging.WARNING, "refreekv"):
+        eager, slow = answer(model, "eager")
+        answer(model, "graph")
+        captured, quick = answer(model, "graph")
+    print(f"{kind}: eager {slow:.3f} s, captured {quick:.3f} s")
+    assert not caplog.records
+    assert len([step for step in made if getattr(step, "_graph", None) is not None]) == 1
+    same = int((eager.sequences == captured.sequences)[0, LENGTH:].long().cumprod(0).sum())
+    for one, other in list(zip(eager.logits, captured.logits, strict=True))[: same + 1]:
+        assert torch.isfinite(other).all()
+        assert (one - other).norm() <= 5e-2 * one.norm()
+    # And as on the CPU, where weights are unpacked by plain code.
+    judge = weights.packed_model(path, "packed", torch.device("cpu"), torch.float32)
+    ids, _ = prompts((40,), seed=3)
+    with torch.no_grad():
+        want, got = judge(ids).logits, model(ids.cuda()).logits.cpu().float()
+        one = torch.stack([model(ids[:, :1].cuda()).logits.cpu().float(), judge(ids[:, :1]).logits])
+    assert (got - want).norm() <= 5e-2 * want.norm()
+    assert (one[0] - one[1]).norm() <= 5e-2 * one[1].norm()
 
 
 def test_compressed_tensors_are_unpacked_by_their_library_and_then_captured(folder, tmp_path, monkeypatch, caplog):

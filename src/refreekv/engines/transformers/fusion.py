@@ -148,10 +148,10 @@ def _same(module: nn.Module, make: Maker, rows: int, like: Tensor) -> bool:
 
 def _input(part: nn.Module, rows: int, like: Tensor) -> Tensor:
     """Random input of a module, the same for modules of one input size: joint stand-ins look at that."""
+    if children := _linears(part):
+        return _random(like, rows, 1, children[0].in_features)
     parameter = next(part.parameters())
-    if parameter.dim() == 1 or _plain(part):
-        return _random(parameter, rows, 1, parameter.shape[-1])
-    return _random(like, rows, 1, _linears(part)[0].in_features)
+    return _random(parameter, rows, 1, parameter.shape[-1])
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:

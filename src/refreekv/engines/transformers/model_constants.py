@@ -171,10 +171,9 @@ ROW = 4096
 
 def _row_sums(tensor: Tensor) -> Tensor:
     """One int64 a row of the tensor's bytes: the sum of their words, widest that fit, modulo 2^64."""
-    data = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1).contiguous()
-    if data.numel() == 0:
-        return torch.zeros(0, dtype=torch.int64, device=data.device)
-    data = data.view(torch.uint8)
+    if tensor.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=tensor.device)
+    data = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1).contiguous().view(torch.uint8)
     if data.shape[1] < LEAST and data.numel() > ROW:
         data = data.reshape(-1)
         whole = len(data) // ROW * ROW
