@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from refreekv.cli.weights import gguf_config
 from refreekv.engines.transformers import packed_weights
 
 
@@ -28,7 +29,8 @@ def load(
     unpacked: dict[str, Any] = {}
     if files:
         place, source["gguf_file"] = str(files[0].parent), files[0].name
-        unpacked["quantization_config"] = GgufConfig(dequantize=True)
+        if (config := gguf_config("unpacked")) is not None:
+            unpacked["quantization_config"] = config
     tokenizer = AutoTokenizer.from_pretrained(place, **source)
     if packed:
         model = packed_weights.load(files[0], device=torch.device(device), dtype=getattr(torch, dtype))

@@ -154,3 +154,24 @@ def test_the_table_is_that_of_the_issue():
         for kind in one_gpu.KINDS:
             planned = one_gpu.forecast(row, kind, 8000, settings)
             assert planned.rows[-1].longest_context > 4000
+
+
+def test_the_page(tmp_path, capsys):
+    import one_gpu_page
+
+    out = tmp_path / "rows.jsonl"
+    main(["--device", "cpu", "--rows", "tiny:bf16:1GB", "--at", "100", "--out", str(out)])
+    capsys.readouterr()
+    one_gpu_page.main(["--kv", "int4", str(out)])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    # Weights in 16 bits take 15 GiB, and 70 billion of them in 4 bits 40.
+    (plain,) = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
+    assert plain[1:3] == ["–", "–"]
+    assert plain[4].count("\\|") == 1
+    lengths = [int(part.strip(" |\\").replace(",", "")) for part in plain[4].split("\\|")]
+    made = one_gpu_page.planned("llama-3-8b", "bf16", 24 * 2**30, policy="adaptive", kv="int4")
+    longest_of = [min(made.rows[place].longest_context, one_gpu_page.LONGEST) for place in (0, -1)]
+    assert lengths == [length - one_gpu_page.OUTPUT for length in longest_of]
+    assert sum(row.startswith("| tiny |") for row in rows) == 2
+    assert "CPU, counted and not measured" in text
