@@ -139,8 +139,7 @@ def test_windows_are_not_cropped():
 @pytest.mark.parametrize("kv_dtype", [None, "int8:recent=8"])
 def test_past_the_limit_the_least_recently_used_is_in_a_file_and_comes_back(tmp_path, policy, kv_dtype):
     llama = build("llama", attention="sdpa", head_dim=16)
-    stored = refreekv.KVDtype.parse(kv_dtype)
-    held = kept(llama, policy, kv_dtype=stored, folder=tmp_path)
+    held = kept(llama, policy, kv_dtype=kv_dtype, folder=tmp_path)
     talks, wanted = [], []
     for seed in range(3):
         cache = held.new_cache()

@@ -19,7 +19,7 @@ class ServeOptions:
     """What a local server is told, as it was written."""
 
     policy: str
-    kv_dtype: str | None = None
+    kv_dtype: str = "auto"
     weights: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -124,15 +124,15 @@ def _key(options: ServeOptions) -> str | None:
 
 
 def _application(loaded: Loaded, options: ServeOptions, sizes: _Sizes, key: str | None, *, local: bool) -> object:
-    import refreekv
+    from refreekv.cli import running
     from refreekv.cli.weights import weight_bytes
     from refreekv.serving.application import Access, create
     from refreekv.serving.conversations import Conversations
     from refreekv.serving.templates import TemplateRefusal
     from refreekv.serving.worker import Worker, memory_for_caches
 
+    policy, kv_dtype = running.parse(options.policy, options.kv_dtype, 1)
     with refusals():
-        policy, kv_dtype = refreekv.policies.parse(options.policy), refreekv.KVDtype.parse(options.kv_dtype)
         limits = [limit for limit in (loaded.context, sizes.context) if limit is not None]
         conversations = Conversations(
             loaded.model,
@@ -159,11 +159,14 @@ def _application(loaded: Loaded, options: ServeOptions, sizes: _Sizes, key: str 
 
 
 def _greeting(loaded: Loaded, options: ServeOptions, where: str) -> list[str]:
+    from refreekv.cli import running
     from refreekv.cli.weights import weight_bytes
+    from refreekv.policies.base import ladder_for
     from refreekv.report import format_bytes
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    stored = f", stored in {options.kv_dtype}" if options.kv_dtype else ""
+    formats = ladder_for(*running.parse(options.policy, options.kv_dtype, 1))
+    stored = f", stored in {formats}" if formats else ""
     return [
         f"{options.served_model_name or loaded.name}, {dtype} on {loaded.device}, weights "
         f"{format_bytes(weight_bytes(loaded.model))}; {options.policy}{stored}",

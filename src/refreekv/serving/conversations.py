@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refreekv.core.quantisation import KVDtype
 from refreekv.engines.transformers import ReFreeKVCache
 from refreekv.policies import Policy
 from refreekv.serving.answering import length_of
@@ -65,8 +64,8 @@ class Conversations:
         What the caches are for.
     policy : Policy
         Decides on what they keep.
-    kv_dtype : KVDtype, optional
-        How they store it.
+    kv_dtype : str, optional
+        How they store it, as for `compress`.
     memory_limit : int
         Bytes of caches in memory that no request is using.
     disk_limit : int
@@ -81,7 +80,7 @@ class Conversations:
         model: Any,
         policy: Policy,
         *,
-        kv_dtype: KVDtype | None = None,
+        kv_dtype: str | None = "auto",
         memory_limit: int,
         disk_limit: int = 0,
         folder: str | os.PathLike[str] | None = None,

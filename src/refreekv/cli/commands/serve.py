@@ -67,7 +67,7 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", metavar="NAME", help="What clients call the model.")
     ] = None,
-    kv_dtype: options.KVDtypeOption = None,
+    kv_dtype: options.KVDtypeOption = "auto",
     weights: options.WeightsOption = "auto",
     device: options.DeviceOption = "auto",
     device_map: options.DeviceMapOption = None,
