@@ -78,7 +78,7 @@ class NumberTokenizer:
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """Model, tokenizer and name."""
     if not arguments.random:
-        return checkpoints.load(arguments.model, arguments.device, arguments.dtype)
+        return checkpoints.load(arguments.model, arguments.device, arguments.dtype, packed=arguments.packed)
     config = LlamaConfig(**SHAPES[arguments.random], max_position_embeddings=32768, tie_word_embeddings=True)
     config.eos_token_id = None
     torch.manual_seed(arguments.seed)
@@ -172,6 +172,7 @@ def main() -> None:
     """Parse the arguments, measure, print and maybe write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a folder or a hub id")
+    parser.add_argument("--packed", action="store_true", help="keep the weights of a .gguf file as they are")
     parser.add_argument("--random", choices=SHAPES, help="random weights of this shape instead")
     parser.add_argument("--text-tokens", type=int, default=runner.MAX_TOKENS, help="longest random prompt")
     parser.add_argument("--data-dir", type=Path)

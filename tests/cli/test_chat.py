@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import refreekv
 from helpers.command_line import DIALOGUE, assert_refused, runner, save_chat_model, words
 from refreekv.cli import loading
-from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError
 from refreekv.cli.chatting import printable, stop_on_interrupt
 from refreekv.cli.conversation import Conversation, MessageError, Sampling
+from refreekv.serving.answering import Listener
 
 FULL = refreekv.policies.create("full")
 ADAPTIVE = refreekv.policies.create(
@@ -351,7 +351,7 @@ def test_a_message_that_does_not_fit_is_one_line_and_the_chat_goes_on(chat, tmp_
     [
         (("--policy", "refrekv"), "did you mean 'refreekv'?"),
         (("--kv-dtype", "int9"), "int9"),
-        (("--weights", "int3"), "--weights must be one of auto, int8, int4, packed; got 'int3'"),
+        (("--weights", "int3"), "--weights must be one of auto, int8, int4, packed, unpacked; got 'int3'"),
         (("--weights", "packed"), "--weights packed is for .gguf files"),
         (("--device-map", "everywhere"), "--device-map must be one of auto"),
         (("--device-map", "auto", "--device", "cpu"), "--device and --device-map exclude each other"),

@@ -17,8 +17,8 @@ from helpers.command_line import PROMPT, assert_refused, runner, save_llama
 from helpers.driving import POLICIES
 from helpers.models import prompts
 from refreekv import ReFreeKVCache
-from refreekv.cli.detokenizing import Detokenizer, token_texts
 from refreekv.evaluation.inspect.inspection import Inspection, encode_positions
+from refreekv.serving.detokenizing import Detokenizer, token_texts
 
 pytest.importorskip("jinja2")
 

@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.kernels import shared_memory
+from refreekv.core.weight_blocks import FORMATS, from_file
+from refreekv.kernels import block_products, shared_memory
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -92,6 +93,14 @@ def packed(dtype, heads, head_size, layout):
     launch_pack(entries, entries, None, table, form, maps, spans, 100, 100, None)
 
 
+def in_blocks(dtype, rows, name):
+    """A product with weights as a .gguf file has them, and unpacking them."""
+    stored = FORMATS[name]
+    blocks = from_file(torch.zeros(64, 1024 // stored.weights * stored.bytes, dtype=torch.uint8), name)
+    block_products.product(torch.zeros(rows, 1024, dtype=dtype), blocks, torch.zeros(64, dtype=dtype))
+    block_products.unpack(blocks, dtype)
+
+
 CASES = [
     (stand_ins, torch.float32, 6, 128),  # Qwen2.5-1.5B: did not fit an H100
     (stand_ins, torch.bfloat16, 8, 128),
@@ -103,6 +112,8 @@ CASES = [
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),
+    *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
+    (in_blocks, torch.float32, 8, "Q4_K"),
 ]
 
 

@@ -16,10 +16,10 @@ from rich.text import Text
 
 import refreekv
 from refreekv.cli import prompts, views
-from refreekv.cli.answering import Listener
 from refreekv.cli.app import UserError, one_line
 from refreekv.cli.conversation import Conversation, MessageError, Turn
 from refreekv.report import CompressionReport, format_bytes
+from refreekv.serving.answering import Listener
 
 PROMPT = "> "
 NEXT = "\n"  # space before the next message

@@ -1,22 +1,21 @@
 """A conversation over one pruned cache: each message feeds its own tokens only."""
 
 import copy
-import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import refreekv
-from refreekv.cli.answering import Answering, Listener
 from refreekv.cli.app import UserError, one_line
 from refreekv.cli.loading import Loaded, quiet_transformers
 from refreekv.core.quantisation import Ladder
 from refreekv.policies.base import ladder_for
-
-_ANSWER = "\x02refreekv-answer\x03"
-"""Stands for an answer while the text that follows it is looked for."""
+from refreekv.serving import answering, templates
+from refreekv.serving.answering import Answering, Listener, length_of
 
 
 class MessageError(UserError):
@@ -109,7 +108,8 @@ class Conversation:
             raise UserError(f"{loaded.name} has no chat template, so there is no place for a system prompt")
         self.reset()
         self._encode("hello")  # and here a template that does not work
-        self._stop_tokens = self._find_stop_tokens()
+        with self._template():
+            self._stop_tokens = templates.stop_tokens(loaded.model, loaded.tokenizer, self.messages)
 
     @property
     def formats(self) -> Ladder | None:
@@ -165,12 +165,12 @@ class Conversation:
         # Whatever goes wrong below, a cache in an unknown state is not used again.
         cache, self._cache = self._cache or self._new_cache(), None
         self._under_way = cache
-        held = _length(cache)
+        held = length_of(cache)
         begin = time.perf_counter()
         try:
             with torch.inference_mode(), quiet_transformers():
                 if not self._read(cache, prompt, listener):
-                    self._cache = _restored(cache, held)
+                    self._cache = answering.restored(cache, held)
                     raise MessageError("stopped while reading; the message is not part of the conversation")
                 answer = self._generate(cache, prompt, limit, listener)
         except torch.OutOfMemoryError as error:
@@ -195,48 +195,13 @@ class Conversation:
         return turn
 
     def _read(self, cache: refreekv.ReFreeKVCache, prompt: list[int], listener: Listener) -> bool:
-        """Feed all but the last chunk of what is new; False if it was stopped."""
-        from refreekv.engines.transformers.naming import cache_argument
-
-        model: Any = self.loaded.model
-        held = _length(cache)
-        ids = torch.tensor([prompt], device=self.loaded.device)
-        total = len(prompt) - held
-        options = cache_argument(model.forward, cache)
-        limit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        for start in range(held, len(prompt) - self.chunk, self.chunk):
-            listener.on_read(start - held, total)
-            if listener.stopped():
-                return False
-            with cache.prompt_until(len(prompt)):
-                model(ids[:, start : start + self.chunk], use_cache=True, **options, **limit)
-        listener.on_read(total, total)
-        return not listener.stopped()
+        return answering.read(self.loaded.model, cache, prompt, self.loaded.device, self.chunk, listener)
 
     def _generate(self, cache: refreekv.ReFreeKVCache, prompt: list[int], limit: int, listener: Listener) -> Answering:
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        from refreekv.engines.transformers.naming import NAME
-
-        answering = Answering(self.loaded.tokenizer, listener)
-
-        class Stop(StoppingCriteria):
-            def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
-                answering.stopped = answering.stopped or listener.stopped()
-                return torch.full((len(ids),), answering.stopped, device=ids.device)
-
-        model: Any = self.loaded.model
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed + len(self.turns))
-        model.generate(
-            input_ids=torch.tensor([prompt], device=self.loaded.device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.loaded.device),
-            generation_config=self._settings(limit),
-            streamer=answering,
-            stopping_criteria=StoppingCriteriaList([Stop()]),
-            **{NAME: cache},
-        )
-        return answering
+        loaded, settings = self.loaded, self._settings(limit)
+        return answering.generate(loaded.model, loaded.tokenizer, cache, prompt, loaded.device, settings, listener)
 
     def _settings(self, limit: int) -> Any:
         model: Any = self.loaded.model
@@ -266,51 +231,28 @@ class Conversation:
         if not self.has_template:
             # Plain text goes on where the last one ended.
             text = f"\n{message}\n" if self.tokens else message
-            return list(tokenizer(text, add_special_tokens=not self.tokens, verbose=False)["input_ids"])
+            return templates.tokens_of(tokenizer, text, special=not self.tokens)
         if not message.strip():
             return []
         said = {"role": "user", "content": message}
         if not self.tokens:
-            text = self._render([*self.messages, said])
-            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        new = self._after_answer(self.messages[:-1], said)
+            with self._template():
+                return templates.tokens_of(tokenizer, templates.render(tokenizer, [*self.messages, said]))
+        with self._template():
+            new = templates.after_answer(tokenizer, self.messages[:-1], said)
         # An answer that ended by itself brought its end token along.
         return new[1:] if new and new[0] == self.tokens[-1] else new
 
-    def _after_answer(self, before: list[dict[str, str]], said: dict[str, str]) -> list[int]:
-        """What the template writes after an answer: its end, the message, the next answer's beginning."""
-        text = self._render([*before, {"role": "assistant", "content": _ANSWER}, said])
-        _, found, after = text.rpartition(_ANSWER)
-        if not found:
-            raise UserError(f"the chat template of {self.loaded.name} does not show answers, so no message can follow")
-        tokenizer: Any = self.loaded.tokenizer
-        return list(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError  # chat templates need it anyway
-
+    @contextmanager
+    def _template(self) -> Iterator[None]:
+        """Within, what the chat template refuses is told to the user."""
         try:
-            return str(self.loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            what = "system prompt" if self.system and len(messages) == 2 else "conversation"
+            yield
+        except templates.TemplateRefusal as error:
+            what = "system prompt" if self.system and len(self.messages) == 1 else "conversation"
             raise UserError(
                 f"the chat template of {self.loaded.name} does not take this {what}: {one_line(error)}"
             ) from error
-
-    def _find_stop_tokens(self) -> list[int]:
-        """Tokens that end an answer: the model's, and what its template writes behind one."""
-        model: Any = self.loaded.model
-        found = model.generation_config.eos_token_id
-        stop = list(found) if isinstance(found, list | tuple) else [found] if found is not None else []
-        tokenizer: Any = self.loaded.tokenizer
-        if tokenizer.eos_token_id is not None:
-            stop.append(tokenizer.eos_token_id)
-        if self.has_template:
-            said = {"role": "user", "content": "hello"}
-            after = self._after_answer([*self.messages, said], said)
-            if after and after[0] in tokenizer.all_special_ids:
-                stop.append(after[0])
-        return sorted(set(map(int, stop)))
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -320,16 +262,3 @@ class Conversation:
             return refreekv.ReFreeKVCache(self.loaded.model, self.policy, kv_dtype=self.kv_dtype)
         except (ValueError, TypeError) as error:
             raise UserError(one_line(error)) from error
-
-
-def _length(cache: refreekv.ReFreeKVCache) -> int:
-    return cache.get_seq_length(cache.pruned_layers[0].index)
-
-
-def _restored(cache: refreekv.ReFreeKVCache, length: int) -> refreekv.ReFreeKVCache | None:
-    """The cache without what was read of an abandoned message; None if all must be read again."""
-    if length == 0 or len(cache.pruned_layers) < len(cache.layers):
-        return None  # layers with a window do not remember what fell out of it
-    if _length(cache) > length:
-        cache.crop(length - _length(cache))
-    return cache

@@ -122,16 +122,16 @@ def load(
     source : Source or str
         From `find_demo_model`, or what `find` takes.
     dtype : str
-        One of `DTYPES`. ``"auto"`` takes what the checkpoint says. A .gguf file is unpacked
-        and says nothing: float32 on a CPU, where it is much faster than bfloat16 unless the
-        CPU has instructions for that, and bfloat16 elsewhere.
+        One of `DTYPES`. ``"auto"`` takes what the checkpoint says. A .gguf file says nothing: float32 on a CPU,
+        where it is much faster than bfloat16 unless the CPU has instructions for that, and bfloat16 elsewhere.
     device : str
         ``"auto"`` (a GPU where there is one) or anything that `torch.device` reads.
     trust_remote_code : bool
         Whether code that comes with the model may run.
     weights : str
-        ``"auto"``: as the checkpoint has them, .gguf unpacked. ``"int8"`` or ``"int4"``: quantised
-        while they are loaded. ``"packed"``: a .gguf file's stay as they are.
+        ``"auto"``: as the checkpoint has them; those of a .gguf file packed on a GPU, where they can be, and
+        unpacked on a CPU, which is quicker there. ``"int8"`` or ``"int4"``: quantised while they are loaded.
+        ``"packed"``: a .gguf file's stay packed, or the model does not load. ``"unpacked"``: they do not.
     device_map : str or None
         Lets accelerate place the model: ``"auto"`` fills the GPUs and leaves the rest on the CPU.
 
@@ -160,11 +160,16 @@ def load(
         target = _device(device)
         placing = {"dtype": dtype, "weights": weights, "device_map": device_map}
         try:
-            tokenizer, model = _read(source, target, trust_remote_code, **placing)
+            tokenizer, model, why = _read(source, target, trust_remote_code, **placing)
         except UserError:
             raise
         except Exception as error:
             raise UserError(_explain(source, error)) from error
+    if source.gguf:
+        said = quantising.packing(model, Path(source.place) / source.gguf, why)
+        if weights == "packed" and not quantising.packed_modules(model):
+            raise UserError(f"--weights packed cannot be: {said}")
+        stderr_console().print(said, markup=False, highlight=False, soft_wrap=True)
     return Loaded(source.name, model.eval(), tokenizer)
 
 
@@ -176,16 +181,18 @@ def _read(
     dtype: str | None,
     weights: str | None,
     device_map: str | None,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, str]:
+    """Tokenizer, model, and why the weights of a .gguf file are unpacked if they are."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Always said, for unsaid means that transformers asks on the terminal.
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local}
     of_model: dict[str, Any] = {"dtype": dtype}
     if source.gguf:
         common["gguf_file"] = source.gguf
-        of_model["quantization_config"] = GgufConfig(dequantize=weights != "packed")
+        if (packing := quantising.gguf_config(str(weights))) is not None:
+            of_model["quantization_config"] = packing
         if dtype == "auto":
             of_model["dtype"] = "float32" if device.type == "cpu" else "bfloat16"
     else:
@@ -198,8 +205,18 @@ def _read(
         of_model["device_map"] = device_map
     with gguf_read_once() if source.gguf else contextlib.nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(source.place, **common)
+        why = "accelerate places them" if source.gguf else ""
+        if source.gguf and device_map is None:
+            file = Path(source.place) / source.gguf
+            packed = quantising.packed_model(file, str(weights), device, getattr(torch, of_model["dtype"]))
+            if not isinstance(packed, str):
+                return tokenizer, packed, ""
+            why = packed
         model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
-    return tokenizer, model if device_map is not None else model.to(device)
+    if source.gguf and "/" in str(model.config._attn_implementation):
+        # Packed weights bring along an attention function of the hub's; what is measured here is torch's.
+        model.set_attn_implementation("sdpa")
+    return tokenizer, model if device_map is not None else model.to(device), why
 
 
 def _device(text: str) -> "torch.device":

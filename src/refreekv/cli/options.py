@@ -54,9 +54,9 @@ WeightsOption = Annotated[
     str,
     typer.Option(
         "--weights",
-        metavar="auto|int8|int4|packed",
-        help="Quantise the weights while they are loaded (bitsandbytes; int8 on a CPU: torchao). auto: as they are, "
-        ".gguf unpacked; packed: .gguf as it is where transformers can compute with that.",
+        metavar="auto|int8|int4|packed|unpacked",
+        help="int8, int4: quantise the weights while they are loaded (bitsandbytes; int8 on a CPU: torchao). auto: as "
+        "they are; those of a .gguf unpacked on a CPU, where that is quicker. packed, unpacked: for .gguf.",
     ),
 ]
 

@@ -1,14 +1,16 @@
 """Weights in 8 and 4 bits, through the libraries that people use for it."""
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refreekv.cli.app import UserError
+from refreekv.cli.app import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = ("auto", "int8", "int4", "packed")
+WEIGHTS = ("auto", "int8", "int4", "packed", "unpacked")
+GGUF_ONLY = ("packed", "unpacked")
 INSTALL = "pip install 'refreekv[quant]'"
 
 
@@ -18,11 +20,11 @@ def check(weights: str, gguf: str | None) -> None:
         raise UserError(f"--weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     if gguf and weights in ("int8", "int4"):
         raise UserError(
-            f"{gguf} is quantised already; leave --weights out to unpack it, or give --weights packed to keep its "
-            "weights as they are where transformers can compute with them"
+            f"{gguf} is quantised already: leave --weights out, or give --weights packed to keep its weights as "
+            "they are"
         )
-    if weights == "packed" and not gguf:
-        raise UserError("--weights packed is for .gguf files; use int8 or int4")
+    if weights in GGUF_ONLY and not gguf:
+        raise UserError(f"--weights {weights} is for .gguf files; use int8 or int4")
 
 
 def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any:
@@ -69,6 +71,64 @@ def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any
         bnb_4bit_compute_dtype=dtype or torch.bfloat16,
         llm_int8_enable_fp32_cpu_offload=True,
     )
+
+
+def packed_model(path: Path, weights: str, device: "torch.device", dtype: Any) -> Any:
+    """A .gguf file's model with its weights as they are, or why transformers is to load it, as a text.
+
+    It is on CPUs, unless the user wishes otherwise, and for files that cannot be read that way.
+    """
+    from refreekv import kernels
+    from refreekv.engines.transformers import packed_weights
+
+    if weights == "unpacked":
+        return "as --weights says"
+    if weights == "auto" and device.type == "cpu":
+        return "on a CPU that is quicker; --weights packed keeps them as they are"
+    if weights == "auto" and not kernels.available():
+        return f"no kernels for packed ones run on this {device.type}; --weights packed does without"
+    try:
+        return packed_weights.load(path, device=device, dtype=dtype)
+    except packed_weights.UnpackableError as reason:
+        return one_line(reason)
+
+
+def gguf_config(weights: str) -> Any:
+    """What `from_pretrained` is told of a .gguf file's weights; None where the release of transformers knows no choice.
+
+    transformers keeps weights in their blocks for a few architectures, and with kernels that it fetches through the
+    package ``kernels``; in all other cases it unpacks them, whatever it is told.
+    """
+    config = _gguf_config_class()
+    return None if config is None else config(dequantize=weights == "unpacked")
+
+
+def _gguf_config_class() -> Any:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before 5.17
+        return None
+    return GgufConfig
+
+
+def packed_modules(model: Any) -> int:
+    """How many modules of a model compute with a .gguf file's blocks as they are."""
+    from refreekv.engines.transformers.packed_weights import is_packed
+
+    names = ("ggml_type", "gate_up_type")  # of transformers' modules
+    return sum(is_packed(module) or any(hasattr(module, name) for name in names) for module in model.modules())
+
+
+def packing(model: Any, path: Path, why: str) -> str:
+    """One sentence on what became of a .gguf file's weights, with bytes; ``why`` they were unpacked, if they were."""
+    from refreekv.report import format_bytes
+
+    before, now = path.stat().st_size, weight_bytes(model)
+    sizes = f"{format_bytes(now)} in memory, {format_bytes(before)} in the file"
+    if packed := packed_modules(model):
+        return f"{path.name}: weights stay packed in {packed} modules ({sizes})"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{path.name}: weights are unpacked to {dtype} ({sizes}): {why}"
 
 
 def weight_bytes(model: Any) -> int:

@@ -19,6 +19,7 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import Surrogates
+from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
 from refreekv.kernels import ops, packed_ops, probe_blocks, reference
 from refreekv.kernels.table import Format
 
@@ -28,6 +29,7 @@ __all__ = [
     "ProbeReductions",
     "append",
     "available",
+    "block_linear",
     "gather",
     "kept_first",
     "make_surrogates",
@@ -405,3 +407,43 @@ def packed_attention(
     numbers = [number for form in forms for number in form.numbers]
     out: Tensor = packed_ops.packed_attention(query, exact, tables, numbers, maps.tensors, scaling, softcap, sinks)
     return out
+
+
+def block_linear(x: Tensor, blocks: WeightBlocks, bias: Tensor | None = None) -> Tensor:
+    """Multiply with weights in blocks: ``x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[..., K]``.
+    blocks : WeightBlocks
+        The weights, ``[N, K]``.
+    bias : Tensor, optional
+        ``[N]``.
+
+    Returns
+    -------
+    Tensor
+        ``[..., N]``, of the type of ``x``. On CUDA a few rows are multiplied with the codes as they are; for more
+        of them, and on CPUs, weights are unpacked, some rows of the matrix at a time.
+    """
+    triton = _at_once(blocks.low)
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    count, size = blocks.shape
+    if triton:
+        from refreekv.kernels import block_products
+
+        if len(flat) <= block_products.MOST_ROWS:
+            return block_products.product(flat.contiguous(), blocks, bias).view(*x.shape[:-1], count)
+    step = max(1, _UNPACKED // size)
+    parts = []
+    for start in range(0, count, step):
+        some = sliced(blocks, start, start + step)
+        weights = block_products.unpack(some, x.dtype) if triton else unpacked(some, x.dtype)
+        parts.append(flat @ weights.T)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], count)
+
+
+_UNPACKED = 2**25
+"""Weights that are unpacked at a time."""

@@ -87,8 +87,8 @@ def _inspection(
     import torch
     import transformers
 
-    from refreekv.cli.detokenizing import token_texts
     from refreekv.evaluation.inspect.inspection import Inspection
+    from refreekv.serving.detokenizing import token_texts
 
     length = result.prompt_tokens
     full, compressed = result.full, result.compressed

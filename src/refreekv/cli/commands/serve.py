@@ -1,4 +1,4 @@
-"""``refreekv serve``: an OpenAI-compatible server, stock vLLM with the plugin."""
+"""``refreekv serve``: an OpenAI-compatible server, stock vLLM with the plugin or transformers for one user."""
 
 import os
 import shlex
@@ -7,50 +7,175 @@ from typing import Annotated
 
 import typer
 
+from refreekv.cli import options
 from refreekv.cli.app import UserError, app, refusals
 from refreekv.cli.options import DEFAULT_POLICY, PolicyOption
+
+ENGINES = ("vllm", "transformers")
+
+BOTH = {"host": "--host", "port": "--port", "api_key": "--api-key", "dtype": "--dtype",
+        "trust_remote_code": "--trust-remote-code", "served_model_name": "--served-model-name"}  # fmt: skip
+"""Options of the local server that vLLM knows by the same name: it gets them as they were written."""
+
+LOCAL = {"kv_dtype": "--kv-dtype", "weights": "--weights", "device": "--device", "device_map": "--device-map",
+         "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
+         "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder"}  # fmt: skip
+VLLM = {"layers_per_group": "--layers-per-group", "log_requests": "--log-requests", "dry_run": "--dry-run"}
+
+_PANEL = "With --engine transformers"
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model id of the hub or a local folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model id of the hub or a local folder; with --engine transformers a .gguf, too."
+        ),
+    ],
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="vllm|transformers",
+            help="vllm: for many requests at once. transformers: for one user on one machine, one request at a time.",
+        ),
+    ] = "vllm",
     policy: PolicyOption = DEFAULT_POLICY,
     layers_per_group: Annotated[
         int,
         typer.Option(
             "--layers-per-group",
             metavar="N",
-            help="Layers that share a block table, and keep the union of what each would. 1 saves most memory.",
+            help="Layers that share a block table, and keep the union of what each would. 1 saves most memory. (vLLM)",
         ),
     ] = 1,
     log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt.")
+        bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt. (vLLM)")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do not run it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do not run it. (vLLM)")] = False,
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen. Others than this machine need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", metavar="KEY", help="What clients have to know; others can see it in ps.")
+    ] = None,
+    dtype: options.DtypeOption = "auto",
+    trust_remote_code: options.TrustOption = False,
+    served_model_name: Annotated[
+        str | None, typer.Option("--served-model-name", metavar="NAME", help="What clients call the model.")
+    ] = None,
+    kv_dtype: options.KVDtypeOption = "auto",
+    weights: options.WeightsOption = "auto",
+    device: options.DeviceOption = "auto",
+    device_map: options.DeviceMapOption = None,
+    api_key_file: Annotated[
+        str | None,
+        typer.Option("--api-key-file", metavar="FILE", help="Holds the key.", rich_help_panel=_PANEL),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="A web page's origin whose scripts may ask, such as http://localhost:3000. May be given again.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    max_context: Annotated[
+        str | None,
+        typer.Option(
+            "--max-context",
+            metavar="N",
+            help="Tokens of prompt and answer at most, where the model takes more.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-memory",
+            metavar="SIZE",
+            help="Bytes of conversations that are kept in memory between requests, such as 2GB. "
+            "Default: a quarter of what is free when the model is loaded.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    cache_disk: Annotated[
+        str,
+        typer.Option(
+            "--cache-disk",
+            metavar="SIZE",
+            help="Bytes of conversations in files beyond that; 0: none. They are gone when the server ends.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "8GB",
+    cache_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-folder",
+            metavar="FOLDER",
+            help="Where these files go. Default: with the system's temporary files.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
 ) -> None:
-    """Serve a model with vLLM and a compressed KV cache.
+    """Serve a model with a compressed KV cache, OpenAI-compatible.
 
-    All other options go to `vllm serve` as they are: --port, --max-model-len, --api-key …
+    With vLLM (the default) all other options go to `vllm serve` as they are: --max-model-len …
+    With --engine transformers conversations stay in memory and are found again, and /metrics says what they hold.
     """
+    if engine not in ENGINES:
+        raise UserError(f"--engine must be {' or '.join(ENGINES)}; got {engine!r}")
+    given = {
+        name for name in context.params if str(context.get_parameter_source(name)) == "ParameterSource.COMMANDLINE"
+    }
+    foreign = {name: option for name, option in (VLLM if engine == "transformers" else LOCAL).items() if name in given}
+    if foreign:
+        other = next(name for name in ENGINES if name != engine)
+        raise UserError(f"{', '.join(foreign.values())}: for --engine {other} only, and this is --engine {engine}")
+    if engine == "transformers":
+        from refreekv.cli.serving import ServeOptions
+        from refreekv.cli.serving import serve as serve_here
+
+        if context.args:
+            raise UserError(f"--engine transformers does not know {' '.join(context.args)}")
+        values = {name: context.params[name] for name in ("policy", *BOTH, *LOCAL)}
+        serve_here(model, ServeOptions(**{**values, "allow_origin": tuple(allow_origin or ())}))
+        return
+    more = list(context.args)
+    for name, option in BOTH.items():
+        if name in given:
+            more += [option] if context.params[name] is True else [option, str(context.params[name])]
+    _serve_vllm(model, policy, layers_per_group, more, log_requests=log_requests, dry_run=dry_run)
+
+
+def _serve_vllm(
+    model: str, policy: str, layers_per_group: int, more: list[str], *, log_requests: bool, dry_run: bool
+) -> None:
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import environment, installed_version, serve_command
     from refreekv.engines.vllm.refusals import check_policy, check_version
 
     with refusals():
-        options = PluginOptions(policy, layers_per_group, log_requests)
-        check_policy(options.build())
-        command = serve_command(model, options, context.args)
+        settings = PluginOptions(policy, layers_per_group, log_requests)
+        check_policy(settings.build())
+        command = serve_command(model, settings, more)
         if not dry_run:
             version = installed_version()
             if version is None:
-                raise UserError("vLLM is not installed; run: pip install 'refreekv[vllm]'")
+                raise UserError(
+                    "vLLM is not installed; run: pip install 'refreekv[vllm]' (or serve one user with "
+                    "--engine transformers)"
+                )
             check_version(version)
-    settings = environment()
-    shown = [f"{name}={value}" for name, value in settings.items()] + ["python", *map(shlex.quote, command)]
+    variables = environment()
+    shown = [f"{name}={value}" for name, value in variables.items()] + ["python", *map(shlex.quote, command)]
     typer.echo(" ".join(shown), err=not dry_run)
     if dry_run:
         return
     sys.stderr.flush()
     # The server takes this process's place: signals and its exit code are vLLM's own.
-    os.execve(sys.executable, [sys.executable, *command], {**os.environ, **settings})
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, **variables})

@@ -5,7 +5,7 @@ now, so that training in place is no news to it, while any tensor that moved is.
 values, wherever they are.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,18 +17,19 @@ ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
 def of_addresses(model: nn.Module) -> Hashable:
     """What changes when parameters or buffers move or are replaced, or when adapters are switched."""
     states = list(_states(model))
-    held = [tensor for state in states for own in ("_parameters", "_buffers") for tensor in state[own].values()]
-    return tuple(_place(part) for tensor in held for part in parts(tensor)), _adapters(states)
+    held = [part for state in states for part in _held(state, {*state["_buffers"]})]
+    return tuple(_place(part) for part in held), _adapters(states)
 
 
 def of_contents(model: nn.Module) -> Hashable:
     """What changes when parameters are trained, loaded, moved or replaced, or when adapters are switched or merged.
 
-    Not with buffers: rotary frequencies, say, may be computed anew for each long prompt. What autograd
-    does not count goes unnoticed, too: changes through ``.data``, and to inference tensors in place.
+    Of buffers those count that checkpoints hold, as quantised weights are; rotary frequencies, say, may be computed
+    anew for each long prompt. What autograd does not count goes unnoticed: changes through ``.data``, and to inference
+    tensors in place.
     """
     states = list(_states(model))
-    held = [part for state in states for tensor in state["_parameters"].values() for part in parts(tensor)]
+    held = [part for state in states for part in _held(state, lasting_buffers(state))]
     return tuple((*_place(part), 0 if part.is_inference() else part._version) for part in held), _adapters(states)
 
 
@@ -48,14 +49,49 @@ def _place(tensor: Tensor) -> tuple[int, Any, Any]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
+def _held(state: dict[str, Any], buffers: Collection[str]) -> Iterator[Tensor]:
+    """Tensors with memory of their own that a module computes with, of its buffers those that are named."""
+    for tensor in state["_parameters"].values():
+        yield from parts(tensor)
+    for name, tensor in state["_buffers"].items():
+        if name in buffers:
+            yield from parts(tensor)
+    yield from scales(state)
+
+
+def lasting_buffers(state: dict[str, Any]) -> set[str]:
+    """Names of a module's buffers that belong to its checkpoint."""
+    return {name for name in state["_buffers"] if name not in state["_non_persistent_buffers_set"]}
+
+
+def scales(state: dict[str, Any]) -> Sequence[Tensor]:
+    """Scales of bitsandbytes' 8-bit weights: they lie with the weight, and after its first use with the module."""
+    weight = state["_parameters"].get("weight")
+    for holder in (weight, state.get("state")):
+        found = getattr(holder, "SCB", None)
+        if isinstance(found, Tensor):
+            return (found,)
+    return ()
+
+
 def parts(tensor: Any) -> Sequence[Tensor]:
-    """Tensors with memory of their own: quantised weights may be tensors made of tensors."""
+    """Tensors with memory of their own: quantised weights may be tensors made of tensors, or have some beside them."""
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:
         return (tensor,)
     if tensor is None:
         return ()
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return [part for name in names for part in parts(getattr(tensor, name))] if names else (tensor,)
+    if names:
+        return [part for name in names for part in parts(getattr(tensor, name))]
+    return (tensor, *_state_parts(getattr(tensor, "quant_state", None)))
+
+
+def _state_parts(state: Any) -> Sequence[Tensor]:
+    """Scales and code book of bitsandbytes' 4-bit weights; scales may be quantised once more."""
+    if state is None:
+        return ()
+    own = [getattr(state, name, None) for name in ("absmax", "code", "offset")]
+    return [*(part for part in own if isinstance(part, Tensor)), *_state_parts(getattr(state, "state2", None))]
 
 
 def _adapters(states: list[dict[str, Any]]) -> Hashable:

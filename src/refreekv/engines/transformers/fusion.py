@@ -34,6 +34,7 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
     model: other threads that run it meanwhile get the same numbers.
     """
     swapped: list[nn.Module] = []
+    like = _like(model)
     groups: dict[Any, tuple[list[nn.Module], list[Maker]]] = {}
     for module in model.modules():
         if "forward" not in module.__dict__:  # else somebody else's
@@ -43,7 +44,9 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
         # Whole modules come before their parts, which may be done already when their turn comes.
         for modules, makers in groups.values():
             left = [module for module in modules if "forward" not in module.__dict__]
-            make = next((m for m in makers if _same(left[0], m, rows)), None) if left else None
+            make = (
+                next((m for m in makers if _same(left[0], m, rows, like)), None) if left and like is not None else None
+            )
             if make is None:
                 continue
             for module in left:
@@ -80,11 +83,16 @@ def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Maker]]]:
 
 
 def _plain(module: Any) -> bool:
-    """Whether a module is a linear layer whose weights the kernels can read."""
+    """Whether a module is a linear layer whose weights the kernels can read.
+
+    Quantised weights are not: they may be in a layer of this very class, as tensors that say another type than
+    their memory has.
+    """
     weight = getattr(module, "weight", None)
     return (
         type(module) is nn.Linear
         and isinstance(weight, Tensor)
+        and type(weight) in (nn.Parameter, Tensor)
         and weight.dtype in (torch.float16, torch.bfloat16)
         and weight.is_contiguous()
     )
@@ -99,8 +107,9 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
     return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and x.dtype == weight.dtype
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [p for p in module.children() if isinstance(p, nn.Linear)]
+def _linears(module: nn.Module) -> list[Any]:
+    """Children that are linear layers, of whatever class."""
+    return [p for p in module.children() if isinstance(getattr(p, "in_features", None), int)]
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -111,25 +120,42 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _same(module: nn.Module, make: Maker, rows: int) -> bool:
-    """Whether stand-ins compute what the modules they stand for compute."""
+def _like(module: nn.Module) -> Tensor | None:
+    """A tensor of the type that a module computes in: that of its first weights that are plain numbers, if any are.
+
+    Those that are quantised may be stored as bytes.
+    """
+    plain = (p for p in module.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(plain, None)
+
+
+def _same(module: nn.Module, make: Maker, rows: int, like: Tensor) -> bool:
+    """Whether stand-ins compute what the modules they stand for compute.
+
+    ``like`` says on what numbers, where a module's own weights do not.
+    """
+    own = _like(module)
+    like = like if own is None else own
     if make is _rotary:
-        return _rotary_is_standard(module)
+        return _rotary_is_standard(module, like)
     try:
-        return all(_close(forward(x), part(x)) for part, forward in make(module).items() for x in [_input(part, rows)])
+        return all(
+            _close(forward(x), part(x)) for part, forward in make(module).items() for x in [_input(part, rows, like)]
+        )
     except Exception:  # whatever keeps a stand-in from running, the module itself still runs
         return False
 
 
-def _input(part: nn.Module, rows: int) -> Tensor:
+def _input(part: nn.Module, rows: int, like: Tensor) -> Tensor:
     """Random input of a module, the same for modules of one input size: joint stand-ins look at that."""
+    if children := _linears(part):
+        return _random(like, rows, 1, children[0].in_features)
     parameter = next(part.parameters())
-    size = parameter.shape[-1] if parameter.dim() == 1 or _plain(part) else _linears(part)[0].in_features
-    return _random(parameter, rows, 1, size)
+    return _random(parameter, rows, 1, parameter.shape[-1])
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
-    """Normally distributed numbers that leave the user's random state alone."""
+    """Normally distributed numbers, of the type of ``like`` and where it is; the user's random state is left alone."""
     generator = torch.Generator(like.device).manual_seed(0)
     return torch.randn(*shape, generator=generator, device=like.device).to(like.dtype)
 
@@ -275,16 +301,15 @@ def _copy(function: Any, closure: tuple[Any, ...] | None, names: dict[str, Any])
     return copied
 
 
-def _rotary_is_standard(module: nn.Module) -> bool:
+def _rotary_is_standard(module: nn.Module, like: Tensor) -> bool:
     """Whether the rotary function rotates halves against each other, as the kernel does."""
     from refreekv.kernels import fused as kernels
 
-    parameter = next(module.parameters(), None)
     original = _undecorated(type(module).forward)[-1].__globals__.get(ROTARY)
-    if parameter is None or original is None:
+    if original is None:
         return False
-    query, key = (_random(parameter, 2, heads, 1, 64) for heads in (4, 2))
-    angle = _random(parameter, 2, 1, 32).repeat(1, 1, 2)
+    query, key = (_random(like, 2, heads, 1, 64) for heads in (4, 2))
+    angle = _random(like, 2, 1, 32).repeat(1, 1, 2)
     cos, sin = angle.cos(), angle.sin()
     try:
         got, want = kernels.rotary(query, key, cos, sin), original(query, key, cos, sin)

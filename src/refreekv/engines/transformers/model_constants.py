@@ -73,6 +73,8 @@ def key_of(model: nn.Module) -> str | None:
     sums: list[Tensor] = []
     computed = {f"{path}.{name}" for path, part in model.named_modules() for name in part._non_persistent_buffers_set}
     held = [*model.named_parameters(), *(item for item in model.named_buffers() if item[0] not in computed)]
+    for path, module in model.named_modules():
+        held += [(f"{path}.SCB", part) for part in fingerprint.scales(vars(module))]
     for name, tensor in held:
         if tensor.grad is not None or hasattr(tensor, "device_mesh"):
             return None
@@ -161,12 +163,26 @@ def _file(key: str) -> Path | None:
     return None if place is None else place / f"{key}.safetensors"
 
 
+LEAST = 256
+"""Bytes of a row from which on it has a sum of its own."""
+ROW = 4096
+"""Bytes of a row where those of a tensor are shorter: packed weights may be stored as columns of bytes."""
+
+
 def _row_sums(tensor: Tensor) -> Tensor:
     """One int64 a row of the tensor's bytes: the sum of their words, widest that fit, modulo 2^64."""
-    data = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1).contiguous()
-    if data.numel() == 0:
-        return torch.zeros(0, dtype=torch.int64, device=data.device)
-    data = data.view(torch.uint8)
+    if tensor.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=tensor.device)
+    data = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1).contiguous().view(torch.uint8)
+    if data.shape[1] < LEAST and data.numel() > ROW:
+        data = data.reshape(-1)
+        whole = len(data) // ROW * ROW
+        return torch.cat([_word_sums(part) for part in (data[:whole].view(-1, ROW), data[whole:][None])])
+    return _word_sums(data)
+
+
+def _word_sums(data: Tensor) -> Tensor:
+    """The sums of rows of bytes, ``[rows, bytes]`` and contiguous."""
     for word in (torch.int64, torch.int32, torch.int16):
         if data.shape[1] % word.itemsize == 0:
             return data.view(word).sum(1, dtype=torch.int64)

@@ -1,0 +1,177 @@
+"""The search for the longest prompt on one GPU, on a tiny shape whose memory is counted."""
+
+import json
+
+import pytest
+import torch
+
+import one_gpu
+import random_models
+from one_gpu import STEP, Row, longest, main
+from random_models import SHAPES, FourBits, build, weight_bytes
+
+
+@pytest.mark.parametrize("true", [0, 64, 128, 1000, 5000, 40_000, 65_536, 10**6])
+@pytest.mark.parametrize("guess", [1, 500, 5000, 70_000])
+@pytest.mark.parametrize("resolution", [0.0, 0.02, 0.2])
+def test_the_search_finds_the_longest(true, guess, resolution):
+    tried = []
+    most = 2**16
+    found = longest(lambda n: tried.append(n) or n <= true, guess, most=most, resolution=resolution)
+    assert found == 0 or found in tried
+    assert found <= min(true, most)
+    best = min(true, most) // STEP * STEP
+    assert best - found <= max(STEP, resolution * found)
+    assert all(n % STEP == 0 and 0 < n <= most for n in tried)
+    assert len(set(tried)) == len(tried)
+    assert len(tried) <= 24
+
+
+def test_a_good_guess_takes_few_tries():
+    tried = []
+    assert longest(lambda n: tried.append(n) or n <= 10_100, 10_000, most=2**19, resolution=0.03) > 9_900
+    assert len(tried) <= 3
+
+
+@pytest.mark.parametrize("form", ["bf16", "int4", "int4-made-up"])
+def test_random_models_are_made_in_their_form(form):
+    if form == "int4":
+        pytest.importorskip("bitsandbytes")
+    config = SHAPES["tiny"]
+    model = build(config, form, torch.device("cpu"))
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    matrices = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    others = 2 * 128 * 64 + 5 * 64
+    bits = 16 if form == "bf16" else 4.5
+    book = 14 * 64 if form == "int4" else 0  # NF4's levels, with each layer
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    assert weight_bytes(model) - rotary == matrices * bits / 8 + others * 2 + book
+    assert weight_bytes(model) - weight_bytes(model, read=True) == 128 * 64 * 2
+    with torch.no_grad():
+        logits = model(torch.arange(20)[None]).logits
+    assert torch.isfinite(logits).all()
+    assert 0.01 < logits.float().std() < 10
+    assert (form == "int4-made-up") == any(isinstance(module, FourBits) for module in model.modules())
+
+
+def test_made_up_layers_compute_with_their_codes(monkeypatch):
+    monkeypatch.setattr(random_models, "UNPACKED", 300)  # four rows at a time
+    layer = FourBits(64, 10, True, torch.device("cpu"), torch.float32)
+    layer.bias.data.normal_()
+    layer.scales.uniform_(0.5, 2)
+    x = torch.randn(3, 64)
+    wanted = torch.empty(3, 10)
+    for row in range(10):
+        weights = [
+            ((int(layer.codes[row, column // 2]) >> (4 * (column % 2))) % 16 - 7.5)
+            * float(layer.scales[row, column // 64])
+            for column in range(64)
+        ]
+        wanted[:, row] = x @ torch.tensor(weights) + layer.bias[row]
+    torch.testing.assert_close(layer(x), wanted)
+    assert 0.8 < FourBits(512, 512, False, torch.device("cpu"), torch.float32)(torch.eye(512)).std() / 0.02 < 1.2
+
+
+def run(capsys, tmp_path, *arguments):
+    out = tmp_path / "rows.jsonl"
+    common = ["--device", "cpu", "--out", str(out), "--chunk", "64", "--new", "4", "--most", "4096"]
+    main([*common, *arguments])
+    return capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_row_on_a_cpu(capsys, tmp_path):
+    model = build(SHAPES["tiny"], "int4-made-up", torch.device("cpu"))
+    a_token = 2 * 2 * 2 * 16 * 2  # layers, key and value, KV heads, size, bytes
+    limit = weight_bytes(model) + 1000 * a_token
+    arguments = ["--rows", f"tiny:int4-made-up:{limit}B", "--policy", "streaming-llm:ratio=0.5"]
+    said, (full, ours) = run(capsys, tmp_path, *arguments)
+    # The full cache holds its prompt and the answer but for the last token.
+    assert full["longest"] == (1000 - 3) // STEP * STEP
+    assert full["at"]["cache_bytes"] == (full["longest"] + 3) * a_token
+    assert full["at"]["peak"] == full["weight_bytes"] + full["at"]["cache_bytes"] <= limit
+    assert ours["kv"] == "bf16"
+    assert ours["longest"] >= full["longest"]  # held whole until it is read, today
+    assert 0.45 < ours["at"]["kept_share"] < 0.55
+    assert ours["at"]["cache_bytes"] < 0.6 * full["at"]["cache_bytes"] * ours["longest"] / full["longest"]
+    assert all(one["at"]["token_seconds"] > 0 and one["forecast_peak"] > 0 for one in (full, ours))
+    assert "speeds mean nothing" in said
+    assert "CPU, counted and not measured" in full["about"]
+    main(["--table", str(tmp_path / "rows.jsonl")])
+    shown = capsys.readouterr().out
+    assert f"{ours['longest'] / full['longest']:.2f}" in shown
+    assert shown.count("| tiny |") == 2
+
+
+def test_lengths_without_a_search(capsys, tmp_path):
+    arguments = ["--rows", "tiny:bf16:1GB", "--at", "200,300", "--kinds", "ours", "--kv", "int8:recent=16"]
+    said, rows = run(capsys, tmp_path, *arguments)
+    assert [row["at"]["length"] for row in rows] == [200, 300]
+    assert all(row["kv"] == "int8:recent=16" and row["at"]["fits"] for row in rows)
+    assert "200 tokens" in said
+
+
+def test_what_fits_nothing_is_said(capsys, tmp_path):
+    said, rows = run(capsys, tmp_path, "--rows", "tiny:bf16:1KB", "--kinds", "full")
+    assert rows[0]["longest"] == 0
+    assert "nothing fits" in said
+    main(["--table", str(tmp_path / "rows.jsonl")])
+
+
+def test_memory_is_free_after_it_ran_out():
+    """Nothing of a try is left, or the next one would not fit."""
+    import gc
+    import weakref
+
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
+    memory = one_gpu.Memory(torch.device("cpu"), weight_bytes(model) + 10_000)
+    bench = one_gpu.Bench(model, memory, policy="full", kv=None, chunk=64, new=2)
+    made, original = [], bench.cache
+    bench.cache = lambda kind: made.append(weakref.ref(cache := original(kind))) or cache
+    for kind in one_gpu.KINDS:
+        assert not bench.attempt(kind, 2000).fits
+    gc.collect()
+    assert [one() for one in made] == [None, None]
+
+
+@pytest.mark.parametrize("text", ["tiny", "tiny:int4", "huge:int4:8GB", "tiny:int3:8GB", "tiny:int4:8"])
+def test_rows_that_are_none(text, capsys):
+    with pytest.raises(ValueError, match=r"a row is SHAPE:WEIGHTS:MEMORY|has no unit"):
+        Row.parse(text)
+    with pytest.raises(SystemExit):
+        main(["--rows", text])
+
+
+def test_the_table_is_that_of_the_issue():
+    rows = [Row.parse(text) for text in one_gpu.TABLE]
+    assert [(row.shape, row.weights, row.limit) for row in rows] == [
+        ("llama-3-70b", "int4", 48 * 10**9),
+        ("qwen2.5-32b", "int4", 24 * 10**9),
+        ("llama-3-8b", "int4", 8 * 10**9),
+        ("llama-3-8b", "bf16", 24 * 10**9),
+    ]
+    for row in rows:
+        settings = one_gpu.Settings("streaming-llm:ratio=0.4", "int4", 2048, 24, 0.02, 2**19, 1e9)
+        for kind in one_gpu.KINDS:
+            planned = one_gpu.forecast(row, kind, 8000, settings)
+            assert planned.rows[-1].longest_context > 4000
+
+
+def test_the_page(tmp_path, capsys):
+    import one_gpu_page
+
+    out = tmp_path / "rows.jsonl"
+    main(["--device", "cpu", "--rows", "tiny:bf16:1GB", "--at", "100", "--out", str(out)])
+    capsys.readouterr()
+    one_gpu_page.main(["--kv", "int4", str(out)])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    # Weights in 16 bits take 15 GiB, and 70 billion of them in 4 bits 40.
+    (plain,) = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
+    assert plain[1:3] == ["–", "–"]
+    assert plain[4].count("\\|") == 1
+    lengths = [int(part.strip(" |\\").replace(",", "")) for part in plain[4].split("\\|")]
+    made = one_gpu_page.planned("llama-3-8b", "bf16", 24 * 2**30, policy="adaptive", kv="int4")
+    longest_of = [min(made.rows[place].longest_context, one_gpu_page.LONGEST) for place in (0, -1)]
+    assert lengths == [length - one_gpu_page.OUTPUT for length in longest_of]
+    assert sum(row.startswith("| tiny |") for row in rows) == 2
+    assert "CPU, counted and not measured" in text

@@ -1,0 +1,100 @@
+"""``refreekv serve --engine transformers`` as a command: it starts, answers and ends, and refuses what cannot be."""
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from helpers.command_line import assert_refused, runner, save_chat_model
+
+SERVE = ("serve", "--engine", "transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("models") / "chatty")
+
+
+@pytest.fixture
+def run(capsys):
+    return runner(capsys)
+
+
+def test_it_serves_until_it_is_interrupted(folder, tmp_path):
+    for name in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+    options = ["--port", "0", "--policy", "snapkv:ratio=0.5", "--cache-memory", "0", "--cache-folder", str(tmp_path)]
+    command = [sys.executable, "-m", "refreekv", *SERVE, str(folder), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if "Serving at" in line:
+                    break
+            url = re.search(r"http://127\.0\.0\.1:\d+/v1", said[-1]).group()
+            assert "snapkv:ratio=0.5" in "".join(said)
+            body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 3}
+            answer = httpx.post(f"{url}/chat/completions", json=body, timeout=60).json()
+            assert answer["model"] == "chatty"
+            assert answer["usage"]["completion_tokens"] == 3
+            assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--host", "0.0.0.0"], ["--host 0.0.0.0 lets other machines in", "--api-key-file"]),
+        (["--host", "0.0.0.0", "--api-key", ""], ["visible ASCII"]),
+        (["--api-key", "a b"], ["visible ASCII"]),
+        (["--api-key-file", "/no/such/file"], ["cannot read --api-key-file /no/such/file"]),
+        (["--api-key-file", "x", "--api-key", "y"], ["exclude each other"]),
+        (["--host", "no.such.host.invalid", "--api-key", "k"], ["cannot listen on no.such.host.invalid"]),
+        (["--port", "99999"], ["cannot listen on 127.0.0.1, port 99999"]),
+        (["--max-context", "many"], ["--max-context 'many'"]),
+        (["--cache-memory", "2"], ["--cache-memory '2' has no unit"]),
+        (["--cache-disk", "lots"], ["--cache-disk 'lots'"]),
+        (["--port", "0", "--policy", "refrekv"], ["did you mean 'refreekv'"]),
+        (["--port", "0", "--kv-dtype", "int9"], ["kv_dtype must be"]),
+        (["--max-model-len", "5"], ["--engine transformers does not know --max-model-len 5"]),
+        (["--dry-run"], ["--dry-run: for --engine vllm only"]),
+        (["--layers-per-group", "2"], ["--layers-per-group: for --engine vllm only"]),
+    ],
+)
+def test_what_cannot_be(run, folder, arguments, fragments):
+    assert_refused(run(*SERVE, str(folder), *arguments), *fragments)
+
+
+def test_a_port_that_is_taken(run, folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_refused(run(*SERVE, str(folder), "--port", port), f"cannot listen on 127.0.0.1, port {port}")
+
+
+def test_what_is_missing_is_named(run, folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest)
+    )
+    assert_refused(run(*SERVE, str(folder)), "needs uvicorn", "pip install 'refreekv[serve]'")
+
+
+def test_engines(run, folder):
+    assert_refused(run("serve", "--engine", "tensorflow", str(folder)), "--engine must be vllm or transformers")
+    assert_refused(run("serve", str(folder), "--weights", "int4"), "--weights: for --engine transformers only")
+    done = run("serve", "some/model", "--dry-run", "--host", "0.0.0.0", "--trust-remote-code", "--max-model-len", "9")
+    assert done.out.rstrip().endswith("--max-model-len 9 --host 0.0.0.0 --trust-remote-code")
