@@ -12,6 +12,7 @@ from refreekv.kernels import packed_ops, packed_reference, reference
 from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.storage import launch_move
 
 POISON = 0x7F
@@ -335,6 +336,91 @@ def test_lines_and_factors_are_moved(which, device):
                 assert torch.equal(mine[segment][rest], was[segment][rest])
 
 
+UNPACKED = {
+    "K8V8": {"levels": ("8888", "8888")},
+    "K6V4": {"levels": ("6666", "4444")},
+    "8642": {"levels": ("8642", "8642"), "rows": True},
+    "6442, 2222": {"levels": ("6442", "2222")},
+    "heads of 80": {"levels": ("6444", "8642"), "sizes": (80, 80)},
+    "heads of 96 and 64": {"levels": ("8888", "6666"), "sizes": (96, 64)},
+    "heads of 128": {"levels": ("8888", "4444"), "sizes": (128, 128), "lengths": [90, 0]},
+    "heads of 256": {"levels": ("6666", "4444"), "sizes": (256, 256), "lengths": [20, 31]},
+}
+
+
+def decoded(packed, maps, segment, first):
+    """The lines of a segment from ``first`` on in the entries' own space, by other formulas, in float64."""
+    row, head = divmod(segment, KV_HEADS)
+    own = maps.of_segment(row, head)
+    stored = (part[segment][first : packed.lengths[segment]].cpu() for part in (packed.lines, packed.factors))
+    keys, values = packed.form.unpack(next(stored), next(stored).view(torch.float16), torch.float64)
+    back = (torch.linalg.inv(matrix.double()).T for matrix in (own.key_matrix, own.value_matrix))
+    return keys @ next(back) + own.key_mean.double(), values @ next(back) + own.value_mean.double()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("case", UNPACKED.values(), ids=UNPACKED.keys())
+def test_unpack_equals_float64(case, which, dtype, close, device):
+    check_unpack(which, dtype, close, device, **case)
+
+
+def check_unpack(which, dtype, close, device, *, levels, sizes=(64, 64), lengths=(70, 0, 3, 64), rows=False):
+    """To dense entries: behind others, in a gap, in listed places, and nowhere but there."""
+    form, maps = form_of(*levels, sizes), maps_of(sizes, dtype, len(lengths) // KV_HEADS if rows else 1)
+    packed, n = Packed(list(lengths), form, device, growth=2).fill(), 90
+    # Of a wider tensor: rows and heads lie apart.
+    keys, values = (
+        torch.full((len(lengths) // KV_HEADS, KV_HEADS, n + 5, size), float("nan"), dtype=dtype, device=device)[
+            :, :, 2:-3
+        ]
+        for size in sizes
+    )
+    listed = torch.randperm(n)[: lengths[2]].sort().values.int().to(device) if len(lengths) > 2 else None
+    spans = [(0, 0, 7), (0, 0, 0), *([(listed.data_ptr(), len(listed), 0), (0, 5, 20)] if len(lengths) > 2 else [])]
+    if len(lengths) == 2:
+        spans = [(0, 0, 0), (0, 0, 3)]
+    starts = torch.tensor([1, 0, 0, 2][: len(lengths)], device=device)
+    arguments = (keys, values, None, packed.table, form, on(maps, device), torch.tensor(spans, device=device), n)
+    if which == "kernel":
+        launch_unpack(*arguments, max(lengths), starts)
+    else:
+        run(which, device, None, packed_reference.unpack, *arguments, starts)
+    for segment, (index, first, skip) in enumerate(spans):
+        row, head = divmod(segment, KV_HEADS)
+        count = max(lengths[segment] - int(starts[segment]), 0)
+        at = torch.arange(count)
+        places = listed.cpu().long() if index else torch.where(at < first, at, at + skip)
+        rest = torch.ones(n, dtype=torch.bool)
+        rest[places] = False
+        for got, want in zip((keys, values), decoded(packed, maps, segment, int(starts[segment])), strict=True):
+            if count:
+                close(got[row, head][places.to(device)], want)
+            assert got[row, head][rest.to(device)].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_unpack_to_an_arena(which, dtype, close, device):
+    form, maps = form_of("6442", "8844"), maps_of((64, 64), dtype)
+    lengths = [7, 0, 40, 1]
+    packed = Packed(lengths, form, device).fill()
+    kept = Exact([n + 6 for n in lengths], (64, 64), dtype, device)
+    before = [[part.clone() for part in side] for side in (kept.keys, kept.values)]
+    spans = torch.tensor([(0, 0, 4)] * 4, device=device)
+    storage = torch.empty(0, 64, dtype=dtype, device=device)
+    arguments = (storage, storage, kept.table, packed.table, form, on(maps, device), spans, 0)
+    if which == "kernel":
+        launch_unpack(*arguments, max(lengths), None)
+    else:
+        run(which, device, None, packed_reference.unpack, *arguments, None)
+    for segment, length in enumerate(lengths):
+        sides = zip((kept.keys, kept.values), before, decoded(packed, maps, segment, 0), strict=True)
+        for got, old, want in sides:
+            if length:
+                close(got[segment][4 : 4 + length], want)
+            for rest in (slice(4), slice(4 + length, None)):
+                assert torch.equal(got[segment][rest], old[segment][rest])
+
+
 def test_what_does_not_go_together_is_refused(dtype, device):
     """By what a user calls, before any address is followed."""
     form, maps = form_of("4444", "4444"), on(maps_of((64, 64), dtype), device)
@@ -359,6 +445,11 @@ def test_what_does_not_go_together_is_refused(dtype, device):
         pack(new[:, :1], new[:, :1], packed.table, form, maps, spans)
     with pytest.raises(ValueError, match="1 segments of exact entries for 2 of lines"):
         pack(new, new, packed.table, form, maps, spans, source=kept.table[:1])
+    unpack = functools.partial(kernels.unpack_lines, end=9, longest=9)
+    with pytest.raises(ValueError, match="expected heads of 64 and 64 elements"):
+        unpack(new[..., :32], new, packed.table, form, maps, spans)
+    with pytest.raises(ValueError, match="1 segments of exact entries for 2 of lines"):
+        unpack(new, new, packed.table, form, maps, spans, target=kept.table[:1])
 
 
 def test_the_operators_are_what_torch_expects_of_them():
@@ -371,3 +462,4 @@ def test_the_operators_are_what_torch_expects_of_them():
     spans = torch.zeros(2, 3, dtype=torch.int64)
     pack = (new, new, None, packed.table, form.numbers, maps.tensors, spans, 9, 9, None)
     torch.library.opcheck(packed_ops.pack_lines, pack, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(packed_ops.unpack_lines, pack, test_utils=("test_schema", "test_faketensor"))
