@@ -77,7 +77,8 @@ def unpack(
         else:
             into = entries(target, segment, (form.key_size, form.value_size), (keys.dtype, values.dtype))
         own = maps.of_segment(row, head)
-        coded = form.unpack(*(part[first:length] for part in lines_of(table, segment, form)), wide)
+        lines, factors = lines_of(table, segment, form)
+        coded = form.unpack(lines[first:length], factors[first:length], wide)
         # k = A^-1 w + mean, and the dual is the transposed A^-1
         into[0][where] = torch.addmm(own.key_mean.to(wide), coded[0], own.key_dual.to(wide)).to(keys.dtype)
         into[1][where] = torch.addmm(own.value_mean.to(wide), coded[1], own.value_back.T.to(wide)).to(values.dtype)

@@ -83,8 +83,8 @@ def _unpack_kernel(
         key_factor = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         _unpack_side(
-            lines, line, real, key_factor, key_mean + means * HEAD, key_dual + maps * HEAD * HEAD, HEAD, 1, key_to, sk_n,
-            place, HEAD, LINE, KEY_COUNT, KEYS, KEY_TYPE, BLOCK_T, BLOCK_D, EXACT,
+            lines, line, real, key_factor, key_mean + means * HEAD, key_dual + maps * HEAD * HEAD, HEAD, 1, key_to,
+            sk_n, place, HEAD, LINE, KEY_COUNT, KEYS, KEY_TYPE, BLOCK_T, BLOCK_D, EXACT,
         )  # fmt: skip
         _unpack_side(
             lines, line, real, value_factor, value_mean + means * VALUE, value_back + maps * VALUE * VALUE, 1, VALUE,

@@ -1,0 +1,375 @@
+"""Prompts that come in chunks and are coded as they are read: all that is kept of them, and when."""
+
+import copy
+import ctypes
+import functools
+
+import pytest
+import torch
+
+import refreekv
+from helpers.driving import POLICIES, SpreadHeavyHitter, Uneven, greedy, storage_bytes, tensors_of
+from helpers.equivalence import loop
+from helpers.models import LAYERS, build, full_layers, prompts
+from refreekv import KVDtype, ReFreeKVCache
+from refreekv.core.quantisation import FLUSH, SINKS
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.kernels.table import LENGTH
+from refreekv.storage import unfinished
+
+RECENT = 4
+NUMBER = KVDtype("int8", recent=RECENT)
+LONG, SECOND = (150, 40, 121, 99), (70, 9, 61, 1)
+CASES = {
+    **POLICIES,
+    "full": ("full", {}),
+    "uneven": (Uneven(), {}),
+    "adaptive": ("adaptive", {"min_length": 16}),
+    "spread": (SpreadHeavyHitter(threshold=0.1, frozen_layers=0, spread=12), {}),
+    "frozen": ("refreekv", {"threshold": 0.2, "frozen_layers": "all"}),
+    "ada-kv": ("ada-kv", {"ratio": 0.5}),
+}
+
+
+@functools.cache
+def model_of(name="llama"):
+    return build(name, attention="sdpa", head_dim=16)
+
+
+@functools.cache
+def turns_of(lengths, second):
+    return [prompts(lengths, seed=1), prompts(second, seed=2)]
+
+
+@pytest.fixture
+def lossless(monkeypatch):
+    """Coding that loses nothing: what comes out is what came in, however it is laid out. Counts coded columns."""
+    kept, seen = [], []
+
+    def place(table):
+        """The number of what was kept for these lines, which is written into the first of them."""
+        return ctypes.c_int64.from_address(int(table[0, 0]))
+
+    def pack(keys, values, table, form, maps, spans, *, end, longest, starts):
+        first = int(starts[0])
+        assert (starts == first).all()
+        assert (table[:, LENGTH] == first + longest).all()
+        assert spans.tolist() == [[0, longest, 0]] * len(table)
+        old = kept[place(table).value] if first else [new[:, :, :0] for new in (keys, values)]
+        assert all(held.shape[2] >= first for held in old)
+        kept.append(
+            [
+                torch.cat([held[:, :, :first], new[:, :, :longest]], 2)
+                for held, new in zip(old, (keys, values), strict=True)
+            ]
+        )
+        place(table).value = len(kept) - 1
+        seen.append(longest)
+
+    def unpack(keys, values, table, form, maps, spans, *, end, longest):
+        for held, out in zip(kept[place(table).value], (keys, values), strict=True):
+            out.copy_(held[:, :, :longest])
+
+    monkeypatch.setattr(unfinished.kernels, "pack_lines", pack)
+    monkeypatch.setattr(unfinished.kernels, "unpack_lines", unpack)
+    return seen
+
+
+def run(model, policy, parameters, turns, chunk, arena=None, **settings):
+    cache = ReFreeKVCache(model, policy, **parameters, **settings)
+    cache.state.arena = arena
+    results, reports = loop(model, cache, turns, chunk)
+    return results, reports, cache
+
+
+def check_same(got, wanted, exact):
+    for one, other in zip(got[0], wanted[0], strict=True):
+        assert torch.equal(one.logits, other.logits) if exact else torch.allclose(one.logits, other.logits, atol=1e-4)
+        assert torch.equal(one.tokens, other.tokens)
+    assert got[1] == wanted[1]
+    for one, other in zip(got[2].pruned_layers, wanted[2].pruned_layers, strict=True):
+        assert one.reading is None
+        assert one.records == other.records
+        assert (one.padding is None) == (other.padding is None)
+        assert one.holds_hidden == other.holds_hidden
+        assert [columns.as_ranges() for columns in one.kept_columns] == [
+            columns.as_ranges() for columns in other.kept_columns
+        ]
+
+
+# -- all bookkeeping is that of the prompt in full precision -----------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [16, 37])
+@pytest.mark.parametrize("case", CASES)
+def test_without_loss_it_is_the_prompt_in_full_precision(lossless, case, chunk):
+    model = model_of()
+    turns = turns_of(LONG, SECOND)
+    got = run(model, *CASES[case], turns, chunk, prompt_dtype=NUMBER)
+    coded = sum(lossless)
+    wanted = run(model, *CASES[case], turns, chunk, prompt_dtype=None)
+    assert sum(lossless) == coded > LAYERS * (150 - 37 - RECENT - FLUSH)
+    check_same(got, wanted, exact=True)
+
+
+@pytest.mark.parametrize("case", ["heavy-hitter", "uneven", "joint", "full"])
+def test_without_loss_in_storage_that_grows(lossless, case):
+    """As on CUDA: a second prompt comes behind an arena."""
+    model, turns = model_of(), turns_of(LONG, SECOND)
+    got, wanted = (run(model, *CASES[case], turns, 37, arena=True, prompt_dtype=one) for one in (NUMBER, None))
+    assert lossless
+    check_same(got, wanted, exact=False)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["heavy-hitter", "joint"])
+def test_without_loss_on_other_architectures(lossless, name, case):
+    model, turns = model_of(name), turns_of(LONG, (70,) * 4)
+    got, wanted = (run(model, *CASES[case], turns, 37, prompt_dtype=one) for one in (NUMBER, None))
+    assert lossless
+    check_same(got, wanted, exact=True)
+
+
+def test_without_loss_while_the_answer_is_pruned_too(lossless):
+    model, turns = model_of(), turns_of(LONG, SECOND)
+    got, wanted = (
+        run(model, "streaming-llm", {"size": 45}, turns, 37, decode_interval=3, prompt_dtype=one)
+        for one in (NUMBER, None)
+    )
+    assert lossless
+    check_same(got, wanted, exact=True)
+
+
+def test_without_loss_through_generate(lossless):
+    model = model_of()
+    (ids, mask), (alone, all_of_it) = prompts(LONG, seed=6), prompts((150,), seed=6)
+    answers = []
+    for number in (NUMBER, None):
+        with refreekv.compress(model, "refreekv", threshold=0.2, prompt_dtype=number) as kv:
+            answers.append([greedy(model, ids, mask, None, prefill_chunk_size=40, **more) for more in MODES])
+            drafts = {"prompt_lookup_num_tokens": 3, "prefill_chunk_size": 40}
+            answers[-1].append(greedy(model, alone, all_of_it, None, **drafts))
+            assert kv.report.budget < 1
+    assert lossless
+    for one, other in zip(*answers, strict=True):
+        assert torch.equal(one, other)
+
+
+MODES = [{}, {"num_beams": 3}]
+
+
+@pytest.mark.parametrize("act", ["crop", "rows", "copy", "beams"])
+@pytest.mark.parametrize("kind", ["first", "second"])
+@torch.no_grad()
+def test_in_the_middle_of_a_prompt(lossless, act, kind):
+    """What changes the cache there goes on from all entries in full precision."""
+    model = model_of()
+    results = []
+    for number in (NUMBER, None):
+        cache = ReFreeKVCache(model, "refreekv", threshold=0.2, prompt_dtype=number)
+        ids = torch.randint(2, 90, (2, 200), generator=torch.Generator().manual_seed(3))
+        before = 0
+        if kind == "second":
+            before = 60
+            model(ids[:, :before], past_key_values=cache)
+        logits = []
+        with cache.prompt_until(before + 120):
+            for piece in ids[:, before : before + 80].split(40, 1):
+                model(piece, past_key_values=cache)
+            if act == "crop":
+                cache.crop(-7)
+            elif act == "rows":
+                cache.batch_select_indices(torch.tensor([1]))
+            elif act == "beams":
+                cache.reorder_cache(torch.tensor([1, 1]))
+            else:
+                cache = copy.deepcopy(cache)
+            at = cache.get_seq_length()
+            rest = ids[-cache.pruned_layers[0].batch :, at : before + 120]
+            logits += [model(piece, past_key_values=cache).logits for piece in rest.split(20, 1)]
+        logits.append(model(rest[:, :1], past_key_values=cache).logits)
+        results.append((logits, cache.report, [layer.records for layer in cache.pruned_layers]))
+    assert lossless
+    (mine, *said), (theirs, *others) = results
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
+    assert said == others
+
+
+# -- what is coded, and when -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read(model, cache, ids, mask, chunk, after=lambda: None, end=None):
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with cache.prompt_until(ids.shape[1] if end is None else end):
+        for start in range(0, ids.shape[1], chunk):
+            part = slice(start, min(start + chunk, ids.shape[1]))
+            out = model(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+            after()
+    return out.logits[:, -1]
+
+
+def unfinished_of(cache):
+    return [layer.reading.prompt for layer in cache.pruned_layers if layer.reading is not None]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int6", "k6v4", "int4"])
+def test_entries_come_back_but_for_the_format(kind, padded):
+    """Sinks and the newest are as they were; those between are within what the format loses; padding is no entry."""
+    model, number = model_of(), KVDtype(kind, recent=RECENT)
+    lengths = (150, 40, 121, 99) if padded else (150, 150)
+    ids, mask = prompts(lengths, seed=1)
+    coded, plain = (ReFreeKVCache(model, "full", prompt_dtype=one) for one in (number, None))
+    # The first layer's entries depend on no attention.
+    for cache in (coded, plain):
+        read(model, cache, ids, mask, 30, end=200)
+    layer, want = coded.pruned_layers[0], plain.pruned_layers[0].dense
+    assert 150 - RECENT - FLUSH < layer.reading.prompt.coded <= 150 - RECENT
+    loss = {"int8": 0.012, "int6": 0.04, "k6v4": 0.13, "int4": 0.13}[kind]
+    for row, length in enumerate(lengths):
+        for got, exact in zip(layer.dense, want, strict=True):
+            mine, theirs = got[row, :, 150 - length :], exact[row, :, 150 - length :]
+            assert torch.equal(mine[:, :SINKS], theirs[:, :SINKS])
+            assert torch.equal(mine[:, -RECENT:], theirs[:, -RECENT:])
+            between = slice(SINKS, layer.reading.prompt.coded - (150 - length))
+            if between.stop > between.start:
+                centred = theirs[:, between] - theirs[:, SINKS:].mean(1, keepdim=True)
+                off = (mine[:, between] - theirs[:, between]).norm() / centred.norm()
+                assert 0 < off < loss
+    report = coded.report
+    assert report.bytes_after < 0.8 * plain.report.bytes_after
+
+
+def test_a_row_is_as_alone_where_chunks_end_in_the_same_places():
+    """Neither its padding nor its neighbours change how it is coded."""
+    model = model_of()
+    ids, mask = prompts((150, 70), seed=1)
+    together, alone = (ReFreeKVCache(model, "full", prompt_dtype=NUMBER) for _ in range(2))
+    read(model, together, ids, mask, 30, end=200)
+    # 20 of the padding's 80 columns stay: the first of its chunks has ten real tokens.
+    read(model, alone, ids[1:, 60:], mask[1:, 60:], 30, end=140)
+    for one, other in zip(together.pruned_layers, alone.pruned_layers, strict=True):
+        for mine, theirs in zip(one.dense, other.dense, strict=True):
+            # Means are summed in another order: what lies half-way between two codes may go to either.
+            assert (mine[1, :, 80:] - theirs[0, :, 20:]).norm() < 2e-3 * theirs.norm()
+
+
+def test_the_same_tokens_as_in_full_precision():
+    model = model_of()
+    ids, mask = prompts(LONG, seed=6)
+    for policy in (("refreekv", {"threshold": 0.2}), ("full", {})):
+        answers = [
+            greedy(model, ids, mask, ReFreeKVCache(model, policy[0], prompt_dtype=one, **policy[1]), **more)
+            for one, more in ((NUMBER, {"prefill_chunk_size": 40}), (None, {"prefill_chunk_size": 40}))
+        ]
+        assert (answers[0] == answers[1]).float().mean() > 0.99
+    logits = [
+        read(model, ReFreeKVCache(model, "full", prompt_dtype=one), ids, mask, 40)
+        for one in (None, "int8", "int8:recent=4", "int4:recent=4")
+    ]
+    off = [(one - logits[0]).norm() / logits[0].norm() for one in logits[1:]]
+    assert 0 < off[1] < 0.2 * off[2] < 0.2
+    assert off[0] < off[1]  # fewer entries are coded
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("case", ["refreekv", "joint"])
+def test_between_calls_nothing_is_held_in_full_precision(case, second):
+    """All storages that can be reached, at each chunk's end; and within a call one layer's copy at most."""
+    model = build("llama", attention="sdpa", head_dim=64)
+    policy, parameters = CASES[case]
+    cache = ReFreeKVCache(model, policy, prompt_dtype=NUMBER, **parameters)
+    before = 0
+    ids = torch.randint(2, 90, (1, 700), generator=torch.Generator().manual_seed(3))
+    if second:
+        before = 100
+        with torch.no_grad():
+            model(ids[:, :before], past_key_values=cache)
+    entry = 2 * 2 * 64 * 4  # bytes of a token's keys and values in a layer
+    held, within, chunk = [], [], 50
+
+    def bytes_of(layers):
+        # Beside keys and values a layer remembers the queries that the policy is going to ask with, and what they saw.
+        others = {t.data_ptr() for layer in layers for t in tensors_of(layer._queries)}
+        others |= {layer._seen.data_ptr() for layer in layers if layer._seen is not None}
+        for layer in layers:
+            if layer.reading is not None and layer.reading.prompt._coding is not None:
+                # All caches share the matrices.
+                maps = layer.reading.prompt._coding.maps
+                means = {t.data_ptr() for t in (maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset)}
+                others |= {t.data_ptr() for t in maps.tensors} - means
+        return storage_bytes([t for layer in layers for t in tensors_of(layer) if t.data_ptr() not in others])
+
+    update = ReFreeKVLayer.after_attention
+
+    def watched(self, call):
+        within.append(max(bytes_of([layer]) for layer in cache.pruned_layers if layer is not self))
+        update(self, call)
+
+    started = bytes_of(cache.pruned_layers)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), cache.prompt_until(700):
+        patch.setattr(ReFreeKVLayer, "after_attention", watched)
+        for piece in ids[:, before:650].split(chunk, 1):
+            model(piece, past_key_values=cache)
+            held.append(bytes_of(cache.pruned_layers))
+            if unfinished_of(cache):
+                report = cache.report
+                assert report.bytes_after + report.index_bytes == held[-1]
+    line = NUMBER.entry_bytes((64, 64)) * 2
+    coded = 700 - before - RECENT
+    exact = (RECENT + FLUSH + chunk + SINKS) * entry
+    assert max(held) <= started + LAYERS * (coded * line + exact + 2048)
+    assert max(held) < started + 0.45 * LAYERS * 650 * entry
+    assert max(within) <= started + coded * line + exact + 2048
+
+
+# -- the switch --------------------------------------------------------------------------------------
+
+
+def test_heads_that_cannot_be_packed():
+    model = build("llama", attention="sdpa")  # heads of 8
+    ids, mask = prompts((150,))
+    automatic, plain = (ReFreeKVCache(model, "full", prompt_dtype=one) for one in ("auto", None))
+    assert torch.equal(read(model, automatic, ids, mask, 40), read(model, plain, ids, mask, 40))
+    with pytest.raises(ValueError, match="prompt_dtype int8 packs heads of a multiple of 16 elements"):
+        read(model, ReFreeKVCache(model, "full", prompt_dtype="int8"), ids, mask, 40)
+
+
+@pytest.mark.parametrize("wrong", ["int7", "fp8", "int8:group=32", ""])
+def test_unknown_formats_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"prompt_dtype.*; or auto"):
+        ReFreeKVCache(model_of(), "full", prompt_dtype=wrong)
+    with pytest.raises(ValueError, match=r"prompt_dtype.*; or auto"), refreekv.compress(model_of(), prompt_dtype=wrong):
+        pass
+
+
+def test_the_switch_is_kept_in_files(tmp_path):
+    model = model_of()
+    ids, mask = prompts((60,))
+    for wanted in ("auto", None, "int6:recent=8"):
+        cache = ReFreeKVCache(model, "full", prompt_dtype=wanted)
+        read(model, cache, ids, mask, 60)
+        cache.save(tmp_path / "cache")
+        assert ReFreeKVCache.load(tmp_path / "cache", model).state.prompt_dtype == cache.state.prompt_dtype
+    cache = ReFreeKVCache(model, "full")
+    read(model, cache, ids, mask, 30, end=100)
+    with pytest.raises(ValueError, match="in the middle of a prompt"):
+        cache.save(tmp_path / "cache")
+
+
+def test_only_full_attention_layers_are_coded():
+    model = model_of("gemma3")
+    cache = ReFreeKVCache(model, "full", prompt_dtype=NUMBER)
+    ids, mask = prompts((150,))
+    read(model, cache, ids, mask, 40, end=200)
+    assert [layer.index for layer in cache.pruned_layers if layer.reading is not None] == full_layers(model)
