@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.packed_lines import FACTOR_BYTES
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
 from refreekv.kernels.table import LENGTH
-from refreekv.storage.leveled import Coding, Pair
+
+Pair = tuple[Tensor, Tensor]
+"""Of keys and of values."""
 
 
 class UnfinishedKV:
@@ -41,7 +43,7 @@ class UnfinishedKV:
         self._columns, self._wants_sinks = columns, sinks
         self._tail = keys[:, :, :0], values[:, :, :0]
         self.coded = 0
-        self._coding: Coding | None = None
+        self._maps: PackedMaps | None = None
         self._lines: Pair | None = None
         self._table: Tensor | None = None
         # [B, H_kv, SINKS, D], and their columns [B, SINKS], -1 where there is none yet; None: the first ones.
@@ -88,8 +90,8 @@ class UnfinishedKV:
     def nbytes(self) -> int:
         """Bytes that the tensors really hold on to, the rows' means included."""
         means: list[Tensor] = []
-        if self._coding is not None:
-            maps = self._coding.maps
+        if self._maps is not None:
+            maps = self._maps
             means = [maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset]
         held = [*self._tail, *(self._lines or ()), *(self._sinks or ()), *means]
         return sum(part.untyped_storage().nbytes() for part in held)
@@ -117,10 +119,10 @@ class UnfinishedKV:
 
     def _decode(self, keys: Tensor, values: Tensor) -> None:
         assert self._table is not None
-        assert self._coding is not None
+        assert self._maps is not None
         spans = torch.zeros(len(self._table), 3, dtype=torch.int64, device=keys.device)
         kernels.unpack_lines(
-            keys, values, self._table, self.form, self._coding.maps, spans, end=self.coded, longest=self.coded
+            keys, values, self._table, self.form, self._maps, spans, end=self.coded, longest=self.coded
         )
         for out, sinks in zip((keys, values), self._sinks or (), strict=False):
             if self._sink_columns is None:
@@ -156,7 +158,7 @@ class UnfinishedKV:
             self._real_coded = real[:, :stop].sum(1)
         self._make_room(stop)
         assert self._table is not None
-        assert self._coding is not None
+        assert self._maps is not None
         keys, values = self._tail
         kind = torch.promote_types(*self.types)
         device, segments = keys.device, len(self._table)
@@ -164,7 +166,7 @@ class UnfinishedKV:
         spans = torch.zeros(segments, 3, dtype=torch.int64, device=device)
         spans[:, 1] = count
         starts = torch.full((segments,), self.coded, dtype=torch.int64, device=device)
-        maps = self._coding.maps.of_type(kind)
+        maps = self._maps.of_type(kind)
         kernels.pack_lines(
             keys.to(kind), values.to(kind), self._table, self.form, maps, spans, end=keys.shape[2], longest=count,
             starts=starts,
@@ -175,18 +177,19 @@ class UnfinishedKV:
     def _fix_means(self, real: Tensor | None) -> None:
         """Means of all that is exact, for rows of which no entry was coded yet."""
         begun = self._real_coded
-        if self._coding is not None and (begun is None or bool((begun > 0).all())):
+        if self._maps is not None and (begun is None or bool((begun > 0).all())):
             return
         exact = None if real is None else real[:, None, self.coded :]
         means = [centre_of(part, exact) for part in self._tail]
-        if self._coding is not None and begun is not None:
-            maps = self._coding.maps
+        if self._maps is not None and begun is not None:
+            maps = self._maps
             fixed = (begun > 0)[:, None, None]
             means = [
                 torch.where(fixed, old, new.float())
                 for old, new in zip((maps.key_mean, maps.value_mean), means, strict=True)
             ]
-        self._coding = Coding.of(self.number, (means[0], means[1]), torch.promote_types(*self.types))
+        with torch.inference_mode(False):
+            self._maps = PackedMaps.rotated(means[0].clone(), means[1].clone(), torch.promote_types(*self.types))
 
     def _keep_sinks(self, count: int, real: Tensor | None) -> None:
         """Keep exact copies of the first real entries of each row, as far as they are among those coded now."""

@@ -303,9 +303,9 @@ def test_between_calls_nothing_is_held_in_full_precision(case, second):
         others = {t.data_ptr() for layer in layers for t in tensors_of(layer._queries)}
         others |= {layer._seen.data_ptr() for layer in layers if layer._seen is not None}
         for layer in layers:
-            if layer.reading is not None and layer.reading.prompt._coding is not None:
+            if layer.reading is not None and layer.reading.prompt._maps is not None:
                 # All caches share the matrices.
-                maps = layer.reading.prompt._coding.maps
+                maps = layer.reading.prompt._maps
                 means = {t.data_ptr() for t in (maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset)}
                 others |= {t.data_ptr() for t in maps.tensors} - means
         return storage_bytes([t for layer in layers for t in tensors_of(layer) if t.data_ptr() not in others])

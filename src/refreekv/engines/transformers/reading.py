@@ -4,8 +4,7 @@ from torch import Tensor
 
 from refreekv.core.quantisation import KVDtype
 from refreekv.storage.base import KVStorage
-from refreekv.storage.leveled import Pair
-from refreekv.storage.unfinished import UnfinishedKV
+from refreekv.storage.unfinished import Pair, UnfinishedKV
 
 DEFAULT = KVDtype("int8")
 """Loses less than the model's own 16-bit arithmetic does (docs/how-it-works.md)."""
