@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from refreekv.core.footprint import reading_bytes
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.geometry import Geometry
 
@@ -38,6 +39,8 @@ class Scenario:
     budget: Callable[[int], float]  # prompt tokens to the share of them that is kept
     number: KVDtype | None = None  # how kept entries are stored
     compacts: bool = True  # whether the prompt is held in full before it is compacted
+    # how a prompt that is read in chunks is held until its end; None: in the model's precision
+    prompt_number: KVDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class Use:
 def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
     """What a load takes.
 
-    While a prompt is read in chunks, its K/V is there in full and in the model's precision:
-    which entries matter shows at its end. Read in one call, each layer is compacted when the
-    next one is done, so two layers are full at a time.
+    Which entries of a prompt matter shows at its end. While it is read in chunks, its K/V is there in full, in the
+    scenario's format or in the model's precision; see `reading_bytes`. Read in one call, each layer is compacted when
+    the next one is done, so two layers are full at a time.
 
     K/V in a number format is decoded in place.
     """
@@ -83,7 +86,9 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     full = geometry.full_bytes(load.prompt)
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
     reading = before
-    if scenario.compacts:
+    if called < load.prompt and scenario.prompt_number is not None:
+        reading = int(reading_bytes(geometry.layers, load.prompt, scenario.prompt_number, before))
+    elif scenario.compacts:
         widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
         reading = full if called < load.prompt else min(full, int(before + 2 * widest))
     prefill = (load.requests - 1) * one + reading + called * machine.activation_bytes

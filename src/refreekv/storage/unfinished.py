@@ -201,8 +201,10 @@ class UnfinishedKV:
                 self._sinks = keys[:, :, : min(SINKS, count)].clone(), values[:, :, : min(SINKS, count)].clone()
             return
         if self._sinks is None:
-            self._sinks = torch.zeros_like(keys[:, :, :SINKS]), torch.zeros_like(values[:, :, :SINKS])
-            self._sink_columns = real.new_full((real.shape[0], SINKS), -1, dtype=torch.int64)
+            with torch.inference_mode(False):
+                self._sinks = _empty_sinks(keys), _empty_sinks(values)
+                self._sink_columns = torch.full((len(real), SINKS), -1, device=real.device)
+        assert self._sinks is not None
         assert self._sink_columns is not None
         stop = self.coded + count
         rank = real[:, :stop].cumsum(1) * real[:, :stop]
@@ -254,3 +256,7 @@ class UnfinishedKV:
         self._table = None
         if self._lines is not None:
             self._hold(*self._lines)
+
+
+def _empty_sinks(like: Tensor) -> Tensor:
+    return torch.zeros(*like.shape[:2], SINKS, like.shape[3], dtype=like.dtype, device=like.device)

@@ -55,7 +55,7 @@ class PromptState:
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
     prompt_dtype : KVDtype, str or None
-        How a prompt that comes in chunks is held until its end; "auto": as `reading.DEFAULT` says, where it can be.
+        How a prompt that comes in chunks is held until its end; "auto": as `PROMPT_DTYPE` says, where it can be.
     changed : bool
         Whether a layer was pruned since `take_changed` was last asked.
     joint : JointPruning

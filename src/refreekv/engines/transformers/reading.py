@@ -2,15 +2,12 @@
 
 from torch import Tensor
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.storage.base import KVStorage
 from refreekv.storage.unfinished import Pair, UnfinishedKV
 
-DEFAULT = KVDtype("int8")
-"""Loses less than the model's own 16-bit arithmetic does (docs/how-it-works.md)."""
-
 AUTOMATIC = "auto"
-"""Code in the default format where entries go into it."""
+"""Code in `PROMPT_DTYPE` where entries go into it."""
 
 
 class Reading:
@@ -41,7 +38,7 @@ class Reading:
             A format was asked for and the entries do not go into it.
         """
         if wanted is None or UnfinishedKV.takes(*like):
-            return DEFAULT if isinstance(wanted, str) else wanted
+            return PROMPT_DTYPE if isinstance(wanted, str) else wanted
         if isinstance(wanted, str):
             return None
         raise ValueError(
