@@ -57,6 +57,8 @@ class ReFreeKVLayer(DynamicLayer):
     reading : Reading or None
         Of a prompt whose chunks go on and are coded as they come; ``keys`` and ``values`` are None between its calls,
         or those of what was there before.
+    is_decoded_for_call : bool
+        Whether the present call reads a copy of what is coded otherwise.
     holds_hidden : bool
         Whether the mask of the last prompt hid some of what is stored: then masks are to be looked at
         while decoding, too.
@@ -73,6 +75,7 @@ class ReFreeKVLayer(DynamicLayer):
     def _clear(self) -> None:
         self.ragged: KVStorage | None = None
         self.reading: Reading | None = None
+        self.is_decoded_for_call = False
         self.records: list[RowRecord] = []
         self._length = 0
         self._appended = 0
@@ -127,7 +130,8 @@ class ReFreeKVLayer(DynamicLayer):
         self._appended = key_states.shape[-2]
         self._length += self._appended
         with without_autocast(key_states.device):
-            if self._is_read_on(key_states, value_states):
+            self.is_decoded_for_call = self._is_read_on(key_states, value_states)
+            if self.is_decoded_for_call:
                 key_states, value_states = self._read_on(key_states, value_states)
             elif self.ragged is None:
                 key_states, value_states = super().update(key_states, value_states)
