@@ -5,16 +5,19 @@ Nothing was evicted yet, so that all rows and KV heads have the same columns, pa
 at the end, get a decoded copy of one layer at a time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
 from refreekv.kernels.table import LENGTH
-
-Pair = tuple[Tensor, Tensor]
-"""Of keys and of values."""
+from refreekv.storage.arena import KVArena
+from refreekv.storage.coding import Pair, maps_of
+from refreekv.storage.runs import flat, spread
 
 
 class UnfinishedKV:
@@ -33,13 +36,15 @@ class UnfinishedKV:
         How many of them are coded: the first ones, the sinks among them beside their exact copies.
     """
 
-    def __init__(self, number: KVDtype, like: Pair, columns: int, *, sinks: bool):
+    def __init__(self, number: KVDtype, like: Pair, columns: int, *, sinks: bool, codes: KeyCodes | None = None):
         """For up to about ``columns`` columns of entries like ``[B, H_kv, q, D]``.
 
-        ``sinks``: whether the first entries are the first of a sequence, and stay exact.
+        ``sinks``: whether the first entries are the first of a sequence, and stay exact. ``codes`` are the model's own
+        for keys.
         """
         keys, values = like
-        self.number, self.form = number, number.form((keys.shape[-1], values.shape[-1]))
+        self.number, self._codes = number, codes
+        self.form = number.form((keys.shape[-1], values.shape[-1]), sorted_keys=codes is not None)
         self._columns, self._wants_sinks = columns, sinks
         self._tail = keys[:, :, :0], values[:, :, :0]
         self.coded = 0
@@ -51,6 +56,8 @@ class UnfinishedKV:
         self._sink_columns: Tensor | None = None
         # [B]: real entries among those coded, by row; None: all are.
         self._real_coded: Tensor | None = None
+        # [B, H_kv, capacity]: whether a line is no longer what is at its place.
+        self._stale: Tensor | None = None
 
     @staticmethod
     def takes(keys: Tensor, values: Tensor) -> bool:
@@ -188,8 +195,7 @@ class UnfinishedKV:
                 torch.where(fixed, old, new.float())
                 for old, new in zip((maps.key_mean, maps.value_mean), means, strict=True)
             ]
-        with torch.inference_mode(False):
-            self._maps = PackedMaps.rotated(means[0].clone(), means[1].clone(), torch.promote_types(*self.types))
+        self._maps = maps_of((means[0], means[1]), torch.promote_types(*self.types), self._codes)
 
     def _keep_sinks(self, count: int, real: Tensor | None) -> None:
         """Keep exact copies of the first real entries of each row, as far as they are among those coded now."""
@@ -245,6 +251,37 @@ class UnfinishedKV:
                 ],
                 1,
             )
+
+    # -- lines that stay as they are --------------------------------------------------------------
+
+    @property
+    def means(self) -> Pair:
+        """What is taken out of keys and of values, ``[B, H_kv, D]``; only where something is coded."""
+        assert self._maps is not None
+        return self._maps.key_mean, self._maps.value_mean
+
+    def forget_lines(self, columns: Tensor, real: Tensor) -> None:
+        """Say that others stand in for the entries ``[B, H_kv, c]`` that were decoded, as far as they are ``real``."""
+        assert self._lines is not None
+        count = torch.zeros(self._lines[0].shape[:3], dtype=torch.uint8, device=columns.device)
+        last = count.shape[2] - 1
+        there = real & (columns <= last)
+        self._stale = count.scatter_add(2, columns.long().clamp(max=last), there.to(torch.uint8)) > 0
+
+    def move_lines(self, columns: Tensor, counts: Sequence[Sequence[int]], arena: KVArena) -> None:
+        """Put lines of chosen columns, so many of each row's KV heads, in place of those in an arena without room.
+
+        Only of columns that are coded; others stay as they are.
+        """
+        assert self._lines is not None
+        capacity = self._lines[0].shape[2]
+        segment = spread(range(len(flat(counts))), flat(counts), columns.device)
+        at = segment * capacity + columns.long().clamp(max=capacity - 1)
+        there = columns < self.coded
+        if self._stale is not None:
+            there = there & ~self._stale.flatten()[at]
+        for lines, into in zip(self._lines, (arena.keys, arena.values), strict=True):
+            into.copy_(torch.where(there[:, None], lines.flatten(0, 2)[at], into))
 
     # -- copies: addresses do not travel --------------------------------------------------------
 

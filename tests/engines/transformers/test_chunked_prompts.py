@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from helpers.driving import POLICIES, SpreadHeavyHitter, Uneven, greedy, storage
 from helpers.equivalence import loop
 from helpers.models import LAYERS, build, full_layers, prompts
 from refreekv import KVDtype, ReFreeKVCache
-from refreekv.core.quantisation import FLUSH, SINKS
+from refreekv.core.quantisation import FLUSH, SINKS, Ladder
+from refreekv.core.selection import Selection
+from refreekv.core.surrogates import Surrogates
+from refreekv.engines.transformers import layer as layer_module
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.kernels.table import LENGTH
+from refreekv.policies import Policy
 from refreekv.storage import unfinished
 
 RECENT = 4
@@ -275,6 +280,85 @@ def test_the_same_tokens_as_in_full_precision():
     off = [(one - logits[0]).norm() / logits[0].norm() for one in logits[1:]]
     assert 0 < off[1] < 0.2 * off[2] < 0.2
     assert off[0] < off[1]  # fewer entries are coded
+
+
+@dataclass(frozen=True)
+class StandIns(Policy):
+    """Columns 90 to 99 go, and entries like no other take the places of some of them."""
+
+    name = "stand-ins"
+
+    def select(self, view):
+        keep = torch.ones_like(view.keys[..., 0], dtype=torch.bool)
+        keep[:, :, 90:100] = False
+        columns = torch.tensor([92, 95, 97]).expand(*view.keys.shape[:2], -1)
+        real = torch.tensor([True, True, False]).expand_as(columns)
+        keys, values = (7 + side[:, :, :3] for side in (view.keys, view.values))
+        return Selection(keep, surrogates=Surrogates(columns, keys, values, real))
+
+
+KEPT = {
+    "int8": ("full", {}),
+    "int8, some": (Uneven(), {}),
+    "int8, stand-ins": (StandIns(), {}),
+    "k4v4+int8": (Uneven(), {}),
+    "int4": ("full", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("second", [False, True])
+def test_lines_of_the_final_format_are_moved_as_they_are(kind, second):
+    """What comes back of the final storage is what chunks attended to, for all that has that format; no other loss."""
+    model = model_of()
+    policy, parameters = KEPT[kind]
+    ladder = Ladder.parse(f"{kind.partition(',')[0]}:recent={RECENT}")
+    cache = ReFreeKVCache(model, policy, kv_dtype=ladder, prompt_dtype=NUMBER, **parameters)
+    ids, mask = prompts((150, 90), seed=1)
+    seen, compacted = [], layer_module.compacted
+
+    def watched(dense, *args):
+        made = compacted(dense, *args)
+        seen.append(([side.clone() for side in dense], made, args[-1]))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "compacted", watched)
+        read(model, cache, ids, mask, 30)
+    moved = coarser = 0
+    for layer, (dense, made, coded) in zip(cache.pruned_layers, seen, strict=True):
+        assert (coded is None) == (kind == "int4")
+        full = made.full()
+        for row in range(2):
+            for head, columns in enumerate(layer.kept_columns[row].tensors(ids.device) * 2):
+                if head > 1:
+                    break
+                for got, exact in zip(full.segments(row), dense, strict=True):
+                    got, exact = got[head], exact[row, head][columns.long()]
+                    off = (got - exact).norm(dim=-1) / exact.norm(dim=-1)
+                    early = (columns < 100) & (columns > 150 - ids.shape[1] + SINKS)
+                    moved += int((off[early] < 1e-5).sum())
+                    coarser += int((off[early] >= 1e-5).sum())
+                    assert off.max() < (0.02 if "int8" in kind and "+" not in kind else 0.5)
+    if second:
+        more, _ = prompts((90, 90), seed=2)
+        read_on = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
+        with torch.no_grad(), cache.prompt_until(240):
+            for start in range(150, 240, 30):
+                part = slice(start, start + 30)
+                positions = read_on[1].cumsum(1)[:, part] - 1
+                model(read_on[0][:, part], attention_mask=read_on[1][:, : part.stop], position_ids=positions,
+                      past_key_values=cache)  # fmt: skip
+        assert cache.get_seq_length() == 240
+    if kind == "int4":
+        assert coarser > 10 * moved
+    elif "+" in kind:
+        assert moved > 0 < coarser
+    elif "stand-ins" in kind:
+        # Two of each head, keys and values, are coded anew.
+        assert coarser == LAYERS * 2 * 2 * 2 * 2 < moved
+    else:
+        assert moved > 0 == coarser
 
 
 # -- memory ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.footprint import LayerKV, activation_elements, reading_bytes
-from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
@@ -144,8 +144,9 @@ MASK_BYTES = 3
 """Of a query and an entry, as chunks have masks and one call has none: a boolean, and a 16-bit number made of it."""
 
 
-def _format(layer: LayerKV, number: KVDtype | None) -> KVDtype | None:
-    """How a layer stores what is kept."""
+def _format(layer: LayerKV, ladder: Ladder | None) -> KVDtype | None:
+    """How a layer stores what is kept, at most."""
+    number = None if ladder is None else ladder.rungs[-1]
     return number if layer.kind == "full" and number is not None and layer.takes(number) else None
 
 

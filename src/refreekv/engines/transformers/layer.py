@@ -33,6 +33,7 @@ from refreekv.pruning.records import RowRecord, after_crop, after_pruning
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
+from refreekv.storage.unfinished import UnfinishedKV
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -75,6 +76,8 @@ class ReFreeKVLayer(DynamicLayer):
     def _clear(self) -> None:
         self.ragged: KVStorage | None = None
         self.reading: Reading | None = None
+        # The prompt as it was coded while it was read, until what is kept was moved.
+        self._read: UnfinishedKV | None = None
         self.is_decoded_for_call = False
         self.records: list[RowRecord] = []
         self._length = 0
@@ -144,13 +147,14 @@ class ReFreeKVLayer(DynamicLayer):
         """Whether these belong to a prompt that is coded as it is read, of which they may be the first chunk."""
         if self.reading is None and self.state.continues(self._length):
             number = Reading.form_for(self.state.prompt_dtype, (keys, values))
-            if number is not None:
+            if number is not None and not Reading.codes_anyway(self.ragged, number):
                 if not self.is_initialized:
                     self.lazy_initialization(keys, values)
                 start, end = self._length - self._appended, self.state.end
                 assert end is not None
                 earlier = self.ragged or (self.dense if start else None)
-                self.reading = Reading(number, start, end, earlier, (keys, values))
+                codes = self.state.codes_of(self.ordinal)
+                self.reading = Reading(number, start, end, earlier, (keys, values), codes)
         return self.reading is not None
 
     def _read_on(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +165,7 @@ class ReFreeKVLayer(DynamicLayer):
         last = not joint and not self.state.continues(self._length)
         self._take_over(self.reading.whole_with(keys, values, last=last))
         if last:
-            self.reading = None
+            self._read, self.reading = self._lines_of(self.reading), None
         return (keys, values) if self.ragged is not None else self.dense
 
     def _take_over(self, held: KVStorage | tuple[Tensor, Tensor]) -> None:
@@ -191,6 +195,15 @@ class ReFreeKVLayer(DynamicLayer):
         reading, self.reading = self.reading, None
         if reading is not None:
             self._take_over(reading.whole())
+            self._read = self._lines_of(reading)
+
+    def _lines_of(self, reading: Reading) -> UnfinishedKV | None:
+        """The prompt as it was coded while it was read, if what is kept of it may be stored in those very lines."""
+        prompt = reading.prompt
+        if self.ladder is None or self.ragged is not None or reading.earlier is not None or not prompt.coded:
+            return None
+        forms = self.ladder.forms(prompt.sizes, sorted_keys=self.state.codes_of(self.ordinal) is not None)
+        return prompt if prompt.form in forms else None
 
     def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[:3] != values.shape[:3]:
@@ -346,6 +359,9 @@ class ReFreeKVLayer(DynamicLayer):
         decisions = [
             decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder, codes) for part in parts
         ]
+        for decision in decisions:
+            if self._read is not None and decision.surrogates is not None:
+                self._read.forget_lines(decision.surrogates.columns, decision.surrogates.real)
 
         def carry_out() -> None:
             self._carry_out(decisions, after)
@@ -403,10 +419,10 @@ class ReFreeKVLayer(DynamicLayer):
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
         if self.ragged is None:
-            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels)
+            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels, self._read)
         else:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
-        self._coded = None
+        self._coded = self._read = None
         self._pruned_length = self._length - after
         self.kept_columns = lasting(columns, self._pruned_length)
         self._padding = None

@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.storage.base import KVStorage
-from refreekv.storage.unfinished import Pair, UnfinishedKV
+from refreekv.storage.coding import Pair
+from refreekv.storage.unfinished import UnfinishedKV
 
 AUTOMATIC = "auto"
 """Code in `PROMPT_DTYPE` where entries go into it."""
@@ -23,9 +25,17 @@ class Reading:
         The prompt's chunks.
     """
 
-    def __init__(self, number: KVDtype, start: int, end: int, earlier: KVStorage | Pair | None, like: Pair):
+    def __init__(
+        self,
+        number: KVDtype,
+        start: int,
+        end: int,
+        earlier: KVStorage | Pair | None,
+        like: Pair,
+        codes: KeyCodes | None = None,
+    ):
         self.start, self.earlier = start, earlier
-        self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0)
+        self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes)
         self._chunk: Pair | None = None
 
     @staticmethod
@@ -46,6 +56,14 @@ class Reading:
             f"model's keys have {like[0].shape[-1]} in {like[0].dtype} and its values {like[1].shape[-1]} in "
             f"{like[1].dtype}; leave prompt_dtype out"
         )
+
+    @staticmethod
+    def codes_anyway(earlier: KVStorage | None, number: KVDtype) -> bool:
+        """Whether a storage codes what is appended to it, and no coarser than a format does."""
+        if earlier is None or earlier.coding is None:
+            return False
+        own = earlier.coding.forms[earlier.coding.generated]
+        return own.entry_bytes >= number.entry_bytes(earlier.sizes)
 
     def whole_with(self, keys: Tensor, values: Tensor, *, last: bool) -> KVStorage | Pair:
         """Everything in full precision, a new chunk at its end: a copy, which is the layer's own after the ``last``."""
