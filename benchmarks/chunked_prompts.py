@@ -1,13 +1,13 @@
-"""What it does to answers that a prompt is read over its own codes, chunk by chunk.
+r"""What it does to answers that a prompt is read over its own codes, chunk by chunk.
 
-    python benchmarks/chunked_prompts.py MODEL --data-dir DIR --plan benchmarks/plans/chunked.toml \\
+    python benchmarks/chunked_prompts.py MODEL --data-dir DIR --plan benchmarks/plans/chunked.toml \
         --chunk 512 --prompt-dtype int8,int6,k6v4,int4 --out results.jsonl
 
 The full cache reads a prompt in one call and goes on with it greedily. Then the same prompt is read in chunks, each
-coded in a format when it has been read (`compress(prompt_dtype=...)`), and the full cache's answer is fed behind it: KL of
-each token's prediction. Row ``full`` is the prompt in chunks that are not coded, the noise floor. ``int8:means`` is int8
-with the means of the whole prompt taken out in place of the first chunk's. ``int4:end`` is coded only at the prompt's end.
-Bytes are those of 16-bit elements, at the prompt's end.
+coded in a format when it has been read (`compress(prompt_dtype=...)`), and the full cache's answer is fed behind it: KL
+of each token's prediction. Row ``full`` is the prompt in chunks that are not coded, the noise floor. ``int8:means`` is
+int8 with the means of the whole prompt taken out in place of the first chunk's. ``int4:end`` is coded only at the
+prompt's end. Bytes are those of 16-bit elements, at the prompt's end.
 
 Stopped and started again it goes on, as benchmarks/fidelity.py, whose plans it takes; their policies are not used. With
 --policy the prompt is pruned at its end, too.

@@ -8,12 +8,15 @@ import torch
 from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
+from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_ops, packed_reference, reference
 from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.storage import launch_move
+from refreekv.storage import unfinished
+from refreekv.storage.unfinished import UnfinishedKV
 
 POISON = 0x7F
 KV_HEADS = 2
@@ -419,6 +422,42 @@ def test_unpack_to_an_arena(which, dtype, close, device):
                 close(got[segment][4 : 4 + length], want)
             for rest in (slice(4), slice(4 + length, None)):
                 assert torch.equal(got[segment][rest], old[segment][rest])
+
+
+@pytest.mark.parametrize("kind", ["int8", "k6v4"])
+def test_an_unfinished_prompt_through_the_kernels(kind, dtype, device, monkeypatch):
+    """Its tables, spans and views, chunk by chunk behind earlier entries, as plain torch has them."""
+    sides = [torch.randn(2, KV_HEADS, 150, size).to(dtype) for size in (64, 96)]
+    earlier = [side[:, :, :9] for side in sides]
+    real = torch.arange(150) >= torch.tensor([[0], [41]])
+    found = []
+    for where in ("cpu", device):
+        if len(found) == 1:
+            for name, launch in (("pack_lines", launch_pack), ("unpack_lines", launch_unpack)):
+                monkeypatch.setattr(unfinished.kernels, name, _launched(launch))
+        prompt = UnfinishedKV(KVDtype(kind, recent=4), [side.to(where) for side in sides], 150, sinks=True)
+        for part in (slice(0, 60), slice(60, 75), slice(75, 120), slice(120, 150)):
+            prompt.append(*(side[:, :, part].to(where) for side in sides), real[:, : part.stop].to(where))
+        assert prompt.coded == 116
+        new = [side[:, :, :5].to(where) for side in sides]
+        found.append([part.cpu().double() for part in prompt.dense(new, [side.to(where) for side in earlier])])
+    for want, got, side in zip(*found, sides, strict=True):
+        assert torch.equal(want[:, :, :9], side[:, :, :9].double())
+        for row, first in enumerate((0, 41)):
+            # An element half-way between two codes may go to either.
+            assert (got - want)[row, :, 9 + first :].norm() < 5e-3 * want[row, :, 9 + first :].norm()
+            # Sinks and newest entries are exact, and come at their places.
+            for part in (slice(9 + first, 13 + first), slice(155, 164)):
+                assert torch.equal(got[row, :, part], want[row, :, part])
+
+
+def _launched(launch):
+    """A kernel in place of the function of `kernels` that picks one by device."""
+
+    def call(keys, values, table, form, maps, spans, *, end, longest, starts=None):
+        launch(keys, values, None, table, form, maps, spans, end, longest, starts)
+
+    return call
 
 
 def test_what_does_not_go_together_is_refused(dtype, device):

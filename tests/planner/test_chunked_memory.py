@@ -1,5 +1,7 @@
 """What plans say about prompts that are read in chunks, against what caches hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from helpers.models import build
 from helpers.planning import LLAMA
 from planner.test_plan import GIB, model_of
 from refreekv import KVDtype, ReFreeKVCache
-from refreekv.core.footprint import LayerKV, reading_bytes
+from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes, reading_bytes
 from refreekv.core.quantisation import FLUSH
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.planner import geometry, memory
@@ -98,8 +100,9 @@ def test_use_counts_two_layers_in_full():
         scenario = Scenario("", lambda _: budget, number, prompt_number=KVDtype.parse(prompt_number), **more)
         return memory.use(measured, machine, scenario, load).peak
 
-    assert peak(0.2) == int(coded + 2 * layer)
-    assert peak(0.9) == int(0.9 * 32 * layer + 2 * layer)
+    masks = 2048 * 32768 * MASK_BYTES
+    assert peak(0.2) == int(coded + 2 * layer) + masks
+    assert peak(0.9) == int(0.9 * 32 * layer + 2 * layer) + masks
     assert peak(0.2, prompt_number=None) == 32 * layer
     assert peak(1.0, KVDtype("int4"), "int4") < 0.4 * 32 * layer
     # A prompt that comes in one call is not coded on the way.
@@ -109,6 +112,22 @@ def test_use_counts_two_layers_in_full():
         for one in (KVDtype("int8"), None)
     )
     assert coded_call == plain_call
+
+
+def test_what_reads_a_chunk_counts():
+    """Llama-3-8B at 32k in chunks of 2k: the copies and masks of attention, or the feed-forward part behind it."""
+    model = model_of(LLAMA)
+    measured, reader = geometry.measure(model), Reader.of(model.text)
+    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096, 32 / 64)
+    layers, layer, number = measured.layers, 32768 * 4096, KVDtype("int8")
+    coded = sum(one.unfinished_bytes(32768, number) for one in layers)
+    within = coded + 2.5 * layer + 2048 * (8 * 4096 + 3 * 32768)
+    assert chunked_bytes(layers, 32768, 2048, number, 0, reader) == within
+    behind = coded + layer + 8192 * (2 * reader.activation + 32768)
+    assert chunked_bytes(layers, 32768, 8192, number, 0, replace(reader, attention=0, repeated=0)) == behind
+    machine = Machine(24 * GIB, 0, 0, activation_bytes=2 * reader.activation, logit_bytes=0, chunk=2048, reader=reader)
+    taken = memory.use(measured, machine, Scenario("", lambda _: 0.1, prompt_number=number), Load(32768, 0))
+    assert taken.peak == int(within)
 
 
 def test_longer_prompts_fit():

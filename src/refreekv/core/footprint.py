@@ -110,3 +110,43 @@ def activation_elements(text: Any) -> int:
     experts = getattr(text, "num_experts_per_tok", None) or 0
     of_expert = getattr(text, "moe_intermediate_size", None) or inner
     return 4 * hidden + 3 * max(int(inner), int(experts) * int(of_expert))
+
+
+MASK_BYTES = 3
+"""Of a query of a chunk and an entry that it may see: a boolean, and the 16-bit number that sdpa makes of it.
+
+One call has no mask; a chunk behind others has."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a model takes beside its K/V to read a prompt."""
+
+    activation: int  # elements that a token takes at the widest point, see `activation_elements`
+    attention: int = 0  # elements that it takes while attention runs: residual, queries, output, and one copy
+    # share of a layer's K/V that sdpa copies behind a mask: one KV head's, for each query head that shares it
+    repeated: float = 0.0
+
+    @classmethod
+    def of(cls, text: Any) -> "Reader":
+        """Of a language model's configuration."""
+        heads = int(getattr(text, "num_attention_heads", 1))
+        shared = int(getattr(text, "num_key_value_heads", None) or heads)
+        repeated = 0.0 if shared == heads else heads / shared**2
+        return cls(activation_elements(text), 4 * int(text.hidden_size), repeated)
+
+
+def chunked_bytes(
+    layers: Sequence[LayerKV], prompt: int, chunk: int, number: KVDtype, kept: float, reader: Reader
+) -> float:
+    """Bytes of K/V and of all else at the worst moment of reading a prompt that is coded chunk by chunk.
+
+    Either while a layer attends to its copy in full precision, or in the feed-forward part behind it. Parameters
+    beside the chunk's tokens and the reader are those of `reading_bytes`.
+    """
+    itemsize = max((layer.itemsize for layer in layers), default=PLAIN_BYTES)
+    widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0.0)
+    within = reading_bytes(layers, prompt, number, kept) + reader.repeated * widest
+    within += chunk * (itemsize * reader.attention + MASK_BYTES * prompt)
+    behind = reading_bytes(layers, prompt, number, kept, copies=1) + chunk * (itemsize * reader.activation + prompt)
+    return max(within, behind)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from refreekv.core.footprint import activation_elements
+from refreekv.core.footprint import Reader, activation_elements
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
@@ -139,6 +139,7 @@ def make(
         activation_bytes=2 * activation_elements(model.text),
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,
+        reader=Reader.of(model.text),
     )
     scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:

@@ -415,6 +415,31 @@ def test_between_calls_nothing_is_held_in_full_precision(case, second):
     assert max(within) <= started + coded * line + exact + 2048
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("second", [False, True])
+def test_a_chunk_behind_a_mask_repeats_one_kv_head_at_a_time(monkeypatch, second):
+    """What sdpa copies for query heads that share a KV head is of one of these, and not of all."""
+    model = model_of()
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        seen.append((key.shape[1], query.shape[2]))
+        return sdpa(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    cache = ReFreeKVCache(model, "streaming-llm", size=50, prompt_dtype=NUMBER)
+    ids, before = prompts((150,), seed=1)[0], 60 if second else 0
+    if second:
+        model(ids[:, :before], past_key_values=cache)
+        seen.clear()
+    with cache.prompt_until(150):
+        for piece in ids[:, before:].split(30, 1):
+            model(piece, past_key_values=cache)
+    masked = seen[0 if second else LAYERS :]
+    assert {heads for heads, _ in masked} == {4}  # of 8 query heads
+    assert len(masked) == 2 * LAYERS * (3 if second else 4)
+
+
 # -- the switch --------------------------------------------------------------------------------------
 
 

@@ -176,11 +176,16 @@ def test_chunks_that_fit():
     assert chunk(whole) is None
     assert chunk(2 * whole, rows=2) is None
     assert chunk(whole - 1) == 8192
-    assert chunk(34 * layer + 4096 * (token + 3 * length)) == 4096
-    assert chunk(34 * layer + 4096 * (token + 3 * length) - 1) == 2048
+
+    def taken(tokens, kept, held=32 * layer):
+        # Within attention: two layers in full, masks, and half a layer of repeated heads; 4 hidden elements a token.
+        return max(held, kept) + 2.5 * layer + tokens * (2 * 4 * 4096 + 3 * length)
+
+    assert chunk(taken(4096, 32 * layer)) == 4096
+    assert chunk(taken(4096, 32 * layer) - 1) == 2048
     assert chunk(0) == 512
     # Held in 8 bits until the end, and in fewer from then on; or in fewer all the time.
-    coded = 0.51 * 32 * layer + 2 * layer + 2048 * (token + 3 * length)
+    coded = taken(2048, 0, held=0.51 * 32 * layer)
     assert chunk(coded, kv_dtype="int4") == chunk(coded, kv_dtype="int8") == 2048
     assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == 8192
     assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == chunk(coded) == 512

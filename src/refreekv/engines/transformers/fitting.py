@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from refreekv.core.footprint import LayerKV, activation_elements, reading_bytes
+from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
@@ -124,8 +124,8 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> int | No
 def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> int | None:
     """What `forecast` says where so many bytes are free. The policy may keep everything."""
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
-    layers = _layers(text, cache, itemsize)
-    token, new = itemsize * activation_elements(text), length - cache.get_seq_length()
+    layers, reader = _layers(text, cache, itemsize), Reader.of(text)
+    token, new = itemsize * reader.activation, length - cache.get_seq_length()
     free += 0 if cache.is_unused else cache.report.bytes_after
     kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype)) for layer in layers)
     full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
@@ -134,14 +134,13 @@ def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int)
     wanted = cache.state.prompt_dtype
     number = PROMPT_DTYPE if isinstance(wanted, str) else wanted
     for chunk in CHUNKS:
-        reading = reading_bytes(layers, length, number, kept)
-        if rows * (reading + chunk * (token + MASK_BYTES * length)) <= free:
+        if number is None:
+            taken = full + chunk * (token + MASK_BYTES * length)
+        else:
+            taken = chunked_bytes(layers, length, chunk, number, kept, reader)
+        if rows * taken <= free:
             return chunk
     return CHUNKS[-1]
-
-
-MASK_BYTES = 3
-"""Of a query and an entry, as chunks have masks and one call has none: a boolean, and a 16-bit number made of it."""
 
 
 def _format(layer: LayerKV, ladder: Ladder | None) -> KVDtype | None:
