@@ -81,7 +81,7 @@ def lossless(monkeypatch):
 
 
 def run(model, policy, parameters, turns, chunk, arena=None, **settings):
-    cache = ReFreeKVCache(model, policy, **parameters, **settings)
+    cache = ReFreeKVCache(model, policy, kv_dtype=None, **parameters, **settings)
     cache.state.arena = arena
     results, reports = loop(model, cache, turns, chunk)
     return results, reports, cache

@@ -17,7 +17,7 @@ from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.finding import decoder_of
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
-from refreekv.engines.transformers.reading import AUTOMATIC, parse_prompt_dtype
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
 from refreekv.policies.base import AUTO, ladder_for
@@ -65,7 +65,7 @@ class ReFreeKVCache(PrunedCache):
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
-        prompt_dtype: str | KVDtype | None = AUTOMATIC,
+        prompt_dtype: str | KVDtype | None = AUTO,
         **parameters: Any,
     ):
         resolved = resolve(policy, **parameters)
@@ -139,7 +139,7 @@ class CompressionSession:
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
-        prompt_dtype: str | KVDtype | None = AUTOMATIC,
+        prompt_dtype: str | KVDtype | None = AUTO,
     ):
         self.policy = policy
         self._decode = decode
@@ -223,7 +223,7 @@ def compress(
     kv_dtype: str | KVDtype | Ladder | None = AUTO,
     decode: DecodeMode = "graph",
     decode_interval: int | None = None,
-    prompt_dtype: str | KVDtype | None = AUTOMATIC,
+    prompt_dtype: str | KVDtype | None = AUTO,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.

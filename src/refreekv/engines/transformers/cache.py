@@ -15,7 +15,7 @@ from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
-from refreekv.engines.transformers.reading import AUTOMATIC, parse_prompt_dtype
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import save
 from refreekv.policies import Policy
 from refreekv.policies.base import AUTO, check_count, ladder_for
@@ -68,7 +68,7 @@ class PrunedCache(DynamicCache):
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: str = "graph",
         decode_interval: int | None = None,
-        prompt_dtype: str | KVDtype | None = AUTOMATIC,
+        prompt_dtype: str | KVDtype | None = AUTO,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):

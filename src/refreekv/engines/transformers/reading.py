@@ -4,12 +4,10 @@ from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
+from refreekv.policies.base import AUTO
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import Pair
 from refreekv.storage.unfinished import UnfinishedKV
-
-AUTOMATIC = "auto"
-"""Code in `PROMPT_DTYPE` where entries go into it."""
 
 
 class Reading:
@@ -108,8 +106,8 @@ def parse_prompt_dtype(value: str | KVDtype | None) -> KVDtype | str | None:
     ValueError
         An unknown format.
     """
-    if value == AUTOMATIC:
-        return AUTOMATIC
+    if value == AUTO:
+        return AUTO
     try:
         return KVDtype.parse(value)
     except (ValueError, TypeError) as error:

@@ -23,8 +23,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from refreekv.core.quantisation import Ladder
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.engines.transformers.reading import AUTOMATIC, parse_prompt_dtype
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
+from refreekv.policies.base import AUTO
 from refreekv.pruning.records import RowRecord
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
@@ -297,7 +298,7 @@ class Saved:
         with self._reading():
             found = {name: self.description[name] for name in ("kv_dtype", "decode", "decode_interval")}
             # Files from before there was a choice have none.
-            found["prompt_dtype"] = parse_prompt_dtype(self.description.get("prompt_dtype", AUTOMATIC))
+            found["prompt_dtype"] = parse_prompt_dtype(self.description.get("prompt_dtype", AUTO))
             return {**found, "kv_dtype": None if found["kv_dtype"] is None else Ladder.parse(found["kv_dtype"])}
 
     def fill(self, cache: "PrunedCache", model: nn.Module) -> None:
