@@ -361,6 +361,39 @@ def test_lines_of_the_final_format_are_moved_as_they_are(kind, second):
         assert moved > 0 == coarser
 
 
+@torch.no_grad()
+def test_under_autocast_keys_and_values_keep_their_types():
+    model = model_of()
+    ids, mask = prompts((150, 90), seed=1)
+    caches = [ReFreeKVCache(model, "streaming-llm", ratio=0.7, prompt_dtype=one) for one in (NUMBER, None)]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = [read(model, cache, ids, mask, 30) for cache in caches]
+    for one, other in zip(*(cache.pruned_layers for cache in caches), strict=True):
+        assert one.types == other.types == (torch.float32, torch.bfloat16)
+        for mine, theirs in zip((one.keys, one.values), (other.keys, other.values), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert (mine.float() - theirs.float()).norm() < 0.2 * theirs.float().norm()
+    assert (logits[0] - logits[1]).norm() < 0.2 * logits[1].norm()
+
+
+@torch.inference_mode()
+def test_in_inference_mode_and_out_of_it():
+    model = model_of()
+    ids, mask = prompts((150, 90), seed=1)
+    cache, other = (ReFreeKVCache(model, "full", prompt_dtype=NUMBER) for _ in range(2))
+    read(model, cache, ids[:, :90], mask[:, :90], 30, end=150)
+    with torch.inference_mode(False), torch.no_grad():
+        whole, rest = prompts((150, 90), seed=1)
+        with cache.prompt_until(150):
+            for start in range(90, 150, 30):
+                part = slice(start, start + 30)
+                positions = (rest.cumsum(1) - 1).clamp_min(0)[:, part]
+                logits = model(
+                    whole[:, part], attention_mask=rest[:, : part.stop], position_ids=positions, past_key_values=cache
+                ).logits[:, -1]
+    assert torch.equal(logits, read(model, other, ids, mask, 30))
+
+
 # -- memory ------------------------------------------------------------------------------------------
 
 
@@ -450,6 +483,17 @@ def test_heads_that_cannot_be_packed():
     assert torch.equal(read(model, automatic, ids, mask, 40), read(model, plain, ids, mask, 40))
     with pytest.raises(ValueError, match="prompt_dtype int8 packs heads of a multiple of 16 elements"):
         read(model, ReFreeKVCache(model, "full", prompt_dtype="int8"), ids, mask, 40)
+
+
+def test_small_chunks_are_not_coded_unasked():
+    """Each would decode all that came before; from the first longer one on they are."""
+    model = build("llama", attention="sdpa", head_dim=64)
+    ids, mask = prompts((400,))
+    for chunk, wanted, coded in ((63, "auto", False), (64, "auto", True), (40, "int8", True)):
+        cache = ReFreeKVCache(model, "full", prompt_dtype=wanted)
+        read(model, cache, ids, mask, chunk, end=500)
+        assert [prompt.coded > 0 for prompt in unfinished_of(cache)] == [True] * (LAYERS * coded)
+        assert {str(prompt.number) for prompt in unfinished_of(cache)} <= {"int8"}
 
 
 @pytest.mark.parametrize("wrong", ["int7", "fp8", "int8:group=32", ""])

@@ -23,7 +23,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE, hand_out
 from refreekv.engines.transformers.prompt import PromptState
-from refreekv.engines.transformers.reading import Reading
+from refreekv.engines.transformers.reading import LEAST_CHUNK, Reading
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import Decision, KeptRow, decide
@@ -145,7 +145,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _is_read_on(self, keys: Tensor, values: Tensor) -> bool:
         """Whether these belong to a prompt that is coded as it is read, of which they may be the first chunk."""
-        if self.reading is None and self.state.continues(self._length):
+        if self.reading is None and self.state.continues(self._length) and self._is_worth_coding():
             number = Reading.form_for(self.state.prompt_dtype, (keys, values))
             if number is not None and not Reading.codes_anyway(self.ragged, number):
                 if not self.is_initialized:
@@ -156,6 +156,10 @@ class ReFreeKVLayer(DynamicLayer):
                 codes = self.state.codes_of(self.ordinal)
                 self.reading = Reading(number, start, end, earlier, (keys, values), codes)
         return self.reading is not None
+
+    def _is_worth_coding(self) -> bool:
+        """Whether the present chunk is long enough, where nobody has asked: each decodes all that was read before."""
+        return not isinstance(self.state.prompt_dtype, str) or self._appended >= LEAST_CHUNK
 
     def _read_on(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a chunk; what attention is to read, as in `update`."""

@@ -9,6 +9,9 @@ from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import Pair
 from refreekv.storage.unfinished import UnfinishedKV
 
+LEAST_CHUNK = 64
+"""Tokens of a chunk with which a prompt begins to be coded as it is read, where nobody has asked for it."""
+
 
 class Reading:
     """What a layer holds of an unfinished prompt, and what it held before.
