@@ -199,6 +199,26 @@ def test_in_the_middle_of_a_prompt(lossless, act, kind):
     assert said == others
 
 
+@torch.no_grad()
+def test_lines_of_what_was_cropped_are_not_moved():
+    """A prompt that was cropped and goes on otherwise, in chunks that are too small to be coded."""
+    model = build("llama", attention="sdpa", head_dim=64)
+    ids, others = (prompts((220,), seed=seed)[0] for seed in (1, 2))
+    found = []
+    for number in ("auto", None):
+        cache = ReFreeKVCache(model, "full", kv_dtype="int8", prompt_dtype=number)
+        with cache.prompt_until(220):
+            for piece in ids[:, :180].split(90, 1):
+                model(piece, past_key_values=cache)
+            assert all(prompt.coded == 116 for prompt in unfinished_of(cache))
+            cache.crop(-130)
+            for piece in others[:, 50:].split(40, 1):
+                model(piece, past_key_values=cache)
+        found.append([layer.ragged.full() for layer in cache.pruned_layers])
+    for one, other in zip(*found, strict=True):
+        assert (one.keys - other.keys).norm() < 0.05 * other.keys.norm()
+
+
 # -- what is coded, and when -------------------------------------------------------------------------
 
 

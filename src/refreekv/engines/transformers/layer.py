@@ -199,7 +199,6 @@ class ReFreeKVLayer(DynamicLayer):
         reading, self.reading = self.reading, None
         if reading is not None:
             self._take_over(reading.whole())
-            self._read = self._lines_of(reading)
 
     def _lines_of(self, reading: Reading) -> UnfinishedKV | None:
         """The prompt as it was coded while it was read, if what is kept of it may be stored in those very lines."""
@@ -403,7 +402,9 @@ class ReFreeKVLayer(DynamicLayer):
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
         self._undecided = False
         with without_autocast(self.device):
-            self._finish_reading()
+            if self.reading is not None:
+                self._read = self._lines_of(self.reading)
+                self._finish_reading()
             self._compact(decisions, after)
 
     def _compact(self, decisions: Sequence[Decision], after: int) -> None:
@@ -609,9 +610,7 @@ class ReFreeKVLayer(DynamicLayer):
     @property
     def batch(self) -> int:
         """Rows that the layer holds."""
-        if self.ragged is not None:
-            return self.ragged.batch
-        return self._shape[0]
+        return self.ragged.batch if self.ragged is not None else self._shape[0]
 
     @property
     def kv_heads(self) -> int:
