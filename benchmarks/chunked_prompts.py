@@ -180,13 +180,15 @@ def main() -> None:
         bench, max_tokens=plan.max_tokens, min_tokens=arguments.min_tokens, seed=plan.seed, chunk=arguments.chunk,
         prompt_policy=arguments.policy_of_prompt,
     )  # fmt: skip
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", plan.max_tokens)
     begin = time.perf_counter()
     with RecordFile(arguments.out, setup, {kind: kind for kind in kinds}, FidelityRecord) as results:
         for count, sample in enumerate(samples):
             measured = results.results.keys
             missing = [kind for kind in kinds if (sample.family, sample.id, kind) not in measured]
             prompt = torch.tensor([encode(tokenizer, sample).context], device=model.device)
-            if not missing or prompt.shape[1] < max(arguments.min_tokens, arguments.chunk + 1):
+            shortest, longest = max(arguments.min_tokens, arguments.chunk + 1), most - plan.continuation
+            if not missing or not shortest <= prompt.shape[1] <= longest:
                 continue
             tokens, wanted, means = answer(model, prompt, plan.continuation)
             shapes = ReFreeKVCache(model, "full", prompt_dtype=None, decode="eager")
