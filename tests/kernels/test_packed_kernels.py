@@ -8,11 +8,15 @@ import torch
 from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
+from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_ops, packed_reference, reference
 from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.storage import launch_move
+from refreekv.storage import unfinished
+from refreekv.storage.unfinished import UnfinishedKV
 
 POISON = 0x7F
 KV_HEADS = 2
@@ -335,6 +339,127 @@ def test_lines_and_factors_are_moved(which, device):
                 assert torch.equal(mine[segment][rest], was[segment][rest])
 
 
+UNPACKED = {
+    "K8V8": {"levels": ("8888", "8888")},
+    "K6V4": {"levels": ("6666", "4444")},
+    "8642": {"levels": ("8642", "8642"), "rows": True},
+    "6442, 2222": {"levels": ("6442", "2222")},
+    "heads of 80": {"levels": ("6444", "8642"), "sizes": (80, 80)},
+    "heads of 96 and 64": {"levels": ("8888", "6666"), "sizes": (96, 64)},
+    "heads of 128": {"levels": ("8888", "4444"), "sizes": (128, 128), "lengths": [90, 0]},
+    "heads of 256": {"levels": ("6666", "4444"), "sizes": (256, 256), "lengths": [20, 31]},
+}
+
+
+def decoded(packed, maps, segment, first):
+    """The lines of a segment from ``first`` on in the entries' own space, by other formulas, in float64."""
+    row, head = divmod(segment, KV_HEADS)
+    own = maps.of_segment(row, head)
+    stored = (part[segment][first : packed.lengths[segment]].cpu() for part in (packed.lines, packed.factors))
+    keys, values = packed.form.unpack(next(stored), next(stored).view(torch.float16), torch.float64)
+    back = (torch.linalg.inv(matrix.double()).T for matrix in (own.key_matrix, own.value_matrix))
+    return keys @ next(back) + own.key_mean.double(), values @ next(back) + own.value_mean.double()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("case", UNPACKED.values(), ids=UNPACKED.keys())
+def test_unpack_equals_float64(case, which, dtype, close, device):
+    check_unpack(which, dtype, close, device, **case)
+
+
+def check_unpack(which, dtype, close, device, *, levels, sizes=(64, 64), lengths=(70, 0, 3, 64), rows=False):
+    """To dense entries: behind others, in a gap, in listed places, and nowhere but there."""
+    form, maps = form_of(*levels, sizes), maps_of(sizes, dtype, len(lengths) // KV_HEADS if rows else 1)
+    packed, n = Packed(list(lengths), form, device, growth=2).fill(), 90
+    # Of a wider tensor: rows and heads lie apart.
+    keys, values = (
+        torch.full((len(lengths) // KV_HEADS, KV_HEADS, n + 5, size), float("nan"), dtype=dtype, device=device)[
+            :, :, 2:-3
+        ]
+        for size in sizes
+    )
+    listed = torch.randperm(n)[: lengths[2]].sort().values.int().to(device) if len(lengths) > 2 else None
+    spans = [(0, 0, 7), (0, 0, 0), *([(listed.data_ptr(), len(listed), 0), (0, 5, 20)] if len(lengths) > 2 else [])]
+    if len(lengths) == 2:
+        spans = [(0, 0, 0), (0, 0, 3)]
+    starts = torch.tensor([1, 0, 0, 2][: len(lengths)], device=device)
+    arguments = (keys, values, None, packed.table, form, on(maps, device), torch.tensor(spans, device=device), n)
+    if which == "kernel":
+        launch_unpack(*arguments, max(lengths), starts)
+    else:
+        run(which, device, None, packed_reference.unpack, *arguments, starts)
+    for segment, (index, first, skip) in enumerate(spans):
+        row, head = divmod(segment, KV_HEADS)
+        count = max(lengths[segment] - int(starts[segment]), 0)
+        at = torch.arange(count)
+        places = listed.cpu().long() if index else torch.where(at < first, at, at + skip)
+        rest = torch.ones(n, dtype=torch.bool)
+        rest[places] = False
+        for got, want in zip((keys, values), decoded(packed, maps, segment, int(starts[segment])), strict=True):
+            if count:
+                close(got[row, head][places.to(device)], want)
+            assert got[row, head][rest.to(device)].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+def test_unpack_to_an_arena(which, dtype, close, device):
+    form, maps = form_of("6442", "8844"), maps_of((64, 64), dtype)
+    lengths = [7, 0, 40, 1]
+    packed = Packed(lengths, form, device).fill()
+    kept = Exact([n + 6 for n in lengths], (64, 64), dtype, device)
+    before = [[part.clone() for part in side] for side in (kept.keys, kept.values)]
+    spans = torch.tensor([(0, 0, 4)] * 4, device=device)
+    storage = torch.empty(0, 64, dtype=dtype, device=device)
+    arguments = (storage, storage, kept.table, packed.table, form, on(maps, device), spans, 0)
+    if which == "kernel":
+        launch_unpack(*arguments, max(lengths), None)
+    else:
+        run(which, device, None, packed_reference.unpack, *arguments, None)
+    for segment, length in enumerate(lengths):
+        sides = zip((kept.keys, kept.values), before, decoded(packed, maps, segment, 0), strict=True)
+        for got, old, want in sides:
+            if length:
+                close(got[segment][4 : 4 + length], want)
+            for rest in (slice(4), slice(4 + length, None)):
+                assert torch.equal(got[segment][rest], old[segment][rest])
+
+
+@pytest.mark.parametrize("kind", ["int8", "k6v4"])
+def test_an_unfinished_prompt_through_the_kernels(kind, dtype, device, monkeypatch):
+    """Its tables, spans and views, chunk by chunk behind earlier entries, as plain torch has them."""
+    sides = [torch.randn(2, KV_HEADS, 150, size).to(dtype) for size in (64, 96)]
+    earlier = [side[:, :, :9] for side in sides]
+    real = torch.arange(150) >= torch.tensor([[0], [41]])
+    found = []
+    for where in ("cpu", device):
+        if len(found) == 1:
+            for name, launch in (("pack_lines", launch_pack), ("unpack_lines", launch_unpack)):
+                monkeypatch.setattr(unfinished.kernels, name, _launched(launch))
+        prompt = UnfinishedKV(KVDtype(kind, recent=4), [side.to(where) for side in sides], 150, sinks=True)
+        for part in (slice(0, 60), slice(60, 75), slice(75, 120), slice(120, 150)):
+            prompt.append(*(side[:, :, part].to(where) for side in sides), real[:, : part.stop].to(where))
+        assert prompt.coded == 116
+        new = [side[:, :, :5].to(where) for side in sides]
+        found.append([part.cpu().double() for part in prompt.dense(new, [side.to(where) for side in earlier])])
+    for want, got, side in zip(*found, sides, strict=True):
+        assert torch.equal(want[:, :, :9], side[:, :, :9].double())
+        for row, first in enumerate((0, 41)):
+            # An element half-way between two codes may go to either.
+            assert (got - want)[row, :, 9 + first :].norm() < 5e-3 * want[row, :, 9 + first :].norm()
+            # Sinks and newest entries are exact, and come at their places.
+            for part in (slice(9 + first, 13 + first), slice(155, 164)):
+                assert torch.equal(got[row, :, part], want[row, :, part])
+
+
+def _launched(launch):
+    """A kernel in place of the function of `kernels` that picks one by device."""
+
+    def call(keys, values, table, form, maps, spans, *, end, longest, starts=None):
+        launch(keys, values, None, table, form, maps, spans, end, longest, starts)
+
+    return call
+
+
 def test_what_does_not_go_together_is_refused(dtype, device):
     """By what a user calls, before any address is followed."""
     form, maps = form_of("4444", "4444"), on(maps_of((64, 64), dtype), device)
@@ -359,6 +484,11 @@ def test_what_does_not_go_together_is_refused(dtype, device):
         pack(new[:, :1], new[:, :1], packed.table, form, maps, spans)
     with pytest.raises(ValueError, match="1 segments of exact entries for 2 of lines"):
         pack(new, new, packed.table, form, maps, spans, source=kept.table[:1])
+    unpack = functools.partial(kernels.unpack_lines, end=9, longest=9)
+    with pytest.raises(ValueError, match="expected heads of 64 and 64 elements"):
+        unpack(new[..., :32], new, packed.table, form, maps, spans)
+    with pytest.raises(ValueError, match="1 segments of exact entries for 2 of lines"):
+        unpack(new, new, packed.table, form, maps, spans, target=kept.table[:1])
 
 
 def test_the_operators_are_what_torch_expects_of_them():
@@ -371,3 +501,4 @@ def test_the_operators_are_what_torch_expects_of_them():
     spans = torch.zeros(2, 3, dtype=torch.int64)
     pack = (new, new, None, packed.table, form.numbers, maps.tensors, spans, 9, 9, None)
     torch.library.opcheck(packed_ops.pack_lines, pack, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(packed_ops.unpack_lines, pack, test_utils=("test_schema", "test_faketensor"))

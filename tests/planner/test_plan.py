@@ -13,6 +13,7 @@ from helpers.driving import prefill, storage_bytes
 from helpers.models import ARCHITECTURES, build
 from helpers.planning import DEEPSEEK_V3, GEMMA_12B, LATENT, LLAMA, measured_on
 from refreekv import KVDtype, ReFreeKVCache, policies
+from refreekv.core.footprint import activation_elements
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.planner import budgets, geometry, memory, weights
 from refreekv.planner import plan as plans
@@ -246,7 +247,7 @@ def test_activations_and_reserve_count():
 
 def test_activations_are_those_that_were_measured():
     """What a prefill adds beside its K/V, Llama-3-8B shape on an H100 (benchmarks/overhead.py, lab/performance.md)."""
-    elements = weights.activation_elements(model_of(LLAMA).text)
+    elements = activation_elements(model_of(LLAMA).text)
     for tokens, peak_mib in ((2048, 489), (8192, 1956), (32768, 7824)):
         beside = peak_mib * 2**20 - tokens * 128 * KIB
         assert 2 * elements * tokens == pytest.approx(beside, rel=0.01)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refreekv.core.footprint import LayerKV
 from refreekv.planner.engine import Engine, Replica
 from refreekv.planner.fleet import Speed, engine, gpus_needed, simulate
-from refreekv.planner.geometry import Geometry, LayerKV
+from refreekv.planner.geometry import Geometry
 from refreekv.planner.memory import Machine, Scenario
 from refreekv.planner.trace import Request, read
 

@@ -236,6 +236,11 @@ class Ladder:
         return tuple(rung.form(sizes, sorted_keys=sorted_keys) for rung in self.rungs)
 
 
+PROMPT_DTYPE = KVDtype("int8")
+"""How a prompt that comes in chunks is held until its end, if nobody says otherwise: it loses less than 16-bit
+arithmetic does, also where all that is read later is read over it (docs/how-it-works.md)."""
+
+
 def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean entry of each KV head, sinks left out: what is taken out of the head's entries before they are coded.
 

@@ -41,6 +41,7 @@ __all__ = [
     "put_surrogates",
     "ragged_decode",
     "uni_metric_cut",
+    "unpack_lines",
 ]
 
 
@@ -363,6 +364,47 @@ def pack_lines(
     """
     pack = packed_ops.pack_lines_on_cuda if _at_once(keys) else packed_ops.pack_lines
     pack(keys, values, source, table, form.numbers, maps.tensors, spans, end, longest, starts)
+
+
+def unpack_lines(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    *,
+    end: int,
+    longest: int,
+    starts: Tensor | None = None,
+    target: Tensor | None = None,
+) -> None:
+    """Write what packed lines stand for to where `pack_lines` takes entries from: the way back.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        ``[B, H_kv, n, D]`` and ``[B, H_kv, n, Dv]``, written to; or with ``target`` the storages that it has the
+        addresses of.
+    table, form, maps
+        Of the lines, as in `pack_lines`; the maps may be for entries of any type.
+    spans, end
+        Which entries the lines are of, as in `gather`.
+    longest : int
+        The most lines that are read of one segment.
+    starts : Tensor, optional
+        ``[segments]`` int64: the first line that is read, up to the table's length; None: 0.
+    target : Tensor, optional
+        A table as in `kernels.table`, of exact entries of the types of ``keys`` and ``values``, whose lines the spans
+        then count. They must be there.
+
+    Raises
+    ------
+    ValueError
+        Shapes or devices that do not go with each other: nothing was written.
+    """
+    unpack = packed_ops.unpack_lines_on_cuda if _at_once(keys) else packed_ops.unpack_lines
+    unpack(keys, values, target, table, form.numbers, maps.tensors, spans, end, longest, starts)
 
 
 def packed_attention(

@@ -57,6 +57,46 @@ def pack_lines_on_cuda(
     )
 
 
+@torch.library.custom_op("refreekv::unpack_lines", mutates_args=("keys", "values"))
+def unpack_lines(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor | None,
+    table: Tensor,
+    form: Sequence[int],
+    maps: Sequence[Tensor],
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+) -> None:
+    """`kernels.unpack_lines`. With ``target`` the memory behind that changes, which is the keys' and values'."""
+    packed_reference.unpack(
+        keys, values, target, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, starts
+    )
+
+
+@unpack_lines.register_kernel("cuda")
+def unpack_lines_on_cuda(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor | None,
+    table: Tensor,
+    form: Sequence[int],
+    maps: Sequence[Tensor],
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+) -> None:
+    """`unpack_lines` in Triton, without the operator around it."""
+    from refreekv.kernels.packed_unpack import launch_unpack
+
+    launch_unpack(
+        keys, values, target, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, longest, starts
+    )
+
+
 @torch.library.custom_op("refreekv::packed_attention", mutates_args=())
 def packed_attention(
     query: Tensor,

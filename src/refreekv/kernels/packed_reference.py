@@ -50,6 +50,64 @@ def pack(
             there[first : first + len(own)] = own
 
 
+@as_written
+def unpack(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    starts: Tensor | None,
+) -> None:
+    """`kernels.unpack_lines`."""
+    check_unpack(keys, values, target, table, form, maps, spans, end, starts)
+    kv_heads = maps.key_mean.shape[1]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    for segment in range(len(table)):
+        row, head = divmod(segment, kv_heads)
+        first, length = 0 if starts is None else int(starts[segment]), int(table[segment, LENGTH])
+        if length <= first:
+            continue
+        where = _places(spans, segment, length - first, end)
+        if target is None:
+            into = keys[row, head], values[row, head]
+        else:
+            into = entries(target, segment, (form.key_size, form.value_size), (keys.dtype, values.dtype))
+        own = maps.of_segment(row, head)
+        lines, factors = lines_of(table, segment, form)
+        coded = form.unpack(lines[first:length], factors[first:length], wide)
+        # k = A^-1 w + mean, and the dual is the transposed A^-1
+        into[0][where] = torch.addmm(own.key_mean.to(wide), coded[0], own.key_dual.to(wide)).to(keys.dtype)
+        into[1][where] = torch.addmm(own.value_mean.to(wide), coded[1], own.value_back.T.to(wide)).to(values.dtype)
+
+
+def _places(spans: Tensor, segment: int, count: int, end: int) -> slice | Tensor:
+    """`_chosen`, as a slice where it is one."""
+    index, first, skip = spans[segment].tolist()
+    if index or 0 < first < count:
+        return _chosen(spans, segment, count, end)
+    start = 0 if first else skip
+    return slice(start, start + count)
+
+
+def check_unpack(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    starts: Tensor | None,
+) -> None:
+    """Check what `kernels.unpack_lines` is given; ValueError."""
+    _check_beside(keys, values, target, table, form, maps, spans, end, starts)
+
+
 def check_pack(
     keys: Tensor,
     values: Tensor,
@@ -70,6 +128,26 @@ def check_pack(
     TypeError
         Maps for entries of another type.
     """
+    _check_beside(keys, values, source, table, form, maps, spans, end, starts)
+    if not maps.key_sum.dtype == keys.dtype == values.dtype:
+        raise TypeError(
+            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
+            "PackedMaps.of_type"
+        )
+
+
+def _check_beside(
+    keys: Tensor,
+    values: Tensor,
+    exact: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    starts: Tensor | None,
+) -> None:
+    """Check lines and the exact entries that they are made of, or become; ValueError."""
     check_table(table, keys)
     _check_maps(maps, form, table)
     sizes = form.key_size, form.value_size
@@ -78,10 +156,10 @@ def check_pack(
             f"keys {list(keys.shape)} on {keys.device} and values {list(values.shape)} on {values.device}; expected "
             f"heads of {sizes[0]} and {sizes[1]} elements on one device, as the lines are of"
         )
-    if source is not None:
-        check_table(source, table)
-        if source.shape != table.shape:
-            raise ValueError(f"{source.shape[0]} segments of exact entries for {table.shape[0]} of lines")
+    if exact is not None:
+        check_table(exact, table)
+        if exact.shape != table.shape:
+            raise ValueError(f"{exact.shape[0]} segments of exact entries for {table.shape[0]} of lines")
         if spans.shape != (table.shape[0], 3) or spans.dtype != torch.int64 or not spans.is_contiguous():
             raise ValueError(f"spans are contiguous int64 [{table.shape[0]}, 3], got {spans.dtype} {list(spans.shape)}")
     elif keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or keys.shape[0] * keys.shape[1] != table.shape[0]:
@@ -93,11 +171,6 @@ def check_pack(
         check_spans(spans, table, end, keys.shape[2])
     if starts is not None and (starts.shape != table.shape[:1] or starts.dtype != torch.int64):
         raise ValueError(f"starts are int64 [{table.shape[0]}], got {starts.dtype} {list(starts.shape)}")
-    if not maps.key_sum.dtype == keys.dtype == values.dtype:
-        raise TypeError(
-            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
-            "PackedMaps.of_type"
-        )
 
 
 def check_attention(

@@ -10,60 +10,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
+from refreekv.core.footprint import PLAIN_BYTES, LayerKind, LayerKV
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.source import Model, ModelError
 
-LayerKind = Literal["full", "window", "latent", "state"]
 PROBE_TOKENS = 2
-PLAIN_BYTES = 2
-"""Bytes of an element in bfloat16 or float16, the precision that K/V is computed in."""
-
-
-@dataclass(frozen=True)
-class LayerKV:
-    """What one layer stores."""
-
-    # ``"full"``: all tokens, and what may be pruned. ``"window"``: the last ``window`` tokens. ``"latent"``: a
-    # compressed vector for each token (MLA). ``"state"``: a fixed number of bytes.
-    kind: LayerKind
-    # KV heads, and elements of a key and of a value in each
-    heads: int = 0
-    key_size: int = 0
-    value_size: int = 0
-    window: int | None = None  # tokens that a window layer holds
-    state_bytes: int = 0  # bytes whatever the length
-
-    @property
-    def elements(self) -> int:
-        """Elements of one token."""
-        return self.heads * (self.key_size + self.value_size)
-
-    def bytes(self, tokens: float) -> float:
-        """Bytes of ``tokens`` tokens in the precision of the model."""
-        held = min(tokens, self.window) if self.window is not None else tokens
-        return held * self.elements * PLAIN_BYTES + self.state_bytes
-
-    def takes(self, number: KVDtype) -> bool:
-        """Whether entries of these sizes can be stored in a number format."""
-        try:
-            number.form((self.key_size, self.value_size))
-        except ValueError:
-            return False
-        return True
-
-    def line_bytes(self, number: KVDtype) -> int:
-        """Bytes of one token stored in a number format, scales included."""
-        return self.heads * number.entry_bytes((self.key_size, self.value_size))
-
-    def stored_bytes(self, entries: float, number: KVDtype | None) -> float:
-        """Bytes of so many tokens in a number format, which leaves the first and the newest as they are."""
-        if number is None:
-            return self.bytes(entries)
-        coded = number.coded(entries)
-        # And each head's mean in float32, as it is and rotated.
-        return self.bytes(entries - coded) + coded * self.line_bytes(number) + 8 * self.elements
 
 
 @dataclass(frozen=True)

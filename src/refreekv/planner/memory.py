@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from refreekv.core.footprint import PLAIN_BYTES, Reader, chunked_bytes
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.geometry import Geometry
 
@@ -23,6 +24,7 @@ class Machine:
     activation_bytes: int  # bytes that one token takes while a prompt is read
     logit_bytes: int  # bytes of one token's logits; one line for each request
     chunk: int | None = None  # prompt tokens read in one call; None: the whole prompt
+    reader: Reader | None = None  # the model's, where prompts that are coded chunk by chunk are asked about
 
     @property
     def available(self) -> int:
@@ -38,6 +40,8 @@ class Scenario:
     budget: Callable[[int], float]  # prompt tokens to the share of them that is kept
     number: KVDtype | None = None  # how kept entries are stored
     compacts: bool = True  # whether the prompt is held in full before it is compacted
+    # how a prompt that is read in chunks is held until its end; None: in the model's precision
+    prompt_number: KVDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ class Use:
 def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
     """What a load takes.
 
-    While a prompt is read in chunks, its K/V is there in full and in the model's precision:
-    which entries matter shows at its end. Read in one call, each layer is compacted when the
-    next one is done, so two layers are full at a time.
+    Which entries of a prompt matter shows at its end. While it is read in chunks, its K/V is there in full, in the
+    scenario's format or in the model's precision; see `chunked_bytes`. Read in one call, each layer is compacted when
+    the next one is done, so two layers are full at a time.
 
     K/V in a number format is decoded in place.
     """
@@ -82,11 +86,17 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     before = geometry.kept_bytes(load.prompt, 0, budget, scenario.number)
     full = geometry.full_bytes(load.prompt)
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
-    reading = before
-    if scenario.compacts:
+    beside = called * machine.activation_bytes
+    if called < load.prompt and scenario.prompt_number is not None:
+        reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
+        number, layers = scenario.prompt_number, geometry.layers
+        reading, beside = int(chunked_bytes(layers, load.prompt, called, number, before, reader)), 0
+    elif scenario.compacts:
         widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
         reading = full if called < load.prompt else min(full, int(before + 2 * widest))
-    prefill = (load.requests - 1) * one + reading + called * machine.activation_bytes
+    else:
+        reading = before
+    prefill = (load.requests - 1) * one + reading + beside
     decode = load.requests * (one + machine.activation_bytes)
     return Use(load.requests * one, max(prefill, decode) + load.requests * machine.logit_bytes)
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.footprint import Reader, activation_elements
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
 from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
 from refreekv.planner.source import Model
 from refreekv.planner.units import format_size
-from refreekv.planner.weights import BITS, Counts, Weights, activation_elements, count, weigh
+from refreekv.planner.weights import BITS, Counts, Weights, count, weigh
 
 RESERVE = 3 * 2**28
 """0.75 GiB: an assumption about a CUDA context, workspaces, captured graphs and fragmentation."""
@@ -88,6 +89,7 @@ def make(
     expected: Expected | None = None,
     reserve: int = RESERVE,
     chunk: int | None = CHUNK,
+    prompt_number: KVDtype | None = PROMPT_DTYPE,
 ) -> Plan:
     """Work out what a model takes.
 
@@ -111,6 +113,8 @@ def make(
         Bytes for what no formula knows.
     chunk : int or None
         Prompt tokens in one call; None: all.
+    prompt_number : KVDtype or None
+        How a prompt that is read in chunks is held until its end; None: in the model's precision.
 
     Raises
     ------
@@ -135,12 +139,14 @@ def make(
         activation_bytes=2 * activation_elements(model.text),
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,
+        reader=Reader.of(model.text),
     )
     scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:
-        scenarios.append(Scenario("worst case", lambda _: 1.0, number, compacts=number is not None))
+        held = prompt_number
+        scenarios.append(Scenario("worst case", lambda _: 1.0, number, compacts=number is not None, prompt_number=held))
         if expected is not None:
-            scenarios.append(Scenario("expected", expected.budget, number))
+            scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held))
     rows = tuple(_row(geometry, machine, scenario, load, model.context) for scenario in scenarios)
     return Plan(
         model,
@@ -261,7 +267,7 @@ def _notes(
         )
     if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
         notes.append(
-            "One request alone: a prompt read in chunks is held in full until its end, so pruning makes no longer "
-            "prompt fit; more requests and turns fit."
+            "One request alone: until a prompt ends nothing of it is evicted, so pruning makes no longer prompt fit "
+            "than it is held in until then (--prompt-kv, --prefill-chunk); more requests and turns fit."
         )
     return notes

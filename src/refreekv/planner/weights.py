@@ -111,20 +111,3 @@ def _stored(model: Model) -> str:
     method = str(quantisation.get("quant_method", ""))
     four = quantisation.get("bits") == 4 or quantisation.get("load_in_4bit") or method in ("mxfp4", "awq")
     return "int4" if four else "int8" if quantisation.get("bits") == 8 or method in ("fp8", "fbgemm_fp8") else "bf16"
-
-
-def activation_elements(text: Any) -> int:
-    """Elements that one token takes at the widest point of reading a prompt: a layer's feed-forward part.
-
-    Four times the hidden size (residual, normed input, output, and one copy) and three times
-    the intermediate size (gate, up, product). For a Llama-3-8B shape this gives 232, 928 and
-    3,712 MiB at 2k, 8k and 32k tokens; `benchmarks/overhead.py` measured 233, 932 and 3,728
-    beside the K/V on an H100 (README).
-    """
-    hidden = int(text.hidden_size)
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
-    if isinstance(inner, list | tuple):
-        inner = max(inner)
-    experts = getattr(text, "num_experts_per_tok", None) or 0
-    of_expert = getattr(text, "moe_intermediate_size", None) or inner
-    return 4 * hidden + 3 * max(int(inner), int(experts) * int(of_expert))

@@ -221,9 +221,18 @@ class Queries:
 
     def row(self, index: int) -> "Queries":
         """Those of one row."""
+        return self.of_rows([index])
+
+    def of_rows(self, indices: Sequence[int]) -> "Queries":
+        """Those of some rows, in that order."""
 
         def of(numbers: Tensor) -> Tensor:
-            return numbers if numbers.shape[0] == 1 else numbers[index : index + 1]
+            return numbers if numbers.shape[0] == 1 else _rows(numbers, indices)
 
         real = None if self.real is None else of(self.real)
-        return Queries(self.states[index : index + 1], of(self.columns), real, of(self.ordinals))
+        return Queries(_rows(self.states, indices), of(self.columns), real, of(self.ordinals))
+
+
+def _rows(numbers: Tensor, indices: Sequence[int]) -> Tensor:
+    # A view of one row, as every layer asks for each.
+    return numbers[indices[0] : indices[0] + 1] if len(indices) == 1 else numbers[list(indices)]

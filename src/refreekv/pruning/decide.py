@@ -65,7 +65,7 @@ class Decision:
 
     def __init__(self, entries: Entries, selection: Selection | CutSelection | None, ladder: Ladder | None = None):
         self._batch, _, self._length, _ = entries.keys.shape
-        self._selection = selection
+        self._selection, self._in_place = selection, entries.in_place
         self._order: Tensor | None = None
         self._levels: Tensor | None = None
         self._ladder = ladder
@@ -83,6 +83,11 @@ class Decision:
             numbers += self._general(selection, entries)
         self._names = [name for names, _ in numbers for name in names]
         self._numbers = _ToHost(torch.cat([n.double() for _, n in numbers], 1)) if numbers else None
+
+    @property
+    def surrogates(self) -> Surrogates | None:
+        """What was written over entries; None: nothing."""
+        return self._selection.surrogates if isinstance(self._selection, Selection) and self._in_place else None
 
     def _general(self, selection: Selection | CutSelection | None, entries: Entries) -> list[tuple[list[str], Tensor]]:
         """Order the kept entries first, whatever the selection and the padding look like."""

@@ -1,7 +1,7 @@
 """Pruning under a policy that decides about all layers together: held back until the last one was seen."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,7 +49,8 @@ class JointPruning:
             for part in parts:
                 plan = policy.probe_plan(part.keys.shape[2])
                 rows += policy.examine(layer_view(plan, call, part, layer, layers)).rows()
-            self._waiting.append(_Held(parts, rows, carry_out))
+            # Nothing is asked about the entries themselves any more: they must not stay for the other layers' sake.
+            self._waiting.append(_Held([_without_entries(part) for part in parts], rows, carry_out))
         if layer == layers - 1:
             self._decide(policy)
 
@@ -70,6 +71,12 @@ class JointPruning:
     def clear(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+
+
+def _without_entries(part: Entries) -> Entries:
+    """The same of shapes alone."""
+    nothing = part.keys.new_empty(1)
+    return replace(part, keys=nothing.expand(part.keys.shape), values=nothing.expand(part.values.shape))
 
 
 def _joined(rows: Sequence[Selection]) -> Selection:

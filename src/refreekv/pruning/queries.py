@@ -55,5 +55,6 @@ class HeldQueries:
         return HeldQueries(generated=(queries[:, :, : max(queries.shape[2] - tokens, 0)],))
 
     def of_rows(self, indices: Sequence[int]) -> "HeldQueries":
-        """Generated tokens' queries of the rows ``indices`` of the batch."""
-        return replace(self, generated=tuple(query[list(indices)] for query in self.generated))
+        """Those of the rows ``indices`` of the batch."""
+        prompt = None if self.prompt is None else self.prompt.of_rows(indices)
+        return replace(self, prompt=prompt, generated=tuple(query[list(indices)] for query in self.generated))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from refreekv.core.autocast import without_autocast
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import Ladder
@@ -65,20 +64,3 @@ def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None) -> Packed
     with torch.inference_mode(False):
         own = centres[0].clone(), centres[1].clone()
         return PackedMaps.rotated(*own, dtype) if codes is None else codes.maps(*own, dtype)
-
-
-def decoded(
-    coded: Pair, coding: Coding, counts: Sequence[Sequence[int]], types: tuple[torch.dtype, torch.dtype]
-) -> Pair:
-    """Keys and values ``[entries, D]`` in code space, so many of each row's KV heads, as entries of ``types``."""
-    sides = [torch.empty_like(part, dtype=kind) for part, kind in zip(coded, types, strict=True)]
-    at = 0
-    with without_autocast(coded[0].device):
-        for row, heads in enumerate(counts):
-            for head, count in enumerate(heads):
-                if count:
-                    keys, values = (part[at : at + count] for part in coded)
-                    for side, found in zip(sides, coding.maps.entries(keys, values, row, head), strict=True):
-                        side[at : at + count] = found
-                at += count
-    return sides[0], sides[1]

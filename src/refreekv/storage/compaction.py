@@ -12,6 +12,7 @@ from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.ragged import kept_of_rows
+from refreekv.storage.unfinished import UnfinishedKV
 
 Dense = tuple[Tensor, Tensor]
 
@@ -32,6 +33,7 @@ def compacted(
     arena: bool | None,
     coded: tuple[Ladder, Dense, KeyCodes | None] | None = None,
     levels: Sequence[Levels] | None = None,
+    read: UnfinishedKV | None = None,
 ) -> KVStorage:
     """What is kept of a dense layer, and the last ``after`` entries, in the storage that suits device and precision.
 
@@ -49,10 +51,12 @@ def compacted(
         The number formats to store in, the prompt's mean key and value ``[B, H_kv, D]``, and the model's own codes.
     levels : sequence of Levels, optional
         Of each row's ``columns``, which of the formats; None: that of what is generated.
+    read : UnfinishedKV, optional
+        The prompt as it was held while it was read in chunks, if that was in one of the formats.
     """
     if coded is not None:
         ladder, centres, codes = coded
-        return LeveledKV.gathered(*dense, columns, after, ladder, centres, levels, codes)
+        return LeveledKV.gathered(*dense, columns, after, ladder, centres, levels, codes, read)
     if not takes_arena(arena, *dense):
         return kept_of_rows(list(zip(*dense, strict=True)), columns, after)
     keys, values = dense

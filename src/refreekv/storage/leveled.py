@@ -10,7 +10,7 @@ it is stored. Whatever else reads entries gets a copy in full precision, as long
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.storage.arena import LEAST_GROWTH, KVArena, Span, on_device
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.coding import Coding, Pair, decoded
+from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import flat, runs, spread, starts_of
+
+if TYPE_CHECKING:
+    from refreekv.storage.unfinished import UnfinishedKV
 
 
 class LeveledKV(KVStorage):
@@ -80,16 +83,19 @@ class LeveledKV(KVStorage):
         centres: Pair,
         levels: Sequence[Levels] | None = None,
         codes: KeyCodes | None = None,
+        read: "UnfinishedKV | None" = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
         ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``. ``levels`` say of each
         row's columns which rung they go to; None: all to that of what is generated. ``codes`` are the model's own.
+        ``read`` is the prompt as it was coded while it was read, in the format of a rung: entries that go to that rung
+        keep their lines, and its means are taken out of all.
         """
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
-        coding = Coding.of(ladder, centres, keys.dtype, codes)
+        coding = Coding.of(ladder, centres if read is None else read.means, keys.dtype, codes)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
         coded = [tuple(ladder.coded(n) for n in row) for row in counts]
@@ -133,6 +139,8 @@ class LeveledKV(KVStorage):
                         keys, values, table, form, coding.maps, on_device(spans, device), end=end,
                         longest=max(map(max, own)),
                     )  # fmt: skip
+                if read is not None and read.form == form:
+                    read.move_lines(listed[at : at + count], own, arena)
             arenas.append(arena)
             at += count
         return cls(exact, arenas, sinks, members, coding, types)
@@ -208,14 +216,35 @@ class LeveledKV(KVStorage):
     def full(self) -> RaggedKV:
         """All entries in full precision, one beside the other: a copy."""
         device, exact, lengths = self.keys.device, self.exact.full(), self.lengths
-        between = decoded(self._in_code_space(), self.coding, self.coded_lengths, self._types)
         exact_at, coded_at = (runs(*where, device) for where in self._where())
-        sides = []
-        for own, others, kind in zip((exact.keys, exact.values), between, self._types, strict=True):
-            side = torch.empty(sum(flat(lengths)), own.shape[1], dtype=kind, device=device)
-            side[exact_at], side[coded_at] = own.to(kind), others
-            sides.append(side)
-        return RaggedKV(sides[0], sides[1], lengths)
+        keys, values = (
+            torch.empty(sum(flat(lengths)), size, dtype=kind, device=device)
+            for size, kind in zip(self.sizes, self._types, strict=True)
+        )
+        for side, own in ((keys, exact.keys), (values, exact.values)):
+            side[exact_at] = own.to(side.dtype)
+        found = RaggedKV(keys, values, lengths)
+        self._decode_into(found, coded_at)
+        return found
+
+    def _decode_into(self, target: RaggedKV, where: Tensor) -> None:
+        """Write coded entries to their places ``where`` in flat storage, those of all segments in their order."""
+        coded, device = flat(self.coded_lengths), self.keys.device
+        # Where each is in its own segment: int32 [entries]
+        places = (where - spread(starts_of(flat(self.lengths)), coded, device)).int()
+        if len(self.rungs) > 1:
+            places = places[self._rungs_of_coded().argsort(stable=True)]
+        table, at = KVArena(target.keys, target.values, target.lengths, [0] * len(target.lengths)).table, 0
+        for form, arena in zip(self.coding.forms, self.rungs, strict=True):
+            counts = flat(arena.lengths)
+            if count := sum(counts):
+                spans = on_device([list(span) for span in _spans(places[at : at + count], counts, 0)], device)
+                with arena.table_in_turn() as lines:
+                    kernels.unpack_lines(
+                        target.keys, target.values, lines, form, self.coding.maps, spans, end=0, longest=max(counts),
+                        target=table,
+                    )  # fmt: skip
+            at += count
 
     def segments(self, row: int) -> tuple[Piece, Piece]:
         """One row's keys and values as parts: a copy."""
@@ -239,21 +268,6 @@ class LeveledKV(KVStorage):
         found = torch.full((sum(coded),), self.coding.generated, dtype=torch.uint8, device=self.keys.device)
         found[runs(starts_of(coded), known, found.device)] = self.members.rungs()
         return found
-
-    def _in_code_space(self) -> Pair:
-        """Keys and values of all coded entries in code space, float32 ``[entries, D]``, one segment after another."""
-        found = []
-        for form, arena in zip(self.coding.forms, self.rungs, strict=True):
-            own = arena.full()
-            found.append(form.unpack(own.keys, own.values, torch.float32))
-        if len(found) == 1:
-            return found[0]
-        order = self._rungs_of_coded().argsort(stable=True)
-        keys, values = (
-            torch.empty(len(order), size, device=order.device).index_copy_(0, order, torch.cat(parts))
-            for parts, size in zip(zip(*found, strict=True), self.sizes, strict=True)
-        )
-        return keys, values
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""

@@ -262,7 +262,7 @@ def test_other_architectures(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_chunks_beams_and_crop(model, kind):
     ids, mask = prompts(LONG, seed=6)
-    with refreekv.compress(model, kv_dtype=f"{kind}:recent=8", **PRUNING) as kv:
+    with refreekv.compress(model, kv_dtype=f"{kind}:recent=8", prompt_dtype=None, **PRUNING) as kv:
         once = greedy(model, ids, mask, None)
         chunked = greedy(model, ids, mask, None, prefill_chunk_size=16)
         beams = greedy(model, ids, mask, None, num_beams=3)

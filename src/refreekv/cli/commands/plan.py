@@ -54,6 +54,14 @@ def plan(
     kv: Annotated[
         str | None, typer.Option("--kv", metavar="bf16|int8|int4|k6v4", help="How kept K/V is stored. Default: bf16.")
     ] = None,
+    prompt_kv: Annotated[
+        str,
+        typer.Option(
+            "--prompt-kv",
+            metavar="bf16|int8|int4|k6v4",
+            help="How a prompt read in chunks is held until its end (compress: prompt_dtype; in vLLM: bf16).",
+        ),
+    ] = "int8",
     policy: PolicyOption = DEFAULT_POLICY,
     prefill_chunk: Annotated[
         str, typer.Option("--prefill-chunk", metavar="TOKENS", help="Prompt tokens read in one call, or all.")
@@ -122,8 +130,9 @@ def plan(
 
         memory, kept_free = parse_bytes(vram, "--vram"), parse_bytes(reserve, "--reserve")
         speed = Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, step_overhead / 1000)
+        stored = kv, prompt_kv
         made = _make(
-            model, memory, kept_free, context, output, concurrency, weights, kv, policy, prefill_chunk, budgets
+            model, memory, kept_free, context, output, concurrency, weights, stored, policy, prefill_chunk, budgets
         )
     load = None
     if trace is not None:
@@ -184,7 +193,7 @@ def _make(
     output: str | None,
     concurrency: int,
     weights: str | None,
-    kv: str | None,
+    kv: tuple[str | None, str],
     policy: str,
     prefill_chunk: str,
     budgets: Path | None,
@@ -197,7 +206,7 @@ def _make(
     from refreekv.planner.units import parse_tokens
 
     parsed = refreekv.policies.parse(policy)
-    number = None if kv in (None, "bf16") else refreekv.KVDtype.parse(kv)
+    number, prompt_number = (None if kind in (None, "bf16") else refreekv.KVDtype.parse(kind) for kind in kv)
     chunk = None if prefill_chunk == "all" else parse_tokens(prefill_chunk, "--prefill-chunk")
     tokens = None if context is None else parse_tokens(context, "--context")
     generated = None if output is None else parse_tokens(output, "--output")
@@ -224,6 +233,7 @@ def _make(
         expected=measured.expected(parsed, found.name, own),
         reserve=reserve,
         chunk=chunk,
+        prompt_number=prompt_number,
     )
 
 

@@ -32,10 +32,7 @@ def entry_bytes(layer: ReFreeKVLayer) -> int:
     """K/V bytes of one token of one row, over all KV heads, in the precision of the model."""
     if layer.get_seq_length() == 0:
         return 0
-    if layer.ragged is not None:
-        pairs = zip(layer.ragged.sizes, layer.ragged.types, strict=True)
-        return layer.kv_heads * sum(size * kind.itemsize for size, kind in pairs)
-    return layer.kv_heads * sum(entries.shape[-1] * entries.element_size() for entries in layer.dense)
+    return layer.kv_heads * sum(size * kind.itemsize for size, kind in zip(layer.sizes, layer.types, strict=True))
 
 
 def padded_bytes(layer: ReFreeKVLayer) -> int:
@@ -52,6 +49,8 @@ def index_bytes(layer: ReFreeKVLayer) -> int:
     storages = (part.untyped_storage() for part in tensors)
     arenas = () if layer.ragged is None else layer.ragged.tables
     table = sum(arena.table.nbytes for arena in arenas)
+    if layer.reading is not None:
+        table += layer.reading.prompt.index_bytes
     # Rows copied for beam search share one index.
     return layer.padding_bytes + table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -66,16 +65,20 @@ def _formats(layer: ReFreeKVLayer) -> dict[str, int]:
 
 def _row_bytes(layer: ReFreeKVLayer) -> list[int]:
     """K/V bytes held for each row."""
+    coded = 0 if layer.reading is None else layer.reading.nbytes // max(layer.batch, 1)
     if layer.ragged is not None:
-        return [layer.ragged.row_nbytes(row) for row in range(layer.batch)]
+        return [layer.ragged.row_nbytes(row) + coded for row in range(layer.batch)]
+    if layer.reading is not None:
+        return [coded] * layer.batch
     return [layer.get_seq_length() * entry_bytes(layer)] * layer.batch
 
 
 def _held_bytes(layer: ReFreeKVLayer) -> int:
     """K/V bytes that the layer's storages really hold on to."""
+    coded = 0 if layer.reading is None else layer.reading.nbytes
     if layer.ragged is not None:
-        return layer.ragged.nbytes
-    return sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
+        return layer.ragged.nbytes + coded
+    return coded + sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
 
 
 def _storage_bytes(tensor: Tensor | None) -> int:

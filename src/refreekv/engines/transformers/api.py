@@ -17,6 +17,7 @@ from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.finding import decoder_of
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
 from refreekv.policies.base import AUTO, ladder_for
@@ -38,7 +39,7 @@ class ReFreeKVCache(PrunedCache):
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype, decode, decode_interval
+    kv_dtype, decode, decode_interval, prompt_dtype
         As for `compress`.
     **parameters
         Parameters of a policy given by name.
@@ -46,7 +47,7 @@ class ReFreeKVCache(PrunedCache):
     Raises
     ------
     ValueError
-        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
+        Unknown policy, ``kv_dtype`` or ``prompt_dtype``, parameter out of range, or a model that cannot be pruned.
     TypeError
         Unknown parameter, or not a model.
 
@@ -64,12 +65,13 @@ class ReFreeKVCache(PrunedCache):
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
+        prompt_dtype: str | KVDtype | None = AUTO,
         **parameters: Any,
     ):
         resolved = resolve(policy, **parameters)
         model = decoder_of(model)
         check_mode(decode)
-        super().__init__(model.config, resolved, kv_dtype, decode, decode_interval)
+        super().__init__(model.config, resolved, kv_dtype, decode, decode_interval, prompt_dtype)
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -126,6 +128,8 @@ class CompressionSession:
         How what is kept is stored.
     decode_interval : int or None
         Generated tokens after which the policy looks again.
+    prompt_dtype : KVDtype, str or None
+        How a prompt that comes in chunks is held until its end.
     """
 
     def __init__(
@@ -135,11 +139,13 @@ class CompressionSession:
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
+        prompt_dtype: str | KVDtype | None = AUTO,
     ):
         self.policy = policy
         self._decode = decode
         self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
         self.decode_interval = decode_interval
+        self.prompt_dtype = parse_prompt_dtype(prompt_dtype)
         self._model = model
         self._opened: sessions.Opened | None = None
         # Weak: the session must not keep a finished answer's keys and values alive.
@@ -194,7 +200,9 @@ class CompressionSession:
 
     def new_cache(self, *, nested: bool = False) -> PrunedCache:
         """A cache for a call that brings none; ``nested``: inside an answer, which the report stays about."""
-        cache = PrunedCache(self._model.config, self.policy, self._storage, self._decode, self.decode_interval)
+        cache = PrunedCache(
+            self._model.config, self.policy, self._storage, self._decode, self.decode_interval, self.prompt_dtype
+        )
         cache.bind(self._model)
         if not nested:
             cache.owner = weakref.ref(self)
@@ -215,6 +223,7 @@ def compress(
     kv_dtype: str | KVDtype | Ladder | None = AUTO,
     decode: DecodeMode = "graph",
     decode_interval: int | None = None,
+    prompt_dtype: str | KVDtype | None = AUTO,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -249,6 +258,11 @@ def compress(
     decode_interval : int or None
         Generated tokens after which the policy looks again, so that long answers stop growing the
         cache; None: only prompts are pruned.
+    prompt_dtype : str, KVDtype or None
+        How a prompt that comes in chunks (``prefill_chunk_size``, or calls of one's own) is held until its end shows
+        what matters: in one of the formats of ``kv_dtype``, but for sinks and the newest entries; or, None, in the
+        model's precision. "auto": int8, where heads are a multiple of 16 elements and chunks have 64 tokens and more,
+        else None.
     **parameters
         Parameters of a policy given by name.
 
@@ -260,7 +274,7 @@ def compress(
     Raises
     ------
     ValueError
-        Unknown policy or ``kv_dtype``, parameter out of range, or a model that cannot be pruned.
+        Unknown policy, ``kv_dtype`` or ``prompt_dtype``, parameter out of range, or a model that cannot be pruned.
     TypeError
         Unknown parameter, or not a model.
 
@@ -272,7 +286,8 @@ def compress(
     """
     check_mode(decode)
     model = decoder_of(model)
-    session = CompressionSession(model, resolve(policy, **parameters), kv_dtype, decode, decode_interval)
+    resolved = resolve(policy, **parameters)
+    session = CompressionSession(model, resolved, kv_dtype, decode, decode_interval, prompt_dtype)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)

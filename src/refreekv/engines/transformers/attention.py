@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, in_one_type, ragged_attention
+from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_kv_head, in_one_type, ragged_attention
 from refreekv.pruning.calls import AttentionCall
 
 PREFIX = "refreekv_"
@@ -121,6 +121,8 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             check_mask(module, layer.index, attention_mask)
         weights = None
         function = in_one_type(function, flash=flash)
+        if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
+            function = by_kv_head(function)
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
             if lacks_proof(module, base):

@@ -15,6 +15,7 @@ from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import save
 from refreekv.policies import Policy
 from refreekv.policies.base import AUTO, check_count, ladder_for
@@ -50,12 +51,14 @@ class PrunedCache(DynamicCache):
     decode_interval : int or None
         Generated tokens after which the policy looks again at everything it does not protect; None:
         only prompts are pruned.
+    prompt_dtype : str, KVDtype or None
+        How a prompt that comes in chunks is held until its end; see `compress`.
 
     Raises
     ------
     ValueError
-        ``decode_interval`` under 1, unknown ``kv_dtype``, or the model is an encoder-decoder or has no
-        full-attention layer.
+        ``decode_interval`` under 1, unknown ``kv_dtype`` or ``prompt_dtype``, or the model is an encoder-decoder or
+        has no full-attention layer.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PrunedCache(DynamicCache):
         kv_dtype: str | KVDtype | Ladder | None = AUTO,
         decode: str = "graph",
         decode_interval: int | None = None,
+        prompt_dtype: str | KVDtype | None = AUTO,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -86,6 +90,7 @@ class PrunedCache(DynamicCache):
             decode_interval=decode_interval,
             codes_wanted=self.kv_dtype is not None,
             codes_optional=isinstance(kv_dtype, str) and kv_dtype == AUTO,
+            prompt_dtype=parse_prompt_dtype(prompt_dtype),
         )
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.

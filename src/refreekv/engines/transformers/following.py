@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from refreekv.engines.transformers import sessions
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.fitting import prefill
 from refreekv.engines.transformers.naming import NAME, arguments, cache_given
 from refreekv.engines.transformers.stop_checks import deferred_stop_checks
 
@@ -215,6 +216,7 @@ ROLES = {
     "generate": generate,
     "_prepare_generation_config": prepare_generation_config,
     "_prepare_model_inputs": prepare_model_inputs,
+    "_prefill": prefill,
     "_get_candidate_generator": get_candidate_generator,
     "init_continuous_batching": init_continuous_batching,
 }

@@ -23,6 +23,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE, hand_out
 from refreekv.engines.transformers.prompt import PromptState
+from refreekv.engines.transformers.reading import LEAST_CHUNK, Reading
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import Decision, KeptRow, decide
@@ -32,6 +33,7 @@ from refreekv.pruning.records import RowRecord, after_crop, after_pruning
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
+from refreekv.storage.unfinished import UnfinishedKV
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -53,6 +55,11 @@ class ReFreeKVLayer(DynamicLayer):
     kept_columns : list of Columns
         Logical columns of what the last pruning kept, a row each. The entries after it have the
         columns from the logical length it was made at on, without a gap.
+    reading : Reading or None
+        Of a prompt whose chunks go on and are coded as they come; ``keys`` and ``values`` are None between its calls,
+        or those of what was there before.
+    is_decoded_for_call : bool
+        Whether the present call reads a copy of what is coded otherwise.
     holds_hidden : bool
         Whether the mask of the last prompt hid some of what is stored: then masks are to be looked at
         while decoding, too.
@@ -68,6 +75,10 @@ class ReFreeKVLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.ragged: KVStorage | None = None
+        self.reading: Reading | None = None
+        # The prompt as it was coded while it was read, until what is kept was moved.
+        self._read: UnfinishedKV | None = None
+        self.is_decoded_for_call = False
         self.records: list[RowRecord] = []
         self._length = 0
         self._appended = 0
@@ -122,12 +133,80 @@ class ReFreeKVLayer(DynamicLayer):
         self._appended = key_states.shape[-2]
         self._length += self._appended
         with without_autocast(key_states.device):
-            if self.ragged is None:
+            self.is_decoded_for_call = self._is_read_on(key_states, value_states)
+            if self.is_decoded_for_call:
+                key_states, value_states = self._read_on(key_states, value_states)
+            elif self.ragged is None:
                 key_states, value_states = super().update(key_states, value_states)
             else:
                 self._store(self.ragged.append(key_states, value_states))
         self.state.awaiting = hand_out(self, key_states, value_states, self.index)
         return key_states, value_states
+
+    def _is_read_on(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these belong to a prompt that is coded as it is read, of which they may be the first chunk."""
+        if self.reading is None and self.state.continues(self._length) and self._is_worth_coding():
+            number = Reading.form_for(self.state.prompt_dtype, (keys, values))
+            if number is not None and not Reading.codes_anyway(self.ragged, number):
+                if not self.is_initialized:
+                    self.lazy_initialization(keys, values)
+                start, end = self._length - self._appended, self.state.end
+                assert end is not None
+                earlier = self.ragged or (self.dense if start else None)
+                codes = self.state.codes_of(self.ordinal)
+                self.reading = Reading(number, start, end, earlier, (keys, values), codes)
+        return self.reading is not None
+
+    def _is_worth_coding(self) -> bool:
+        """Whether the present chunk is long enough, where nobody has asked: each decodes all that was read before."""
+        return not isinstance(self.state.prompt_dtype, str) or self._appended >= LEAST_CHUNK
+
+    def _read_on(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a chunk; what attention is to read, as in `update`."""
+        assert self.reading is not None
+        # A policy that looks at all layers before it decides leaves this one's prompt coded until then.
+        joint = isinstance(self.state.policy, JointPolicy) and not self.state.policy.freezes(self.ordinal)
+        last = not joint and not self.state.continues(self._length)
+        self._take_over(self.reading.whole_with(keys, values, last=last))
+        if last:
+            self._read, self.reading = self._lines_of(self.reading), None
+        return (keys, values) if self.ragged is not None else self.dense
+
+    def _take_over(self, held: KVStorage | tuple[Tensor, Tensor]) -> None:
+        if isinstance(held, tuple):
+            self.keys, self.values = held
+        else:
+            self._store(held)
+
+    def _put_away(self, *, code: bool = True) -> None:
+        """Code what was read, after its attention, and let go of copies in full precision."""
+        assert self.reading is not None
+        storage = self.reading.put_away(self._real_since(self.reading.start), code=code)
+        if storage is None:
+            self.keys = self.values = None
+        else:
+            self._store(storage)
+
+    def _real_since(self, start: int) -> Tensor | None:
+        """Boolean ``[B, columns]`` of an unfinished prompt from ``start`` on, False at what is padding as yet."""
+        if self._seen is None or self._turn_start is None:
+            return None
+        run = leading_run(~self._seen[:, self._turn_start :], turn=self._turn_start > 0)
+        return ~run[:, start - self._turn_start :]
+
+    def _finish_reading(self) -> None:
+        """Hold an unfinished prompt in full precision, as if it had not been coded."""
+        reading, self.reading = self.reading, None
+        if reading is not None:
+            self._take_over(reading.whole())
+
+    def _lines_of(self, reading: Reading) -> UnfinishedKV | None:
+        """The prompt as it was coded while it was read, if what is kept of it may be stored in those very lines."""
+        prompt = reading.prompt
+        if self.ladder is None or self.ragged is not None or reading.earlier is not None or not prompt.coded:
+            return None
+        forms = self.ladder.forms(prompt.sizes, sorted_keys=self.state.codes_of(self.ordinal) is not None)
+        return prompt if prompt.form in forms else None
 
     def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[:3] != values.shape[:3]:
@@ -142,11 +221,7 @@ class ReFreeKVLayer(DynamicLayer):
             else:
                 self.ladder = None
             return
-        if self.ragged is not None:
-            stored = (self.ragged.batch, self.ragged.kv_heads, *self.ragged.sizes)
-        else:
-            held, others = self.dense
-            stored = (held.shape[0], held.shape[1], held.shape[3], others.shape[3])
+        stored = (self.batch, self.kv_heads, *self.sizes)
         brought = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
         if brought != stored:
             raise ValueError(
@@ -218,6 +293,8 @@ class ReFreeKVLayer(DynamicLayer):
             if not self.state.policy.freezes(self.ordinal):
                 plan = self.state.policy.probe_plan(self._length)
                 self._queries = self._queries.with_chunk(call, before, self._length, plan)
+            if self.reading is not None:
+                self._put_away()
         elif self.state.decode_interval is not None:
             self._queries = self._queries.with_generated(call.query)
             # Of several tokens some may be drafts: those that stay are known when the next call begins.
@@ -277,12 +354,17 @@ class ReFreeKVLayer(DynamicLayer):
                 self._carry_out(decided, after)
 
             self.state.joint.add(policy, call, parts, self.ordinal, self.state.layers, carry_out_decided)
+            if self.reading is not None:
+                self._put_away(code=False)
             return
         scores = self.state.scores_of(self.ordinal)
         codes = self.state.codes_of(self.ordinal)
         decisions = [
             decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder, codes) for part in parts
         ]
+        for decision in decisions:
+            if self._read is not None and decision.surrogates is not None:
+                self._read.forget_lines(decision.surrogates.columns, decision.surrogates.real)
 
         def carry_out() -> None:
             self._carry_out(decisions, after)
@@ -320,6 +402,9 @@ class ReFreeKVLayer(DynamicLayer):
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""
         self._undecided = False
         with without_autocast(self.device):
+            if self.reading is not None:
+                self._read = self._lines_of(self.reading)
+                self._finish_reading()
             self._compact(decisions, after)
 
     def _compact(self, decisions: Sequence[Decision], after: int) -> None:
@@ -339,10 +424,10 @@ class ReFreeKVLayer(DynamicLayer):
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
         if self.ragged is None:
-            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels)
+            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels, self._read)
         else:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
-        self._coded = None
+        self._coded = self._read = None
         self._pruned_length = self._length - after
         self.kept_columns = lasting(columns, self._pruned_length)
         self._padding = None
@@ -388,6 +473,7 @@ class ReFreeKVLayer(DynamicLayer):
         if length == 0:
             self.reset()
             return
+        self._finish_reading()
         self._queries = self._queries.cropped(remove)
         self._turn_start = self._seen = None
         if self._padding is not None:
@@ -418,6 +504,7 @@ class ReFreeKVLayer(DynamicLayer):
         self.state.finish()
         if self._length == 0:
             return
+        self._finish_reading()
         if self.ragged is None:
             keys, values = self.dense
             index = torch.tensor(indices, device=keys.device)
@@ -429,6 +516,8 @@ class ReFreeKVLayer(DynamicLayer):
             self.records = [self.records[row] for row in indices]
         if self._padding is not None:
             self._padding = self._padding[list(indices)]
+        if self._seen is not None:
+            self._seen = self._seen[list(indices)]
         self._queries = self._queries.of_rows(indices)
         self._unverified = None  # of other rows; the next token's call serves as well
 
@@ -452,7 +541,7 @@ class ReFreeKVLayer(DynamicLayer):
 
     def check_between_calls(self) -> None:
         """Raise ValueError in the middle of a prompt, of which more is held than can be told of."""
-        if self._turn_start is not None or self._queries.prompt is not None:
+        if self._turn_start is not None or self._queries.prompt is not None or self.reading is not None:
             raise ValueError("the cache is in the middle of a prompt that comes in chunks: save it after the last one")
 
     @property
@@ -498,8 +587,12 @@ class ReFreeKVLayer(DynamicLayer):
 
     @property
     def dense(self) -> tuple[Tensor, Tensor]:
-        """``keys`` and ``values`` ``[B, H_kv, n, D]``; only while nothing was evicted."""
+        """``keys`` and ``values`` ``[B, H_kv, n, D]``; only while nothing was evicted, and a copy where coded."""
         assert self.ragged is None
+        if self.reading is not None and self.keys is None:
+            held = self.reading.whole()
+            assert isinstance(held, tuple)
+            return held
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
@@ -517,16 +610,31 @@ class ReFreeKVLayer(DynamicLayer):
     @property
     def batch(self) -> int:
         """Rows that the layer holds."""
-        if self.ragged is not None:
-            return self.ragged.batch
-        return self.dense[0].shape[0] if self._length else 0
+        return self.ragged.batch if self.ragged is not None else self._shape[0]
 
     @property
     def kv_heads(self) -> int:
         """KV heads of the layer; 0 before the first token."""
-        if self._length == 0:
-            return 0
-        return self.ragged.kv_heads if self.ragged is not None else self.dense[0].shape[1]
+        return self.ragged.kv_heads if self.ragged is not None else self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Rows and KV heads of a layer that is not ragged."""
+        if self.reading is not None and self.keys is None:
+            return self.reading.prompt.shape
+        return (self.keys.shape[0], self.keys.shape[1]) if self.keys is not None and self._length else (0, 0)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values; only where there are any."""
+        held = self.ragged or (None if self.reading is None else self.reading.prompt)
+        return held.sizes if held is not None else (self.dense[0].shape[-1], self.dense[1].shape[-1])
+
+    @property
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of keys and values as the model has them; only where there are any."""
+        held = self.ragged or (None if self.reading is None else self.reading.prompt)
+        return held.types if held is not None else (self.dense[0].dtype, self.dense[1].dtype)
 
 
 def _centres(prompt: Entries) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from refreekv.core.key_codes import KeyCodes
+from refreekv.core.quantisation import KVDtype
 from refreekv.engines.transformers.handout import Handout, missing
 from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
@@ -53,6 +54,8 @@ class PromptState:
         Whether what cannot be coded is stored as it is, without a word: nobody asked for codes by name.
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
+    prompt_dtype : KVDtype, str or None
+        How a prompt that comes in chunks is held until its end; "auto": as `PROMPT_DTYPE` says, where it can be.
     changed : bool
         Whether a layer was pruned since `take_changed` was last asked.
     joint : JointPruning
@@ -79,6 +82,7 @@ class PromptState:
     codes_wanted: bool = False
     codes_optional: bool = False
     decode_interval: int | None = None
+    prompt_dtype: KVDtype | str | None = "auto"
     changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False

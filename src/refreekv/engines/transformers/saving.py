@@ -23,7 +23,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from refreekv.core.quantisation import Ladder
 from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
+from refreekv.policies.base import AUTO
 from refreekv.pruning.records import RowRecord
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
@@ -99,6 +101,7 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
         },
         "policy": _policy(cache.policy),
         "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype),
+        "prompt_dtype": None if cache.state.prompt_dtype is None else str(cache.state.prompt_dtype),
         "decode": cache.decode,
         "decode_interval": cache.state.decode_interval,
         "layers": layers,
@@ -294,6 +297,8 @@ class Saved:
         """Arguments of `PrunedCache` beside the policy."""
         with self._reading():
             found = {name: self.description[name] for name in ("kv_dtype", "decode", "decode_interval")}
+            # Files from before there was a choice have none.
+            found["prompt_dtype"] = parse_prompt_dtype(self.description.get("prompt_dtype", AUTO))
             return {**found, "kv_dtype": None if found["kv_dtype"] is None else Ladder.parse(found["kv_dtype"])}
 
     def fill(self, cache: "PrunedCache", model: nn.Module) -> None:

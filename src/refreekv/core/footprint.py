@@ -1,0 +1,152 @@
+"""What keys and values take while a prompt is read and once it is: the arithmetic of plans and of forecasts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from refreekv.core.quantisation import FLUSH, SINKS, KVDtype
+
+LayerKind = Literal["full", "window", "latent", "state"]
+PLAIN_BYTES = 2
+"""Bytes of an element in bfloat16 or float16, the precision that K/V is computed in."""
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """What one layer stores."""
+
+    # ``"full"``: all tokens, and what may be pruned. ``"window"``: the last ``window`` tokens. ``"latent"``: a
+    # compressed vector for each token (MLA). ``"state"``: a fixed number of bytes.
+    kind: LayerKind
+    # KV heads, and elements of a key and of a value in each
+    heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    window: int | None = None  # tokens that a window layer holds
+    state_bytes: int = 0  # bytes whatever the length
+    itemsize: int = PLAIN_BYTES  # bytes of an element in the precision of the model
+
+    @property
+    def elements(self) -> int:
+        """Elements of one token."""
+        return self.heads * (self.key_size + self.value_size)
+
+    def bytes(self, tokens: float) -> float:
+        """Bytes of ``tokens`` tokens in the precision of the model."""
+        held = min(tokens, self.window) if self.window is not None else tokens
+        return held * self.elements * self.itemsize + self.state_bytes
+
+    def takes(self, number: KVDtype) -> bool:
+        """Whether entries of these sizes can be stored in a number format."""
+        try:
+            number.form((self.key_size, self.value_size))
+        except ValueError:
+            return False
+        return True
+
+    def line_bytes(self, number: KVDtype) -> int:
+        """Bytes of one token stored in a number format, scales included."""
+        return self.heads * number.entry_bytes((self.key_size, self.value_size))
+
+    def stored_bytes(self, entries: float, number: KVDtype | None) -> float:
+        """Bytes of so many tokens in a number format, which leaves the first and the newest as they are."""
+        if number is None:
+            return self.bytes(entries)
+        coded = number.coded(entries)
+        # And each head's mean in float32, as it is and rotated.
+        return self.bytes(entries - coded) + coded * self.line_bytes(number) + 8 * self.elements
+
+    def unfinished_bytes(self, prompt: int, number: KVDtype | None) -> float:
+        """Bytes of a prompt that is read in chunks and held in a number format, when all but its last chunk is read.
+
+        Its lines are allocated when the first ones are written. The newest entries stay as they are, and others until
+        they are worth coding together; the sinks are there twice.
+        """
+        if number is None or self.kind != "full" or not self.takes(number) or prompt < number.recent + FLUSH:
+            return self.bytes(prompt)
+        lines = (prompt - number.recent) * self.line_bytes(number)
+        return lines + self.bytes(number.recent + FLUSH + SINKS) + 8 * self.elements
+
+
+def reading_bytes(
+    layers: Sequence[LayerKV], prompt: int, number: KVDtype | None, kept: float, *, copies: int = 2
+) -> float:
+    """K/V bytes at the worst moment of reading a prompt in chunks, the chunk itself not among them.
+
+    Parameters
+    ----------
+    layers : sequence of LayerKV
+        Those of the model.
+    prompt : int
+        Its tokens.
+    number : KVDtype or None
+        How what was read is held until the end; None: in the model's precision.
+    kept : float
+        Bytes of all layers once the policy has decided.
+    copies : int
+        Layers that are there in full precision at a time, beside that: one while a chunk attends to it; at the
+        prompt's end on a GPU a second one, which waits until the host knows what stays.
+    """
+    coded = sum(layer.unfinished_bytes(prompt, number) for layer in layers)
+    if coded >= sum(layer.bytes(prompt) for layer in layers):
+        return coded
+    widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0)
+    # Layer by layer the one becomes the other.
+    return max(coded, kept) + copies * widest
+
+
+def activation_elements(text: Any) -> int:
+    """Elements that one token takes at the widest point of reading a prompt: a layer's feed-forward part.
+
+    Four times the hidden size (residual, normed input, output, and one copy) and three times
+    the intermediate size (gate, up, product). For a Llama-3-8B shape this gives 232, 928 and
+    3,712 MiB at 2k, 8k and 32k tokens; `benchmarks/overhead.py` measured 233, 932 and 3,728
+    beside the K/V on an H100 (README).
+    """
+    hidden = int(text.hidden_size)
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
+    if isinstance(inner, list | tuple):
+        inner = max(inner)
+    experts = getattr(text, "num_experts_per_tok", None) or 0
+    of_expert = getattr(text, "moe_intermediate_size", None) or inner
+    return 4 * hidden + 3 * max(int(inner), int(experts) * int(of_expert))
+
+
+MASK_BYTES = 3
+"""Of a query of a chunk and an entry that it may see: a boolean, and the 16-bit number that sdpa makes of it.
+
+One call has no mask; a chunk behind others has."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a model takes beside its K/V to read a prompt."""
+
+    activation: int  # elements that a token takes at the widest point, see `activation_elements`
+    attention: int = 0  # elements that it takes while attention runs: residual, queries, output, and one copy
+    # share of a layer's K/V that sdpa copies behind a mask: one KV head's, for each query head that shares it
+    repeated: float = 0.0
+
+    @classmethod
+    def of(cls, text: Any) -> "Reader":
+        """Of a language model's configuration."""
+        heads = int(getattr(text, "num_attention_heads", 1))
+        shared = int(getattr(text, "num_key_value_heads", None) or heads)
+        repeated = 0.0 if shared == heads else heads / shared**2
+        return cls(activation_elements(text), 4 * int(text.hidden_size), repeated)
+
+
+def chunked_bytes(
+    layers: Sequence[LayerKV], prompt: int, chunk: int, number: KVDtype, kept: float, reader: Reader
+) -> float:
+    """Bytes of K/V and of all else at the worst moment of reading a prompt that is coded chunk by chunk.
+
+    Either while a layer attends to its copy in full precision, or in the feed-forward part behind it. Parameters
+    beside the chunk's tokens and the reader are those of `reading_bytes`.
+    """
+    itemsize = max((layer.itemsize for layer in layers), default=PLAIN_BYTES)
+    widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0.0)
+    within = reading_bytes(layers, prompt, number, kept) + reader.repeated * widest
+    within += chunk * (itemsize * reader.attention + MASK_BYTES * prompt)
+    behind = reading_bytes(layers, prompt, number, kept, copies=1) + chunk * (itemsize * reader.activation + prompt)
+    return max(within, behind)

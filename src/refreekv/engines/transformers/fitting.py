@@ -1,0 +1,165 @@
+"""Prompts that would not fit in one call, read in chunks: forecast from free memory, or found out the hard way."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.naming import NAME, cache_given
+
+if TYPE_CHECKING:
+    from refreekv.engines.transformers.attachment import Attachment
+
+logger = logging.getLogger("refreekv")
+
+CHUNKS = (8192, 4096, 2048, 1024, 512)
+"""Tokens of a chunk, the largest that fits; the last one if none does."""
+
+USABLE = 0.95
+"""Share of the free memory that a forecast counts on: allocators cannot use all of it."""
+
+_TEXT = {"attention_mask", "position_ids", NAME, "past_key_values", "use_cache", "logits_to_keep", "is_first_iteration"}
+"""What a prompt of text alone brings. Others (images, embeddings, kinds of tokens) are read as the model wants them."""
+
+
+def prefill(
+    attachment: "Attachment",
+    original: Callable[..., Any],
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Read the prompt of a `generate` call: in one call if that fits, else in chunks."""
+
+    def read_on() -> Any:
+        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    cache = cache_given(model_kwargs)
+    if not isinstance(cache, PrunedCache) or not _can_be_split(cache, generation_config, input_ids, model_kwargs):
+        return read_on()
+    model, length = attachment.model, cache.state.end
+    assert length is not None
+    chunk = forecast(model, cache, len(input_ids), length)
+    if chunk is None:
+        fresh = cache.is_unused
+        try:
+            return read_on()
+        except torch.OutOfMemoryError:
+            # What an earlier prompt left may be pruned by now: only a new cache can begin anew.
+            if not fresh or length <= CHUNKS[-1]:
+                raise
+        # Outside of the handler, as the error holds on to all that the call had made.
+        cache.reset()
+        torch.cuda.empty_cache()
+        chunk = CHUNKS[-1]
+        logger.warning(
+            "a prompt of %d x %s tokens did not fit in one call (out of memory) and is read again in chunks of %d",
+            len(input_ids), f"{length:,}", chunk,
+        )  # fmt: skip
+    else:
+        logger.info("a prompt of %d x %s tokens is read in chunks of %d", len(input_ids), f"{length:,}", chunk)
+    _feed(model, cache, input_ids, model_kwargs, chunk, length)
+    missing = length - input_ids.shape[1]
+    if missing:
+        # Only new tokens were passed, and of those only the rest is to be.
+        input_ids = input_ids[:, cache.get_seq_length() - missing :]
+    return read_on()
+
+
+def _can_be_split(
+    cache: PrunedCache, generation_config: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether this is a whole prompt of text, of which nobody has said how it is to be read."""
+    end, mask = cache.state.end, model_kwargs.get("attention_mask")
+    if end is None or cache.get_seq_length() >= end or input_ids.dim() != 2 or input_ids.shape[1] > end:
+        return False
+    given = {name for name, value in model_kwargs.items() if value is not None and not isinstance(value, bool)}
+    return (
+        getattr(generation_config, "prefill_chunk_size", None) is None
+        and (mask is None or (isinstance(mask, Tensor) and mask.shape == (len(input_ids), end)))
+        and given <= _TEXT
+    )
+
+
+def _feed(
+    model: Any, cache: PrunedCache, input_ids: Tensor, model_kwargs: Mapping[str, Any], chunk: int, length: int
+) -> None:
+    """Read all of a prompt but its last chunk, as `generate` does."""
+    missing, at = length - input_ids.shape[1], cache.get_seq_length()
+    while length - at > chunk:
+        stop = at + chunk
+        own = {**model_kwargs}
+        if own.get("attention_mask") is not None:
+            own["attention_mask"] = own["attention_mask"][:, :stop]
+        if own.get("position_ids") is not None:
+            own["position_ids"] = own["position_ids"][..., at:stop]
+        inputs = model.prepare_inputs_for_generation(input_ids[:, at - missing : stop - missing], **own)
+        model(**inputs, return_dict=True)
+        at = stop
+
+
+def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> int | None:
+    """Tokens of the chunks that a prompt is to be read in; None: one call fits, or nobody can tell.
+
+    Only where all of the model is on one CUDA device.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    new = length - cache.get_seq_length()
+    if len(devices) != 1 or next(iter(devices)).type != "cuda" or new <= CHUNKS[-1]:
+        return None
+    device = next(iter(devices))
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return chunk_for(model, cache, rows, length, int(USABLE * free))
+
+
+def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> int | None:
+    """What `forecast` says where so many bytes are free. The policy may keep everything."""
+    text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
+    layers, reader = _layers(text, cache, itemsize), Reader.of(text)
+    token, new = itemsize * reader.activation, length - cache.get_seq_length()
+    free += 0 if cache.is_unused else cache.report.bytes_after
+    kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype)) for layer in layers)
+    full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
+    if rows * (min(full, kept + 2 * widest) + new * token) <= free:
+        return None
+    wanted = cache.state.prompt_dtype
+    number = PROMPT_DTYPE if isinstance(wanted, str) else wanted
+    for chunk in CHUNKS:
+        if number is None:
+            taken = full + chunk * (token + MASK_BYTES * length)
+        else:
+            taken = chunked_bytes(layers, length, chunk, number, kept, reader)
+        if rows * taken <= free:
+            return chunk
+    return CHUNKS[-1]
+
+
+def _format(layer: LayerKV, ladder: Ladder | None) -> KVDtype | None:
+    """How a layer stores what is kept, at most."""
+    number = None if ladder is None else ladder.rungs[-1]
+    return number if layer.kind == "full" and number is not None and layer.takes(number) else None
+
+
+def _layers(text: Any, cache: PrunedCache, itemsize: int) -> list[LayerKV]:
+    """What each layer of a cache stores, of a row."""
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    found = []
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(layer, ReFreeKVLayer) and layer.get_seq_length():
+            found.append(LayerKV("full", layer.kv_heads, *layer.sizes, itemsize=itemsize))
+        elif isinstance(layer, ReFreeKVLayer):
+            found.append(LayerKV("full", heads, size, size, itemsize=itemsize))
+        elif window is not None:
+            found.append(LayerKV("window", heads, size, size, window=int(window), itemsize=itemsize))
+    return found

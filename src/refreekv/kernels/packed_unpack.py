@@ -1,0 +1,133 @@
+"""Reading packed lines back, in Triton: codes to entries in full precision, the opposite of `packed_storage`."""
+
+# Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
+# mypy: disable-error-code="assignment"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_decode import constant
+from refreekv.kernels.packed_reference import check_unpack
+from refreekv.kernels.packed_storage import _columns, chunks
+from refreekv.kernels.storage import TYPES, _chosen
+
+
+@triton.jit
+def _unpack_side(
+    lines, line, real, factor, mean, matrix, matrix_channel, matrix_element, entries, step_of_entries, place,
+    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Decode one side of some lines of the segment at ``lines`` and write it to the entries at ``place``.
+
+    The element ``(channel, element)`` of the matrix is that many steps of the two kinds from its begin.
+    """
+    d = tl.arange(0, BLOCK_D)
+    decoded = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for c in tl.static_range(COUNT):
+        BITS: tl.constexpr = constant(CHUNKS, c, 0)
+        byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
+        at = lines + line[:, None] * LINE + (constant(CHUNKS, c, 1) + byte)[None, :]
+        packed = tl.load(at, real[:, None] & (byte < constant(CHUNKS, c, 4))[None, :], 0).to(tl.int32)
+        for field in tl.static_range(8 // BITS):
+            channel, there, later = _columns(CHUNKS, c, field)
+            steps = tl.where(later, constant(CHUNKS, c, 12), constant(CHUNKS, c, 11)).to(tl.float32)
+            shift = tl.where(later, constant(CHUNKS, c, 16), constant(CHUNKS, c, 15)).to(tl.int32)
+            bits = (packed >> (BITS * field)) & ((1 << BITS) - 1)
+            # Of a code in two planes each has a part, and each part its middle. All of them are exact in 16 bits.
+            level = (bits.to(tl.float32) - 0.5 * ((1 << BITS) - 1)) * (1 << shift)[None, :].to(tl.float32)
+            at = matrix + channel[:, None] * matrix_channel + d[None, :] * matrix_element
+            part = tl.load(at, there[:, None] & (d < SIZE)[None, :], 0.0) * steps[:, None]
+            if EXACT:
+                decoded = tl.dot(level, part, decoded, input_precision="ieee")
+            else:
+                high = part.to(TYPE)
+                decoded = tl.dot(level.to(TYPE), high, decoded)
+                decoded = tl.dot(level.to(TYPE), (part - high.to(tl.float32)).to(TYPE), decoded)
+    centre = tl.load(mean + d, d < SIZE, 0.0)
+    at = entries + place[:, None] * step_of_entries + d[None, :]
+    tl.store(at, (decoded * factor[:, None] + centre[None, :]).to(TYPE), real[:, None] & (d < SIZE)[None, :])
+
+
+@triton.jit
+def _unpack_kernel(
+    keys, values, arena, table, starts, spans, end, kv_heads,
+    key_mean, key_dual, value_mean, value_back, row_of_means, row_of_maps,
+    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr, TO_ARENA: tl.constexpr, HAS_STARTS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(1)
+    row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+    first = tl.load(starts + segment) if HAS_STARTS else 0
+    length = tl.load(table + segment * 4 + 2) - first
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.program_id(0) * BLOCK_T < length:
+        real = t < length
+        place = _chosen(spans, segment, t, length, end).to(tl.int64)
+        line = first + t.to(tl.int64)
+        if TO_ARENA:
+            key_to = tl.load(arena + segment * 4).to(tl.pointer_type(KEY_TYPE))
+            value_to = tl.load(arena + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE))
+        else:
+            key_to = keys + row * sk_b + head * sk_h
+            value_to = values + row * sv_b + head * sv_h
+        maps, means = row * row_of_maps + head, row * row_of_means + head
+        lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
+        both = tl.load(tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32)) + line, real, 0)
+        key_factor = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        _unpack_side(
+            lines, line, real, key_factor, key_mean + means * HEAD, key_dual + maps * HEAD * HEAD, HEAD, 1, key_to,
+            sk_n, place, HEAD, LINE, KEY_COUNT, KEYS, KEY_TYPE, BLOCK_T, BLOCK_D, EXACT,
+        )  # fmt: skip
+        _unpack_side(
+            lines, line, real, value_factor, value_mean + means * VALUE, value_back + maps * VALUE * VALUE, 1, VALUE,
+            value_to, sv_n, place, VALUE, LINE, VALUE_COUNT, VALUES, VALUE_TYPE, BLOCK_T, BLOCK_V, EXACT,
+        )  # fmt: skip
+
+
+@on_its_device
+def launch_unpack(
+    keys: Tensor,
+    values: Tensor,
+    target: Tensor | None,
+    table: Tensor,
+    form: PackedFormat,
+    maps: PackedMaps,
+    spans: Tensor,
+    end: int,
+    longest: int,
+    starts: Tensor | None,
+    block: int = 64,
+    warps: int = 4,
+) -> None:
+    """Write what lines stand for to chosen entries; parameters as in `kernels.unpack_lines`.
+
+    ``block``, lines of a program, and ``warps`` are there to be measured.
+    """
+    check_unpack(keys, values, target, table, form, maps, spans, end, starts)
+    if target is None and not keys.stride(-1) == values.stride(-1) == 1:
+        raise ValueError("lines are decoded to entries whose elements lie one after the other")
+    kv_heads = maps.key_mean.shape[1]
+    if target is None:
+        strides = [*keys.stride()[:3], *values.stride()[:3]]
+    else:
+        strides = [0, 0, keys.shape[-1], 0, 0, values.shape[-1]]
+    key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    exact = max(keys.dtype.itemsize, values.dtype.itemsize) > 2
+    _unpack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
+        keys, values, table if target is None else target, table, table if starts is None else starts, spans, end,
+        kv_heads, maps.key_mean, maps.key_dual, maps.value_mean, maps.value_back,
+        0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_dual.shape[0] == 1 else kv_heads, *strides,
+        HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
+        VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
+        KEY_TYPE=TYPES[keys.dtype], VALUE_TYPE=TYPES[values.dtype],
+        BLOCK_D=triton.next_power_of_2(form.key_size), BLOCK_V=triton.next_power_of_2(form.value_size),
+        BLOCK_T=block, TO_ARENA=target is not None, HAS_STARTS=starts is not None, EXACT=exact, num_warps=warps,
+    )  # fmt: skip

@@ -1,0 +1,299 @@
+"""A prompt that is still being read: coded chunk by chunk, all columns of all heads, until its end decides what stays.
+
+Nothing was evicted yet, so that all rows and KV heads have the same columns, padding included: entries are dense
+``[B, H_kv, n, D]`` as those of a dynamic cache, but for how they are kept. Attention of the next chunk, and the policy
+at the end, get a decoded copy of one layer at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
+from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
+from refreekv.kernels.table import LENGTH
+from refreekv.storage.arena import KVArena
+from refreekv.storage.coding import Pair, maps_of
+from refreekv.storage.runs import flat, spread
+
+
+class UnfinishedKV:
+    """Keys and values of one layer's unfinished prompt: exact sinks, coded entries, exact newest ones.
+
+    Entries are coded once, when the chunk that brought them has been attended to and they are no longer among the
+    newest. The means that are taken out are those of all that a row held when its first entry was coded.
+
+    Attributes
+    ----------
+    number : KVDtype
+        The format of coded entries.
+    length : int
+        Columns held.
+    coded : int
+        How many of them are coded: the first ones, the sinks among them beside their exact copies.
+    """
+
+    def __init__(self, number: KVDtype, like: Pair, columns: int, *, sinks: bool, codes: KeyCodes | None = None):
+        """For up to about ``columns`` columns of entries like ``[B, H_kv, q, D]``.
+
+        ``sinks``: whether the first entries are the first of a sequence, and stay exact. ``codes`` are the model's own
+        for keys.
+        """
+        keys, values = like
+        self.number, self._codes = number, codes
+        self.form = number.form((keys.shape[-1], values.shape[-1]), sorted_keys=codes is not None)
+        self._columns, self._wants_sinks = columns, sinks
+        self._tail = keys[:, :, :0], values[:, :, :0]
+        self.coded = 0
+        self._maps: PackedMaps | None = None
+        self._lines: Pair | None = None
+        self._table: Tensor | None = None
+        # [B, H_kv, SINKS, D], and their columns [B, SINKS], -1 where there is none yet; None: the first ones.
+        self._sinks: Pair | None = None
+        self._sink_columns: Tensor | None = None
+        # [B]: real entries among those coded, by row; None: all are.
+        self._real_coded: Tensor | None = None
+        # [B, H_kv, capacity]: whether a line is no longer what is at its place.
+        self._stale: Tensor | None = None
+
+    @staticmethod
+    def takes(keys: Tensor, values: Tensor) -> bool:
+        """Whether entries like these can be coded."""
+        types = torch.float16, torch.bfloat16, torch.float32
+        return all(part.dtype in types and part.shape[-1] % 16 == 0 for part in (keys, values))
+
+    # -- what it holds ------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Columns held."""
+        return self.coded + self._tail[0].shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and KV heads."""
+        return self._tail[0].shape[0], self._tail[0].shape[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values."""
+        return self._tail[0].shape[-1], self._tail[1].shape[-1]
+
+    @property
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of keys and values as they came."""
+        return self._tail[0].dtype, self._tail[1].dtype
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what says where lines and sinks are."""
+        numbers = self._table, self._sink_columns, self._real_coded
+        return sum(part.nbytes for part in numbers if part is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors really hold on to, the rows' means included."""
+        means: list[Tensor] = []
+        if self._maps is not None:
+            maps = self._maps
+            means = [maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset]
+        held = [*self._tail, *(self._lines or ()), *(self._sinks or ()), *means]
+        return sum(part.untyped_storage().nbytes() for part in held)
+
+    def dense(self, new: Pair | None = None, earlier: Pair | None = None) -> Pair:
+        """All entries in full precision ``[B, H_kv, n, D]``, between ``earlier`` and ``new`` ones: a copy."""
+        sides = []
+        for side, tail in enumerate(self._tail):
+            parts = [tail, *([] if new is None else [new[side]])]
+            before = 0 if earlier is None else earlier[side].shape[2]
+            total = before + self.coded + sum(part.shape[2] for part in parts)
+            kind = tail.dtype if new is None else torch.promote_types(tail.dtype, new[side].dtype)
+            out = tail.new_empty(*tail.shape[:2], total, tail.shape[3], dtype=kind)
+            if earlier is not None:
+                out[:, :, :before] = earlier[side]
+            at = before + self.coded
+            for part in parts:
+                out[:, :, at : at + part.shape[2]] = part
+                at += part.shape[2]
+            sides.append((out, out[:, :, before : before + self.coded]))
+        (keys, coded_keys), (values, coded_values) = sides
+        if self.coded:
+            self._decode(coded_keys, coded_values)
+        return keys, values
+
+    def _decode(self, keys: Tensor, values: Tensor) -> None:
+        assert self._table is not None
+        assert self._maps is not None
+        spans = torch.zeros(len(self._table), 3, dtype=torch.int64, device=keys.device)
+        kernels.unpack_lines(
+            keys, values, self._table, self.form, self._maps, spans, end=self.coded, longest=self.coded
+        )
+        for out, sinks in zip((keys, values), self._sinks or (), strict=False):
+            if self._sink_columns is None:
+                out[:, :, : sinks.shape[2]] = sinks
+                continue
+            for at, sink in zip(self._sink_columns.T, sinks.unbind(2), strict=True):  # [B], [B, H_kv, D]
+                index = at.clamp_min(0)[:, None, None, None].expand(-1, out.shape[1], 1, out.shape[3])
+                there = (at >= 0)[:, None, None, None]
+                out.scatter_(2, index, torch.where(there, sink[:, :, None].to(out), out.gather(2, index)))
+
+    # -- growing ------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor, real: Tensor | None = None, *, code: bool = True) -> None:
+        """Take in ``[B, H_kv, q, D]`` new entries, and ``code`` what is no longer among the newest.
+
+        ``real`` is boolean ``[B, length + q]``, False at padding; None: there is none.
+        """
+        # The copy that is cut off below is the only thing that is left of a chunk.
+        joined = [torch.cat(pair, 2) for pair in zip(self._tail, (keys, values), strict=True)]
+        self._tail = joined[0], joined[1]
+        due = self._tail[0].shape[2] - self.number.recent
+        if code and due >= FLUSH:
+            self._code(due, real)
+
+    def _code(self, count: int, real: Tensor | None) -> None:
+        """Code the first ``count`` exact entries."""
+        stop = self.coded + count
+        if real is not None and self._real_coded is None and bool(real.all()):
+            real = None
+        self._fix_means(real)
+        self._keep_sinks(count, real)
+        if real is not None:
+            self._real_coded = real[:, :stop].sum(1)
+        self._make_room(stop)
+        assert self._table is not None
+        assert self._maps is not None
+        keys, values = self._tail
+        kind = torch.promote_types(*self.types)
+        device, segments = keys.device, len(self._table)
+        self._table[:, LENGTH] = stop
+        spans = torch.zeros(segments, 3, dtype=torch.int64, device=device)
+        spans[:, 1] = count
+        starts = torch.full((segments,), self.coded, dtype=torch.int64, device=device)
+        maps = self._maps.of_type(kind)
+        kernels.pack_lines(
+            keys.to(kind), values.to(kind), self._table, self.form, maps, spans, end=keys.shape[2], longest=count,
+            starts=starts,
+        )  # fmt: skip
+        self.coded = stop
+        self._tail = keys[:, :, count:].clone(), values[:, :, count:].clone()
+
+    def _fix_means(self, real: Tensor | None) -> None:
+        """Means of all that is exact, for rows of which no entry was coded yet."""
+        begun = self._real_coded
+        if self._maps is not None and (begun is None or bool((begun > 0).all())):
+            return
+        exact = None if real is None else real[:, None, self.coded :]
+        means = [centre_of(part, exact) for part in self._tail]
+        if self._maps is not None and begun is not None:
+            maps = self._maps
+            fixed = (begun > 0)[:, None, None]
+            means = [
+                torch.where(fixed, old, new.float())
+                for old, new in zip((maps.key_mean, maps.value_mean), means, strict=True)
+            ]
+        self._maps = maps_of((means[0], means[1]), torch.promote_types(*self.types), self._codes)
+
+    def _keep_sinks(self, count: int, real: Tensor | None) -> None:
+        """Keep exact copies of the first real entries of each row, as far as they are among those coded now."""
+        if not self._wants_sinks:
+            return
+        keys, values = self._tail
+        if real is None:
+            if self.coded == 0:
+                self._sinks = keys[:, :, : min(SINKS, count)].clone(), values[:, :, : min(SINKS, count)].clone()
+            return
+        if self._sinks is None:
+            with torch.inference_mode(False):
+                self._sinks = _empty_sinks(keys), _empty_sinks(values)
+                self._sink_columns = torch.full((len(real), SINKS), -1, device=real.device)
+        assert self._sinks is not None
+        assert self._sink_columns is not None
+        stop = self.coded + count
+        rank = real[:, :stop].cumsum(1) * real[:, :stop]
+        for place in range(SINKS):
+            hit = rank[:, self.coded :] == place + 1  # [B, count]
+            there, index = hit.any(1), hit.long().argmax(1)
+            self._sink_columns[:, place] = torch.where(there, self.coded + index, self._sink_columns[:, place])
+            for sinks, tail in zip(self._sinks, self._tail, strict=True):
+                chosen = tail.gather(2, index[:, None, None, None].expand(-1, tail.shape[1], 1, tail.shape[3]))
+                sinks[:, :, place] = torch.where(there[:, None, None], chosen[:, :, 0], sinks[:, :, place])
+
+    def _make_room(self, stop: int) -> None:
+        """Allocate lines for ``stop`` columns; at once for as many as the prompt is going to have."""
+        if self._lines is not None and self._lines[0].shape[2] >= stop:
+            return
+        keys = self._tail[0]
+        shape = *keys.shape[:2], max(stop, self._columns - self.number.recent)
+        # Not in inference mode: what is made there cannot be changed in place outside of it.
+        with torch.inference_mode(False):
+            lines = torch.empty(*shape, self.form.line_bytes, dtype=torch.uint8, device=keys.device)
+            factors = torch.empty(*shape, FACTOR_BYTES // 2, dtype=torch.float16, device=keys.device)
+        for old, new in zip(self._lines or (), (lines, factors), strict=False):
+            new[:, :, : self.coded] = old[:, :, : self.coded]
+        self._hold(lines, factors)
+
+    def _hold(self, lines: Tensor, factors: Tensor) -> None:
+        """Go on with these lines, and a table of them."""
+        self._lines = lines, factors
+        segments, capacity = lines.shape[0] * lines.shape[1], lines.shape[2]
+        with torch.inference_mode(False):
+            index = torch.arange(segments, dtype=torch.int64, device=lines.device) * capacity
+            self._table = torch.stack(
+                [
+                    lines.data_ptr() + index * self.form.line_bytes,
+                    factors.data_ptr() + index * FACTOR_BYTES,
+                    torch.full_like(index, self.coded),
+                    torch.full_like(index, capacity),
+                ],
+                1,
+            )
+
+    # -- lines that stay as they are --------------------------------------------------------------
+
+    @property
+    def means(self) -> Pair:
+        """What is taken out of keys and of values, ``[B, H_kv, D]``; only where something is coded."""
+        assert self._maps is not None
+        return self._maps.key_mean, self._maps.value_mean
+
+    def forget_lines(self, columns: Tensor, real: Tensor) -> None:
+        """Say that others stand in for the entries ``[B, H_kv, c]`` that were decoded, as far as they are ``real``."""
+        assert self._lines is not None
+        count = torch.zeros(self._lines[0].shape[:3], dtype=torch.uint8, device=columns.device)
+        last = count.shape[2] - 1
+        there = real & (columns <= last)
+        self._stale = count.scatter_add(2, columns.long().clamp(max=last), there.to(torch.uint8)) > 0
+
+    def move_lines(self, columns: Tensor, counts: Sequence[Sequence[int]], arena: KVArena) -> None:
+        """Put lines of chosen columns, so many of each row's KV heads, in place of those in an arena without room.
+
+        Only of columns that are coded; others stay as they are.
+        """
+        assert self._lines is not None
+        capacity = self._lines[0].shape[2]
+        segment = spread(range(len(flat(counts))), flat(counts), columns.device)
+        at = segment * capacity + columns.long().clamp(max=capacity - 1)
+        there = columns < self.coded
+        if self._stale is not None:
+            there = there & ~self._stale.flatten()[at]
+        for lines, into in zip(self._lines, (arena.keys, arena.values), strict=True):
+            into.copy_(torch.where(there[:, None], lines.flatten(0, 2)[at], into))
+
+    # -- copies: addresses do not travel --------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._table = None
+        if self._lines is not None:
+            self._hold(*self._lines)
+
+
+def _empty_sinks(like: Tensor) -> Tensor:
+    return torch.zeros(*like.shape[:2], SINKS, like.shape[3], dtype=like.dtype, device=like.device)

@@ -1,0 +1,202 @@
+"""Prompts that do not fit in one call: chunks by forecast, and after an out-of-memory error; on a CPU neither."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import refreekv
+from helpers.driving import greedy
+from helpers.models import build, prompts
+from helpers.planning import LLAMA
+from refreekv import KVDtype, ReFreeKVCache, policies
+from refreekv.engines.transformers import fitting
+from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+
+CHUNK = 40
+NUMBER = KVDtype("int8", recent=4)
+LONG = (150, 40, 121, 99)
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", attention="sdpa", head_dim=16)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lengths of what the first layer is given, call by call."""
+    seen, update = [], ReFreeKVLayer.update
+
+    def watched(self, keys, values, *args, **kwargs):
+        if self.index == 0:
+            seen.append(keys.shape[2])
+        return update(self, keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(ReFreeKVLayer, "update", watched)
+    return seen
+
+
+def split(length, chunk=CHUNK):
+    return [chunk] * ((length - 1) // chunk) + [(length - 1) % chunk + 1]
+
+
+@pytest.fixture
+def forecast(monkeypatch):
+    monkeypatch.setattr(fitting, "forecast", lambda *_: CHUNK)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": False, "use_cache": True}], ids=str)
+def test_chunks_by_forecast_are_those_of_a_caller(model, calls, forecast, settings):
+    ids, mask = prompts(LONG, seed=6)
+    with refreekv.compress(model, "refreekv", threshold=0.2, prompt_dtype=NUMBER) as kv:
+        got = model.generate(ids, attention_mask=mask, max_new_tokens=6, **settings)
+        assert calls[: len(split(150))] == split(150)
+        said = kv.report
+        own = {"prefill_chunk_size": CHUNK, **settings}
+        wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, **own)
+        assert kv.report == said
+    assert torch.equal(got, wanted)
+
+
+def test_embeddings_and_a_mask_that_is_left_out(model, calls, forecast):
+    ids, _ = prompts((150,), seed=6)
+    with refreekv.compress(model, "full", prompt_dtype=None):
+        plain = model.generate(ids, max_new_tokens=6, prefill_chunk_size=CHUNK)
+        calls.clear()
+        assert torch.equal(model.generate(ids, max_new_tokens=6), plain)
+        assert calls[:4] == split(150)
+        # Embeddings come in one call, as they do without a forecast.
+        calls.clear()
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=2)
+        assert calls[0] == 150
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+def test_a_later_turn(model, calls, forecast, only_new):
+    ids, _ = prompts((150,), seed=6)
+    cache, other = (ReFreeKVCache(model, "streaming-llm", size=60, prompt_dtype=None) for _ in range(2))
+    for one in (cache, other):
+        sequence = greedy(model, ids[:, :50], None, one, steps=3)
+        text = torch.cat([sequence, ids[:, 50:]], 1)
+        if one is other:
+            # All in one call.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(fitting, "forecast", lambda *_: None)
+                wanted = greedy(model, text, torch.ones_like(text), one)
+            break
+        calls.clear()
+        new = text[:, one.get_seq_length() :] if only_new else text
+        got = greedy(model, new, torch.ones_like(text), one)
+        assert calls[:3] == split(text.shape[1] - 52)
+    assert torch.equal(got[:, -6:], wanted[:, -6:])
+    assert cache.report == other.report
+
+
+class Failing:
+    """A layer's `update` that has no memory for more than so many new tokens, from the second layer on."""
+
+    def __init__(self, most):
+        self.most, self.update, self.failed = most, ReFreeKVLayer.update, 0
+
+    def patch(self, monkeypatch):
+        def update(layer, keys, values, *args, **kwargs):
+            if layer.index == 2 and keys.shape[2] > self.most:
+                self.failed += 1
+                raise torch.OutOfMemoryError("no memory")
+            return self.update(layer, keys, values, *args, **kwargs)
+
+        monkeypatch.setattr(ReFreeKVLayer, "update", update)
+        monkeypatch.setattr(fitting, "CHUNKS", (CHUNK,))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=str)
+def test_out_of_memory_is_answered_by_chunks_once(model, monkeypatch, caplog, settings):
+    ids, mask = prompts((150,), seed=6)
+    with refreekv.compress(model, "refreekv", threshold=0.2, prompt_dtype=NUMBER) as kv:
+        wanted = greedy(model, ids, mask, None, prefill_chunk_size=CHUNK, **settings)
+        said = kv.report
+        failing = Failing(CHUNK)
+        failing.patch(monkeypatch)
+        with caplog.at_level(logging.WARNING, logger="refreekv"):
+            got = greedy(model, ids, mask, None, **settings)
+        assert failing.failed == 1
+        assert torch.equal(got, wanted)
+        assert kv.report == said
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("x 150 tokens did not fit in one call (out of memory) and is read again in chunks of 40")
+
+
+def test_out_of_memory_that_chunks_do_not_cure(model, monkeypatch):
+    ids, mask = prompts((150,), seed=6)
+    failing = Failing(8)
+    failing.patch(monkeypatch)
+    cache = ReFreeKVCache(model, "full")
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(model, ids, mask, cache)
+    assert failing.failed == 2
+    # Neither is one of a later turn, whose earlier prompt cannot be read again.
+    cache = ReFreeKVCache(model, "full")
+    sequence = greedy(model, ids[:, :8], mask[:, :8], cache, steps=2)
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(model, torch.cat([sequence, ids], 1), None, cache)
+    assert failing.failed == 3
+    # Nor what is shorter than a chunk.
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(model, ids[:, :CHUNK], mask[:, :CHUNK], ReFreeKVCache(model, "full"))
+    assert failing.failed == 4
+
+
+def test_a_cpu_reads_a_prompt_in_one_call(model, calls):
+    ids, mask = prompts((600,), seed=6)
+    with refreekv.compress(model, "full"):
+        greedy(model, ids, mask, None, steps=2)
+    assert calls[0] == 600
+    assert fitting.forecast(model, ReFreeKVCache(model, "full"), 1, 10**6) is None
+
+
+def test_chunks_that_fit():
+    """Of Llama-3-8B's shape in bfloat16: 128 KiB of K/V and 116 KiB of activations a token."""
+    config = LlamaConfig(**{name: LLAMA[name] for name in SHAPE})
+    model, length = SimpleNamespace(config=config, dtype=torch.bfloat16), 131_072
+    layer, token = length * 4096, 2 * (4 * 4096 + 3 * 14336)
+
+    def chunk(free, rows=1, **settings):
+        cache = PrunedCache(config, policies.create("full"), **settings)
+        return fitting.chunk_for(model, cache, rows, length, int(free))
+
+    # In one call: all layers, and what the tokens take. A policy may keep everything.
+    whole = 32 * layer + length * token
+    assert chunk(whole) is None
+    assert chunk(2 * whole, rows=2) is None
+    assert chunk(whole - 1) == 8192
+
+    def taken(tokens, kept, held=32 * layer):
+        # Within attention: two layers in full, masks, and half a layer of repeated heads; 4 hidden elements a token.
+        return max(held, kept) + 2.5 * layer + tokens * (2 * 4 * 4096 + 3 * length)
+
+    assert chunk(taken(4096, 32 * layer)) == 4096
+    assert chunk(taken(4096, 32 * layer) - 1) == 2048
+    assert chunk(0) == 512
+    # Held in 8 bits until the end, and in fewer from then on; or in fewer all the time.
+    coded = taken(2048, 0, held=0.51 * 32 * layer)
+    assert chunk(coded, kv_dtype="int4") == chunk(coded, kv_dtype="int8") == 2048
+    assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == 8192
+    assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == chunk(coded) == 512
+
+
+@torch.no_grad()
+def test_what_is_held_by_now_need_not_be_found_again():
+    model = build("llama", attention="sdpa", head_dim=64)
+    cache, length = ReFreeKVCache(model, "full"), 20_000
+    model(torch.randint(2, 90, (1, 2000)), past_key_values=cache)
+    entry, token = 4 * 2 * 128 * 4, 4 * (4 * 64 + 3 * 96)
+    free = 18_000 * (entry + token)
+    assert fitting.chunk_for(model, cache, 1, length, free) is None
+    assert fitting.chunk_for(model, cache, 1, length, free - 1) is not None

@@ -1,0 +1,141 @@
+"""What plans say about prompts that are read in chunks, against what caches hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.driving import storage_bytes, tensors_of
+from helpers.models import build
+from helpers.planning import LLAMA
+from planner.test_plan import GIB, model_of
+from refreekv import KVDtype, ReFreeKVCache
+from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes, reading_bytes
+from refreekv.core.quantisation import FLUSH
+from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.planner import geometry, memory
+from refreekv.planner import plan as plans
+from refreekv.planner.memory import Load, Machine, Scenario
+from refreekv.storage.arena import LEAST_GROWTH
+
+LAYERS, PROMPT, CHUNK = 10, 2400, 240
+
+
+@pytest.fixture(scope="module")
+def model():
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    small = build("llama", attention="sdpa", num_hidden_layers=LAYERS, initializer_range=0.02, **shape)
+    return small.to(torch.bfloat16)
+
+
+def held(layers):
+    """K/V bytes that can be reached, padding, queries, indices and shared matrices not among them."""
+    tensors = []
+    for layer in layers:
+        others = [*tensors_of(layer._queries), *([layer._seen] if layer._seen is not None else [])]
+        mapped = [layer.reading.prompt._maps] if layer.reading is not None else []
+        coding = None if layer.ragged is None else layer.ragged.coding
+        mapped += [coding.maps] if coding is not None else []
+        others += [part for maps in mapped if maps is not None for part in maps.tensors]
+        ignored = {part.data_ptr() for part in others}
+        tensors += [part for part in tensors_of(layer) if part.data_ptr() not in ignored]
+    return storage_bytes(tensors)
+
+
+@pytest.mark.parametrize(
+    ("number", "kv_dtype", "ratio"),
+    [("int8", None, 0.2), ("int8", None, 1.0), ("int8", "int4", 1.0), ("int4", "int4", 0.9), ("k6v4", None, 0.4),
+     (None, None, 0.5)],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_forecast_is_what_is_held(model, number, kv_dtype, ratio):
+    cache = ReFreeKVCache(model, "streaming-llm", ratio=ratio, kv_dtype=kv_dtype, prompt_dtype=number)
+    cache.state.arena = True
+    layers = (LayerKV("full", 2, 64, 64),) * LAYERS
+    number, kept_number = KVDtype.parse(number), KVDtype.parse(kv_dtype)
+    kept = sum(layer.stored_bytes(ratio * PROMPT, kept_number) for layer in layers)
+    most, after = 0, []
+    attended, stored = ReFreeKVLayer.after_attention, ReFreeKVLayer._store
+
+    def storing(self, storage):
+        # What moves there is still where it was.
+        nonlocal most
+        most = max(most, held(cache.pruned_layers) + storage.nbytes)
+        stored(self, storage)
+
+    def watched(self, call):
+        nonlocal most
+        most = max(most, held(cache.pruned_layers))
+        attended(self, call)
+        most = max(most, held(cache.pruned_layers))
+
+    with pytest.MonkeyPatch.context() as patch, cache.prompt_until(PROMPT):
+        patch.setattr(ReFreeKVLayer, "after_attention", watched)
+        patch.setattr(ReFreeKVLayer, "_store", storing)
+        for piece in torch.randint(2, 90, (1, PROMPT)).split(CHUNK, 1):
+            model(piece, past_key_values=cache)
+            after.append(held(cache.pruned_layers))
+    # Lines are allocated for all of the prompt; what is not coded grows with it.
+    read = PROMPT if number is not None else PROMPT - CHUNK
+    unfinished = sum(layer.unfinished_bytes(read, number) for layer in layers)
+    assert max(after[:-1]) == pytest.approx(unfinished, rel=0.05)
+    # What is coded has room for entries that are not yet, which plans leave out: of a real prompt it is little.
+    room = 0 if kv_dtype is None else LAYERS * 2 * 256 * (FLUSH + LEAST_GROWTH)
+    assert after[-1] == pytest.approx(kept + room, rel=0.05)
+    forecast = reading_bytes(layers, PROMPT, number, kept, copies=1)
+    if number is None:
+        # Each layer's own part is there once more while it is moved, and layers behind it lack the last chunk.
+        forecast += layers[0].stored_bytes(ratio * PROMPT, None) - (LAYERS - 1) * layers[0].bytes(CHUNK)
+    assert most == pytest.approx(forecast, rel=0.05)
+
+
+def test_use_counts_two_layers_in_full():
+    measured = geometry.measure(model_of(LLAMA))
+    machine = Machine(24 * GIB, 0, 0, activation_bytes=0, logit_bytes=0, chunk=2048)
+    load, layer = Load(32768, 0), 32768 * 4096
+    coded = 32 * measured.layers[0].unfinished_bytes(32768, KVDtype("int8"))
+    assert coded == pytest.approx(32 * layer * (0.5 + 4 / 512), rel=0.01)
+
+    def peak(budget, number=None, prompt_number="int8", **more):
+        scenario = Scenario("", lambda _: budget, number, prompt_number=KVDtype.parse(prompt_number), **more)
+        return memory.use(measured, machine, scenario, load).peak
+
+    masks = 2048 * 32768 * MASK_BYTES
+    assert peak(0.2) == int(coded + 2 * layer) + masks
+    assert peak(0.9) == int(0.9 * 32 * layer + 2 * layer) + masks
+    assert peak(0.2, prompt_number=None) == 32 * layer
+    assert peak(1.0, KVDtype("int4"), "int4") < 0.4 * 32 * layer
+    # A prompt that comes in one call is not coded on the way.
+    one_call = Machine(24 * GIB, 0, 0, activation_bytes=0, logit_bytes=0, chunk=None)
+    coded_call, plain_call = (
+        memory.use(measured, one_call, Scenario("", lambda _: 0.2, prompt_number=one), load)
+        for one in (KVDtype("int8"), None)
+    )
+    assert coded_call == plain_call
+
+
+def test_what_reads_a_chunk_counts():
+    """Llama-3-8B at 32k in chunks of 2k: the copies and masks of attention, or the feed-forward part behind it."""
+    model = model_of(LLAMA)
+    measured, reader = geometry.measure(model), Reader.of(model.text)
+    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096, 32 / 64)
+    layers, layer, number = measured.layers, 32768 * 4096, KVDtype("int8")
+    coded = sum(one.unfinished_bytes(32768, number) for one in layers)
+    within = coded + 2.5 * layer + 2048 * (8 * 4096 + 3 * 32768)
+    assert chunked_bytes(layers, 32768, 2048, number, 0, reader) == within
+    behind = coded + layer + 8192 * (2 * reader.activation + 32768)
+    assert chunked_bytes(layers, 32768, 8192, number, 0, replace(reader, attention=0, repeated=0)) == behind
+    machine = Machine(24 * GIB, 0, 0, activation_bytes=2 * reader.activation, logit_bytes=0, chunk=2048, reader=reader)
+    taken = memory.use(measured, machine, Scenario("", lambda _: 0.1, prompt_number=number), Load(32768, 0))
+    assert taken.peak == int(within)
+
+
+def test_longer_prompts_fit():
+    model = model_of({**LLAMA, "max_position_embeddings": 131072})
+    contexts = {}
+    for held_as in (None, KVDtype("int8"), KVDtype("int4")):
+        made = plans.make(model, memory=24 * GIB, load=Load(8192, 512), number=KVDtype("int4"), prompt_number=held_as)
+        contexts[held_as] = made.rows[-1].longest_context
+        full = made.rows[0].longest_context
+        assert any("--prompt-kv" in note for note in made.notes) == (held_as is None)
+    assert contexts[None] <= full < 1.5 * full < contexts[KVDtype("int8")] < contexts[KVDtype("int4")]
