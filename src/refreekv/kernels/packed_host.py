@@ -60,8 +60,9 @@ def packed_attention(
         weights = scores.softmax(1).split([*lengths, scores.shape[1] - sum(lengths)], 1)
         result = weights[0] @ values
         if rungs:
-            between = sum(rung.mixed(segment, own) for rung, own in zip(rungs, weights[1:], strict=False))
-            mass = sum(own.sum(1, keepdim=True) for own in weights[1 : 1 + len(rungs)])
+            coded_weights = weights[1 : 1 + len(rungs)]
+            sums = [rung.mixed(segment, own) for rung, own in zip(rungs, coded_weights, strict=True)]
+            between, mass = torch.stack(sums).sum(0), torch.cat(coded_weights, 1).sum(1, keepdim=True)
             place = maps.of_segment(row, head)
             result = result + between @ place.value_back.to(wide).T + mass * place.value_mean.to(wide)
         out[row, 0, mine] = result.to(out.dtype)
