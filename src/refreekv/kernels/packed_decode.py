@@ -153,7 +153,7 @@ def _words(lines, line, CHUNKS: tl.constexpr, AT: tl.constexpr, LINE: tl.constex
 @triton.jit
 def blocks_of(table, segments, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr):
     """Entries of each segment, and what it counts in the list: its blocks, and ``EXTRA`` in front of them."""
-    held = _held(table, tl.arange(0, BLOCK_S), segments, 0)
+    held = _held(table, tl.arange(0, BLOCK_S), segments)
     return held, tl.where(held > 0, (held + BLOCK - 1) // BLOCK + EXTRA, 0)
 
 

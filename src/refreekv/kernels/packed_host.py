@@ -39,9 +39,8 @@ def packed_attention(
     shift = asked @ maps.key_mean.to(wide)[..., None]  # [B, H_kv, group, 1]
     rungs = [_Rung(table, form, coded.flatten(0, 1)) for table, form in zip(tables, forms, strict=True)]
     out = query.new_zeros(batch, 1, heads, value_size)
-    for segment, (_, _, length, capacity) in enumerate(exact.tolist()):
+    for segment, held in enumerate(exact[:, LENGTH].tolist()):
         row, head = divmod(segment, kv_heads)
-        held = min(length, capacity)
         keys, values = (
             part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
         )
@@ -77,7 +76,7 @@ class _Rung:
 
     def __init__(self, table: Tensor, form: PackedFormat, queries: Tensor):
         self._form = form
-        held = [(address, factors, min(n, capacity)) for address, factors, n, capacity in table.tolist()]
+        held = [(address, factors, n) for address, factors, n, _ in table.tolist()]
         starts, lines, factors = _joined(table, held, form)
         self._parts = [(start, start + n) for start, (_, _, n) in zip(starts, held, strict=True)]
         wide = queries.dtype
