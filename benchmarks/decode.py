@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                    # the whole table, on CUDA
     python benchmarks/decode.py --batches 1 --contexts 8192        # one corner of it
     python benchmarks/decode.py --kinds ours --kv-dtype int8       # ours with what is kept in 8 bits; the floor follows
+    python benchmarks/decode.py --kinds ours --kv-dtype k4v2+k4v4+k6v6+int8 --rungs 0.6,0.2,0.1,0.1  # in four widths
 
 Llama-3-8B's shape in bfloat16 with random weights, its embedding shared with the output layer, so
 that all weights are read for each token. Caches are filled with random entries instead of a
@@ -31,9 +32,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 import refreekv
 from devices import copy_bandwidth, header
 from overhead import SHAPES
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import Ladder
 from refreekv.core.selection import Selection
 from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.naming import NAME
 from refreekv.policies import LayerView, Policy
 from refreekv.pruning.calls import AttentionCall
@@ -43,19 +45,23 @@ TYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Share(Policy):
-    """The newest share of a prompt of one length; of anything else everything."""
+    """The newest share of a prompt of one length, in shares of number formats; of anything else everything."""
 
     name = "share"
     length: int = 0
     share: float = 1.0
+    rungs: tuple[float, ...] = (1.0,)
 
     def select(self, view: LayerView) -> Selection | None:
-        """The newest entries."""
-        batch, _, entries, _ = view.keys.shape
-        if entries != self.length or self.share == 1.0:
+        """The newest entries, drawn into rungs."""
+        batch, heads, entries, _ = view.keys.shape
+        if entries != self.length or (self.share == 1.0 and len(self.rungs) == 1):
             return None
         columns = torch.arange(entries, device=view.keys.device)
-        return Selection((columns >= entries - round(self.share * entries)).expand(batch, 1, -1))
+        kept = (columns >= entries - round(self.share * entries)).expand(batch, 1, -1)
+        bounds = torch.tensor(self.rungs, device=columns.device).cumsum(0)[:-1]
+        drawn = torch.rand(batch, heads, entries, device=columns.device)
+        return Selection(kept, levels=torch.bucketize(drawn, bounds).to(torch.uint8))
 
 
 class Stamps(LogitsProcessor):
@@ -78,7 +84,16 @@ def entries(config: LlamaConfig, batch: int, length: int) -> torch.Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def filled(model: Any, kind: str, batch: int, context: int, budget: float, decode: str, kv_dtype: str | None) -> Any:
+def filled(
+    model: Any,
+    kind: str,
+    batch: int,
+    context: int,
+    budget: float,
+    decode: str,
+    kv_dtype: str | None,
+    rungs: tuple[float, ...],
+) -> Any:
     """A cache that holds ``context`` tokens."""
     config = model.config
     if kind == "dynamic":
@@ -86,7 +101,10 @@ def filled(model: Any, kind: str, batch: int, context: int, budget: float, decod
     elif kind == "static":
         cache = StaticCache(config=config, max_cache_len=context + 128)
     else:
-        cache = refreekv.ReFreeKVCache(model, Share(context, budget), decode=decode, kv_dtype=kv_dtype)
+        cache = refreekv.ReFreeKVCache(model, Share(context, budget, rungs), decode=decode, kv_dtype=kv_dtype)
+        if cache.kv_dtype is not None:
+            # Entries come without a forward, which would measure them.
+            cache.state.key_codes, cache.state.codes_wanted = key_codes(model), False
     query = torch.randn(batch, config.num_attention_heads, 1, config.hidden_size // config.num_attention_heads)
     query = query.to("cuda", TYPE).expand(-1, -1, context, -1)
     for index in range(config.num_hidden_layers):
@@ -110,19 +128,24 @@ def generate(model: Any, cache: Any, batch: int, context: int, tokens: int) -> l
     return [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]
 
 
-def entry_bytes(config: LlamaConfig, kv_dtype: str | None) -> int:
-    """Bytes of one token's key and value in one KV head; of codes with their scales."""
-    size, number = config.hidden_size // config.num_attention_heads, KVDtype.parse(kv_dtype)
-    return 2 * size * TYPE.itemsize if number is None else number.entry_bytes((size, size))
+def entry_bytes(config: LlamaConfig, kv_dtype: str | None, rungs: tuple[float, ...] = (1.0,)) -> float:
+    """Bytes of one token's key and value in one KV head; of codes with their scales, by the shares of rungs."""
+    size = config.hidden_size // config.num_attention_heads
+    if kv_dtype is None:
+        return 2 * size * TYPE.itemsize
+    kinds = Ladder.parse(kv_dtype).rungs
+    return sum(share * kind.entry_bytes((size, size)) for share, kind in zip(rungs, kinds, strict=True))
 
 
-def kept_bytes(config: LlamaConfig, layers: Any, kv_dtype: str | None) -> int:
-    """Bytes of all that is kept: of a number format codes, exact entries and means."""
-    size, number = config.hidden_size // config.num_attention_heads, KVDtype.parse(kv_dtype)
-    counts = [n for layer in layers for row in layer.ragged.lengths for n in row]
-    if number is None:
-        return sum(counts) * entry_bytes(config, None)
-    return sum(number.segment_bytes(n, (size, size), TYPE.itemsize) for n in counts)
+def kept_bytes(layers: Any) -> int:
+    """Bytes of all that is kept: exact entries, codes, what says which rung they are in, and means; without room."""
+    held = 0
+    for layer in layers:
+        storage = layer.ragged
+        held += sum(sum(map(sum, arena.lengths)) * arena._line_bytes for arena in storage.tables)
+        if storage.coding is not None:
+            held += storage.members.nbytes + sum(part.nbytes for part in storage.coding.means)
+    return held
 
 
 def replay_seconds(model: Any) -> float:
@@ -140,20 +163,21 @@ def replay_seconds(model: Any) -> float:
 
 
 def measure(
-    model: Any, kind: str, batch: int, context: int, budget: float, decode: str, tokens: int, kv_dtype: str | None
-) -> dict[str, Any]:
+    model: Any, kind: str, batch: int, context: int, budget: float, decode: str, tokens: int, kv_dtype: str | None,
+    rungs: tuple[float, ...],
+) -> dict[str, Any]:  # fmt: skip
     """One point of the table."""
     gc.collect()
     torch.cuda.empty_cache()
     row: dict[str, Any] = {"kind": kind, "batch": batch, "context": context, "budget": budget}
-    cache = filled(model, kind, batch, context, budget, decode, kv_dtype)
+    cache = filled(model, kind, batch, context, budget, decode, kv_dtype, rungs)
     intervals = generate(model, cache, batch, context, tokens)
     steady = intervals[len(intervals) // 3 :]
     row |= {"ms": statistics.median(steady) * 1e3, "mean_ms": statistics.mean(steady) * 1e3}
     row |= {"slowest_ms": max(steady) * 1e3, "second_s": intervals[1]}
     if kind == "ours":
         layers = cache.pruned_layers
-        row["kept_bytes"] = kept_bytes(model.config, layers, kv_dtype)
+        row["kept_bytes"] = kept_bytes(layers)
         row["allocated_bytes"] = sum(layer.ragged.nbytes for layer in layers)
         if decode != "eager":
             row["device_ms"] = replay_seconds(model) * 1e3
@@ -173,6 +197,9 @@ def main() -> None:
     parser.add_argument("--static", default="1x8192,8x4096", help="points at which static caches are compiled")
     parser.add_argument("--decode", default="graph", help="graph or eager")
     parser.add_argument("--kv-dtype", help="how ours stores what it keeps, such as int8; default: as computed")
+    parser.add_argument(
+        "--rungs", default="1.0", help="shares of what is kept in each of several formats of --kv-dtype"
+    )
     parser.add_argument("--tokens", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new point after so long")
     parser.add_argument("--json", help="write the figures to this file")
@@ -188,8 +215,9 @@ def main() -> None:
     weights = sum(p.nbytes for p in model.parameters())
     bandwidth = copy_bandwidth()
     setup = f"{header()}; copy {bandwidth / 1e12:.2f} TB/s; weights {weights / 1e9:.2f} GB; decode={arguments.decode}"
+    rungs = tuple(float(share) for share in arguments.rungs.split(","))
     if arguments.kv_dtype:
-        setup += f"; ours in {arguments.kv_dtype}"
+        setup += f"; ours in {arguments.kv_dtype}, shares {arguments.rungs}"
     print(setup)
     print(f"{'':8s} {'batch':>5s} {'context':>7s} {'budget':>6s} {'ms/token':>9s} {'mean':>7s} {'device':>7s}"
           f" {'floor':>6s} {'x floor':>7s} {'second s':>8s} {'alloc':>6s}")  # fmt: skip
@@ -215,7 +243,7 @@ def main() -> None:
         if time.monotonic() - started > arguments.seconds:
             print(f"{name} out of time")
             continue
-        one = entry_bytes(config, arguments.kv_dtype if kind == "ours" else None)
+        one = entry_bytes(config, arguments.kv_dtype if kind == "ours" else None, rungs)
         expected = batch * context * config.num_hidden_layers * config.num_key_value_heads * one * budget
         if expected * (1.1 if kind == "ours" else 1.25) + 5e9 > free:
             print(f"{name} does not fit")
@@ -225,7 +253,7 @@ def main() -> None:
             attachment = None
         tokens = arguments.tokens if kind != "dynamic" else max(8, arguments.tokens // 4)
         try:
-            row = measure(model, kind, batch, context, budget, arguments.decode, tokens, arguments.kv_dtype)
+            row = measure(model, kind, batch, context, budget, arguments.decode, tokens, arguments.kv_dtype, rungs)
         except (RuntimeError, ValueError, TypeError) as error:
             print(f"{name} {type(error).__name__}: {str(error)[:300]}")
             continue

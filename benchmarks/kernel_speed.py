@@ -64,7 +64,7 @@ def decode_attention(batch: int, lengths: list[tuple[int, ...]], size: int = SIZ
     form = arenas[0].form
 
     def call(query: torch.Tensor, table: torch.Tensor) -> Callable[[], object]:
-        return lambda: launch_ragged_decode(query, table, form, size**-0.5, 0, None, None, **settings)
+        return lambda: launch_ragged_decode(query, table, form, size**-0.5, None, None, **settings)
 
     seconds = device_seconds([call(q, a.table) for q, a in zip(queries, arenas, strict=True)])
     return {"us": seconds * 1e6, "bandwidth": moved / seconds}

@@ -6,8 +6,9 @@
 
 The floor is the bytes that must move (lines, factors and exact entries, once) at the bandwidth of a copy. Times are
 medians of CUDA graph replays, over several input sets, of all that a layer launches: preparing queries, exact entries,
-each level, joining. `mix` has half of the entries evicted, a tenth with keys of 6 bits and the rest in 4; every format
-has 68 exact entries a head beside its own.
+each level, joining. Keys are in quarters of different widths, as a model's own codes have them. `mix` has half of the
+entries evicted, a tenth with keys of 6 bits and the rest in 4; `ladder` half evicted, and 30, 10, 5 and 5% in each of
+four formats, `L2` 40 and 10% in two; every format has 68 exact entries a head beside its own.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from devices import copy_bandwidth, device_seconds, header
 from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, decode_attention, random
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import KVDtype
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.packed_decode import launch_packed_decode
 from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
@@ -29,13 +31,19 @@ from refreekv.storage.arena import KVArena
 
 EXACT = 68
 SHAPES = ((16, 8192), (32, 8192), (8, 32768), (1, 8192), (1, 32768))
-K4, K6, K8 = ((width,) * 4 for width in (4, 6, 8))
 FORMATS = {
-    "K4V4": (((K4, K4), 1.0),),
-    "K6V4": (((K6, K4), 1.0),),
-    "K8V8": (((K8, K8), 1.0),),
-    "mix": (((K6, K4), 0.1), ((K4, K4), 0.4)),
+    "K4V4": (("k4v4", 1.0),),
+    "K6V4": (("k6v4", 1.0),),
+    "K8V8": (("k8v8", 1.0),),
+    "mix": (("k4v4", 0.4), ("k6v4", 0.1)),
+    "L2": (("k4v4", 0.4), ("k8v8", 0.1)),
+    "ladder": (("k4v2", 0.3), ("k4v4", 0.1), ("k6v6", 0.05), ("k8v8", 0.05)),
 }
+
+
+def form_of(kind: str) -> PackedFormat:
+    """The lines of a number format."""
+    return KVDtype(kind).form((SIZE, SIZE), sorted_keys=True)
 
 
 def maps() -> PackedMaps:
@@ -62,10 +70,7 @@ class Setup:
     """What one layer attends to."""
 
     def __init__(self, batch: int, length: int, name: str):
-        self.levels = [
-            Level(PackedFormat(SIZE, SIZE, *widths), batch * KV_HEADS, round(length * share))
-            for widths, share in FORMATS[name]
-        ]
+        self.levels = [Level(form_of(kind), batch * KV_HEADS, round(length * share)) for kind, share in FORMATS[name]]
         self.exact: KVArena = arena([(EXACT,) * KV_HEADS] * batch)
         self.query, self.maps = random(batch, HEADS, 1, SIZE), maps()
         self.bytes = sum(level.count * level.form.entry_bytes for level in self.levels)
@@ -113,8 +118,7 @@ def split(batch: int, length: int, name: str, **join_settings: int) -> list[tupl
 
 def packing(length: int, name: str, **settings: int) -> dict[str, float]:
     """All entries of a prompt to lines, from what a projection leaves."""
-    widths = FORMATS[name][0][0]
-    form, the_maps = PackedFormat(SIZE, SIZE, *widths), maps()
+    form, the_maps = form_of(FORMATS[name][0][0]), maps()
     dense = [[random(1, length, KV_HEADS, SIZE).transpose(1, 2) for _ in range(2)] for _ in range(4)]
     targets = [Level(form, KV_HEADS, length) for _ in dense]
     spans = torch.zeros(KV_HEADS, 3, dtype=torch.int64, device="cuda")

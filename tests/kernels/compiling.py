@@ -61,13 +61,13 @@ def stand_ins(dtype, heads, head_size):
 def decode(dtype, heads, head_size):
     table = torch.zeros(1, 4, dtype=torch.int64)
     query, form = torch.zeros(1, heads, 1, head_size, dtype=dtype), Format((head_size,) * 2, dtype, dtype)
-    launch_ragged_decode(query, table, form, 1.0, 0, None, None)
+    launch_ragged_decode(query, table, form, 1.0, None, None)
 
 
 def decode_of_two_types(dtype, heads, head_size):
     """As under autocast: keys in float32, values not."""
     query, table = torch.zeros(1, heads, 1, head_size), torch.zeros(1, 4, dtype=torch.int64)
-    launch_ragged_decode(query, table, Format((head_size,) * 2, torch.float32, dtype), 1.0, 0, None, None)
+    launch_ragged_decode(query, table, Format((head_size,) * 2, torch.float32, dtype), 1.0, None, None)
 
 
 def storage_of_two_types(dtype, tokens, head_size):
@@ -89,6 +89,8 @@ def packed(dtype, heads, head_size, layout):
     maps = PackedMaps.of(mean, matrix, mean, matrix, dtype)
     query = torch.zeros(1, heads, 1, head_size, dtype=dtype)
     launch_packed_attention(query, table, [table], [form], maps, 1.0, None, None, assembly=True)
+    ladder = [PackedFormat(head_size, head_size, (width,) * 4, (width,) * 4) for width in (2, 4, 6, 8)]
+    launch_packed_attention(query, table, [table] * 4, ladder, maps, 1.0, None, None, assembly=True)
     entries = torch.zeros(1, 1, 100, head_size, dtype=dtype)
     launch_pack(entries, entries, None, table, form, maps, spans, 100, 100, None)
 

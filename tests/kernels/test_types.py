@@ -36,7 +36,7 @@ def check(got, want, query):
 def test_decode(types, asked, which, device):
     segments = Segments(LENGTHS, (64, 32), types, device, growth=5).fill()
     query = torch.randn(3, 8, 1, 64, device=device).to(asked)
-    arguments = (query, segments.table, segments.form, 0.2, 0, None, None)
+    arguments = (query, segments.table, segments.form, 0.2, None, None)
     got = run(which, device, launch_ragged_decode, reference.ragged_decode, *arguments)
     want = torch.zeros(3, 1, 8, 32, dtype=torch.float64)
     for segment, length in enumerate(LENGTHS):
@@ -141,7 +141,7 @@ def test_queries_that_do_not_fit_are_refused(heads, size, device):
     else:
         for decode in (launch_ragged_decode, reference.ragged_decode):
             with pytest.raises(ValueError, match="quer"):
-                decode(query, segments.table, segments.form, 0.1, 0, None, None)
+                decode(query, segments.table, segments.form, 0.1, None, None)
 
 
 def test_tables_that_are_none_are_refused(device):

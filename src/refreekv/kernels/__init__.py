@@ -203,9 +203,9 @@ def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     Parameters
     ----------
     keys, values : Tensor
-        ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``; of a ring, ``q`` must not exceed the capacity.
+        ``[B, H_kv, q, D]`` and ``[B, H_kv, q, Dv]``.
     table : Tensor
-        See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``. They must have the capacity.
+        See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``, or by what there is capacity for.
     form : Format
         How the segments hold entries. Types that are narrower than theirs are widened, exactly.
 
@@ -286,7 +286,6 @@ def ragged_decode(
     form: Format,
     *,
     scaling: float | None = None,
-    window: int = 0,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -302,8 +301,6 @@ def ragged_decode(
         How the segments hold entries; queries may be of another type.
     scaling : float, optional
         Factor on the logits; ``D ** -0.5`` if None.
-    window : int
-        Only this many last entries are seen; 0 means all.
     softcap, sinks
         As ``softcap`` and ``sink_logits`` in `core.probes.attention_rows`.
 
@@ -318,7 +315,7 @@ def ragged_decode(
         Shapes, devices or types that the table and its format do not go with: nothing was read.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = ops.ragged_decode(query, table, *form, scaling, window, softcap, sinks)
+    out: Tensor = ops.ragged_decode(query, table, *form, scaling, softcap, sinks)
     return out
 
 

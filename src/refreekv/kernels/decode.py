@@ -31,17 +31,15 @@ PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
 @triton.jit
-def _held(table, segment, segments, window):
-    """Entries that a query sees of each segment; ``window`` 0 means all."""
-    length = tl.load(table + segment * 4 + 2, segment < segments, 0)
-    held = tl.minimum(length, tl.load(table + segment * 4 + 3, segment < segments, 0))
-    return tl.where(window > 0, tl.minimum(held, window), held).to(tl.int32)
+def _held(table, segment, segments):
+    """Entries of each segment."""
+    return tl.load(table + segment * 4 + 2, segment < segments, 0).to(tl.int32)
 
 
 @triton.jit
-def _share(table, segments, window, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of all segments what a query sees, their blocks, where these end in the list; and this program's part of it."""
-    held = _held(table, tl.arange(0, BLOCK_S), segments, window)
+def _share(table, segments, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of all segments the entries, their blocks, where these end in the list; and this program's part of it."""
+    held = _held(table, tl.arange(0, BLOCK_S), segments)
     blocks = (held + BLOCK - 1) // BLOCK
     ends = tl.cumsum(blocks, 0)
     work = tl.sum(blocks, 0)
@@ -54,33 +52,31 @@ def _share(table, segments, window, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def _at(block, table, held, blocks, ends, BLOCK_S: tl.constexpr):
-    """The segment that a block is of: its number, first and last block, entries seen and entries before these."""
+def _at(block, held, blocks, ends, BLOCK_S: tl.constexpr):
+    """The segment that a block is of: its number, first and last block, and its entries."""
     segment = tl.sum((ends <= block).to(tl.int32), 0)
     mine = tl.arange(0, BLOCK_S) == segment
     end = tl.sum(tl.where(mine, ends, 0), 0)
     first = end - tl.sum(tl.where(mine, blocks, 0), 0)
-    visible = tl.sum(tl.where(mine, held, 0), 0)
-    stored = tl.minimum(tl.load(table + segment * 4 + 2), tl.load(table + segment * 4 + 3)).to(tl.int32)
-    return segment, first, end, visible, stored - visible
+    return segment, first, end, tl.sum(tl.where(mine, held, 0), 0)
 
 
 @triton.jit
 def _decode_kernel(
     query, table, out, denominators,
-    segments, kv_heads, group, window, scaling, softcap, sq_b, sq_h,
+    segments, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
     PRODUCT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """``PRODUCT`` is the type that queries and keys are multiplied in: wide enough for both."""
     pdl.in_turn(DEPENDENT)
-    held, blocks, ends, block, stop = _share(table, segments, window, BLOCK, BLOCK_S)
+    held, blocks, ends, block, stop = _share(table, segments, BLOCK, BLOCK_S)
     head = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     while block < stop:
-        segment, first, end, visible, skipped = _at(block, table, held, blocks, ends, BLOCK_S)
+        segment, first, end, visible = _at(block, held, blocks, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
         # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
         keys = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
@@ -96,9 +92,8 @@ def _decode_kernel(
         for start in range((block - first) * BLOCK, (upto - first) * BLOCK, BLOCK):
             n = start + tl.arange(0, BLOCK)
             inside = n < visible
-            line = skipped + n
-            k = tl.load(keys + line[None, :] * HEAD + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
-            v = tl.load(values + line[:, None] * VALUE + dv[None, :], inside[:, None] & (dv < VALUE)[None, :], 0.0)
+            k = tl.load(keys + n[None, :] * HEAD + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
+            v = tl.load(values + n[:, None] * VALUE + dv[None, :], inside[:, None] & (dv < VALUE)[None, :], 0.0)
             logits = _capped(tl.dot(q, k.to(PRODUCT), input_precision="ieee") * scaling, softcap, HAS_CAP)
             logits = tl.where(inside[None, :], logits, float("-inf"))
             # A block holds at least one entry, so this is finite from the first one on.
@@ -121,7 +116,7 @@ def _decode_kernel(
 @triton.jit
 def _join_kernel(
     partial, denominators, table, sinks, out,
-    segments, kv_heads, group, window, programs,
+    segments, kv_heads, group, programs,
     VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +124,7 @@ def _join_kernel(
     pdl.in_turn(DEPENDENT)
     segment, head = tl.program_id(0), tl.program_id(1)
     all_segments = tl.arange(0, BLOCK_S)
-    blocks = (_held(table, all_segments, segments, window) + BLOCK - 1) // BLOCK
+    blocks = (_held(table, all_segments, segments) + BLOCK - 1) // BLOCK
     work = tl.sum(blocks, 0)
     end = tl.sum(tl.where(all_segments <= segment, blocks, 0), 0)
     first = end - tl.sum(tl.where(all_segments == segment, blocks, 0), 0)
@@ -171,7 +166,6 @@ def launch_ragged_decode(
     table: Tensor,
     form: Format,
     scaling: float,
-    window: int,
     softcap: float | None,
     sinks: Tensor | None,
     programs: int | None = None,
@@ -195,7 +189,7 @@ def launch_ragged_decode(
     if block is None:
         block = _block_for(block_d, block_v, block_g, widest, stages, shared_memory.for_tiles(query.device))
     return run_in_parts(
-        _decode_kernel, query, table, value_size, scaling, window, softcap, sinks, programs, block,
+        _decode_kernel, query, table, value_size, scaling, softcap, sinks, programs, block,
         HEAD=head_size, KEY_TYPE=TYPES[form.key_type], VALUE_TYPE=TYPES[form.value_type], PRODUCT=TYPES[product],
         BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_G=block_g, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -207,7 +201,6 @@ def run_in_parts(
     table: Tensor,
     value_size: int,
     scaling: float,
-    window: int,
     softcap: float | None,
     sinks: Tensor | None,
     programs: int | None,
@@ -230,15 +223,14 @@ def run_in_parts(
     block_s = triton.next_power_of_2(max(segments, 2))
     # Parts of a segment, if all are equally long: one round of loads, where rounds would wait for each other.
     parts = min(64, max(16, triton.next_power_of_2(triton.cdiv(programs, segments) + 2)))
-    window = max(window, 0)
     kernel[(programs,)](
-        query, table, partial, denominators, segments, kv_heads, group, window, scaling,
+        query, table, partial, denominators, segments, kv_heads, group, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         VALUE=value_size, BLOCK=block, BLOCK_S=block_s, HAS_CAP=softcap is not None,
         **options, **pdl.options(batch, query),
     )  # fmt: skip
     _join_kernel[(segments, group)](
-        partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group, window,
+        partial, denominators, table, query if sinks is None else sinks, out, segments, kv_heads, group,
         programs, VALUE=value_size, BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK=block, BLOCK_S=block_s,
         BLOCK_P=parts, HAS_SINKS=sinks is not None, num_warps=4, **pdl.options(batch, query),
     )  # fmt: skip

@@ -140,13 +140,12 @@ def ragged_decode(
     key_type: torch.dtype,
     value_type: torch.dtype,
     scaling: float,
-    window: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """`kernels.ragged_decode`."""
     form = _format(sizes, key_type, value_type)
-    return reference.ragged_decode(query, table, form, scaling, window, softcap, sinks)
+    return reference.ragged_decode(query, table, form, scaling, softcap, sinks)
 
 
 @ragged_decode.register_kernel("cuda")

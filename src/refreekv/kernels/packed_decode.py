@@ -117,7 +117,7 @@ def _fields(words, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _where(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
-    """For a tile, a field of the words of a chunk: each one's number in its plane, its channel and whether it is one.
+    """For a tile, a field of the words of a chunk: each one's channel, where its sum goes and whether it is one.
 
     And what the field's codes are worth; ``CHUNKS`` are those of `chunks`.
     """
@@ -129,7 +129,8 @@ def _where(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
     later = field >= constant(CHUNKS, AT, 6)
     channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
     worth = tl.where(later, constant(CHUNKS, AT, 10), constant(CHUNKS, AT, 9)) / (2 << (BITS * (PLACE % EACH)))
-    return field, channel, worth, byte < USED
+    goes = channel + tl.where(later, constant(CHUNKS, AT, 13), constant(CHUNKS, AT, 11))
+    return channel, goes, worth, byte < USED
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def _words(lines, line, CHUNKS: tl.constexpr, AT: tl.constexpr, LINE: tl.constex
 @triton.jit
 def blocks_of(table, segments, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr):
     """Entries of each segment, and what it counts in the list: its blocks, and ``EXTRA`` in front of them."""
-    held = _held(table, tl.arange(0, BLOCK_S), segments, 0)
+    held = _held(table, tl.arange(0, BLOCK_S), segments)
     return held, tl.where(held > 0, (held + BLOCK - 1) // BLOCK + EXTRA, 0)
 
 
@@ -254,7 +255,7 @@ def _level(
         q, results = (), ()
         for i in tl.static_range(KEY_CHUNKS):
             for place in tl.static_range(16 // constant(KEYS, i, 0)):
-                _, channel, worth, real = _where(KEYS, i, place)
+                channel, _, worth, real = _where(KEYS, i, place)
                 asked = query + heads[None, :].to(tl.int64) * HEAD + channel[:, None]
                 part = tl.load(asked, asking[None, :] & real[:, None], 0.0) * worth[:, None]
                 q = q + (part.to(dtype),)
@@ -305,9 +306,9 @@ def _level(
         tl.store(denominators + slot, sum_of_all if HAS_CAP else sum_of_all + shift, asking_here)
         for i in tl.static_range(VALUE_CHUNKS):
             for place in tl.static_range(16 // constant(VALUES, i, 0)):
-                field, _, worth, real = _where(VALUES, i, place)
+                _, goes, worth, real = _where(VALUES, i, place)
                 tl.store(
-                    out + slot[None, :].to(tl.int64) * FIELDS + (constant(VALUES, i, 11) + field)[:, None],
+                    out + slot[None, :].to(tl.int64) * FIELDS + goes[:, None],
                     results[constant(VALUES, i, 12) + place] * worth[:, None] / denominator[None, :],
                     asking_here[None, :] & real[:, None],
                 )
@@ -360,15 +361,17 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
 
     Of each part: bits of a field, first word in the line, words, first byte in the plane, words that are the plane's;
     the plane's bytes with codes, fields of its first range of channels, what a field's number lacks to its channel in
-    the first and in the second range, what a code of theirs is worth, fields of the planes before, tiles of the parts
-    before.
+    the first and in the second range, what a code of theirs is worth, where sums go, counted from the channel, of the
+    first range, tiles of the parts before, and where those of the second one go. Sums of the lower bits of width 6 lie
+    behind those of all channels.
     """
     found = []
-    before = tiles = 0
+    tiles = 0
     for plane in side.planes:
         ranges = [(stop - first, first) for first, stop in plane.channels]
         widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
         worths = [step(width) * 2**shift for width, shift in zip(widths, plane.shifts, strict=True)]
+        goes = [side.size if plane.bits == 2 and width == 6 else 0 for width in widths]
         length, first = ranges[0]
         second = ranges[-1][1] - length if len(ranges) == 2 else first
         words, at = plane.bytes // 2, 0
@@ -376,17 +379,11 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
             size = max(16, 1 << ((words - at).bit_length() - 1))
             found.append(
                 (plane.bits, (start + plane.start) // 2 + at, size, 2 * at, min(size, words - at),
-                 plane.used, length, first, second, worths[0], worths[-1], before, tiles)
+                 plane.used, length, first, second, worths[0], worths[-1], goes[0], tiles, goes[-1])
             )  # fmt: skip
             at += size
             tiles += 16 // plane.bits
-        before += plane.count
     return tuple(found)
-
-
-def fields_of(side: Side) -> int:
-    """Fields of an entry, which a channel of width 6 has two of."""
-    return sum(plane.count for plane in side.planes)
 
 
 @functools.cache
@@ -469,7 +466,7 @@ def launch_packed_decode(
         programs = (WARPS // warps) * multiprocessors(query.device)
     if registers is None:
         registers = REGISTERS // (WARPS // warps * 32 * warps) // 8 * 8
-    fields = max([value_size, *(fields_of(form.values) for form in forms)])
+    fields = value_size * (2 if any(6 in form.value_widths for form in forms) else 1)
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
     denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)

@@ -39,9 +39,8 @@ def packed_attention(
     shift = asked @ maps.key_mean.to(wide)[..., None]  # [B, H_kv, group, 1]
     rungs = [_Rung(table, form, coded.flatten(0, 1)) for table, form in zip(tables, forms, strict=True)]
     out = query.new_zeros(batch, 1, heads, value_size)
-    for segment, (_, _, length, capacity) in enumerate(exact.tolist()):
+    for segment, held in enumerate(exact[:, LENGTH].tolist()):
         row, head = divmod(segment, kv_heads)
-        held = min(length, capacity)
         keys, values = (
             part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
         )
@@ -60,8 +59,9 @@ def packed_attention(
         weights = scores.softmax(1).split([*lengths, scores.shape[1] - sum(lengths)], 1)
         result = weights[0] @ values
         if rungs:
-            between = sum(rung.mixed(segment, own) for rung, own in zip(rungs, weights[1:], strict=False))
-            mass = sum(own.sum(1, keepdim=True) for own in weights[1 : 1 + len(rungs)])
+            coded_weights = weights[1 : 1 + len(rungs)]
+            sums = [rung.mixed(segment, own) for rung, own in zip(rungs, coded_weights, strict=True)]
+            between, mass = torch.stack(sums).sum(0), torch.cat(coded_weights, 1).sum(1, keepdim=True)
             place = maps.of_segment(row, head)
             result = result + between @ place.value_back.to(wide).T + mass * place.value_mean.to(wide)
         out[row, 0, mine] = result.to(out.dtype)
@@ -76,7 +76,7 @@ class _Rung:
 
     def __init__(self, table: Tensor, form: PackedFormat, queries: Tensor):
         self._form = form
-        held = [(address, factors, min(n, capacity)) for address, factors, n, capacity in table.tolist()]
+        held = [(address, factors, n) for address, factors, n, _ in table.tolist()]
         starts, lines, factors = _joined(table, held, form)
         self._parts = [(start, start + n) for start, (_, _, n) in zip(starts, held, strict=True)]
         wide = queries.dtype

@@ -71,39 +71,18 @@ def _program_of(block, work, shares):
 
 
 @triton.jit
-def _fields(channel, EIGHT: tl.constexpr, SIX: tl.constexpr, FOUR: tl.constexpr):
-    """Where channels are among the fields, those of width 6 by their upper bits."""
-    if SIX > EIGHT:
-        # Channels of width 2 come behind the lower bits of those of width 6.
-        channel = tl.where(channel < FOUR, channel, channel + (SIX - EIGHT))
-    return channel
+def _weighed(share, part, result, mass, rest, highest):
+    """Results ``[heads, n]`` and their mass with other parts ``[P, heads, n]`` by their shares ``[P, heads]``.
 
-
-@triton.jit
-def _joined(
-    denominators, parts, low, high, slot_of, group, head, asking, element, real_element, highest, shrink_all,
-    ELEMENTS: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Elements ``[heads, n]`` of parts' results by their shares, the sum of these, and the higher maximum."""
-    result = tl.zeros([head.shape[0], element.shape[0]], tl.float32)
-    mass = tl.zeros([head.shape[0]], tl.float32)
-    for start in range(low, high, BLOCK_P):
-        program = start + tl.arange(0, BLOCK_P)
-        real = (program < high)[:, None] & asking[None, :]
-        slot = (program + slot_of)[:, None].to(tl.int64) * group + head[None, :]
-        share = tl.load(denominators + slot, real, float("-inf"))
-        at = parts + slot[:, :, None] * ELEMENTS + element[None, None, :]
-        part = tl.load(at, real[:, :, None] & real_element[None, None, :], 0.0)
-        higher = tl.maximum(highest, tl.max(share, 0))
-        # Nothing is there yet where this is infinite.
-        safe = tl.where(higher > float("-inf"), higher, 0.0)
-        shrink = tl.exp2(highest - safe)
-        weight = tl.exp2(share - safe[None, :])
-        result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
-        mass = mass * shrink + tl.sum(weight, 0)
-        shrink_all *= shrink
-        highest = higher
-    return result, mass, highest, shrink_all
+    ``rest`` is what else counts in the sum of all, at the same maximum.
+    """
+    higher = tl.maximum(highest, tl.max(share, 0))
+    # Nothing is there yet where this is infinite.
+    safe = tl.where(higher > float("-inf"), higher, 0.0)
+    shrink = tl.exp2(highest - safe)
+    weight = tl.exp2(share - safe[None, :])
+    result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
+    return result, mass * shrink + tl.sum(weight, 0), rest * shrink, higher, shrink
 
 
 @triton.jit
@@ -147,33 +126,46 @@ def _packed_join_kernel(
     pdl.in_turn(DEPENDENT)
     coded = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_H], tl.float32)
-    one = mass + 1.0
+    # Parts of all levels are one list: their loads wait for each other no more than those of one level do.
+    lows, begins = (), ()
+    count = tl.zeros([], tl.int32)
     for i in tl.static_range(1, COUNT + 1):
         low = _program_of(firsts[i], work, shares)
-        high = tl.where(ends[i] > firsts[i], _program_of(ends[i] - 1, work, shares) + 1, low)
-        some, share, highest, shrink = _joined(
-            denominators, parts, low, high, i * segments + segment, group, head, asking,
-            _fields(dv, constant(LEVELS, i - 1, 0), constant(LEVELS, i - 1, 1), constant(LEVELS, i - 1, 2)), dv < VALUE,
-            highest, one, FIELDS, BLOCK_P,
-        )  # fmt: skip
-        if constant(LEVELS, i - 1, 1) > constant(LEVELS, i - 1, 0):
-            lower, _, _, _ = _joined(
-                denominators, parts, low, high, i * segments + segment, group, head, asking,
-                constant(LEVELS, i - 1, 2) + dv - constant(LEVELS, i - 1, 0),
-                (dv >= constant(LEVELS, i - 1, 0)) & (dv < constant(LEVELS, i - 1, 1)), highest, one, FIELDS, BLOCK_P,
-            )  # fmt: skip
-            some += lower
-        coded = coded * shrink[:, None] + some
-        mass = mass * shrink + share
-        rest *= shrink
+        lows = lows + (low,)
+        begins = begins + (count,)
+        count += tl.where(ends[i] > firsts[i], _program_of(ends[i] - 1, work, shares) + 1 - low, 0)
+    for start in range(0, count, BLOCK_P):
+        number = start + tl.arange(0, BLOCK_P)
+        slot, first_six, end_six = number * 0, number * 0, number * 0
+        for i in tl.static_range(COUNT):
+            mine = number >= begins[i]
+            slot = tl.where(mine, number - begins[i] + lows[i] + (i + 1) * segments + segment, slot)
+            first_six = tl.where(mine, constant(LEVELS, i, 0), first_six)
+            end_six = tl.where(mine, constant(LEVELS, i, 1), end_six)
+        real = (number < count)[:, None] & asking[None, :]
+        slot = slot[:, None].to(tl.int64) * group + head[None, :]
+        share = tl.load(denominators + slot, real, float("-inf"))
+        at = parts + slot[:, :, None] * FIELDS + dv[None, None, :]
+        part = tl.load(at, real[:, :, None] & (dv < VALUE)[None, None, :], 0.0)
+        if FIELDS > VALUE:
+            lower = (dv[None, :] >= first_six[:, None]) & (dv[None, :] < end_six[:, None])
+            part += tl.load(at + VALUE, real[:, :, None] & lower[:, None, :], 0.0)
+        coded, mass, rest, highest, _shrink = _weighed(share, part, coded, mass, rest, highest)
+    exact = tl.zeros([BLOCK_H, BLOCK_OUT], tl.float32)
+    exact_mass = tl.zeros([BLOCK_H], tl.float32)
     low = _program_of(firsts[0], work, shares)
     high = tl.where(ends[0] > firsts[0], _program_of(ends[0] - 1, work, shares) + 1, low)
-    exact, share, highest, shrink = _joined(
-        denominators, parts, low, high, segment, group, head, asking, o, o < VALUE, highest, one, FIELDS, BLOCK_P
-    )
-    coded *= shrink[:, None]
-    mass *= shrink
-    total = rest * shrink + mass + share
+    for start in range(low, high, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)
+        real = (program < high)[:, None] & asking[None, :]
+        slot = (program + segment)[:, None].to(tl.int64) * group + head[None, :]
+        share = tl.load(denominators + slot, real, float("-inf"))
+        at = parts + slot[:, :, None] * FIELDS + o[None, None, :]
+        part = tl.load(at, real[:, :, None] & (o < VALUE)[None, None, :], 0.0)
+        exact, exact_mass, rest, highest, shrink = _weighed(share, part, exact, exact_mass, rest, highest)
+        coded *= shrink[:, None]
+        mass *= shrink
+    total = rest + mass + exact_mass
     result = tl.dot(coded, matrix, input_precision="ieee" if EXACT else "tf32x3")
     result += mass[:, None] * mean[None, :] + exact
     # A segment without entries has no result but zero.
@@ -274,7 +266,7 @@ def launch_packed_join(
         out_each = 32 if few else min(block_v, max(16, 16384 // block_v))
     if parts_each is None:
         # Those of a segment, if all are equally long; but no more than there are registers for.
-        most = 64 if few else triton.next_power_of_2(triton.cdiv(found.programs, segments) + 2)
+        most = 64 if few else triton.next_power_of_2(triton.cdiv(found.programs, segments) + 1 + len(forms))
         parts_each = max(2, min(most, 8192 // (heads_each * block_v)))
     if warps is None:
         warps = 4 if few else 8

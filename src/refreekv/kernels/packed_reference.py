@@ -7,7 +7,7 @@ from torch import Tensor
 
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.kernels.reference import as_written
-from refreekv.kernels.table import CAPACITY, LENGTH, Format, check_query, check_spans, check_table, entries
+from refreekv.kernels.table import LENGTH, Format, check_query, check_spans, check_table, entries
 
 
 def lines_of(table: Tensor, segment: int, form: PackedFormat) -> tuple[Tensor, Tensor]:
@@ -248,13 +248,13 @@ def packed_attention(
         own = maps.of_segment(row, head)
         mine = slice(head * group, (head + 1) * group)
         q = query[row, mine, 0].to(wide)  # [g, D]
-        held = min(int(exact[segment, LENGTH]), int(exact[segment, CAPACITY]))
+        held = int(exact[segment, LENGTH])
         keys, values = (
             part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
         )
         logits, contents = [q @ keys.T], [values]
         for table, form in zip(tables, forms, strict=True):
-            length = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
+            length = int(table[segment, LENGTH])
             lines, factors = lines_of(table, segment, form)
             coded_keys, coded_values = form.unpack(lines[:length], factors[:length], wide)
             asked = q @ own.key_dual.to(wide).T

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
 from refreekv.kernels.table import (
-    CAPACITY,
     KEY,
     LENGTH,
     VALUE,
@@ -52,14 +51,14 @@ def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
     keys, values = keys.to(form.key_type), values.to(form.value_type)
     kv_heads, tokens = keys.shape[1:3]
     for segment, (_, _, length, capacity) in enumerate(table.tolist()):
-        if capacity == 0:
+        taken = min(tokens, capacity - length)
+        if taken == 0:
             continue
         row, head = divmod(segment, kv_heads)
         stored_keys, stored_values = entries(table, segment, form.sizes, form.types)
-        line = (length + torch.arange(tokens)) % capacity
-        stored_keys[line] = keys[row, head]
-        stored_values[line] = values[row, head]
-        table[segment, LENGTH] += tokens
+        stored_keys[length : length + taken] = keys[row, head, :taken]
+        stored_values[length : length + taken] = values[row, head, :taken]
+        table[segment, LENGTH] += taken
 
 
 @as_written
@@ -101,7 +100,6 @@ def ragged_decode(
     table: Tensor,
     form: Format,
     scaling: float,
-    window: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -114,13 +112,12 @@ def ragged_decode(
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
         keys, values = entries(table, segment, form.sizes, form.types)
-        held = min(int(table[segment, LENGTH]), int(table[segment, CAPACITY]))
-        skipped = held - min(held, window) if window > 0 else 0
+        held = int(table[segment, LENGTH])
         mine = slice(head * group, (head + 1) * group)
         out[row, 0, mine] = decode_segment(
             query[row, mine, 0],
-            keys[skipped:held],
-            values[skipped:held],
+            keys[:held],
+            values[:held],
             scaling,
             softcap,
             None if sinks is None else sinks[mine],

@@ -37,12 +37,12 @@ def _append_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     key_out = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(KEY_TYPE)), 16)
     value_out = tl.multiple_of(tl.load(table + segment * 4 + 1).to(tl.pointer_type(VALUE_TYPE)), 16)
-    # A segment without capacity, of a row that is finished, takes nothing.
-    taken = tl.where(capacity > 0, tokens, 0)
+    # A segment of a row that is finished has no capacity and takes nothing.
+    taken = tl.minimum(tokens, capacity - length)
     for start in range(0, tokens, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         real = t < taken
-        line = (length + t) % tl.maximum(capacity, 1)
+        line = length + t
         source = t.to(tl.int64)
         k = keys + row * sk_b + head * sk_h + source[:, None] * sk_n + d[None, :]
         v = values + row * sv_b + head * sv_h + source[:, None] * sv_n + dv[None, :]

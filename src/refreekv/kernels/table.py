@@ -4,9 +4,7 @@
 address of the first value, entries written so far, entries it can hold. Addresses, not
 offsets: a CUDA graph that reads the table serves any storage, also after that has moved.
 
-A segment that was written more entries than it can hold is a ring, as sliding-window layers
-need: entry ``i`` is in line ``i % capacity``, and the last ``capacity`` entries are there. One
-without capacity takes nothing.
+Entry ``i`` is in line ``i``. What a segment has no capacity for it does not take.
 """
 
 import ctypes
