@@ -66,6 +66,15 @@ class WorkerState:
         for layer in layers.values():
             self._by_group[layer.group].append(layer)
 
+    def before_forward(self, orders: StepOrders) -> None:
+        """The connector's hook: here a step begins."""
+        self.begin_step(orders)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.layout.block
+
     def begin_step(self, orders: StepOrders) -> None:
         """Before vLLM takes up a scheduler's output."""
         for request_id in orders.finished:
