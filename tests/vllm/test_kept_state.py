@@ -206,7 +206,8 @@ def test_prompts_in_chunks_then_lists_then_private_blocks(policy):
     driver.move("long")
     for _ in range(2):
         driver.step(short=1, long=1)
-    driver.move("short")
+    if driver.outcomes["short"].groups[0].copies:
+        driver.move("short")
     driver.step(long=1, short=1)
     # Drafts: several queries a request, not as many for each.
     driver.step(long=4, short=2)
