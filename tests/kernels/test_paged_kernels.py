@@ -1,10 +1,14 @@
 """Attention over private pages, lists and tails: the kernels against dense attention, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import paged_reference
-from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows, paged_attention
+from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, code_to_pages, paged_attention
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
@@ -65,9 +69,10 @@ class Case:
         slot = self.slots[row]
         counts = self.table.segments[:, slot, :, 3].clone()
         firsts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
-        blocks = self.pool.blocks_for(int(counts.sum()))
+        blocks = -(-self.pool.pages_for(int(counts.sum())) // LAYERS)
         pages = self.private[:blocks]
-        move(self.pool, self.table, slot, self.block_table[row], firsts, pages, int(counts.max()))
+        places = torch.stack([firsts, torch.zeros_like(firsts)])
+        move(self.pool, self.table, slot, self.block_table[row], places, pages, int(counts.max()), 0)
         self.table.segments[:, slot] = 0
         self.table.segments[:, slot, :, 0] = firsts
         self.table.segments[:, slot, :, 1] = counts
@@ -76,6 +81,46 @@ class Case:
         for position in range(self.prompts[row] // TOKENS):
             for cache in self.caches:
                 cache[int(self.block_table[row, position])] = float("nan")
+
+    def code(self, row, kind, move, opening=2, recent=3):
+        """Copy a row's first and last listed entries to private blocks as they are, and code those between."""
+        slot, form = self.slots[row], KVDtype(kind).form((self.size, self.size))
+        self.table = replace(self.table, coded=Coded.empty(self.pool, 4, form))
+        counts = self.table.segments[:, slot, :, 3].clone()
+        left_out = (counts - opening - recent).clamp(min=0)
+        exact = counts - left_out
+        firsts = (exact.flatten().cumsum(0) - exact.flatten()).view_as(exact)
+        base = self.pool.pages_for(int(exact.sum())) * self.pool.coded_lines(form)
+        coded_firsts = base + (left_out.flatten().cumsum(0) - left_out.flatten()).view_as(left_out)
+        pages = self.private
+        places = torch.stack([firsts, left_out])
+        move(self.pool, self.table, slot, self.block_table[row], places, pages, int(counts.max()), opening)
+        for layer in range(LAYERS):
+            everything = torch.stack([self.token(row, layer, p) for p in range(self.prompts[row])], 1)[None]
+            keys, values = everything.split(self.size, -1)
+            means = [part.float().mean(2) for part in (keys, values)]
+            self.table.coded.key_means[layer, slot], self.table.coded.value_means[layer, slot] = (m[0] for m in means)
+            lists = []
+            for head in range(HEADS):
+                listed = self.lists[row, layer, head][opening:][: int(left_out[layer, head])]
+                # Surrogates lie in the last places, which are not coded here.
+                assert min(listed, default=0) >= 0
+                lists.append(torch.tensor(listed or [0], dtype=torch.int32, device=self.device))
+            spans = torch.tensor([[part.data_ptr(), int(n), 0] for part, n in zip(lists, left_out[layer], strict=True)])
+            maps = PackedMaps.rotated(*means, self.dtype)
+            code_to_pages(
+                self.pool, form, maps, keys, values, spans.to(self.device), left_out[layer].tolist(),
+                int(coded_firsts[layer, 0]), pages,
+            )  # fmt: skip
+        self.table.segments[:, slot] = 0
+        self.table.segments[:, slot, :, 0], self.table.segments[:, slot, :, 1] = firsts, exact
+        self.table.coded.segments[:, slot] = torch.stack([coded_firsts, left_out], -1)
+        self.table.pages[slot, : len(pages)] = pages
+        return int(left_out.sum())
+
+    def token(self, row, layer, position):
+        """``[H_kv, 2 * D]``."""
+        return self.caches[layer][int(self.block_table[row, position // TOKENS]), :, position % TOKENS]
 
     def entries(self, row, layer, head, length):
         """Entries ``[t, 2 * D]`` that a row sees, in float64; taken before anything moves."""
@@ -170,6 +215,36 @@ def test_plain_version(moved):
         query, case.pool, 0, case.block_table, rows_of(case, counts, lengths), case.table, out, scaling=0.3
     )
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int4", "k6v4", "k8v4", "int8"])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 3, 2)], ids=["single", "several"])
+def test_coded_entries(dtype, device, close, kind, counts):
+    case = Case(dtype, device, size=64)
+    lengths, query = [50, 80, 60], queries(case, counts)
+    full = dense(case, query, 1, counts, lengths, 0.2)
+    assert case.code(1, kind, launch_move) > 50
+    rows = rows_of(case, counts, lengths, padded=1)
+    want = torch.zeros(query.shape, dtype=torch.float64)
+    if device == "cpu":
+        wide = query.double(), case.pool, 1, case.block_table, rows, case.table, want, 0.2, None, None
+        paged_reference.paged_attention(*wide, wide=torch.float64)
+    out = torch.full_like(query, float("nan"))
+    launch_paged_attention(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None)
+    error = (want - full).norm() / full.norm()
+    if device == "cpu":
+        close(out, want)
+        # Of random numbers, which no code likes; and not nothing: codes were read.
+        assert 1e-4 < error < {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.01}[kind]
+    else:
+        error = (out.double().cpu() - full).norm() / full.norm()
+        assert 1e-4 < error < {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.02}[kind]
+
+
+def test_widths_that_pages_do_not_hold_are_refused():
+    case = Case(torch.float32, "cpu")
+    with pytest.raises(ValueError, match="one width each"):
+        Coded.empty(case.pool, 4, KVDtype("int2").form((SIZE, SIZE)))
 
 
 def test_too_many_queries_are_refused():

@@ -4,18 +4,24 @@ A paged cache is one pool of blocks; block ``b`` is one page in each layer's cac
 tokens of a sequence by position, all KV heads of a token together. Private blocks hold *lines*, an entry of
 one layer and head each, key and value together, packed over all layers and heads: the pages of a sequence's
 private blocks, block by block and layer by layer within a block, are one long list of lines, of which each
-layer and head has a part, its segment.
+layer and head has a part, its segment. Some pages may hold coded lines (`core.packed_lines`) instead, as many as
+fit, and behind them their factors.
 
 An entry that stays is in a segment, or still listed: a list of positions of ordinary blocks. So a sequence can be
 pruned before there are private blocks for it. A negative number in a list, ``-1 - i``, is line ``i`` of a
 tensor of the segment's own: an entry that no block holds (a surrogate).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from refreekv import kernels
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.rotation import rotation_like
 
 FIRST, HELD, LIST, LISTED, REPLACED = range(5)
 """Columns of a line of `PagedTable.segments`."""
@@ -94,9 +100,13 @@ class Pool:
         """Lines of a page."""
         return self.heads * self.tokens
 
-    def blocks_for(self, lines: int) -> int:
-        """Private blocks that hold so many lines."""
-        return -(-lines // (self.lines * self.layers))
+    def coded_lines(self, form: PackedFormat) -> int:
+        """Coded lines of a page."""
+        return self.lines * 2 * self.size * self.cache.element_size() // form.entry_bytes
+
+    def pages_for(self, lines: int) -> int:
+        """Pages that hold so many lines."""
+        return -(-lines // self.lines)
 
     def shared_strides(self) -> tuple[int, int, int]:
         """Elements from block to block, token to token and head to head."""
@@ -114,6 +124,50 @@ def _dense(cache: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Coded entries of each sequence, by its slot; on the device.
+
+    Attributes
+    ----------
+    form : PackedFormat
+        Of the lines; keys and values have one width each, of 8, 6 or 4 bits (values: 8 or 4).
+    segments : Tensor
+        int64 ``[layers, slots, H_kv, 2]``: first line and lines, counted in coded lines from the first private page.
+    key_means, value_means : Tensor
+        float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were rotated and coded.
+    rotation : Tensor
+        ``[D, D]``, of the type of the queries: entries times it are in code space.
+    """
+
+    form: PackedFormat
+    segments: Tensor
+    key_means: Tensor
+    value_means: Tensor
+    rotation: Tensor
+
+    @classmethod
+    def empty(cls, pool: Pool, slots: int, form: PackedFormat) -> "Coded":
+        """Of sequences without coded entries.
+
+        Raises
+        ------
+        ValueError
+            Widths that the kernel does not read.
+        """
+        keys, values = set(form.key_widths), set(form.value_widths)
+        if len(keys) > 1 or len(values) > 1 or not keys <= {8, 6, 4} or not values <= {8, 4}:
+            raise ValueError(
+                f"coded pages hold keys of 8, 6 or 4 bits and values of 8 or 4, one width each; got {form.key_widths} and "
+                f"{form.value_widths}"
+            )
+        device = pool.cache.device
+        shape = pool.layers, slots, pool.heads
+        means = [torch.zeros(*shape, pool.size, device=device) for _ in range(2)]
+        segments = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
+        return cls(form, segments, *means, rotation_like(pool.size, device, pool.cache.dtype))
+
+
+@dataclass(frozen=True)
 class PagedTable:
     """What is kept of each sequence's prompt, by the sequence's slot; on the device, so that CUDA graphs read it.
 
@@ -126,20 +180,24 @@ class PagedTable:
         int32 ``[slots]``: the first position that is read from ordinary blocks as it is; 0 of sequences that are whole.
     pages : Tensor
         int32 ``[slots, most]``: private blocks.
+    coded : Coded or None
+        Coded entries, if there may be any.
     """
 
     segments: Tensor
     starts: Tensor
     pages: Tensor
+    coded: Coded | None = None
 
     @classmethod
-    def empty(cls, pool: Pool, slots: int, most: int) -> "PagedTable":
-        """Of sequences that are whole."""
+    def empty(cls, pool: Pool, slots: int, most: int, form: PackedFormat | None = None) -> "PagedTable":
+        """Of sequences that are whole; with a format, of such as may have coded entries."""
         device = pool.cache.device
         return cls(
             torch.zeros(pool.layers, slots, pool.heads, COLUMNS, dtype=torch.int64, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.zeros(slots, most, dtype=torch.int32, device=device),
+            None if form is None else Coded.empty(pool, slots, form),
         )
 
 
@@ -226,7 +284,7 @@ MOST_QUERIES = 128
 
 
 def move_to_pages(
-    pool: Pool, table: PagedTable, slot: int, blocks: Tensor, firsts: Tensor, pages: Tensor, longest: int
+    pool: Pool, table: PagedTable, slot: int, blocks: Tensor, places: Tensor, pages: Tensor, longest: int, opening: int = 0
 ) -> None:
     """Copy what a sequence has listed to private blocks, all layers and heads. The table stays as it is.
 
@@ -238,15 +296,73 @@ def move_to_pages(
         The sequence.
     blocks : Tensor
         int32 ``[.]``: its ordinary blocks.
-    firsts : Tensor
-        int64 ``[layers, H_kv]``: the first line of each segment.
+    places : Tensor
+        int64 ``[2, layers, H_kv]``: the first line of each segment, and how many listed entries are left out after
+        the first ``opening`` ones.
     pages : Tensor
         int32 ``[.]``: the private blocks.
     longest : int
         Entries of the longest list.
+    opening : int
+        See ``places``.
     """
     if pool.cache.is_cuda:
         from refreekv.kernels.paged_decode import launch_move as move
     else:
         from refreekv.kernels.paged_reference import move_to_pages as move
-    move(pool, table, slot, blocks, firsts, pages, longest)
+    move(pool, table, slot, blocks, places, pages, longest, opening)
+
+
+def code_to_pages(
+    pool: Pool,
+    form: PackedFormat,
+    maps: PackedMaps,
+    keys: Tensor,
+    values: Tensor,
+    spans: Tensor,
+    counts: Sequence[int],
+    first: int,
+    pages: Tensor,
+) -> None:
+    """Code chosen entries of one layer and write them to coded lines, one head's behind the other's.
+
+    Parameters
+    ----------
+    pool : Pool
+        The cache.
+    form, maps : PackedFormat, PackedMaps
+        Of the lines, and into code space.
+    keys, values : Tensor
+        ``[1, H_kv, n, D]``.
+    spans : Tensor
+        int64 ``[H_kv, 3]``: which entries, as in `kernels.gather`.
+    counts : sequence of int
+        How many of each head.
+    first : int
+        The layer's first coded line.
+    pages : Tensor
+        int32 ``[.]``: the private blocks.
+    """
+    total = sum(counts)
+    if not total:
+        return
+    device = keys.device
+    lines = torch.empty(total, form.line_bytes, dtype=torch.uint8, device=device)
+    factors = torch.empty(total, FACTOR_BYTES, dtype=torch.uint8, device=device)
+    at = [sum(counts[:head]) for head in range(len(counts))]
+    table = [
+        [lines.data_ptr() + begin * form.line_bytes, factors.data_ptr() + begin * FACTOR_BYTES, count, count]
+        for begin, count in zip(at, counts, strict=True)
+    ]
+    there = upload(torch.tensor(table, dtype=torch.int64), device)
+    kernels.pack_lines(keys, values, there, form, maps, spans, end=keys.shape[2], longest=max(counts))
+    if pool.cache.is_cuda:
+        from refreekv.kernels.paged_decode import launch_spread as spread
+    else:
+        from refreekv.kernels.paged_reference import spread
+    spread(pool, form, lines, factors, first, pages)
+
+
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; the host does not wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.clone()

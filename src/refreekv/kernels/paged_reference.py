@@ -5,7 +5,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from refreekv.kernels.paged import FIRST, HELD, LIST, LISTED, REPLACED, UNIT, PagedTable, Pool, Rows
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.rotation import rotation
+from refreekv.kernels.paged import FIRST, HELD, LIST, LISTED, REPLACED, UNIT, Coded, PagedTable, Pool, Rows
 
 
 def paged_attention(
@@ -23,6 +25,7 @@ def paged_attention(
 ) -> None:
     """`kernels.paged.paged_attention`, computed in ``wide``."""
     group = query.shape[1] // pool.heads
+    coded = table.coded
     each = zip(*(part.tolist() for part in rows[:5]), strict=True)
     for begin, end, length, at, slot in each:
         start = int(table.starts[slot])
@@ -30,6 +33,11 @@ def paged_attention(
             kept = [*_held(pool, table, layer, slot, head), *_listed(pool, table, layer, slot, head, block_table[at])]
             tail = [_token(pool, layer, head, block_table[at], position) for position in range(start, length)]
             entries = _read(pool, kept + tail).to(wide)  # [t, 2 * D]
+            before = len(kept)
+            if coded is not None:
+                decoded = _decoded(pool, table, coded, layer, slot, head, wide)
+                entries = torch.cat([decoded, entries])
+                before += len(decoded)
             if begin == end:
                 continue
             mine = slice(head * group, (head + 1) * group)
@@ -38,7 +46,7 @@ def paged_attention(
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             last = torch.arange(length - (end - begin), length)
-            position = torch.cat([torch.full((len(kept),), -1), torch.arange(start, length)])
+            position = torch.cat([torch.full((before,), -1), torch.arange(start, length)])
             logits = logits.masked_fill((position > last[:, None])[:, None], float("-inf"))
             if sinks is not None:
                 logits = torch.cat([logits, sinks[mine].to(wide)[None, :, None].expand(end - begin, -1, 1)], -1)
@@ -47,16 +55,59 @@ def paged_attention(
 
 
 def move_to_pages(
-    pool: Pool, table: PagedTable, slot: int, blocks: Tensor, firsts: Tensor, pages: Tensor, longest: int
+    pool: Pool,
+    table: PagedTable,
+    slot: int,
+    blocks: Tensor,
+    places: Tensor,
+    pages: Tensor,
+    longest: int,
+    opening: int = 0,
 ) -> None:
     """`kernels.paged.move_to_pages`."""
     del longest
     for layer in range(pool.layers):
         for head in range(pool.heads):
+            first, left_out = places[:, layer, head].tolist()
             source = _listed(pool, table, layer, slot, head, blocks)
-            first = int(firsts[layer, head])
-            for new, entry in enumerate(_read(pool, source)):
+            chosen = source[:opening] + source[opening + left_out :] if left_out else source
+            for new, entry in enumerate(_read(pool, chosen)):
                 _view(pool, _line(pool, pages, first + new)).copy_(entry)
+
+
+def spread(pool: Pool, form: PackedFormat, lines: Tensor, factors: Tensor, first: int, pages: Tensor) -> None:
+    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
+    for index, (line, factor) in enumerate(zip(lines, factors, strict=True)):
+        for into, part in zip(_coded_line(pool, form, pages, first + index), (line, factor), strict=True):
+            into.copy_(part)
+
+
+def _coded_line(pool: Pool, form: PackedFormat, pages: Tensor, line: int) -> tuple[Tensor, Tensor]:
+    """A coded line and its factors, as bytes."""
+    page, within = divmod(line, pool.coded_lines(form))
+    block, layer = divmod(page, pool.layers)
+    each = pool.cache.element_size()
+    at = pool.cache.data_ptr() + (int(pool.offsets[layer]) * UNIT + int(pages[block]) * pool.cache.stride(0)) * each
+    behind = pool.coded_lines(form) * form.line_bytes
+    return _bytes(at + within * form.line_bytes, form.line_bytes), _bytes(at + behind + within * 4, 4)
+
+
+def _bytes(address: int, count: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_byte * count).from_address(address), dtype=torch.uint8)
+
+
+def _decoded(
+    pool: Pool, table: PagedTable, coded: Coded, layer: int, slot: int, head: int, wide: torch.dtype
+) -> Tensor:
+    """Entries ``[t, 2 * D]`` that a head's codes stand for."""
+    first, count = coded.segments[layer, slot, head].tolist()
+    found = [_coded_line(pool, coded.form, table.pages[slot], line) for line in range(first, first + count)]
+    if not found:
+        return torch.zeros(0, 2 * pool.size, dtype=wide)
+    lines, factors = (torch.stack(part) for part in zip(*found, strict=True))
+    back = rotation(pool.size).T.to(wide)
+    keys, values = (part @ back for part in coded.form.unpack(lines, factors.view(torch.float16), wide))
+    return torch.cat([keys + coded.key_means[layer, slot, head], values + coded.value_means[layer, slot, head]], -1)
 
 
 def _held(pool: Pool, table: PagedTable, layer: int, slot: int, head: int) -> list[int]:
