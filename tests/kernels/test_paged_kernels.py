@@ -124,6 +124,7 @@ class Case:
 
     def entries(self, row, layer, head, length):
         """Entries ``[t, 2 * D]`` that a row sees, in float64; taken before anything moves."""
+
         def token(position):
             block = int(self.block_table[row, position // TOKENS])
             return self.caches[layer][block, head, position % TOKENS]
@@ -211,9 +212,7 @@ def test_plain_version(moved):
     if moved:
         case.move(1, paged_reference.move_to_pages)
     out = torch.zeros_like(query)
-    paged_attention(
-        query, case.pool, 0, case.block_table, rows_of(case, counts, lengths), case.table, out, scaling=0.3
-    )
+    paged_attention(query, case.pool, 0, case.block_table, rows_of(case, counts, lengths), case.table, out, scaling=0.3)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
 
 

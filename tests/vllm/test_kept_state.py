@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
 from refreekv import policies
+from refreekv.core.quantisation import KVDtype
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
@@ -47,7 +48,7 @@ class Sequence:
 class Driver:
     """Plays vLLM's scheduler and model runner."""
 
-    def __init__(self, policy, seed=0):
+    def __init__(self, policy, seed=0, number=None):
         self.generator = torch.Generator().manual_seed(seed)
         self.policy = policies.registry.parse(policy)
         memory = torch.zeros(LAYERS, BLOCKS, BLOCK, HEADS, 2 * SIZE)
@@ -58,10 +59,13 @@ class Driver:
             layers[f"layer{index}"] = Layer(module, 0, LayerFacts.of(impl, index, LAYERS))
         self.caches = [layer.module.kv_cache for layer in layers.values()]
         self.table = torch.zeros(SLOTS, 16, dtype=torch.int32)
-        self.state = KeptState(self.policy, layers, SLOTS, 256, lambda slot: self.table[slot], lambda part, _: part)
+        self.state = KeptState(
+            self.policy, layers, SLOTS, 256, number, lambda slot: self.table[slot], lambda part, _: part
+        )
         self.state.know_copy_scores([torch.tensor([0.0, 0.5]), *[torch.zeros(HEADS)] * (LAYERS - 1)])
         self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
         self.sequences, self.outcomes, self.orders, self.checked = {}, {}, StepOrders(), 0
+        self.error = 2e-5
 
     def add(self, name, prompt, answer=60):
         shape = (LAYERS, prompt + answer, HEADS * (GROUP + 2), SIZE)
@@ -188,7 +192,7 @@ class Driver:
                 for query_head in range(head * GROUP, (head + 1) * GROUP):
                     logits = entries[:, :SIZE] @ one.queries(layer)[position, query_head] * SIZE**-0.5
                     want = logits.softmax(0) @ entries[:, SIZE:]
-                    torch.testing.assert_close(output[index, query_head], want, atol=2e-5, rtol=1e-4)
+                    torch.testing.assert_close(output[index, query_head], want, atol=self.error, rtol=1e-4)
                     self.checked += 1
 
 
@@ -216,6 +220,36 @@ def test_prompts_in_chunks_then_lists_then_private_blocks(policy):
     assert long.prompt == 133
     assert 0 < sum(long.kept) < LAYERS * HEADS * 133
     assert len(long.metrics) == LAYERS
+
+
+@pytest.mark.parametrize("policy", ["full", ADAPTIVE])
+def test_private_entries_may_be_coded(policy):
+    driver = Driver(policy, number=KVDtype("int8", recent=4))
+    driver.add("a", 133)
+    driver.add("b", 90)
+    driver.step(a=133)
+    driver.step(a=1, b=90)
+    driver.step(a=1, b=1)
+    assert driver.outcomes["a"].altered
+    driver.move("a")
+    driver.error = 0.05
+    driver.step(a=2, b=1)
+    found = driver.state.table.coded.segments[:, driver.sequences["a"].slot, :, 1]
+    kept = torch.tensor(driver.outcomes["a"].kept).view(LAYERS, HEADS)
+    assert torch.equal(found, kept - 8)
+    # A quarter of float32, and factors.
+    assert driver.outcomes["a"].groups[0].copies <= (6 if policy == "full" else 4)
+    driver.move("b")
+    driver.step(a=1, b=1)
+    driver.step(a=1, b=3)
+    driver.preempt("a")
+    driver.outcomes.clear()
+    driver.step(a=137, b=1)
+    driver.error = 2e-5
+    driver.step(a=1)
+    driver.move("a")
+    driver.error = 0.05
+    driver.step(a=1, b=1)
 
 
 def test_preempted_requests_see_the_same_again():
@@ -266,6 +300,16 @@ def test_whole_prompts_stay_as_they_are():
     assert outcome.kept == (20,) * LAYERS
     assert not outcome.groups[0].freed
     assert not driver.state.table.starts.any()
+
+
+def test_what_keeps_everything_is_read_as_it_is():
+    driver = Driver("snapkv:ratio=1.0")
+    driver.add("a", 80)
+    for count in (80, 1, 1):
+        driver.step(a=count)
+    assert driver.outcomes["a"].kept == (80,) * LAYERS * HEADS
+    assert not driver.outcomes["a"].altered
+    assert not driver.state.table.segments.any()
 
 
 def test_a_slot_is_clean_for_the_next_request():

@@ -284,7 +284,14 @@ MOST_QUERIES = 128
 
 
 def move_to_pages(
-    pool: Pool, table: PagedTable, slot: int, blocks: Tensor, places: Tensor, pages: Tensor, longest: int, opening: int = 0
+    pool: Pool,
+    table: PagedTable,
+    slot: int,
+    blocks: Tensor,
+    places: Tensor,
+    pages: Tensor,
+    longest: int,
+    opening: int = 0,
 ) -> None:
     """Copy what a sequence has listed to private blocks, all layers and heads. The table stays as it is.
 

@@ -68,7 +68,9 @@ def _field(byte, shift: tl.constexpr, mask: tl.constexpr, PRODUCT: tl.constexpr)
 
 
 @triton.jit
-def _line_at(line, pages, offsets, inside, block_stride, LINES: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr):
+def _line_at(
+    line, pages, offsets, inside, block_stride, LINES: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr
+):
     """First elements of lines in private pages, from the pool's beginning."""
     page = line // LINES
     block = tl.load(pages + page // LAYERS, inside, 0).to(tl.int64)
@@ -279,7 +281,9 @@ def _attend_kernel(
         slot_of = ((row * heads + head).to(tl.int64) * shares + share) * BLOCK_M + m
         real = asking & found
         tl.store(denominators + slot_of, tl.where(found, highest + tl.log2(total), float("-inf")), asking)
-        tl.store(partial + slot_of[:, None] * HEAD + d[None, :], result * unit[:, None], real[:, None] & (d < HEAD)[None, :])
+        tl.store(
+            partial + slot_of[:, None] * HEAD + d[None, :], result * unit[:, None], real[:, None] & (d < HEAD)[None, :]
+        )
         if KEY_BITS:
             unit *= tl.exp2(coded_highest - tl.where(found, highest, 0.0))
             tl.store(masses + slot_of, coded_mass * unit, real)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from refreekv.cli.app import UserError, app, refusals
-from refreekv.cli.options import DEFAULT_POLICY, PolicyOption
+from refreekv.cli.options import DEFAULT_POLICY, KVDtypeOption, PolicyOption
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -21,9 +21,10 @@ def serve(
         typer.Option(
             "--layers-per-group",
             metavar="N",
-            help="Layers that share a block table, and keep the union of what each would. 1 saves most memory.",
+            help="CPUs only: layers that share a block table, and keep the union of what each would. 1 saves most.",
         ),
     ] = 1,
+    kv_dtype: KVDtypeOption = None,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt.")
     ] = False,
@@ -34,12 +35,13 @@ def serve(
     All other options go to `vllm serve` as they are: --port, --max-model-len, --api-key …
     """
     from refreekv.engines.vllm.config import PluginOptions
-    from refreekv.engines.vllm.launch import environment, installed_version, serve_command
-    from refreekv.engines.vllm.refusals import check_policy, check_version
+    from refreekv.engines.vllm.launch import environment, installed_version, on_cpu, serve_command
+    from refreekv.engines.vllm.refusals import check_options, check_policy, check_version
 
     with refusals():
-        options = PluginOptions(policy, layers_per_group, log_requests)
+        options = PluginOptions(policy, layers_per_group, kv_dtype, log_requests)
         check_policy(options.build())
+        check_options(options, on_cpu=on_cpu())
         command = serve_command(model, options, context.args)
         if not dry_run:
             version = installed_version()

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from refreekv.core.quantisation import KVDtype
 from refreekv.core.spelling import suggestion
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
@@ -26,18 +27,23 @@ class PluginOptions:
     layers_per_group : int
         Consecutive layers that share one block table. They keep the union of what each of
         them would keep. 1 saves most; more layers cost the scheduler less.
+    kv_dtype : str or None
+        How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest; None: as
+        the model computes them. On GPUs only.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
     """
 
     policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
+    kv_dtype: str | None = None
     log_requests: bool = False
 
     def __post_init__(self) -> None:
         parse(self.policy)
         check_count("layers_per_group", self.layers_per_group, minimum=1)
         check_flag("log_requests", self.log_requests)
+        KVDtype.parse(self.kv_dtype)
 
     @classmethod
     def of(cls, vllm_config: Any) -> "PluginOptions":
@@ -53,6 +59,10 @@ class PluginOptions:
     def build(self) -> Policy:
         """The policy."""
         return parse(self.policy)
+
+    def number(self) -> KVDtype | None:
+        """How kept entries are stored."""
+        return KVDtype.parse(self.kv_dtype)
 
     def transfer_config(self) -> dict[str, Any]:
         """The value of ``--kv-transfer-config``."""

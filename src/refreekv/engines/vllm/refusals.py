@@ -46,10 +46,24 @@ def check_settings(vllm_config: Any) -> PluginOptions:
         )
     options = PluginOptions.of(vllm_config)
     check_policy(options.build())
+    check_options(options, on_cpu=vllm_config.device_config.device_type == "cpu")
     for refused, sentence in _refusals(vllm_config):
         if refused:
             raise ValueError(sentence)
     return options
+
+
+def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
+    """ValueError for options that are the other kind of device's."""
+    if on_cpu and options.kv_dtype is not None:
+        raise ValueError(
+            f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; leave it out"
+        )
+    if not on_cpu and options.layers_per_group != 1:
+        raise ValueError(
+            f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head keeps "
+            f"what it needs; leave it out"
+        )
 
 
 def _refusals(config: Any) -> list[tuple[bool, str]]:

@@ -94,6 +94,22 @@ class KeptPrompt:
         if self.lists is None:
             self.lists, _ = _lists_of(_from_bits(self.bits, self.prompt), self.columns, self.real)
 
+    def positions(self) -> Tensor:
+        """The lists with surrogates by their places: int32 ``[L, H_kv, n]``, contiguous."""
+        assert self.lists is not None
+        if self.columns is None:
+            return self.lists
+        places = self.columns.int().gather(-1, (-1 - self.lists).clamp_(min=0, max=self.columns.shape[-1] - 1).long())
+        return torch.where(self.lists < 0, places, self.lists)
+
+    def with_surrogates(self, entries: Tensor, layer: int) -> Tensor:
+        """A layer's entries ``[H_kv, n, 2 * D]`` with surrogates in their places."""
+        if self.columns is None or self.real is None or self.lines is None:
+            return entries
+        index = self.columns[layer][..., None].expand(-1, -1, entries.shape[-1])
+        new = torch.where(self.real[layer][..., None], self.lines[layer], entries.gather(1, index))
+        return entries.scatter(1, index, new)
+
     def segments(self, pool: Pool) -> Tensor:
         """Segments of listed entries, ``[L, H_kv, 6]`` as in `PagedTable`; the lists must live as long as these."""
         assert self.lists is not None

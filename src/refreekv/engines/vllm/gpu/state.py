@@ -8,13 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.quantisation import SINKS, KVDtype, centre_of
 from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
 from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
 from refreekv.engines.vllm.worker_side.scoring import Probes, select
 from refreekv.engines.vllm.worker_side.tracked import Layer
-from refreekv.kernels.paged import FIRST, HELD, MOST_QUERIES, PagedTable, Pool, Rows, move_to_pages, paged_attention
+from refreekv.kernels.paged import (
+    FIRST,
+    HELD,
+    MOST_QUERIES,
+    Coded,
+    PagedTable,
+    Pool,
+    Rows,
+    code_to_pages,
+    move_to_pages,
+    paged_attention,
+    upload,
+)
 from refreekv.policies import Policy
 
 
@@ -35,6 +49,8 @@ class KeptState:
         Requests that the model runner has room for.
     longest : int
         Tokens of the longest sequence.
+    number : KVDtype or None
+        How kept entries are stored once they are in private blocks; None: as they are.
     blocks_of : callable
         The ordinary blocks of a slot, int32 on the device, as they were in the step before.
     gather : callable
@@ -50,12 +66,15 @@ class KeptState:
         layers: dict[str, Layer],
         slots: int,
         longest: int,
+        number: KVDtype | None,
         blocks_of: Callable[[int], Tensor],
         gather: Callable[[Tensor, int], Tensor],
     ):
         self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
         self.pool = Pool.of([layer.module.kv_cache for layer in layers.values()])
-        self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens))
+        self.number, size = number, self.pool.size
+        self.form = None if number is None else number.form((size, size))
+        self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens), self.form)
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
         self.group = next(iter(layers.values())).module.impl.num_heads // self.pool.heads
@@ -105,6 +124,8 @@ class KeptState:
                 tracked.prompt = 0
         tracked.slot = slot
         self._prompts[slot] = tracked.prompt
+        if self.table.coded is not None:
+            self.table.coded.segments[:, slot].zero_()
         if tracked.kept is None:
             self.table.segments[:, slot].zero_()
             self.table.starts[slot] = 0
@@ -131,8 +152,8 @@ class KeptState:
         if not step.stock and step.longest <= most:
             return
         parts, limits = split_rows(computed, counts, prompts, most)
-        step.parts, step.longest = _upload(parts, self.device), int(parts[2].max(initial=1))
-        step.limits = _upload(limits, self.device)
+        step.parts, step.longest = upload(torch.from_numpy(parts), self.device), int(parts[2].max(initial=1))
+        step.limits = upload(torch.from_numpy(limits), self.device)
         for row in np.flatnonzero(computed < prompts):
             request_id = batch.req_ids[row]
             self._watch(step, request_id, int(row), int(computed[row]), int(counts[row]), int(starts[row]))
@@ -145,7 +166,7 @@ class KeptState:
                 tracked.probes = Probes.for_prompt(self.policy, tracked.prompt)
             positions = tracked.probes.positions
             here = positions[(positions >= start) & (positions < start + count)]
-            step.prompts.append(PromptPart(tracked, row, _upload((here - start + at).numpy(), self.device), ends))
+            step.prompts.append(PromptPart(tracked, row, upload(here - start + at, self.device), ends))
         if ends:
             step.ended.append((request_id, tracked))
 
@@ -213,15 +234,21 @@ class KeptState:
             if tracked.numbers is not None and not tracked.numbers.arrived:
                 waiting.append((request_id, tracked))
                 continue
-            outcomes.append(self._outcome(request_id, tracked))
+            outcome = self._outcome(request_id, tracked)
+            outcomes.append(outcome)
             tracked.announced = True
+            if tracked.kept is not None and not outcome.altered:
+                # Everything stays: without lists it is read faster.
+                tracked.kept = tracked.numbers = None
+                self.table.segments[:, tracked.slot].zero_()
+                self.table.starts[tracked.slot] = 0
         self._waiting = waiting
         return WorkerOutcomes(outcomes) if outcomes else None
 
     def _decide(self, tracked: Tracked) -> None:
         layers = [tracked.layers[index] for index in range(len(self.layers))]
         tracked.decided, tracked.probes, tracked.layers = True, None, {}
-        if all(one is None for one in layers):
+        if self.number is None and all(one is None for one in layers):
             return
         tracked.kept = kept = KeptPrompt.of(layers, self.pool.heads, tracked.prompt, self.device)
         tracked.numbers = HostCopy(torch.cat([kept.counts.double().flatten(), kept.metrics]))
@@ -238,40 +265,93 @@ class KeptState:
         if tracked.numbers is None:
             everything = (prompt,) * layers
             group = GroupOutcome(0, 0)
-            return PruningOutcome(request_id, tracked.epoch, prompt, everything, everything, (None,) * layers, (group,))
+            return PruningOutcome(
+                request_id, tracked.epoch, prompt, everything, everything, (None,) * layers, (group,), False
+            )
         numbers = tracked.numbers.wait()
-        kept = tuple(int(number) for number in numbers[: layers * heads].tolist())
+        counts = numbers[: layers * heads].long()
         metrics = tuple(None if number != number else number for number in numbers[layers * heads :].tolist())
-        needed, whole = self.pool.blocks_for(sum(kept)), prompt // self.block
+        pages, _ = self._pages_for(counts)
+        needed, whole = -(-pages // layers), prompt // self.block
         group = GroupOutcome(needed, whole, needed) if needed < whole else GroupOutcome(0, 0)
-        return PruningOutcome(request_id, tracked.epoch, prompt, kept, kept, metrics, (group,))
+        kept = tuple(counts.tolist())
+        altered = min(kept) < prompt or (self.number is not None and group.copies > 0)
+        return PruningOutcome(request_id, tracked.epoch, prompt, kept, kept, metrics, (group,), altered)
+
+    def _coded_of(self, counts: Tensor) -> Tensor:
+        """Of so many entries of each head those that are coded."""
+        if self.number is None:
+            return torch.zeros_like(counts)
+        return (counts - SINKS - self.number.recent).clamp(min=0)
+
+    def _pages_for(self, counts: Tensor) -> tuple[int, int]:
+        """Pages that hold so many entries of each head, and those of them with entries as they are, which come first."""
+        coded = int(self._coded_of(counts).sum())
+        exact = self.pool.pages_for(int(counts.sum()) - coded)
+        if self.form is None:
+            return exact, exact
+        return exact - (-coded // self.pool.coded_lines(self.form)), exact
 
     def _move(self, order: CopyOrder) -> None:
         """Copy what a request keeps to the private blocks that the scheduler found for it."""
         tracked = self.requests.get(order.request_id)
         if tracked is None or tracked.slot < 0:
             return
-        kept = tracked.kept
+        kept, slot = tracked.kept, tracked.slot
         assert kept is not None
         assert tracked.numbers is not None
-        shape = kept.counts.shape
-        counts = tracked.numbers.wait()[: kept.counts.numel()].long()
-        firsts = (counts.cumsum(0) - counts).view(shape)
-        segments = torch.zeros(2, *shape, dtype=torch.int64)
-        segments[0], segments[1] = firsts, counts.view(shape)
-        there = _upload(segments.numpy(), self.device)
-        pages = _upload(np.array(order.blocks, dtype=np.int32), self.device)
-        blocks = self._blocks_of(tracked.slot)
-        move_to_pages(self.pool, self.table, tracked.slot, blocks, there[0], pages, int(counts.max()))
-        line = torch.zeros_like(self.table.segments[:, tracked.slot])
-        line[..., FIRST], line[..., HELD] = there[0], there[1]
-        self.table.segments[:, tracked.slot] = line
-        self.table.pages[tracked.slot, : len(pages)] = pages
+        counts = tracked.numbers.wait()[: kept.counts.numel()].long().view(kept.counts.shape)
+        coded = self._coded_of(counts)
+        exact = counts - coded
+        # [first line, entries left out, entries] of each layer and head
+        numbers = torch.stack([_begins(exact), coded, exact])
+        places = upload(numbers, self.device)
+        pages = upload(torch.tensor(order.blocks, dtype=torch.int32), self.device)
+        blocks = self._blocks_of(slot)
+        move_to_pages(self.pool, self.table, slot, blocks, places[:2], pages, int(exact.max()), SINKS)
+        if self.table.coded is not None:
+            _, before = self._pages_for(counts)
+            self._code(
+                self.table.coded,
+                kept,
+                slot,
+                blocks,
+                coded,
+                before * self.pool.coded_lines(self.table.coded.form),
+                pages,
+            )
+        line = torch.zeros_like(self.table.segments[:, slot])
+        line[..., FIRST], line[..., HELD] = places[0], places[2]
+        self.table.segments[:, slot] = line
+        self.table.pages[slot, : len(pages)] = pages
         # What was decided stays in bits, should the request be preempted.
         kept.lists = None
 
+    def _code(
+        self, coded: Coded, kept: KeptPrompt, slot: int, blocks: Tensor, counts: Tensor, first: int, pages: Tensor
+    ) -> None:
+        """Code entries between the first and the newest ones of each layer and head, from the line ``first`` on."""
+        firsts = first + _begins(counts)
+        positions = kept.positions()
+        each = torch.arange(counts.numel()).view(counts.shape) * kept.prompt + SINKS
+        address = positions.data_ptr() + each * positions.element_size()
+        spans = upload(torch.stack([address, counts, torch.zeros_like(counts)], -1), self.device)
+        used = blocks[: -(-kept.prompt // self.block)].long()
+        for layer in self.layers.values():
+            index, cache = layer.facts.index, layer.module.kv_cache
+            # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
+            entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
+            means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
+            entries = kept.with_surrogates(entries, index)
+            keys, values = entries[None].split(self.pool.size, -1)
+            coded.key_means[index, slot], coded.value_means[index, slot] = means
+            maps = PackedMaps.rotated(means[0][None], means[1][None], cache.dtype)
+            own = counts[index].tolist()
+            code_to_pages(self.pool, coded.form, maps, keys, values, spans[index], own, int(firsts[index, 0]), pages)
+        coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), self.device)
 
-def _upload(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Copy to the device; the host does not wait."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
+
+def _begins(counts: Tensor) -> Tensor:
+    """Where each of ``[L, H_kv]`` parts begins that lie one behind the other."""
+    flat = counts.flatten()
+    return (flat.cumsum(0) - flat).view(counts.shape)

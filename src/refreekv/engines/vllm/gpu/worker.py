@@ -68,12 +68,15 @@ class RefreekvGPUWorker(Worker):
         }
         tables = runner.block_tables.block_tables[0]
         builders = [builder for groups in runner.attn_groups for one in groups for builder in one.metadata_builders]
-        refusals.check_backends([type(builder).__name__ for builder in builders if type(builder) not in backend.BUILDERS])
+        refusals.check_backends(
+            [type(builder).__name__ for builder in builders if type(builder) not in backend.BUILDERS]
+        )
         state = KeptState(
             self._policy,
             layers,
             runner.max_num_reqs,
             self.model_config.max_model_len,
+            self._options.number(),
             lambda slot: tables.gpu[slot],
             _alone,
         )

@@ -154,6 +154,7 @@ class WorkerState:
             outcome.selected,
             outcome.metrics,
             outcome.groups,
+            outcome.altered,
         )
 
     def _decide(self, request_id: str, tracked: Tracked) -> None:
@@ -175,6 +176,7 @@ class WorkerState:
             selected=tuple(prompt if one is None else int(keep_mask(one, prompt).sum()) for one in found),
             metrics=tuple(None if one is None or one.metric is None else float(one.metric[0]) for one in found),
             groups=tuple(GroupOutcome(one.start, one.stop, one.copies) for one in decisions),
+            altered=any(one.freed for one in decisions),
         )
         tracked.probes, tracked.selections = None, {}
 
