@@ -157,8 +157,8 @@ class Coded:
         keys, values = set(form.key_widths), set(form.value_widths)
         if len(keys) > 1 or len(values) > 1 or not keys <= {8, 6, 4} or not values <= {8, 4}:
             raise ValueError(
-                f"coded pages hold keys of 8, 6 or 4 bits and values of 8 or 4, one width each; got {form.key_widths} and "
-                f"{form.value_widths}"
+                f"coded pages hold keys of 8, 6 or 4 bits and values of 8 or 4, one width each; got {form.key_widths} "
+                f"and {form.value_widths}"
             )
         device = pool.cache.device
         shape = pool.layers, slots, pool.heads
@@ -270,7 +270,8 @@ def paged_attention(
         )
     if heads // pool.heads * rows.longest > MOST_QUERIES:
         raise ValueError(
-            f"{rows.longest} queries a row by {heads // pool.heads} heads a group; the kernel takes {MOST_QUERIES} in all"
+            f"{rows.longest} queries a row by {heads // pool.heads} heads a group; the kernel takes {MOST_QUERIES} in "
+            f"all"
         )
     if query.is_cuda:
         from refreekv.kernels.paged_decode import launch_paged_attention as attend

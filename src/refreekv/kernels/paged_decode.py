@@ -56,15 +56,19 @@ def _taken_on(
 
 
 @triton.jit
-def _field(byte, shift: tl.constexpr, mask: tl.constexpr, PRODUCT: tl.constexpr):
-    """A field of bytes as a number, `_base` more than it is: its bits in the mantissa of a power of two, where it fits."""
+def _field(byte, shift: tl.constexpr, mask: tl.constexpr, LIFT: tl.constexpr, PRODUCT: tl.constexpr):
+    """A field of bytes as a number: its bits in the mantissa of ``LIFT``, a power of two, where they fit there.
+
+    In bfloat16 it stays so much higher, see `_base`.
+    """
     x = (byte.to(tl.int32) >> shift) & mask
-    if PRODUCT == tl.bfloat16 and mask < 128:
-        return (x | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif PRODUCT == tl.float16 and mask < 1024:
-        return (x | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    if LIFT == 1024:
+        number = (x | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    elif LIFT == 128 and mask < 128:
+        number = (x | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        return x.to(tl.float32).to(PRODUCT)
+        number = x.to(tl.float32).to(PRODUCT)
+    return number
 
 
 @triton.jit
@@ -108,26 +112,26 @@ def _part_of(asked, asking, first: tl.constexpr, count: tl.constexpr, BLOCK_P: t
 def _coded_products(
     whole, halves, quarters, bytes_of, at, inside,
     BITS: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    LIFT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Queries times the codes of keys, `_base` above them."""
+    """Queries times the codes of keys, which are `_base` above their levels."""
     if BITS == 8:
         c = tl.arange(0, BLOCK_D)
         k = tl.load(bytes_of + at[None, :] + c[:, None], inside[None, :] & (c < HEAD)[:, None], 0)
-        return tl.dot(whole[0], _field(k, 0, 255, PRODUCT), input_precision="ieee")
+        return tl.dot(whole[0], _field(k, 0, 255, LIFT, PRODUCT), input_precision="ieee")
     c = tl.arange(0, BLOCK_H)
     k = tl.load(bytes_of + at[None, :] + c[:, None], inside[None, :] & (c < HEAD // 2)[:, None], 0)
-    product = tl.dot(halves[0], _field(k, 0, 15, PRODUCT), input_precision="ieee")
-    product = tl.dot(halves[1], _field(k, 4, 15, PRODUCT), product, input_precision="ieee")
+    product = tl.dot(halves[0], _field(k, 0, 15, LIFT, PRODUCT), input_precision="ieee")
+    product = tl.dot(halves[1], _field(k, 4, 15, LIFT, PRODUCT), product, input_precision="ieee")
     if BITS == 6:
         c = tl.arange(0, BLOCK_Q)
         low = at + HEAD // 2
         k = tl.load(bytes_of + low[None, :] + c[:, None], inside[None, :] & (c < HEAD // 4)[:, None], 0)
         product *= 4.0
-        product = tl.dot(quarters[0], _field(k, 0, 3, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[1], _field(k, 2, 3, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[2], _field(k, 4, 3, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[3], _field(k, 6, 3, PRODUCT), product, input_precision="ieee")
+        product = tl.dot(quarters[0], _field(k, 0, 3, LIFT, PRODUCT), product, input_precision="ieee")
+        product = tl.dot(quarters[1], _field(k, 2, 3, LIFT, PRODUCT), product, input_precision="ieee")
+        product = tl.dot(quarters[2], _field(k, 4, 3, LIFT, PRODUCT), product, input_precision="ieee")
+        product = tl.dot(quarters[3], _field(k, 6, 3, LIFT, PRODUCT), product, input_precision="ieee")
     return product
 
 
@@ -141,7 +145,7 @@ def _attend_kernel(
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
     KEY_BASE: tl.constexpr, VALUE_BASE: tl.constexpr, KEY_BYTES: tl.constexpr, LINE: tl.constexpr,
     CODED_LINES: tl.constexpr, ITEM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_V: tl.constexpr, CODED_BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr, CODED_BLOCK: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """One share of one row's entries of one KV head. ``KEY_BITS`` 0: nothing is coded."""
     row, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -216,7 +220,19 @@ def _attend_kernel(
                 value_factor = (factor >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                 at += (line % CODED_LINES) * LINE
                 product = _coded_products(
-                    whole, halves, quarters, bytes_of, at, inside, KEY_BITS, HEAD, BLOCK_D, BLOCK_H, BLOCK_Q, PRODUCT
+                    whole,
+                    halves,
+                    quarters,
+                    bytes_of,
+                    at,
+                    inside,
+                    KEY_BITS,
+                    HEAD,
+                    BLOCK_D,
+                    BLOCK_H,
+                    BLOCK_Q,
+                    LIFT,
+                    PRODUCT,
                 )
                 logits = (product - base[:, None]) * (key_factor * KEY_STEP)[None, :] + of_mean[:, None]
                 logits = _capped(logits * scaling, softcap, HAS_CAP)
@@ -232,11 +248,11 @@ def _attend_kernel(
                 content = tl.load(bytes_of + at[:, None] + KEY_BYTES + v[None, :], wanted, 0)
                 low_half *= shrink[:, None]
                 if VALUE_BITS == 8:
-                    low_half = tl.dot(weight, _field(content, 0, 255, PRODUCT), low_half, input_precision="ieee")
+                    low_half = tl.dot(weight, _field(content, 0, 255, LIFT, PRODUCT), low_half, input_precision="ieee")
                 else:
                     high_half *= shrink[:, None]
-                    low_half = tl.dot(weight, _field(content, 0, 15, PRODUCT), low_half, input_precision="ieee")
-                    high_half = tl.dot(weight, _field(content, 4, 15, PRODUCT), high_half, input_precision="ieee")
+                    low_half = tl.dot(weight, _field(content, 0, 15, LIFT, PRODUCT), low_half, input_precision="ieee")
+                    high_half = tl.dot(weight, _field(content, 4, 15, LIFT, PRODUCT), high_half, input_precision="ieee")
                 highest = higher
             coded_highest, coded_mass = highest, total
 
@@ -397,20 +413,21 @@ def _shares(rows: int, heads: int, device: torch.device) -> int:
     return max(4, min(64, triton.cdiv(wanted, rows * heads)))
 
 
-def _base(bits: int, half: bool) -> float:
+def _base(bits: int, lift: int) -> float:
     """How much higher than a level, in steps, the number is that products are taken of (see `_field`)."""
-    lift = 128.0 if half else 0.0
+    lift = lift if lift == 128 else 0
     return {8: 0.0, 6: 5 * lift, 4: lift}[bits] + (2**bits - 1) / 2
 
 
 @functools.cache
-def _coding(form: PackedFormat, pool_lines: int, item: int, bf16: bool) -> dict[str, Any]:
+def _coding(form: PackedFormat, pool_lines: int, item: int, product: torch.dtype) -> dict[str, Any]:
     """What the kernel is told of coded lines."""
     (keys,), (values,) = set(form.key_widths), set(form.value_widths)
     size = form.value_size
+    lift = {torch.bfloat16: 128, torch.float16: 1024}.get(product, 0)
     return {
         "KEY_BITS": keys, "VALUE_BITS": values, "KEY_STEP": step(keys), "VALUE_STEP": step(values),
-        "KEY_BASE": _base(keys, bf16), "VALUE_BASE": _base(values, bf16), "KEY_BYTES": form.keys.bytes,
+        "KEY_BASE": _base(keys, lift), "VALUE_BASE": _base(values, lift), "LIFT": lift, "KEY_BYTES": form.keys.bytes,
         "LINE": form.line_bytes, "CODED_LINES": pool_lines * 2 * size * item // form.entry_bytes, "ITEM": item,
         "BLOCK_H": max(16, triton.next_power_of_2(size // 2)), "BLOCK_Q": max(16, triton.next_power_of_2(size // 4)),
         "BLOCK_V": max(16, triton.next_power_of_2(size * values // 8)), "CODED_BLOCK": CODED_BLOCK,
@@ -420,6 +437,7 @@ def _coding(form: PackedFormat, pool_lines: int, item: int, bf16: bool) -> dict[
 NOTHING_CODED = {
     "KEY_BITS": 0, "VALUE_BITS": 0, "KEY_STEP": 0.0, "VALUE_STEP": 0.0, "KEY_BASE": 0.0, "VALUE_BASE": 0.0,
     "KEY_BYTES": 0, "LINE": 0, "CODED_LINES": 0, "ITEM": 0, "BLOCK_H": 0, "BLOCK_Q": 0, "BLOCK_V": 0, "CODED_BLOCK": 0,
+    "LIFT": 0,
 }  # fmt: skip
 
 
@@ -465,7 +483,7 @@ def launch_paged_attention(
     segments = key_means = value_means = denominators
     options: dict[str, Any] = NOTHING_CODED
     if coded is not None:
-        options = _coding(coded.form, pool.lines, pool.cache.element_size(), product == torch.bfloat16)
+        options = _coding(coded.form, pool.lines, pool.cache.element_size(), product)
         rotated = torch.matmul(query, coded.rotation)  # [T, H, D]
         # Of queries that are in no row nothing may be added.
         coded_out = torch.zeros(query.shape, dtype=query.dtype, device=device)

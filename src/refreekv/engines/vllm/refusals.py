@@ -57,12 +57,13 @@ def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
     """ValueError for options that are the other kind of device's."""
     if on_cpu and options.kv_dtype is not None:
         raise ValueError(
-            f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; leave it out"
+            f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
+            f"leave it out"
         )
     if not on_cpu and options.layers_per_group != 1:
         raise ValueError(
-            f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head keeps "
-            f"what it needs; leave it out"
+            f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head "
+            f"keeps what it needs; leave it out"
         )
 
 
@@ -139,8 +140,8 @@ def _on_gpu(config: Any) -> list[tuple[bool, str]]:
         ),
         (
             mode is not None and mode.name == "FULL",
-            "refreekv reads prompts outside of full CUDA graphs; set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE or "
-            "NONE instead of FULL",
+            "refreekv reads prompts outside of full CUDA graphs; set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE "
+            "or NONE instead of FULL",
         ),
         (
             speculation is not None and bool(speculation.uses_dynamic_speculative_decoding()),

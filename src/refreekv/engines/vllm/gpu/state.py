@@ -285,7 +285,7 @@ class KeptState:
         return (counts - SINKS - self.number.recent).clamp(min=0)
 
     def _pages_for(self, counts: Tensor) -> tuple[int, int]:
-        """Pages that hold so many entries of each head, and those of them with entries as they are, which come first."""
+        """Pages that hold so many entries of each head; and those with entries as they are, which come first."""
         coded = int(self._coded_of(counts).sum())
         exact = self.pool.pages_for(int(counts.sum()) - coded)
         if self.form is None:

@@ -77,8 +77,8 @@ class PrunedAttentionManager(FullAttentionManager):
 class PrivateAttentionManager(PrunedAttentionManager):
     """The manager where what is kept of a prompt lies in private blocks, which no block table has.
 
-    The table keeps its columns: null blocks where the prompt's full blocks were, ordinary blocks from the prompt's last,
-    partly filled one on. So slots, positions and further blocks are what they would be without pruning.
+    The table keeps its columns: null blocks where the prompt's full blocks were, ordinary blocks from the prompt's
+    last, partly filled one on. So slots, positions and further blocks are what they would be without pruning.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
