@@ -24,7 +24,7 @@ from refreekv.kernels.storage import TYPES
 BLOCK = 64
 """Entries of a block, where there is the shared memory."""
 
-CODED_BLOCK = 64
+CODED_BLOCK = 128
 """Coded entries of a block."""
 
 PROGRAMS = 16
@@ -118,20 +118,21 @@ def _coded_products(
     if BITS == 8:
         c = tl.arange(0, BLOCK_D)
         k = tl.load(bytes_of + at[None, :] + c[:, None], inside[None, :] & (c < HEAD)[:, None], 0)
-        return tl.dot(whole[0], _field(k, 0, 255, LIFT, PRODUCT), input_precision="ieee")
-    c = tl.arange(0, BLOCK_H)
-    k = tl.load(bytes_of + at[None, :] + c[:, None], inside[None, :] & (c < HEAD // 2)[:, None], 0)
-    product = tl.dot(halves[0], _field(k, 0, 15, LIFT, PRODUCT), input_precision="ieee")
-    product = tl.dot(halves[1], _field(k, 4, 15, LIFT, PRODUCT), product, input_precision="ieee")
-    if BITS == 6:
-        c = tl.arange(0, BLOCK_Q)
-        low = at + HEAD // 2
-        k = tl.load(bytes_of + low[None, :] + c[:, None], inside[None, :] & (c < HEAD // 4)[:, None], 0)
-        product *= 4.0
-        product = tl.dot(quarters[0], _field(k, 0, 3, LIFT, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[1], _field(k, 2, 3, LIFT, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[2], _field(k, 4, 3, LIFT, PRODUCT), product, input_precision="ieee")
-        product = tl.dot(quarters[3], _field(k, 6, 3, LIFT, PRODUCT), product, input_precision="ieee")
+        product = tl.dot(whole[0], _field(k, 0, 255, LIFT, PRODUCT), input_precision="ieee")
+    else:
+        c = tl.arange(0, BLOCK_H)
+        k = tl.load(bytes_of + at[None, :] + c[:, None], inside[None, :] & (c < HEAD // 2)[:, None], 0)
+        product = tl.dot(halves[0], _field(k, 0, 15, LIFT, PRODUCT), input_precision="ieee")
+        product = tl.dot(halves[1], _field(k, 4, 15, LIFT, PRODUCT), product, input_precision="ieee")
+        if BITS == 6:
+            c = tl.arange(0, BLOCK_Q)
+            low = at + HEAD // 2
+            k = tl.load(bytes_of + low[None, :] + c[:, None], inside[None, :] & (c < HEAD // 4)[:, None], 0)
+            product *= 4.0
+            product = tl.dot(quarters[0], _field(k, 0, 3, LIFT, PRODUCT), product, input_precision="ieee")
+            product = tl.dot(quarters[1], _field(k, 2, 3, LIFT, PRODUCT), product, input_precision="ieee")
+            product = tl.dot(quarters[2], _field(k, 4, 3, LIFT, PRODUCT), product, input_precision="ieee")
+            product = tl.dot(quarters[3], _field(k, 6, 3, LIFT, PRODUCT), product, input_precision="ieee")
     return product
 
 
