@@ -129,7 +129,7 @@ class Worker:
         found = [tuple(entry[:4].int().tolist()) for entry in paged_reference._read(pool, held + listed + tail)]
         if table.coded is not None:
             coded = paged_reference._decoded(pool, table, table.coded, layer, slot, head, torch.float32)
-            found += [tuple(entry[:4].round().int().tolist()) for entry in coded]
+            found += [tuple(entry[:4].tolist()) for entry in coded]
             self.read["coded"] += len(coded)
         positions = list(range(one.prompt))
         if self.kept.get(name) is not None:
@@ -140,7 +140,12 @@ class Worker:
         if table.coded is None:
             assert sorted(found) == sorted(wanted), name
         else:
-            assert sorted(part[1:] for part in found) == sorted(part[1:] for part in wanted), name
+            # Eight bits of numbers up to 400.
+            for column in range(4):
+                pairs = zip(
+                    sorted(part[column] for part in found), sorted(part[column] for part in wanted), strict=True
+                )
+                assert max(abs(one - other) for one, other in pairs) < 8, name
         self.read["held"] += len(held)
         self.read["listed"] += len(listed)
         self.read["rows"] += 1
@@ -240,9 +245,9 @@ def test_random_requests(folder, policy, number, asynchronous):
     shared = [rng.randrange(400) for _ in range(120)]
     flying, finished, seen = deque(), {}, Counter()
     total, added, steps = 120, 0, 0
-    while added < total or scheduler.requests or flying:
+    while added < total or scheduler.requests or any(one.total_num_scheduled_tokens for one, _ in flying):
         steps += 1
-        assert steps < 20_000, "requests do not end"
+        assert steps < 4000, "requests do not end"
         for _ in range(rng.randrange(3) if added < total else 0):
             own = [rng.randrange(400) for _ in range(rng.randrange(1, 120))]
             ids = shared[: rng.choice([0, 0, 48, 80, 120])] + own
@@ -270,6 +275,8 @@ def test_random_requests(folder, policy, number, asynchronous):
                     finished[one.request_id] = one.kv_transfer_params
         check(scheduler)
     check_idle(scheduler)
+    worker.execute(scheduler.schedule())
+    assert not worker.state.requests, "the worker remembers requests that have ended"
     freed = sum(report["refreekv"]["blocks_freed"] for report in finished.values() if report)
     assert len(finished) + seen["aborted"] >= total
     assert freed > total

@@ -21,7 +21,7 @@ from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows
 from refreekv.kernels.probe import LOG2E, _capped
 from refreekv.kernels.storage import TYPES
 
-BLOCK = 64
+BLOCK = 128
 """Entries of a block, where there is the shared memory."""
 
 CODED_BLOCK = 128
