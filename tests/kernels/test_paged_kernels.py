@@ -12,9 +12,18 @@ from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows,
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
-from refreekv.kernels.paged_decode import launch_move, launch_paged_attention
+from refreekv.kernels.paged_decode import launch_move, launch_paged_attention, launch_spread
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
+
+
+def by_kernel(pool, table, slot, blocks, places, pages, longest, opening):
+    launch_move(pages, pool, table, slot, blocks, places, longest, opening)
+
+
+def plainly(pool, table, slot, blocks, places, pages, longest, opening):
+    del longest
+    paged_reference.move_to_pages(pool, table, slot, blocks, places, pages, opening)
 
 
 class Case:
@@ -178,7 +187,7 @@ def test_attention(dtype, device, close, counts, more, moved):
         more = {"sinks": torch.randn(HEADS * GROUP, generator=case.generator).to(device)}
     want = dense(case, query, 1, counts, lengths, 0.3, **more)
     if moved:
-        case.move(2, launch_move)
+        case.move(2, by_kernel)
     out = torch.full_like(query, float("nan"))
     more = {"softcap": None, "sinks": None, **more}
     launch_paged_attention(
@@ -195,7 +204,7 @@ def test_layouts(dtype, device, close, by_head, size):
     counts, lengths = (1, 1, 1), [33, 71, 46]
     query = queries(case, counts)
     want = dense(case, query, 2, counts, lengths, 0.2)
-    case.move(1, launch_move)
+    case.move(1, by_kernel)
     out = torch.empty_like(query)
     launch_paged_attention(
         query, case.pool, 2, case.block_table, rows_of(case, counts, lengths), case.table, out, 0.2, None, None
@@ -210,7 +219,7 @@ def test_plain_version(moved):
     query = queries(case, counts)
     want = dense(case, query, 0, counts, lengths, 0.3)
     if moved:
-        case.move(1, paged_reference.move_to_pages)
+        case.move(1, plainly)
     out = torch.zeros_like(query)
     paged_attention(query, case.pool, 0, case.block_table, rows_of(case, counts, lengths), case.table, out, scaling=0.3)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
@@ -222,7 +231,7 @@ def test_coded_entries(dtype, device, close, kind, counts):
     case = Case(dtype, device, size=64)
     lengths, query = [50, 80, 60], queries(case, counts)
     full = dense(case, query, 1, counts, lengths, 0.2)
-    assert case.code(1, kind, launch_move) > 50
+    assert case.code(1, kind, by_kernel) > 50
     rows = rows_of(case, counts, lengths, padded=1)
     want = torch.zeros(query.shape, dtype=torch.float64)
     if device == "cpu":
@@ -238,6 +247,27 @@ def test_coded_entries(dtype, device, close, kind, counts):
     else:
         error = (out.double().cpu() - full).norm() / full.norm()
         assert 1e-4 < error < {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.02}[kind]
+
+
+@pytest.mark.parametrize("kind", ["int4", "k6v4"])
+def test_coded_lines_are_spread_over_pages(dtype, device, kind):
+    case, other = Case(dtype, device, size=64), Case(dtype, device, size=64)
+    form = KVDtype(kind).form((64, 64))
+    each = case.pool.coded_lines(form)
+    first, count = each - 5, 2 * each + 9
+    lines = torch.randint(0, 256, (count, form.line_bytes), generator=case.generator).to(torch.uint8).to(device)
+    factors = torch.randint(0, 256, (count, 4), generator=case.generator).to(torch.uint8).to(device)
+    launch_spread(lines, factors, case.pool, form, first, case.private)
+    if device == "cpu":
+        paged_reference.spread(lines, factors, other.pool, form, first, other.private)
+        for one, two in zip(case.caches, other.caches, strict=True):
+            assert torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+    page, block = first // each, int(case.private[0])
+    raw = case.caches[page].transpose(1, 2)[block].contiguous().view(torch.uint8).flatten()
+    start = (first % each) * form.line_bytes
+    assert torch.equal(raw[start : start + 5 * form.line_bytes].cpu(), lines[:5].flatten().cpu())
+    start = each * form.line_bytes + (first % each) * 4
+    assert torch.equal(raw[start : start + 20].cpu(), factors[:5].flatten().cpu())
 
 
 def test_widths_that_pages_do_not_hold_are_refused():

@@ -164,7 +164,7 @@ class Coded:
         shape = pool.layers, slots, pool.heads
         means = [torch.zeros(*shape, pool.size, device=device) for _ in range(2)]
         segments = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
-        return cls(form, segments, *means, rotation_like(pool.size, device, pool.cache.dtype))
+        return cls(form, segments, means[0], means[1], rotation_like(pool.size, device, pool.cache.dtype))
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,15 @@ def paged_attention(
             f"{rows.longest} queries a row by {heads // pool.heads} heads a group; the kernel takes {MOST_QUERIES} in "
             f"all"
         )
+    arguments = query, pool, layer, block_table, rows, table, output, scaling, softcap, sinks
     if query.is_cuda:
-        from refreekv.kernels.paged_decode import launch_paged_attention as attend
+        from refreekv.kernels.paged_decode import launch_paged_attention
+
+        launch_paged_attention(*arguments)
     else:
-        from refreekv.kernels.paged_reference import paged_attention as attend
-    attend(query, pool, layer, block_table, rows, table, output, scaling, softcap, sinks)
+        from refreekv.kernels import paged_reference
+
+        paged_reference.paged_attention(*arguments)
 
 
 MOST_QUERIES = 128
@@ -315,10 +319,13 @@ def move_to_pages(
         See ``places``.
     """
     if pool.cache.is_cuda:
-        from refreekv.kernels.paged_decode import launch_move as move
+        from refreekv.kernels.paged_decode import launch_move
+
+        launch_move(pages, pool, table, slot, blocks, places, longest, opening)
     else:
-        from refreekv.kernels.paged_reference import move_to_pages as move
-    move(pool, table, slot, blocks, places, pages, longest, opening)
+        from refreekv.kernels import paged_reference
+
+        paged_reference.move_to_pages(pool, table, slot, blocks, places, pages, opening)
 
 
 def code_to_pages(
@@ -365,10 +372,13 @@ def code_to_pages(
     there = upload(torch.tensor(table, dtype=torch.int64), device)
     kernels.pack_lines(keys, values, there, form, maps, spans, end=keys.shape[2], longest=max(counts))
     if pool.cache.is_cuda:
-        from refreekv.kernels.paged_decode import launch_spread as spread
+        from refreekv.kernels.paged_decode import launch_spread
+
+        launch_spread(lines, factors, pool, form, first, pages)
     else:
-        from refreekv.kernels.paged_reference import spread
-    spread(pool, form, lines, factors, first, pages)
+        from refreekv.kernels import paged_reference
+
+        paged_reference.spread(lines, factors, pool, form, first, pages)
 
 
 def upload(numbers: Tensor, device: torch.device) -> Tensor:

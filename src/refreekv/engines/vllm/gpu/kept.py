@@ -139,7 +139,7 @@ def _stacked(
     nowhere = torch.full_like(first.columns, prompt - 1)
     none = (nowhere, torch.zeros_like(first.real), torch.zeros_like(first.lines))
     parts = [none if one is None or one.columns is None else (one.columns, one.real, one.lines) for one in layers]
-    columns, real, lines = (torch.stack(part) for part in zip(*parts, strict=True))  # type: ignore[arg-type]
+    columns, real, lines = (torch.stack(part) for part in zip(*parts, strict=True))
     return columns, real, lines
 
 
@@ -159,9 +159,12 @@ def _lists_of(keep: Tensor, columns: Tensor | None, real: Tensor | None) -> tupl
 
 def _to_bits(keep: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=keep.device)
+    bits: Tensor = (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
+    return bits
 
 
 def _from_bits(bits: Tensor, prompt: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[..., None] >> places) & 1).flatten(-2)[..., :prompt].bool()
+    keep: Tensor = ((bits[..., None] >> places) & 1).flatten(-2)[..., :prompt].bool()
+    return keep

@@ -1,7 +1,7 @@
 """One engine step on CUDA: whose queries are read by which kernel, and which of them a policy wants to see."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ EVERYTHING = np.iinfo(np.int32).max
 """A number of tokens that no row has."""
 
 
-class PromptPart(NamedTuple):
+@dataclass(frozen=True)
+class PromptPart:
     """Prompt tokens of one request that are computed for the first time in this step.
 
     Attributes
