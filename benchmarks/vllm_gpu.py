@@ -64,7 +64,7 @@ def engine(options: argparse.Namespace, folder: str, mode: str) -> Any:
         from refreekv.engines.vllm.config import PluginOptions
         from refreekv.engines.vllm.launch import engine_arguments
 
-        more = engine_arguments(PluginOptions(policy, kv_dtype=kind or None))
+        more = engine_arguments(PluginOptions(policy, kv_dtype=kind or "16"))
     elif kind:
         more = {"kv_cache_dtype": kind}
         if "per_token_head" in kind:

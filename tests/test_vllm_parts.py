@@ -153,6 +153,8 @@ def _config(**changes):
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4"}}, "knows no codes"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int5"}}, "kv_dtype must be"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "auto"}}, "one width so far"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4+int8"}}, "one width so far"),
     ],
 )
 def test_configurations_that_cannot_be_served(changes, sentence):
@@ -237,6 +239,6 @@ def test_the_command_carries_the_options_as_json():
     assert config["kv_connector_extra_config"] == {
         "policy": "snapkv:ratio=0.5",
         "layers_per_group": 3,
-        "kv_dtype": None,
+        "kv_dtype": "16",
         "log_requests": False,
     }

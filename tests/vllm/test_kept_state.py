@@ -232,7 +232,7 @@ def test_private_entries_may_be_coded(policy):
     driver.step(a=1, b=1)
     assert driver.outcomes["a"].altered
     driver.move("a")
-    driver.error = 0.05
+    driver.error = 0.1
     driver.step(a=2, b=1)
     found = driver.state.table.coded.segments[:, driver.sequences["a"].slot, :, 1]
     kept = torch.tensor(driver.outcomes["a"].kept).view(LAYERS, HEADS)
@@ -248,7 +248,7 @@ def test_private_entries_may_be_coded(policy):
     driver.error = 2e-5
     driver.step(a=1)
     driver.move("a")
-    driver.error = 0.05
+    driver.error = 0.1
     driver.step(a=1, b=1)
 
 

@@ -24,7 +24,7 @@ def serve(
             help="CPUs only: layers that share a block table, and keep the union of what each would. 1 saves most.",
         ),
     ] = 1,
-    kv_dtype: KVDtypeOption = None,
+    kv_dtype: KVDtypeOption = "16",
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt.")
     ] = False,

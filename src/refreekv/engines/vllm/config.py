@@ -7,13 +7,16 @@ from refreekv.core.quantisation import KVDtype
 from refreekv.core.spelling import suggestion
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
-from refreekv.policies.base import check_count, check_flag
+from refreekv.policies.base import AUTO, check_count, check_flag
 from refreekv.policies.registry import parse
 
 CONNECTOR = "RefreekvConnector"
 """Name of the KV connector, as `--kv-transfer-config` spells it."""
 
 CONNECTOR_MODULE = "refreekv.engines.vllm.connector"
+
+EXACT = "16"
+"""What `PluginOptions.kv_dtype` calls entries as the model computes them."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,23 @@ class PluginOptions:
     layers_per_group : int
         Consecutive layers that share one block table. They keep the union of what each of
         them would keep. 1 saves most; more layers cost the scheduler less.
-    kv_dtype : str or None
-        How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest; None: as
-        the model computes them. On GPUs only.
+    kv_dtype : str
+        How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest;
+        ``"16"``: as the model computes them. On GPUs only.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
     """
 
     policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
-    kv_dtype: str | None = None
+    kv_dtype: str = EXACT
     log_requests: bool = False
 
     def __post_init__(self) -> None:
         parse(self.policy)
         check_count("layers_per_group", self.layers_per_group, minimum=1)
         check_flag("log_requests", self.log_requests)
-        KVDtype.parse(self.kv_dtype)
+        self.number()
 
     @classmethod
     def of(cls, vllm_config: Any) -> "PluginOptions":
@@ -61,7 +64,14 @@ class PluginOptions:
         return parse(self.policy)
 
     def number(self) -> KVDtype | None:
-        """How kept entries are stored."""
+        """How kept entries are stored; None: as they are."""
+        if self.kv_dtype == EXACT:
+            return None
+        if self.kv_dtype == AUTO or "+" in self.kv_dtype:
+            raise ValueError(
+                f"kv_dtype={self.kv_dtype!r}: in vLLM all kept entries have one width so far; choose 16, int8, int4, k8v4 "
+                f"or k6v4"
+            )
         return KVDtype.parse(self.kv_dtype)
 
     def transfer_config(self) -> dict[str, Any]:

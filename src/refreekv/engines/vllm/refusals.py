@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from refreekv.engines.vllm.config import CONNECTOR, PluginOptions
+from refreekv.engines.vllm.config import CONNECTOR, EXACT, PluginOptions
 from refreekv.engines.vllm.launch import installed_version
 from refreekv.policies import Policy
 from refreekv.policies.joint import JointPolicy
@@ -55,7 +55,7 @@ def check_settings(vllm_config: Any) -> PluginOptions:
 
 def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
     """ValueError for options that are the other kind of device's."""
-    if on_cpu and options.kv_dtype is not None:
+    if on_cpu and options.kv_dtype != EXACT:
         raise ValueError(
             f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
             f"leave it out"
