@@ -12,7 +12,8 @@ from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows,
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
-from refreekv.kernels.paged_decode import launch_move, launch_paged_attention, launch_spread
+from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_storage import launch_move, launch_spread
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
 

@@ -319,7 +319,7 @@ def move_to_pages(
         See ``places``.
     """
     if pool.cache.is_cuda:
-        from refreekv.kernels.paged_decode import launch_move
+        from refreekv.kernels.paged_storage import launch_move
 
         launch_move(pages, pool, table, slot, blocks, places, longest, opening)
     else:
@@ -372,7 +372,7 @@ def code_to_pages(
     there = upload(torch.tensor(table, dtype=torch.int64), device)
     kernels.pack_lines(keys, values, there, form, maps, spans, end=keys.shape[2], longest=max(counts))
     if pool.cache.is_cuda:
-        from refreekv.kernels.paged_decode import launch_spread
+        from refreekv.kernels.paged_storage import launch_spread
 
         launch_spread(lines, factors, pool, form, first, pages)
     else:

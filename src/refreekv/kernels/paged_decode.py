@@ -76,9 +76,7 @@ def _field(byte, shift: tl.constexpr, mask: tl.constexpr, LIFT: tl.constexpr, PR
 
 
 @triton.jit
-def _line_at(
-    line, pages, offsets, inside, block_stride, LINES: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr
-):
+def line_at(line, pages, offsets, inside, block_stride, LINES: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr):
     """First elements of lines in private pages, from the pool's beginning."""
     page = line // LINES
     block = tl.load(pages + page // LAYERS, inside, 0).to(tl.int64)
@@ -93,7 +91,7 @@ def _token_at(position, blocks, own, head, inside, block_stride, token_stride, h
 
 
 @triton.jit
-def _listed_at(
+def listed_at(
     position, blocks, own, replaced, head, inside, block_stride, token_stride, head_stride,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +142,7 @@ def _coded_products(
 def _attend_kernel(
     query, rotated, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded, means, starts,
     pages, partial, coded_partial, masses, denominators,
-    layer, group, scaling, softcap, sq_t, sq_h, table_stride, page_stride, block_stride, token_stride, head_stride,
+    layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride, block_stride, token_stride, head_stride,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
     LAYERS: tl.constexpr, TOKENS: tl.constexpr, PRODUCT: tl.constexpr, HAS_CAP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
@@ -265,7 +263,7 @@ def _attend_kernel(
         for block in range(tl.maximum(low, packed), tl.minimum(high, ordinary)):
             entry = (block - packed) * BLOCK + n
             inside = entry < held
-            at = _line_at(
+            at = line_at(
                 first + entry, pages + slot * page_stride, offsets, inside, block_stride, LINES, LAYERS, 2 * HEAD
             )
             highest, total, result = _taken_on(
@@ -278,7 +276,7 @@ def _attend_kernel(
             for block in range(tl.maximum(low, ordinary), tl.minimum(high, tail)):
                 entry = (block - ordinary) * BLOCK + n
                 inside = entry < listed
-                at = _listed_at(
+                at = listed_at(
                     tl.load(positions + entry, inside, 0), blocks, own, replaced, head, inside,
                     block_stride, token_stride, head_stride, TOKENS, 2 * HEAD,
                 )  # fmt: skip
@@ -299,7 +297,7 @@ def _attend_kernel(
 
         found = total > 0
         unit = 1.0 / tl.where(found, total, 1.0)
-        slot_of = ((row * heads + head).to(tl.int64) * shares + share) * BLOCK_M + m
+        slot_of = ((row * heads + head).to(tl.int64) * shares + share) * most + m
         real = asking & found
         tl.store(denominators + slot_of, tl.where(found, highest + tl.log2(total), float("-inf")), asking)
         tl.store(
@@ -322,7 +320,7 @@ def _attend_kernel(
 def _join_kernel(
     partial, coded_partial, masses, denominators, begins, ends, slots, means, sinks, out, coded_out,
     group, shares, so_t, so_h,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, HAS_SINKS: tl.constexpr,
     CODED: tl.constexpr,
 ):  # fmt: skip
     """One query of one query head: its parts, weighted by their shares of the softmax."""
@@ -332,7 +330,7 @@ def _join_kernel(
     if m < (tl.load(ends + row) - begin) * group:
         s = tl.arange(0, BLOCK_S)
         d = tl.arange(0, BLOCK_D)
-        slot = ((row * heads + head).to(tl.int64) * shares + s) * BLOCK_M + m
+        slot = ((row * heads + head).to(tl.int64) * shares + s) * tl.num_programs(2) + m
         share = tl.load(denominators + slot, s < shares, float("-inf"))
         highest = tl.max(share, 0)
         query_head = head * group + m % group
@@ -358,57 +356,6 @@ def _join_kernel(
             tl.store(at, tl.sum(part * weight[:, None], 0).to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
-
-
-@triton.jit
-def _move_kernel(
-    pool, offsets, segments, slot, blocks, places, pages, slots, opening,
-    block_stride, token_stride, head_stride,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
-    LAYERS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Some listed entries of one layer and head, to their lines."""
-    layer, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    segment = segments + ((layer.to(tl.int64) * slots + slot) * HEADS + head) * _COLUMNS
-    left_out = tl.load(places + tl.num_programs(1) + tl.program_id(1)).to(tl.int32)
-    moved = tl.load(segment + 3).to(tl.int32) - left_out
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK < moved:
-        inside = entry < moved
-        listed = tl.load(segment + 2).to(tl.pointer_type(tl.int32)) + tl.where(entry < opening, entry, entry + left_out)
-        source = _listed_at(
-            tl.load(listed, inside, 0), blocks, tl.load(offsets + layer), tl.load(segment + 4), head, inside,
-            block_stride, token_stride, head_stride, TOKENS, WIDTH,
-        )  # fmt: skip
-        line = tl.load(places + tl.program_id(1)).to(tl.int32) + entry
-        target = _line_at(line, pages, offsets, inside, block_stride, LINES, LAYERS, WIDTH)
-        w = tl.arange(0, BLOCK_W)
-        real = inside[:, None] & (w < WIDTH)[None, :]
-        tl.store(pool + target[:, None] + w[None, :], tl.load(pool + source[:, None] + w[None, :], real), real)
-
-
-@triton.jit
-def _spread_kernel(
-    lines, factors, pool, offsets, pages, first, count, block_stride,
-    LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, LAYERS: tl.constexpr,
-    ITEM: tl.constexpr,
-):  # fmt: skip
-    """Some coded lines and their factors, to their pages."""
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < count
-    line = first + entry
-    page = line // CODED_LINES
-    block = tl.load(pages + page // LAYERS, inside, 0).to(tl.int64)
-    at = (tl.load(offsets + page % LAYERS, inside, 0) * _UNIT + block * block_stride) * ITEM
-    bytes_of = pool.to(tl.pointer_type(tl.uint8))
-    into = (bytes_of + at + CODED_LINES * LINE).to(tl.pointer_type(tl.uint32)) + line % CODED_LINES
-    tl.store(into, tl.load(factors.to(tl.pointer_type(tl.uint32)) + entry, inside), inside)
-    w = tl.arange(0, BLOCK_W)
-    real = inside[:, None] & (w < LINE // 8)[None, :]
-    # Lines are multiples of 8 bytes.
-    source = lines.to(tl.pointer_type(tl.int64)) + entry[:, None].to(tl.int64) * (LINE // 8) + w[None, :]
-    target = (bytes_of + at + (line % CODED_LINES) * LINE).to(tl.pointer_type(tl.int64))
-    tl.store(target[:, None] + w[None, :], tl.load(source, real), real)
 
 
 @functools.cache
@@ -481,7 +428,7 @@ def launch_paged_attention(
             block //= 2
     if warps is None:
         warps = 4 if block_m * block_d <= 8192 else 8
-    device, slots = query.device, (count, heads, shares, block_m)
+    device, slots = query.device, (count, heads, shares, group * rows.longest)
     partial = torch.empty(*slots, size, dtype=torch.float32, device=device)
     denominators = torch.empty(slots, dtype=torch.float32, device=device)
     coded, rotated, coded_out, coded_partial, masses = table.coded, query, query, partial, denominators
@@ -499,7 +446,8 @@ def launch_paged_attention(
         query, rotated, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths, rows.tables,
         rows.slots, table.segments[layer], segments, key_means, table.starts, table.pages, partial, coded_partial,
         masses, denominators,
-        layer, group, scaling, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
+        layer, group, group * rows.longest, scaling, 1.0 if softcap is None else softcap,
+        query.stride(0), query.stride(1),
         block_table.stride(0), table.pages.stride(0), *pool.shared_strides(),
         HEAD=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK=block, LINES=pool.lines, LAYERS=pool.layers,
         TOKENS=pool.tokens, PRODUCT=TYPES[product], HAS_CAP=softcap is not None, **options,
@@ -509,42 +457,9 @@ def launch_paged_attention(
         partial, coded_partial, masses, denominators, rows.begins, rows.ends, rows.slots, value_means,
         query if sinks is None else sinks, output, coded_out,
         group, shares, output.stride(0), output.stride(1),
-        HEAD=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_S=max(2, triton.next_power_of_2(shares)),
+        HEAD=size, BLOCK_D=block_d, BLOCK_S=max(2, triton.next_power_of_2(shares)),
         HAS_SINKS=sinks is not None, CODED=coded is not None, num_warps=4,
     )  # fmt: skip
     if coded is not None:
         flat = output.view(-1, size)
         flat.addmm_(coded_out.view(-1, size), coded.rotation.T)
-
-
-@on_its_device
-def launch_move(
-    pages: Tensor,
-    pool: Pool,
-    table: PagedTable,
-    slot: int,
-    blocks: Tensor,
-    places: Tensor,
-    longest: int,
-    opening: int,
-) -> None:
-    """Run the copy; parameters as in `kernels.paged.move_to_pages`."""
-    width = 2 * pool.size
-    if not longest:
-        return
-    _move_kernel[(triton.cdiv(longest, 16), pool.layers * pool.heads)](
-        pool.cache, pool.offsets, table.segments, slot, blocks, places, pages, table.segments.shape[1], opening,
-        *pool.shared_strides(),
-        HEADS=pool.heads, WIDTH=width, BLOCK_W=triton.next_power_of_2(width), BLOCK=16, LINES=pool.lines,
-        LAYERS=pool.layers, TOKENS=pool.tokens, num_warps=4,
-    )  # fmt: skip
-
-
-@on_its_device
-def launch_spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
-    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
-    _spread_kernel[(triton.cdiv(len(lines), 32),)](
-        lines, factors, pool.cache, pool.offsets, pages, first, len(lines), pool.cache.stride(0),
-        LINE=form.line_bytes, BLOCK_W=triton.next_power_of_2(form.line_bytes // 8), BLOCK=32,
-        CODED_LINES=pool.coded_lines(form), LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
-    )  # fmt: skip

@@ -69,8 +69,8 @@ class PluginOptions:
             return None
         if self.kv_dtype == AUTO or "+" in self.kv_dtype:
             raise ValueError(
-                f"kv_dtype={self.kv_dtype!r}: in vLLM all kept entries have one width so far; choose 16, int8, int4, k8v4 "
-                f"or k6v4"
+                f"kv_dtype={self.kv_dtype!r}: in vLLM all kept entries have one width so far; choose 16, int8, int4, "
+                f"k8v4 or k6v4"
             )
         return KVDtype.parse(self.kv_dtype)
 
