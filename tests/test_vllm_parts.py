@@ -213,6 +213,12 @@ def test_serve_prints_the_command(capsys):
     assert f'"policy": "{DEFAULT_POLICY}"' in done.out
 
 
+def test_adaptive_makes_surrogates_where_there_is_one_width():
+    policy = PluginOptions("adaptive:constant=0.001").build()
+    assert (policy.constant, policy.bits) == (0.001, 16)
+    assert policy.probe_plan(4000).queries
+
+
 def test_serve_refuses(capsys):
     for arguments, sentence in [
         (["--policy", "nope"], "no policy is named 'nope'"),

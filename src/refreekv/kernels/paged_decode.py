@@ -142,7 +142,8 @@ def _coded_products(
 def _attend_kernel(
     query, rotated, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded, means, starts,
     pages, partial, coded_partial, masses, denominators,
-    layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride, block_stride, token_stride, head_stride,
+    layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride,
+    block_stride, token_stride, head_stride,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
     LAYERS: tl.constexpr, TOKENS: tl.constexpr, PRODUCT: tl.constexpr, HAS_CAP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,

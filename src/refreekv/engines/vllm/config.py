@@ -1,12 +1,13 @@
 """The plugin's options: the extra configuration of its KV connector."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.spelling import suggestion
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
+from refreekv.policies.adaptive import Adaptive
 from refreekv.policies.base import AUTO, check_count, check_flag
 from refreekv.policies.registry import parse
 
@@ -60,8 +61,9 @@ class PluginOptions:
         return cls(**extra)
 
     def build(self) -> Policy:
-        """The policy."""
-        return parse(self.policy)
+        """The policy; `adaptive` without the choice of widths, which vLLM's blocks do not have so far."""
+        policy = parse(self.policy)
+        return replace(policy, bits=16) if isinstance(policy, Adaptive) else policy
 
     def number(self) -> KVDtype | None:
         """How kept entries are stored; None: as they are."""
