@@ -1,4 +1,4 @@
-"""On a GPU: greedy tokens of the engine equal transformers with the same evictions, in float32; and no block is lost."""
+"""On a GPU: greedy tokens equal those of transformers with the same evictions, in float32; no block is lost."""
 
 import random
 
@@ -122,7 +122,7 @@ def test_500_random_requests(folder, asynchronous):
                 live.discard(gone)
             preempted = max(preempted, sum(request.num_preemptions for request in vllm.scheduler.requests.values()))
             live -= {output.request_id for output in vllm.step() if output.finished}
-        vllm.settle()
+        vllm.finish()
         freed = sum(report["blocks_freed"] for report in vllm.reports.values() if report)
     assert preempted > 0
     assert freed > 500
