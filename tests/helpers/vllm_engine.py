@@ -122,7 +122,17 @@ class Engine:
 
 
 @contextmanager
-def engine(folder, policy="refreekv", *, layers_per_group=1, pruned=True, kv_mib=512, asynchronous=False, **arguments):
+def engine(
+    folder,
+    policy="refreekv",
+    *,
+    layers_per_group=1,
+    kv_dtype="16",
+    pruned=True,
+    kv_mib=512,
+    asynchronous=False,
+    **arguments,
+):
     """An engine with the plugin in this process; everything of it is gone afterwards."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -133,7 +143,7 @@ def engine(folder, policy="refreekv", *, layers_per_group=1, pruned=True, kv_mib
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import engine_arguments
 
-    ours = engine_arguments(PluginOptions(policy, layers_per_group)) if pruned else {}
+    ours = engine_arguments(PluginOptions(policy, layers_per_group, kv_dtype)) if pruned else {}
     if "kv_transfer_config" in ours:
         from vllm.config import KVTransferConfig
 

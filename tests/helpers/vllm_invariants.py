@@ -21,7 +21,7 @@ def check(scheduler: Any) -> None:
     pool, managers = manager.block_pool, manager.coordinator.single_type_managers
     held: Counter[int] = Counter()
     for one in managers:
-        for blocks in one.req_to_blocks.values():
+        for blocks in [*one.req_to_blocks.values(), *getattr(one, "private", {}).values()]:
             held.update(block.block_id for block in blocks if not block.is_null)
     for _, blocks in scheduler.deferred_frees:
         held.update(block.block_id for block in blocks if not block.is_null)
@@ -57,8 +57,11 @@ def _check_requests(scheduler: Any, managers: Any) -> None:
             if not blocks or index in entry.pending:
                 continue
             nulls = [place for place, block in enumerate(blocks) if block.is_null]
-            assert nulls == list(range(group.start, group.stop)), f"{request_id} has other holes than it was told"
-            private = blocks[: group.copies]
+            beside = hasattr(one, "private")
+            start = 0 if beside else group.start
+            assert nulls == list(range(start, group.stop)), f"{request_id} has other holes than it was told"
+            private = one.private.get(request_id, []) if beside else blocks[: group.copies]
+            assert len(private) == group.copies, f"{request_id} has {len(private)} private blocks, not {group.copies}"
             assert all(block.block_hash is None and block.ref_cnt == 1 for block in private), (
                 f"a private block of {request_id} is offered to the prefix cache or shared"
             )

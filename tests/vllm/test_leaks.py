@@ -63,7 +63,7 @@ def test_500_random_requests(tiny, request, policy, asynchronous):
             finished |= ended
             live -= ended
             most = max(most, len(vllm.scheduler.running))
-        vllm.settle()
+        vllm.finish()
         freed = sum(report["blocks_freed"] for report in vllm.reports.values() if report)
 
     assert len(finished | aborted) == added >= total

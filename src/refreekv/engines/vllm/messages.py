@@ -50,6 +50,8 @@ class PruningOutcome:
         For each layer, the policy's criterion at what is kept.
     groups : tuple of GroupOutcome
         One for each KV cache group.
+    altered : bool
+        Whether tokens after the prompt see anything else than all of it, as it was computed.
     """
 
     request_id: str
@@ -59,6 +61,7 @@ class PruningOutcome:
     selected: tuple[int, ...]
     metrics: tuple[float | None, ...]
     groups: tuple[GroupOutcome, ...]
+    altered: bool
 
 
 @dataclass

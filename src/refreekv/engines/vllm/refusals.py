@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from refreekv.engines.vllm.config import CONNECTOR, PluginOptions
+from refreekv.engines.vllm.config import CONNECTOR, EXACT, PluginOptions
 from refreekv.engines.vllm.launch import installed_version
 from refreekv.policies import Policy
 from refreekv.policies.joint import JointPolicy
@@ -46,10 +46,25 @@ def check_settings(vllm_config: Any) -> PluginOptions:
         )
     options = PluginOptions.of(vllm_config)
     check_policy(options.build())
+    check_options(options, on_cpu=vllm_config.device_config.device_type == "cpu")
     for refused, sentence in _refusals(vllm_config):
         if refused:
             raise ValueError(sentence)
     return options
+
+
+def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
+    """ValueError for options that are the other kind of device's."""
+    if on_cpu and options.kv_dtype != EXACT:
+        raise ValueError(
+            f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
+            f"leave it out"
+        )
+    if not on_cpu and options.layers_per_group != 1:
+        raise ValueError(
+            f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head "
+            f"keeps what it needs; leave it out"
+        )
 
 
 def _refusals(config: Any) -> list[tuple[bool, str]]:
@@ -79,6 +94,7 @@ def _refusals(config: Any) -> list[tuple[bool, str]]:
             parallel.pipeline_parallel_size > 1,
             "refreekv does not support pipeline parallelism yet; use --tensor-parallel-size",
         ),
+        *(_on_cpu(config) if config.device_config.device_type == "cpu" else _on_gpu(config)),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "refreekv does not support context parallelism, which shards what it prunes",
@@ -96,16 +112,51 @@ def _refusals(config: Any) -> list[tuple[bool, str]]:
             bool(cache.kv_sharing_fast_prefill),
             "refreekv cannot prune layers that share another layer's KV cache; leave out --kv-sharing-fast-prefill",
         ),
-        (
-            config.device_config.device_type != "cpu",
-            f"refreekv supports vLLM on CPUs so far, and this is {config.device_config.device_type}: its attention "
-            f"backends there have not been tried with pruned block tables",
-        ),
+    ]
+
+
+def _on_cpu(config: Any) -> list[tuple[bool, str]]:
+    return [
         (
             bool(config.use_v2_model_runner),
-            "refreekv supports vLLM's V1 model runner only; set VLLM_USE_V2_MODEL_RUNNER=0",
+            "refreekv supports vLLM's V1 model runner only on CPUs; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
     ]
+
+
+def _on_gpu(config: Any) -> list[tuple[bool, str]]:
+    device, speculation = config.device_config.device_type, config.speculative_config
+    mode = config.compilation_config.cudagraph_mode
+    return [
+        (device != "cuda", f"refreekv supports vLLM on CPUs and on CUDA, and this is {device}"),
+        (
+            not config.use_v2_model_runner,
+            "refreekv supports vLLM's V2 model runner only on CUDA, and this configuration runs on V1: unset "
+            "VLLM_USE_V2_MODEL_RUNNER, and leave out what V2 does not know (vLLM's log says what)",
+        ),
+        (
+            config.parallel_config.tensor_parallel_size > 1,
+            "refreekv does not support tensor parallelism on CUDA yet; use one GPU, or --data-parallel-size",
+        ),
+        (
+            mode is not None and mode.name == "FULL",
+            "refreekv reads prompts outside of full CUDA graphs; set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE "
+            "or NONE instead of FULL",
+        ),
+        (
+            speculation is not None and bool(speculation.uses_dynamic_speculative_decoding()),
+            "refreekv does not support a number of drafts that changes with the batch",
+        ),
+    ]
+
+
+def check_backends(others: list[str]) -> None:
+    """ValueError if vLLM chose attention backends that the plugin does not know, named by their builders."""
+    if others:
+        raise ValueError(
+            f"refreekv reads the KV cache of FLASH_ATTN and TRITON_ATTN, and vLLM chose a backend with "
+            f"{' and '.join(sorted(set(others)))}; set --attention-backend FLASH_ATTN or TRITON_ATTN"
+        )
 
 
 def check_layers(specs: dict[str, Any], prunable: list[str], layers_per_group: int) -> None:

@@ -7,7 +7,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
+from refreekv.engines.vllm.scheduler_side.manager import PrivateAttentionManager, PrunedAttentionManager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,20 @@ class PrunedAttentionSpec(FullAttentionSpec):
         return all(spec == self for spec in kv_cache_specs.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrivateAttentionSpec(PrunedAttentionSpec):
+    """All layers share ordinary block tables; what is kept of a prompt lies in private blocks beside these."""
+
+
 def register_spec() -> None:
-    """Make the spec known to vLLM in this process; may be called repeatedly."""
+    """Make the specs known to vLLM in this process; may be called repeatedly."""
     # vLLM registers its own specs lazily, and only while the registry is empty.
     register_all_kvcache_specs(None)
     KVCacheSpecRegistry.register(
         PrunedAttentionSpec, PrunedAttentionManager, uniform_type_base_spec=PrunedAttentionSpec
+    )
+    KVCacheSpecRegistry.register(
+        PrivateAttentionSpec, PrivateAttentionManager, uniform_type_base_spec=PrivateAttentionSpec
     )
 
 

@@ -59,4 +59,4 @@ class Ledger:
         outcome = entry.outcome if entry is not None else None
         if outcome is None:
             return min(tokens, int(request.num_prompt_tokens))
-        return min(tokens, outcome.prompt) if any(group.freed for group in outcome.groups) else tokens
+        return min(tokens, outcome.prompt) if outcome.altered else tokens

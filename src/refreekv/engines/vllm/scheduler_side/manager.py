@@ -72,3 +72,27 @@ class PrunedAttentionManager(FullAttentionManager):
         freed = self.free_range(request_id, 0, stop)
         self.req_to_blocks[request_id][: len(private)] = private
         return freed - len(private)
+
+
+class PrivateAttentionManager(PrunedAttentionManager):
+    """The manager where what is kept of a prompt lies in private blocks, which no block table has.
+
+    The table keeps its columns: null blocks where the prompt's full blocks were, ordinary blocks from the prompt's
+    last, partly filled one on. So slots, positions and further blocks are what they would be without pruning.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.private: dict[str, list[KVCacheBlock]] = {}
+
+    def move_into(self, request_id: str, private: Sequence[KVCacheBlock], stop: int) -> int:
+        """Hold private blocks for a request and free all others before table entry ``stop``; blocks held fewer."""
+        assert request_id not in self.private, f"{request_id} has private blocks already"
+        self.private[request_id] = list(private)
+        return self.free_range(request_id, 0, stop) - len(private)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """All blocks that a request holds, which are no longer its own: whoever calls this frees them."""
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        # In front, so that they are freed last and reused last; nobody finds anything in them.
+        return [*self.private.pop(request_id, ()), *blocks]

@@ -11,27 +11,26 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from refreekv.engines.vllm.messages import StepOrders
-from refreekv.engines.vllm.worker_side.state import WorkerState
 from refreekv.pruning.copy_scores import TOKENS, CopyProbe, tokens_said_twice
 
 REQUEST = "refreekv-calibration"
 
 
-def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> list[Tensor]:
+def measure_copy_scores(runner: Any, state: Any, vllm_config: Any) -> list[Tensor]:
     """How much each KV head copies (`pruning.copy_scores`), by layer: ``[H_kv]`` over all ranks.
 
     Parameters
     ----------
     runner : vLLM model runner
         With its KV cache; no request has been computed yet.
-    state : WorkerState
+    state : WorkerState or KeptState
         The runner's.
     vllm_config : VllmConfig
         vLLM's configuration.
     """
     model, blocks = vllm_config.model_config, runner.kv_cache_config.num_blocks
     # Where not even this prompt fits, prompts are so short that the scores decide little: fewer tokens will do.
-    room = min(model.max_model_len, (blocks - 1) // state.groups * state.layout.block)
+    room = min(model.max_model_len, (blocks - 1) // state.groups * state.block)
     prompt, count = tokens_said_twice(model.hf_text_config, min(TOKENS, (room - 1) // 2))
     probe = CopyProbe(tokens=count)
     policy, state.policy = state.policy, probe
@@ -39,7 +38,7 @@ def measure_copy_scores(runner: Any, state: WorkerState, vllm_config: Any) -> li
         chunk = vllm_config.scheduler_config.max_num_batched_tokens
         for start in range(0, len(prompt), chunk):
             stop = min(start + chunk, len(prompt))
-            runner.execute_model(_chunk(prompt, start, stop, state.groups, state.layout.block))
+            runner.execute_model(_chunk(prompt, start, stop, state.groups, state.block))
             runner.sample_tokens(None)
         farewell = SchedulerOutput.make_empty()
         farewell.finished_req_ids = {REQUEST}
@@ -58,8 +57,11 @@ def _chunk(prompt: list[int], start: int, stop: int, groups: int, block: int) ->
         # Block 0 is the null block.
         blocks = tuple(list(range(1 + group * each, 1 + (group + 1) * each)) for group in range(groups))
         output.scheduled_new_reqs = [
-            NewRequestData(REQUEST, prompt, [], SamplingParams(temperature=0, max_tokens=1), None, blocks, 0, None)
-        ]
+            NewRequestData(
+                REQUEST, prompt, [], SamplingParams(temperature=0, max_tokens=1), None, blocks, 0, None,
+                prefill_token_ids=prompt,
+            )
+        ]  # fmt: skip
     else:
         output.scheduled_cached_reqs = CachedRequestData([REQUEST], set(), [], {}, [None], [start], [0])
     output.num_scheduled_tokens = {REQUEST: stop - start}

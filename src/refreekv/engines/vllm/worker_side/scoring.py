@@ -44,6 +44,13 @@ class Probes:
     plan: ProbePlan
     positions: Tensor
     queries: dict[int, list[Tensor]] = field(default_factory=dict)
+    _there: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """`positions` on a device, copied once for all layers."""
+        if device not in self._there:
+            self._there[device] = self.positions.to(device)
+        return self._there[device]
 
     @classmethod
     def for_prompt(cls, policy: Policy, prompt: int) -> "Probes":
@@ -98,6 +105,7 @@ def select(
     keys: Tensor,
     values: Tensor,
     gather: Gather,
+    surrogates: bool = False,
 ) -> Selection | CutSelection | None:
     """Let the policy decide on one layer of one prompt.
 
@@ -114,6 +122,8 @@ def select(
     gather : callable
         Joins the heads of all tensor-parallel ranks along a dimension, so that every rank sees
         the whole layer and decides the same.
+    surrogates : bool
+        Whether the engine can store entries that are no token's.
 
     Returns
     -------
@@ -123,8 +133,8 @@ def select(
     if policy.freezes(layer.index):
         return None
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    # Of stand-ins, which reduced plans ask for queries for, block tables know nothing.
-    plan = replace(probes.plan, queries=probes.plan.queries and not probes.plan.reduced)
+    # Reduced plans ask for queries for surrogates alone.
+    plan = replace(probes.plan, queries=probes.plan.queries and (surrogates or not probes.plan.reduced))
     queries = _collected(probes, layer.index, keys)
     columns = torch.arange(keys.shape[2], device=keys.device)
     call = AttentionCall(queries.states, None, layer.scale, layer.softcap, layer.sinks)
@@ -135,7 +145,7 @@ def select(
 
 def _collected(probes: Probes, layer: int, keys: Tensor) -> Queries:
     """The planned queries of one layer; ``keys`` are ``[1, H_kv, n, D]``."""
-    positions = probes.positions.to(keys.device)[None]
+    positions = probes.positions_on(keys.device)[None]
     if not probes.plan.count:
         return Queries(keys[:, :0, :0], positions, None, positions)
     states = torch.cat(probes.queries[layer]).transpose(0, 1)[None]  # [1, H, k, D]

@@ -66,6 +66,15 @@ class WorkerState:
         for layer in layers.values():
             self._by_group[layer.group].append(layer)
 
+    def before_forward(self, orders: StepOrders) -> None:
+        """The connector's hook: here a step begins."""
+        self.begin_step(orders)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.layout.block
+
     def begin_step(self, orders: StepOrders) -> None:
         """Before vLLM takes up a scheduler's output."""
         for request_id in orders.finished:
@@ -145,6 +154,7 @@ class WorkerState:
             outcome.selected,
             outcome.metrics,
             outcome.groups,
+            outcome.altered,
         )
 
     def _decide(self, request_id: str, tracked: Tracked) -> None:
@@ -166,6 +176,7 @@ class WorkerState:
             selected=tuple(prompt if one is None else int(keep_mask(one, prompt).sum()) for one in found),
             metrics=tuple(None if one is None or one.metric is None else float(one.metric[0]) for one in found),
             groups=tuple(GroupOutcome(one.start, one.stop, one.copies) for one in decisions),
+            altered=any(one.freed for one in decisions),
         )
         tracked.probes, tracked.selections = None, {}
 

@@ -1,0 +1,243 @@
+"""What the plugin gains in vLLM on a GPU: requests running and tokens a second in a fixed K/V memory, against stock.
+
+    python benchmarks/vllm_gpu.py --shape llama-3-8b --kv-gb 8 --modes stock,stock@fp8,adaptive,adaptive@k6v4
+    python benchmarks/vllm_gpu.py --model FOLDER --kv-gb 0.5 --prompt 2000-7000 --modes stock,adaptive
+
+A mode is `stock`, or a policy, and behind @ how K/V is stored: for stock vLLM's --kv-cache-dtype, else --kv-dtype.
+Each mode is an engine in a process of its own, with the same limits. Requests are always waiting; numbers are taken
+from when the first ones have ended until time is up:
+
+    running    requests that run, mean over steps
+    out/s      generated tokens a second
+    in/s       prompt tokens a second
+    step       milliseconds of a step in which no prompt was read, median
+    kept       share of the prompts' entries that stay, mean over requests
+    ttft       milliseconds from a prompt of the longest length to its first token on an idle engine, median of five
+
+Prompts are random tokens with --shape, whose weights are random, too; with --model stories of
+tests/helpers/vllm_engine.py. A ratio needs both modes from one run.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STOCK = "stock"
+
+SHAPES = {
+    "llama-3-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    }
+}
+
+
+def engine(options: argparse.Namespace, folder: str, mode: str) -> Any:
+    """The engine of a mode, in this process."""
+    from vllm import EngineArgs, LLMEngine
+
+    policy, _, kind = mode.partition("@")
+    more: dict[str, Any] = {}
+    if policy != STOCK:
+        from refreekv.engines.vllm.config import PluginOptions
+        from refreekv.engines.vllm.launch import engine_arguments
+
+        more = engine_arguments(PluginOptions(policy, kv_dtype=kind or "16"))
+    elif kind:
+        more = {"kv_cache_dtype": kind}
+        if "per_token_head" in kind:
+            more["attention_backend"] = "TRITON_ATTN"
+    if options.model is None:
+        more |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    # Prompts are read without graphs and without torch.compile in all modes: they are long, and it starts sooner.
+    sizes = [1, 2, 4, *range(8, options.most + 1, 8)]
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    arguments = EngineArgs(
+        folder,
+        dtype="bfloat16",
+        max_model_len=options.longest + options.answer[1] + 64,
+        max_num_seqs=options.most,
+        max_num_batched_tokens=8192,
+        kv_cache_memory_bytes=int(options.kv_gb * 2**30),
+        gpu_memory_utilization=0.85,
+        compilation_config=graphs,
+        enable_prefix_caching=False,
+        seed=0,
+        **more,
+    )
+    return LLMEngine.from_engine_args(arguments)
+
+
+def prompts(options: argparse.Namespace, folder: str, count: int) -> list[list[int]]:
+    """Prompts of lengths spread evenly over the range, the same ones in all modes."""
+    first, last = options.prompt
+    lengths = [first + (last - first) * (index * 7 % 16) // 15 for index in range(count)]
+    if options.model is None:
+        rng = random.Random(0)
+        return [[rng.randrange(1000, 100_000) for _ in range(length)] for length in lengths]
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from transformers import AutoTokenizer
+
+    from helpers.vllm_engine import make_prompts
+
+    return make_prompts(AutoTokenizer.from_pretrained(folder), lengths)
+
+
+def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, Any]:
+    """Run one mode and count."""
+    from vllm import SamplingParams
+
+    started = time.perf_counter()
+    llm = engine(options, folder, mode)
+    scheduler = llm.engine_core.engine_core.scheduler
+    ready = time.perf_counter()
+    some = prompts(options, folder, 48)
+    rng = random.Random(1)
+    added = 0
+
+    def add(ids: list[int], tokens: int) -> None:
+        nonlocal added
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        llm.add_request(f"r{added}", {"prompt_token_ids": ids}, params)
+        added += 1
+
+    longest = max(some, key=len)
+    first_tokens = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        add(longest, 1)
+        while llm.has_unfinished_requests():
+            llm.step()
+        first_tokens.append(1000 * (time.perf_counter() - begin))
+
+    running, steps, kept, lengths = [], [], [], {}
+    generated = ended = read = 0
+    begin = counted_from = time.perf_counter()
+    counting, before = False, {}
+    while (now := time.perf_counter()) - begin < options.seconds:
+        while len(scheduler.waiting) < 8:
+            add(some[added % len(some)], rng.randint(*options.answer))
+        outputs = llm.step()
+        took = time.perf_counter() - now
+        fresh = 0
+        for output in outputs:
+            count = len(output.outputs[0].token_ids)
+            new = count - lengths.get(output.request_id, 0)
+            fresh += output.request_id not in lengths
+            lengths[output.request_id] = count
+            if counting:
+                generated += new
+                read += len(output.prompt_token_ids) if count == new else 0
+            if output.finished:
+                ended += 1
+                lengths.pop(output.request_id)
+                report = (output.kv_transfer_params or {}).get("refreekv")
+                kept.append(report["kept_share"] if report else 1.0)
+        if counting:
+            running.append(len(scheduler.running))
+            if not fresh and outputs:
+                steps.append(1000 * took)
+        elif ended >= 4:
+            counting, counted_from = True, time.perf_counter()
+    spent = time.perf_counter() - counted_from
+    preempted = sum(request.num_preemptions for request in scheduler.requests.values())
+    pool = scheduler.kv_cache_manager.block_pool
+    if not counting:
+        raise SystemExit("no request ended in time: more --seconds, or shorter answers")
+    del before
+    return {
+        "mode": mode,
+        "running": round(statistics.mean(running), 1),
+        "out/s": round(generated / spent),
+        "in/s": round(read / spent),
+        "step": round(statistics.median(steps), 2) if steps else None,
+        "kept": round(statistics.mean(kept), 3) if kept else None,
+        "ttft": round(statistics.median(first_tokens[1:]), 1),
+        "ended": ended,
+        "preempted": preempted,
+        "blocks": pool.num_gpu_blocks,
+        "seconds": round(spent, 1),
+        "load": round(ready - started, 1),
+    }
+
+
+def device() -> str:
+    """The GPU's name."""
+    import torch
+
+    return torch.cuda.get_device_name(0)
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Two numbers, as in 100-200."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def main() -> None:
+    """Measure all modes and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder with weights; else random ones of --shape")
+    parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--modes", default="stock,stock@fp8,stock@int4_per_token_head,adaptive,adaptive@k6v4")
+    parser.add_argument("--kv-gb", type=float, default=8.0, help="memory of the K/V pool")
+    parser.add_argument("--prompt", type=pair, default=(8192, 8192), metavar="N-M", help="tokens of prompts")
+    parser.add_argument("--answer", type=pair, default=(256, 768), metavar="N-M", help="tokens of answers")
+    parser.add_argument("--most", type=int, default=96, help="most requests that run")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time of each mode, warm-up included")
+    parser.add_argument("--out", help="where all numbers go, as JSON lines")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.longest = options.prompt[1]
+    folder = options.model
+    if folder is None:
+        folder = str(Path(tempfile.gettempdir()) / options.shape)
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[options.shape]))
+    if options.one:
+        print("RESULT " + json.dumps({"device": device(), **measure(options, folder, options.one)}), flush=True)
+        return
+    found = []
+    for mode in options.modes.split(","):
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", mode]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            print(f"{mode}: failed\n{(done.stdout + done.stderr)[-2500:]}", flush=True)
+            continue
+        found.append(json.loads(lines[-1].removeprefix("RESULT ")))
+        print(json.dumps(found[-1]), flush=True)
+        if options.out:
+            with Path(options.out).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+    columns = ("running", "out/s", "in/s", "step", "kept", "ttft", "blocks")
+    print("\n| mode | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for row in found:
+        print(f"| {row['mode']} | " + " | ".join(str(row[name]) for name in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""vLLM's model runner V2 with the hooks that the plugin needs."""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from refreekv.engines.vllm.gpu.state import KeptState
+
+
+class KeptModelRunner(GPUModelRunner):
+    """As vLLM's; without a state it is vLLM's."""
+
+    kept: KeptState | None = None
+    """Set by the worker."""
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """First to see a scheduler's output: entries are moved before their ordinary blocks are written anew."""
+        if self.kept is not None:
+            self.kept.begin_step(scheduler_output.kv_connector_metadata)
+        super().finish_requests(scheduler_output)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        """As vLLM, then tell the state which slots the requests have."""
+        super().add_requests(scheduler_output)
+        if self.kept is not None:
+            for request in scheduler_output.scheduled_new_reqs:
+                slot = self.req_states.req_id_to_index[request.req_id]
+                self.kept.admit(request.req_id, slot, request.prompt_len)
+
+    def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
+        """As vLLM, but a step in which prompts are read is not uniform: it must not run as a full graph."""
+        batch, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if self.kept is None or batch is None:
+            return batch, uniform
+        slots = batch.idx_mapping_np
+        if self.kept.watches(slots, self.req_states.num_computed_tokens_np[slots]):
+            return batch._replace(has_prefill=True, decode_graph_eligible=False), None
+        return batch, uniform
+
+    def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        """As vLLM, and plan the step."""
+        found: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
+        if self.kept is not None:
+            self.kept.plan(input_batch)
+        return found
+
+    def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        """As vLLM: no request's step."""
+        if self.kept is not None:
+            self.kept.step = None
+        found: tuple[tuple[Tensor, ...], Tensor] = super().prepare_dummy_attn(*args, **kwargs)
+        return found

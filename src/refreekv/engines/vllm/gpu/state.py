@@ -1,0 +1,357 @@
+"""What the worker on CUDA knows of its requests, and what it does before, in and after a step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.quantisation import SINKS, KVDtype, centre_of
+from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
+from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
+from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
+from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
+from refreekv.engines.vllm.worker_side.scoring import Probes, select
+from refreekv.engines.vllm.worker_side.tracked import Layer
+from refreekv.kernels.paged import (
+    FIRST,
+    HELD,
+    MOST_QUERIES,
+    Coded,
+    PagedTable,
+    Pool,
+    Rows,
+    code_to_pages,
+    move_to_pages,
+    paged_attention,
+    upload,
+)
+from refreekv.policies import Policy
+
+
+class KeptState:
+    """Owned by the model runner, which opens steps and plans them; builders and layers read the plan.
+
+    From the step after its prompt's end on a request's queries see what is kept and nothing else: first through
+    lists of positions in its ordinary blocks, later, when the scheduler has found private blocks for it, there.
+    Memory decides when blocks come back, never what is computed.
+
+    Parameters
+    ----------
+    policy : Policy
+        Decides what each layer keeps.
+    layers : dict
+        The layers by vLLM's name, in the model's order.
+    slots : int
+        Requests that the model runner has room for.
+    longest : int
+        Tokens of the longest sequence.
+    number : KVDtype or None
+        How kept entries are stored once they are in private blocks; None: as they are.
+    blocks_of : callable
+        The ordinary blocks of a slot, int32 on the device, as they were in the step before.
+    gather : callable
+        Joins tensors of all tensor-parallel ranks along a dimension (heads).
+    """
+
+    groups = 1
+    """KV cache groups that are pruned."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        layers: dict[str, Layer],
+        slots: int,
+        longest: int,
+        number: KVDtype | None,
+        blocks_of: Callable[[int], Tensor],
+        gather: Callable[[Tensor, int], Tensor],
+    ):
+        self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
+        self.pool = Pool.of([layer.module.kv_cache for layer in layers.values()])
+        self.number, size = number, self.pool.size
+        self.form = None if number is None else number.form((size, size))
+        self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens), self.form)
+        self.block = self.pool.tokens
+        self.device = self.pool.cache.device
+        self.group = next(iter(layers.values())).module.impl.num_heads // self.pool.heads
+        self.requests: dict[str, Tracked] = {}
+        self.step: Step | None = None
+        self.slots = torch.zeros(slots, dtype=torch.int32, device=self.device)
+        self.numbered = torch.arange(slots, dtype=torch.int32, device=self.device)
+        self._prompts = np.zeros(slots, dtype=np.int32)
+        self._waiting: list[tuple[str, Tracked]] = []
+        self._open = False
+
+    def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
+        """Show policies from now on how much each KV head of each layer copies."""
+        self.layers = {
+            name: replace(layer, facts=replace(layer.facts, copy_scores=scores[layer.facts.index]))
+            for name, layer in self.layers.items()
+        }
+
+    # Before a step
+
+    def before_forward(self, orders: StepOrders) -> None:
+        """Nothing: the model runner has begun the step before it planned it."""
+
+    def begin_step(self, orders: StepOrders | None) -> None:
+        """Before the model runner takes up a scheduler's output; None in vLLM's own warm-up."""
+        self._open, self.step = orders is not None, None
+        if orders is None:
+            return
+        for request_id in orders.finished:
+            self.requests.pop(request_id, None)
+        for request_id, epoch in orders.preempted.items():
+            if request_id in self.requests:
+                self.requests[request_id].preempt(epoch)
+        self._waiting = [one for one in self._waiting if self.requests.get(one[0]) is one[1] and not one[1].announced]
+        for order in orders.copies:
+            self._move(order)
+
+    def admit(self, request_id: str, slot: int, prompt: int) -> None:
+        """A request has got a slot: it is new, comes back after a preemption, or goes on with a session."""
+        tracked = self.requests.get(request_id)
+        if tracked is None:
+            tracked = Tracked(prompt)
+            if self._open:
+                self.requests[request_id] = tracked
+            else:
+                # vLLM's own warm-up: nothing is pruned, as if all that comes were an answer.
+                tracked.prompt = 0
+        tracked.slot = slot
+        self._prompts[slot] = tracked.prompt
+        if self.table.coded is not None:
+            self.table.coded.segments[:, slot].zero_()
+        if tracked.kept is None:
+            self.table.segments[:, slot].zero_()
+            self.table.starts[slot] = 0
+        else:
+            self._show_lists(tracked)
+
+    def watches(self, slots: np.ndarray[Any, Any], computed: np.ndarray[Any, Any]) -> bool:
+        """Whether prompts are read in a step of requests in these slots, of which so many tokens are computed."""
+        return bool((computed < self._prompts[slots]).any())
+
+    def plan(self, batch: Any) -> None:
+        """Plan a step: vLLM's `InputBatch` says whose tokens it has."""
+        count = batch.num_reqs
+        slots, computed = batch.idx_mapping_np[:count], batch.num_computed_tokens_np[:count]
+        self.slots[:count] = batch.idx_mapping[:count]
+        if not self._open:
+            return
+        starts: Ints = batch.query_start_loc_np[: count + 1]
+        counts = np.diff(starts)
+        prompts = self._prompts[slots]
+        most = MOST_QUERIES // self.group
+        self.step = step = Step(self.slots, self.numbered, int(counts.max()))
+        step.stock = bool((computed < prompts).any())
+        if not step.stock and step.longest <= most:
+            return
+        parts, limits = split_rows(computed, counts, prompts, most)
+        step.parts, step.longest = upload(torch.from_numpy(parts), self.device), int(parts[2].max(initial=1))
+        step.limits = upload(torch.from_numpy(limits), self.device)
+        for row in np.flatnonzero(computed < prompts):
+            request_id = batch.req_ids[row]
+            self._watch(step, request_id, int(row), int(computed[row]), int(counts[row]), int(starts[row]))
+
+    def _watch(self, step: Step, request_id: str, row: int, start: int, count: int, at: int) -> None:
+        tracked = self.requests[request_id]
+        ends = start + count >= tracked.prompt
+        if not tracked.decided:
+            if tracked.probes is None:
+                tracked.probes = Probes.for_prompt(self.policy, tracked.prompt)
+            positions = tracked.probes.positions
+            here = positions[(positions >= start) & (positions < start + count)]
+            step.prompts.append(PromptPart(tracked, row, upload(here - start + at, self.device), ends))
+        if ends:
+            step.ended.append((request_id, tracked))
+
+    # In a step
+
+    def look(self, step: Step, name: str, query: Tensor, cache: Tensor, block_table: Tensor) -> None:
+        """A layer has read prompts: collect the queries that policies probe, and decide where a prompt ends.
+
+        Parameters
+        ----------
+        step : Step
+            The step.
+        name : str
+            vLLM's name of the layer.
+        query : Tensor
+            ``[tokens, H, D]``, position-encoded.
+        cache : Tensor
+            The layer's paged cache, this step's keys and values written.
+        block_table : Tensor
+            int32 ``[R, W]``.
+        """
+        layer = self.layers[name]
+        index = layer.facts.index
+        for part in step.prompts:
+            tracked = part.tracked
+            assert tracked.probes is not None
+            frozen = self.policy.freezes(index)
+            if not frozen and len(part.index):
+                tracked.probes.queries.setdefault(index, []).append(query[part.index])
+            if not part.ends:
+                continue
+            tracked.layers[index] = None
+            if not frozen:
+                blocks = block_table[part.row, : -(-tracked.prompt // self.block)]
+                # [blocks, N, H_kv, 2 * D]
+                entries = cache.transpose(1, 2)[blocks.long()].flatten(0, 1)[: tracked.prompt]
+                keys, values = entries.split(self.pool.size, -1)
+                found = select(self.policy, tracked.probes, layer.facts, keys, values, self.gather, surrogates=True)
+                tracked.probes.queries.pop(index, None)
+                if found is not None:
+                    tracked.layers[index] = layer_kept(found, self.pool.heads, tracked.prompt, cache.dtype)
+
+    def attend(self, name: str, query: Tensor, block_table: Tensor, rows: Rows, output: Tensor) -> None:
+        """Attend to what is kept and to all that came later, for the queries of some rows."""
+        facts = self.layers[name].facts
+        paged_attention(
+            query, self.pool, facts.index, block_table, rows, self.table, output,
+            scaling=facts.scale, softcap=facts.softcap, sinks=facts.sinks,
+        )  # fmt: skip
+
+    # After a step
+
+    def end_step(self) -> WorkerOutcomes | None:
+        """After the forward pass: show what was decided, and tell the scheduler what has come to the host."""
+        step, self.step, self._open = self.step, None, False
+        for request_id, tracked in step.ended if step is not None else ():
+            if not tracked.decided:
+                self._decide(tracked)
+            if not tracked.announced:
+                self._waiting.append((request_id, tracked))
+        outcomes, waiting = [], []
+        for request_id, tracked in self._waiting:
+            if tracked.announced or self.requests.get(request_id) is not tracked:
+                continue
+            if tracked.numbers is not None and not tracked.numbers.arrived:
+                waiting.append((request_id, tracked))
+                continue
+            outcome = self._outcome(request_id, tracked)
+            outcomes.append(outcome)
+            tracked.announced = True
+            if tracked.kept is not None and not outcome.altered:
+                # Everything stays: without lists it is read faster.
+                tracked.kept = tracked.numbers = None
+                self.table.segments[:, tracked.slot].zero_()
+                self.table.starts[tracked.slot] = 0
+        self._waiting = waiting
+        return WorkerOutcomes(outcomes) if outcomes else None
+
+    def _decide(self, tracked: Tracked) -> None:
+        layers = [tracked.layers[index] for index in range(len(self.layers))]
+        tracked.decided, tracked.probes, tracked.layers = True, None, {}
+        if self.number is None and all(one is None for one in layers):
+            return
+        tracked.kept = kept = KeptPrompt.of(layers, self.pool.heads, tracked.prompt, self.device)
+        tracked.numbers = HostCopy(torch.cat([kept.counts.double().flatten(), kept.metrics]))
+        self._show_lists(tracked)
+
+    def _show_lists(self, tracked: Tracked) -> None:
+        assert tracked.kept is not None
+        tracked.kept.list_again()
+        self.table.segments[:, tracked.slot] = tracked.kept.segments(self.pool)
+        self.table.starts[tracked.slot] = tracked.prompt
+
+    def _outcome(self, request_id: str, tracked: Tracked) -> PruningOutcome:
+        prompt, layers, heads = tracked.prompt, len(self.layers), self.pool.heads
+        if tracked.numbers is None:
+            everything = (prompt,) * layers
+            group = GroupOutcome(0, 0)
+            return PruningOutcome(
+                request_id, tracked.epoch, prompt, everything, everything, (None,) * layers, (group,), False
+            )
+        numbers = tracked.numbers.wait()
+        counts = numbers[: layers * heads].long()
+        metrics = tuple(None if number != number else number for number in numbers[layers * heads :].tolist())
+        pages, _ = self._pages_for(counts)
+        needed, whole = -(-pages // layers), prompt // self.block
+        group = GroupOutcome(needed, whole, needed) if needed < whole else GroupOutcome(0, 0)
+        kept = tuple(counts.tolist())
+        altered = min(kept) < prompt or (self.number is not None and group.copies > 0)
+        return PruningOutcome(request_id, tracked.epoch, prompt, kept, kept, metrics, (group,), altered)
+
+    def _coded_of(self, counts: Tensor) -> Tensor:
+        """Of so many entries of each head those that are coded."""
+        if self.number is None:
+            return torch.zeros_like(counts)
+        return (counts - SINKS - self.number.recent).clamp(min=0)
+
+    def _pages_for(self, counts: Tensor) -> tuple[int, int]:
+        """Pages that hold so many entries of each head; and those with entries as they are, which come first."""
+        coded = int(self._coded_of(counts).sum())
+        exact = self.pool.pages_for(int(counts.sum()) - coded)
+        if self.form is None:
+            return exact, exact
+        return exact - (-coded // self.pool.coded_lines(self.form)), exact
+
+    def _move(self, order: CopyOrder) -> None:
+        """Copy what a request keeps to the private blocks that the scheduler found for it."""
+        tracked = self.requests.get(order.request_id)
+        if tracked is None or tracked.slot < 0:
+            return
+        kept, slot = tracked.kept, tracked.slot
+        assert kept is not None
+        assert tracked.numbers is not None
+        counts = tracked.numbers.wait()[: kept.counts.numel()].long().view(kept.counts.shape)
+        coded = self._coded_of(counts)
+        exact = counts - coded
+        # [first line, entries left out, entries] of each layer and head
+        numbers = torch.stack([_begins(exact), coded, exact])
+        places = upload(numbers, self.device)
+        pages = upload(torch.tensor(order.blocks, dtype=torch.int32), self.device)
+        blocks = self._blocks_of(slot)
+        move_to_pages(self.pool, self.table, slot, blocks, places[:2], pages, int(exact.max()), SINKS)
+        if self.table.coded is not None:
+            _, before = self._pages_for(counts)
+            self._code(
+                self.table.coded,
+                kept,
+                slot,
+                blocks,
+                coded,
+                before * self.pool.coded_lines(self.table.coded.form),
+                pages,
+            )
+        line = torch.zeros_like(self.table.segments[:, slot])
+        line[..., FIRST], line[..., HELD] = places[0], places[2]
+        self.table.segments[:, slot] = line
+        self.table.pages[slot, : len(pages)] = pages
+        # What was decided stays in bits, should the request be preempted.
+        kept.lists = None
+
+    def _code(
+        self, coded: Coded, kept: KeptPrompt, slot: int, blocks: Tensor, counts: Tensor, first: int, pages: Tensor
+    ) -> None:
+        """Code entries between the first and the newest ones of each layer and head, from the line ``first`` on."""
+        firsts = first + _begins(counts)
+        positions = kept.positions()
+        each = torch.arange(counts.numel()).view(counts.shape) * kept.prompt + SINKS
+        address = positions.data_ptr() + each * positions.element_size()
+        spans = upload(torch.stack([address, counts, torch.zeros_like(counts)], -1), self.device)
+        used = blocks[: -(-kept.prompt // self.block)].long()
+        for layer in self.layers.values():
+            index, cache = layer.facts.index, layer.module.kv_cache
+            # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
+            entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
+            means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
+            entries = kept.with_surrogates(entries, index)
+            keys, values = entries[None].split(self.pool.size, -1)
+            coded.key_means[index, slot], coded.value_means[index, slot] = means
+            maps = PackedMaps.rotated(means[0][None], means[1][None], cache.dtype)
+            own = counts[index].tolist()
+            code_to_pages(self.pool, coded.form, maps, keys, values, spans[index], own, int(firsts[index, 0]), pages)
+        coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), self.device)
+
+
+def _begins(counts: Tensor) -> Tensor:
+    """Where each of ``[L, H_kv]`` parts begins that lie one behind the other."""
+    flat = counts.flatten()
+    return (flat.cumsum(0) - flat).view(counts.shape)

@@ -1,0 +1,96 @@
+"""The worker class: wires the plugin's parts to one vLLM worker on CUDA."""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
+from vllm.v1.worker.gpu_worker import Worker
+
+from refreekv.engines.vllm import refusals
+from refreekv.engines.vllm.connector import RefreekvConnector
+from refreekv.engines.vllm.gpu import backend
+from refreekv.engines.vllm.gpu.runner import KeptModelRunner
+from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.spec import PrivateAttentionSpec
+from refreekv.engines.vllm.worker_side.calibration import measure_copy_scores
+from refreekv.engines.vllm.worker_side.scoring import LayerFacts
+from refreekv.engines.vllm.worker_side.tracked import Layer
+
+WIDEST_PLAN = 1 << 20
+"""A prompt length at which a policy's probe plan shows all it may ever ask for."""
+
+
+class RefreekvGPUWorker(Worker):
+    """vLLM's worker for CUDA, with private blocks for what prompts keep."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
+        self._options = refusals.check_config(vllm_config)
+        self._policy = self._options.build()
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _make_model_runner(self) -> Any:
+        """The plugin's model runner."""
+        return KeptModelRunner(self.vllm_config, self.device)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """As vLLM, with the plugin's attention backends."""
+        backend.register()
+        super().load_model(**kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """VLLM's specs; full-attention layers get the plugin's, one for all."""
+        specs = super().get_kv_cache_spec()
+        prunable = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec and not spec.sliding_window]
+        refusals.check_layers(specs, prunable, 1)
+        plan = self._policy.probe_plan(WIDEST_PLAN)
+        return {
+            name: replace_as(
+                specs[name],
+                PrivateAttentionSpec,
+                probe_tail=max(1, plan.rows),
+                spread_probes=plan.spread > 0,
+            )
+            for name in prunable
+        }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As vLLM, then connect state, connector, metadata builders and layers."""
+        super().initialize_from_config(kv_cache_config)
+        connector, runner = get_kv_transfer_group(), self.model_runner
+        assert isinstance(connector, RefreekvConnector)
+        (group,) = kv_cache_config.kv_cache_groups
+        modules, names = self.vllm_config.compilation_config.static_forward_context, set(group.layer_names)
+        ordered = [name for name in modules if name in names]
+        layers = {
+            name: Layer(modules[name], 0, LayerFacts.of(modules[name].impl, index, len(ordered)))
+            for index, name in enumerate(ordered)
+        }
+        tables = runner.block_tables.block_tables[0]
+        builders = [builder for groups in runner.attn_groups for one in groups for builder in one.metadata_builders]
+        refusals.check_backends(
+            [type(builder).__name__ for builder in builders if type(builder) not in backend.BUILDERS]
+        )
+        state = KeptState(
+            self._policy,
+            layers,
+            runner.max_num_reqs,
+            self.model_config.max_model_len,
+            self._options.number(),
+            lambda slot: tables.gpu[slot],
+            _alone,
+        )
+        connector.state = runner.kept = state
+        for builder in builders:
+            builder.state = state
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM, after measuring the model's copy scores if the policy reads them."""
+        if self._policy.reads_copy_scores:
+            state = self.model_runner.kept
+            state.know_copy_scores(measure_copy_scores(self.model_runner, state, self.vllm_config))
+        return super().compile_or_warm_up_model()
+
+
+def _alone(tensor: Tensor, dim: int) -> Tensor:
+    return tensor

@@ -1,0 +1,386 @@
+"""Attention over entries in the pages of a paged cache: what was kept of a prompt, and the tokens after it.
+
+A paged cache is one pool of blocks; block ``b`` is one page in each layer's cache. Ordinary blocks hold the
+tokens of a sequence by position, all KV heads of a token together. Private blocks hold *lines*, an entry of
+one layer and head each, key and value together, packed over all layers and heads: the pages of a sequence's
+private blocks, block by block and layer by layer within a block, are one long list of lines, of which each
+layer and head has a part, its segment. Some pages may hold coded lines (`core.packed_lines`) instead, as many as
+fit, and behind them their factors.
+
+An entry that stays is in a segment, or still listed: a list of positions of ordinary blocks. So a sequence can be
+pruned before there are private blocks for it. A negative number in a list, ``-1 - i``, is line ``i`` of a
+tensor of the segment's own: an entry that no block holds (a surrogate).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refreekv import kernels
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.rotation import rotation_like
+
+FIRST, HELD, LIST, LISTED, REPLACED = range(5)
+"""Columns of a line of `PagedTable.segments`."""
+
+COLUMNS = 6
+"""Columns that a line has: one more, for every layer's part to be aligned."""
+
+UNIT = 16
+"""Elements that offsets are counted in: kernels know of what is a multiple of 16 that it is aligned."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where the pages are.
+
+    Attributes
+    ----------
+    cache : Tensor
+        ``[blocks, H_kv, N, 2 * D]``, of the first layer: a token's key and, behind it, its value.
+    offsets : Tensor
+        int64 ``[layers]``: where each layer's cache begins, from that of the first, in `UNIT` elements.
+    """
+
+    cache: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, caches: list[Tensor]) -> "Pool":
+        """The pool of all layers' caches.
+
+        Raises
+        ------
+        ValueError
+            Caches that differ in shape, type or order, or whose pages are not contiguous.
+        """
+        first = caches[0]
+        blocks, heads, tokens, width = first.shape
+        for cache in caches:
+            if (cache.shape, cache.dtype, cache.stride()) != (first.shape, first.dtype, first.stride()):
+                raise ValueError("the layers' KV caches differ in shape, type or order: blocks cannot be shared by all")
+        if first.stride(3) != 1 or sorted(first.stride()[1:3]) != sorted(_dense(first)):
+            raise ValueError(
+                f"a layer's block of the KV cache is not contiguous: shape {list(first.shape)}, strides "
+                f"{list(first.stride())}; private entries need whole pages"
+            )
+        each = first.element_size()
+        found = [cache.data_ptr() - first.data_ptr() for cache in caches]
+        if any(number % (UNIT * each) for number in [*found, first.stride(0) * each]) or width % UNIT:
+            raise ValueError(f"pages of {heads} heads of {tokens} tokens are not aligned to {UNIT} elements")
+        offsets = torch.tensor([number // (UNIT * each) for number in found], device=first.device)
+        del blocks
+        return cls(first, offsets)
+
+    @property
+    def layers(self) -> int:
+        """Pages of a block."""
+        return len(self.offsets)
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.cache.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return self.cache.shape[2]
+
+    @property
+    def size(self) -> int:
+        """Elements of a key, and of a value."""
+        return self.cache.shape[3] // 2
+
+    @property
+    def lines(self) -> int:
+        """Lines of a page."""
+        return self.heads * self.tokens
+
+    def coded_lines(self, form: PackedFormat) -> int:
+        """Coded lines of a page."""
+        return self.lines * 2 * self.size * self.cache.element_size() // form.entry_bytes
+
+    def pages_for(self, lines: int) -> int:
+        """Pages that hold so many lines."""
+        return -(-lines // self.lines)
+
+    def shared_strides(self) -> tuple[int, int, int]:
+        """Elements from block to block, token to token and head to head."""
+        return self.cache.stride(0), self.cache.stride(2), self.cache.stride(1)
+
+
+def _dense(cache: Tensor) -> tuple[int, int]:
+    """Strides of heads and tokens where a page is contiguous, in the order that they have."""
+    _, heads, tokens, width = cache.shape
+    # A dimension of one element may have any stride.
+    by_head = cache.stride(1) >= cache.stride(2)
+    if heads == 1 or tokens == 1:
+        return cache.stride(1), cache.stride(2)
+    return (tokens * width, width) if by_head else (width, heads * width)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Coded entries of each sequence, by its slot; on the device.
+
+    Attributes
+    ----------
+    form : PackedFormat
+        Of the lines; keys and values have one width each, of 8, 6 or 4 bits (values: 8 or 4).
+    segments : Tensor
+        int64 ``[layers, slots, H_kv, 2]``: first line and lines, counted in coded lines from the first private page.
+    key_means, value_means : Tensor
+        float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were rotated and coded.
+    rotation : Tensor
+        ``[D, D]``, of the type of the queries: entries times it are in code space.
+    """
+
+    form: PackedFormat
+    segments: Tensor
+    key_means: Tensor
+    value_means: Tensor
+    rotation: Tensor
+
+    @classmethod
+    def empty(cls, pool: Pool, slots: int, form: PackedFormat) -> "Coded":
+        """Of sequences without coded entries.
+
+        Raises
+        ------
+        ValueError
+            Widths that the kernel does not read.
+        """
+        keys, values = set(form.key_widths), set(form.value_widths)
+        if len(keys) > 1 or len(values) > 1 or not keys <= {8, 6, 4} or not values <= {8, 4}:
+            raise ValueError(
+                f"coded pages hold keys of 8, 6 or 4 bits and values of 8 or 4, one width each; got {form.key_widths} "
+                f"and {form.value_widths}"
+            )
+        device = pool.cache.device
+        shape = pool.layers, slots, pool.heads
+        means = [torch.zeros(*shape, pool.size, device=device) for _ in range(2)]
+        segments = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
+        return cls(form, segments, means[0], means[1], rotation_like(pool.size, device, pool.cache.dtype))
+
+
+@dataclass(frozen=True)
+class PagedTable:
+    """What is kept of each sequence's prompt, by the sequence's slot; on the device, so that CUDA graphs read it.
+
+    Attributes
+    ----------
+    segments : Tensor
+        int64 ``[layers, slots, H_kv, 6]``: first line, lines, address of the list, entries listed, first element of
+        the tensor that negative entries of the list name, from the pool's beginning in `UNIT` elements; unused.
+    starts : Tensor
+        int32 ``[slots]``: the first position that is read from ordinary blocks as it is; 0 of sequences that are whole.
+    pages : Tensor
+        int32 ``[slots, most]``: private blocks.
+    coded : Coded or None
+        Coded entries, if there may be any.
+    """
+
+    segments: Tensor
+    starts: Tensor
+    pages: Tensor
+    coded: Coded | None = None
+
+    @classmethod
+    def empty(cls, pool: Pool, slots: int, most: int, form: PackedFormat | None = None) -> "PagedTable":
+        """Of sequences that are whole; with a format, of such as may have coded entries."""
+        device = pool.cache.device
+        return cls(
+            torch.zeros(pool.layers, slots, pool.heads, COLUMNS, dtype=torch.int64, device=device),
+            torch.zeros(slots, dtype=torch.int32, device=device),
+            torch.zeros(slots, most, dtype=torch.int32, device=device),
+            None if form is None else Coded.empty(pool, slots, form),
+        )
+
+
+class Rows(NamedTuple):
+    """Queries of a step, some consecutive ones of one sequence each.
+
+    Attributes
+    ----------
+    begins, ends : Tensor
+        int32 ``[R]``: the first query among the step's, and where they end; of a row without queries they are equal.
+    lengths : Tensor
+        int32 ``[R]``: entries that the last of them sees, itself among them.
+    tables : Tensor
+        int32 ``[R]``: row of the block table.
+    slots : Tensor
+        int32 ``[R]``: the sequence's slot.
+    longest : int
+        Most queries of a row.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    lengths: Tensor
+    tables: Tensor
+    slots: Tensor
+    longest: int
+
+
+def paged_attention(
+    query: Tensor,
+    pool: Pool,
+    layer: int,
+    block_table: Tensor,
+    rows: Rows,
+    table: PagedTable,
+    output: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Attend to what is kept of each row's prompt and to all that came after it; causal.
+
+    Parameters
+    ----------
+    query, output : Tensor
+        ``[T, H, D]``; of ``output`` the rows' queries are written.
+    pool : Pool
+        The cache.
+    layer : int
+        Which layer of it.
+    block_table : Tensor
+        int32 ``[., W]``: ordinary blocks.
+    rows : Rows
+        Whose queries these are.
+    table : PagedTable
+        What is kept.
+    scaling, softcap, sinks
+        As in `kernels.ragged_decode`.
+
+    Raises
+    ------
+    ValueError
+        Heads that do not go together, or more queries a row than the kernel has room for.
+    """
+    heads = query.shape[1]
+    if query.shape[2] != pool.size or heads % pool.heads:
+        raise ValueError(
+            f"queries of {heads} heads of {query.shape[2]} elements for a cache of {pool.heads} heads of {pool.size}"
+        )
+    if heads // pool.heads * rows.longest > MOST_QUERIES:
+        raise ValueError(
+            f"{rows.longest} queries a row by {heads // pool.heads} heads a group; the kernel takes {MOST_QUERIES} in "
+            f"all"
+        )
+    arguments = query, pool, layer, block_table, rows, table, output, scaling, softcap, sinks
+    if query.is_cuda:
+        from refreekv.kernels.paged_decode import launch_paged_attention
+
+        launch_paged_attention(*arguments)
+    else:
+        from refreekv.kernels import paged_reference
+
+        paged_reference.paged_attention(*arguments)
+
+
+MOST_QUERIES = 128
+"""Queries of a row times query heads of a KV head."""
+
+
+def move_to_pages(
+    pool: Pool,
+    table: PagedTable,
+    slot: int,
+    blocks: Tensor,
+    places: Tensor,
+    pages: Tensor,
+    longest: int,
+    opening: int = 0,
+) -> None:
+    """Copy what a sequence has listed to private blocks, all layers and heads. The table stays as it is.
+
+    Parameters
+    ----------
+    pool, table : Pool, PagedTable
+        The cache and what is kept; all of this sequence's entries are listed.
+    slot : int
+        The sequence.
+    blocks : Tensor
+        int32 ``[.]``: its ordinary blocks.
+    places : Tensor
+        int64 ``[2, layers, H_kv]``: the first line of each segment, and how many listed entries are left out after
+        the first ``opening`` ones.
+    pages : Tensor
+        int32 ``[.]``: the private blocks.
+    longest : int
+        Entries of the longest list.
+    opening : int
+        See ``places``.
+    """
+    if pool.cache.is_cuda:
+        from refreekv.kernels.paged_storage import launch_move
+
+        launch_move(pages, pool, table, slot, blocks, places, longest, opening)
+    else:
+        from refreekv.kernels import paged_reference
+
+        paged_reference.move_to_pages(pool, table, slot, blocks, places, pages, opening)
+
+
+def code_to_pages(
+    pool: Pool,
+    form: PackedFormat,
+    maps: PackedMaps,
+    keys: Tensor,
+    values: Tensor,
+    spans: Tensor,
+    counts: Sequence[int],
+    first: int,
+    pages: Tensor,
+) -> None:
+    """Code chosen entries of one layer and write them to coded lines, one head's behind the other's.
+
+    Parameters
+    ----------
+    pool : Pool
+        The cache.
+    form, maps : PackedFormat, PackedMaps
+        Of the lines, and into code space.
+    keys, values : Tensor
+        ``[1, H_kv, n, D]``.
+    spans : Tensor
+        int64 ``[H_kv, 3]``: which entries, as in `kernels.gather`.
+    counts : sequence of int
+        How many of each head.
+    first : int
+        The layer's first coded line.
+    pages : Tensor
+        int32 ``[.]``: the private blocks.
+    """
+    total = sum(counts)
+    if not total:
+        return
+    device = keys.device
+    lines = torch.empty(total, form.line_bytes, dtype=torch.uint8, device=device)
+    factors = torch.empty(total, FACTOR_BYTES, dtype=torch.uint8, device=device)
+    at = [sum(counts[:head]) for head in range(len(counts))]
+    table = [
+        [lines.data_ptr() + begin * form.line_bytes, factors.data_ptr() + begin * FACTOR_BYTES, count, count]
+        for begin, count in zip(at, counts, strict=True)
+    ]
+    there = upload(torch.tensor(table, dtype=torch.int64), device)
+    kernels.pack_lines(keys, values, there, form, maps, spans, end=keys.shape[2], longest=max(counts))
+    if pool.cache.is_cuda:
+        from refreekv.kernels.paged_storage import launch_spread
+
+        launch_spread(lines, factors, pool, form, first, pages)
+    else:
+        from refreekv.kernels import paged_reference
+
+        paged_reference.spread(lines, factors, pool, form, first, pages)
+
+
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; the host does not wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.clone()

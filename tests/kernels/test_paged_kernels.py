@@ -1,0 +1,294 @@
+"""Attention over private pages, lists and tails: the kernels against dense attention, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.quantisation import KVDtype
+from refreekv.kernels import paged_reference
+from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, code_to_pages, paged_attention
+
+pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
+
+from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_storage import launch_move, launch_spread
+
+LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
+
+
+def by_kernel(pool, table, slot, blocks, places, pages, longest, opening):
+    launch_move(pages, pool, table, slot, blocks, places, longest, opening)
+
+
+def plainly(pool, table, slot, blocks, places, pages, longest, opening):
+    del longest
+    paged_reference.move_to_pages(pool, table, slot, blocks, places, pages, opening)
+
+
+class Case:
+    """Three sequences in one pool: a whole one, one with a list and surrogates, one in private blocks."""
+
+    def __init__(self, dtype, device, *, by_head=False, size=SIZE, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = (LAYERS, BLOCKS, HEADS, TOKENS, 2 * size) if by_head else (LAYERS, BLOCKS, TOKENS, HEADS, 2 * size)
+        memory = torch.randn(shape, generator=self.generator).to(device, dtype)
+        caches = [part if by_head else part.transpose(1, 2) for part in memory]
+        self.pool, self.caches, self.size, self.device, self.dtype = Pool.of(caches), caches, size, device, dtype
+        self.table = PagedTable.empty(self.pool, slots=4, most=12)
+        # The last columns belong to nobody.
+        order = torch.randperm(BLOCKS - 1, generator=self.generator) + 1
+        self.block_table = order[:24].view(3, 8).int().to(device)
+        self.private = order[24:36].int().to(device)
+        self.prompts = [0, 70, 45]
+        self.slots = [2, 0, 3]
+        self.lists, self.surrogates = {}, None
+        for row in (1, 2):
+            self._list(row)
+
+    def _list(self, row):
+        """List some positions of each layer and head; of the last head two surrogates."""
+        prompt, slot = self.prompts[row], self.slots[row]
+        lists = torch.full((LAYERS, HEADS, prompt), 7, dtype=torch.int32)
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                count = int(torch.randint(1, prompt, (), generator=self.generator))
+                kept = torch.randperm(prompt, generator=self.generator)[:count].sort().values.int()
+                if head == HEADS - 1:
+                    kept = torch.cat([kept, torch.tensor([-1, -2], dtype=torch.int32)])[-prompt:]
+                lists[layer, head, : len(kept)] = kept
+                self.lists[row, layer, head] = kept.tolist()
+        surrogates = torch.randn(LAYERS, HEADS, 2, 2 * self.size, generator=self.generator)
+        lists, surrogates = lists.to(self.device), surrogates.to(self.device, self.dtype)
+        each = surrogates.element_size()
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                beside = (surrogates[layer, head].data_ptr() - self.pool.cache.data_ptr()) // each
+                # The kernel counts in units: where an allocation is not aligned to it, nothing can be said.
+                assert beside % UNIT == 0
+                line = [0, 0, lists[layer, head].data_ptr(), len(self.lists[row, layer, head]), beside // UNIT, 0]
+                assert len(line) == COLUMNS
+                self.table.segments[layer, slot, head] = torch.tensor(line)
+        self.table.starts[slot] = prompt
+        self.alive = [*getattr(self, "alive", []), lists, surrogates]
+        self.surrogates = {**(self.surrogates or {}), row: surrogates}
+
+    def move(self, row, move):
+        """Copy a row's listed entries to private blocks."""
+        slot = self.slots[row]
+        counts = self.table.segments[:, slot, :, 3].clone()
+        firsts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+        blocks = -(-self.pool.pages_for(int(counts.sum())) // LAYERS)
+        pages = self.private[:blocks]
+        places = torch.stack([firsts, torch.zeros_like(firsts)])
+        move(self.pool, self.table, slot, self.block_table[row], places, pages, int(counts.max()), 0)
+        self.table.segments[:, slot] = 0
+        self.table.segments[:, slot, :, 0] = firsts
+        self.table.segments[:, slot, :, 1] = counts
+        self.table.pages[slot, :blocks] = pages
+        # What was moved is not read again.
+        for position in range(self.prompts[row] // TOKENS):
+            for cache in self.caches:
+                cache[int(self.block_table[row, position])] = float("nan")
+
+    def code(self, row, kind, move, opening=2, recent=3):
+        """Copy a row's first and last listed entries to private blocks as they are, and code those between."""
+        slot, form = self.slots[row], KVDtype(kind).form((self.size, self.size))
+        self.table = replace(self.table, coded=Coded.empty(self.pool, 4, form))
+        counts = self.table.segments[:, slot, :, 3].clone()
+        left_out = (counts - opening - recent).clamp(min=0)
+        exact = counts - left_out
+        firsts = (exact.flatten().cumsum(0) - exact.flatten()).view_as(exact)
+        base = self.pool.pages_for(int(exact.sum())) * self.pool.coded_lines(form)
+        coded_firsts = base + (left_out.flatten().cumsum(0) - left_out.flatten()).view_as(left_out)
+        pages = self.private
+        places = torch.stack([firsts, left_out])
+        move(self.pool, self.table, slot, self.block_table[row], places, pages, int(counts.max()), opening)
+        for layer in range(LAYERS):
+            everything = torch.stack([self.token(row, layer, p) for p in range(self.prompts[row])], 1)[None]
+            keys, values = everything.split(self.size, -1)
+            means = [part.float().mean(2) for part in (keys, values)]
+            self.table.coded.key_means[layer, slot], self.table.coded.value_means[layer, slot] = (m[0] for m in means)
+            lists = []
+            for head in range(HEADS):
+                listed = self.lists[row, layer, head][opening:][: int(left_out[layer, head])]
+                # Surrogates lie in the last places, which are not coded here.
+                assert min(listed, default=0) >= 0
+                lists.append(torch.tensor(listed or [0], dtype=torch.int32, device=self.device))
+            spans = torch.tensor([[part.data_ptr(), int(n), 0] for part, n in zip(lists, left_out[layer], strict=True)])
+            maps = PackedMaps.rotated(*means, self.dtype)
+            code_to_pages(
+                self.pool, form, maps, keys, values, spans.to(self.device), left_out[layer].tolist(),
+                int(coded_firsts[layer, 0]), pages,
+            )  # fmt: skip
+        self.table.segments[:, slot] = 0
+        self.table.segments[:, slot, :, 0], self.table.segments[:, slot, :, 1] = firsts, exact
+        self.table.coded.segments[:, slot] = torch.stack([coded_firsts, left_out], -1)
+        self.table.pages[slot, : len(pages)] = pages
+        return int(left_out.sum())
+
+    def token(self, row, layer, position):
+        """``[H_kv, 2 * D]``."""
+        return self.caches[layer][int(self.block_table[row, position // TOKENS]), :, position % TOKENS]
+
+    def entries(self, row, layer, head, length):
+        """Entries ``[t, 2 * D]`` that a row sees, in float64; taken before anything moves."""
+
+        def token(position):
+            block = int(self.block_table[row, position // TOKENS])
+            return self.caches[layer][block, head, position % TOKENS]
+
+        kept = [
+            token(p) if p >= 0 else self.surrogates[row][layer, head, -1 - p]
+            for p in self.lists.get((row, layer, head), [])
+        ]
+        return torch.stack([*kept, *(token(p) for p in range(self.prompts[row], length))]).double().cpu(), len(kept)
+
+
+def rows_of(case, counts, lengths, padded=0):
+    ends = torch.tensor(counts).cumsum(0)
+    columns = [ends - torch.tensor(counts), ends, torch.tensor(lengths), torch.arange(3), torch.tensor(case.slots)]
+    if padded:
+        more = torch.tensor([int(ends[-1])] * padded)
+        zeros = torch.zeros(padded, dtype=torch.long)
+        columns = [torch.cat([c, m]) for c, m in zip(columns, (more, more, zeros, zeros, zeros), strict=True)]
+    return Rows(*(column.int().to(case.device) for column in columns), longest=max(counts))
+
+
+def dense(case, query, layer, counts, lengths, scaling, softcap=None, sinks=None):
+    out, at = torch.zeros(query.shape, dtype=torch.float64), 0
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        for head in range(HEADS):
+            entries, kept = case.entries(row, layer, head, length)
+            for index in range(count):
+                seen = kept + length - case.prompts[row] - (count - 1 - index)
+                for one in range(head * GROUP, (head + 1) * GROUP):
+                    logits = entries[:seen, : case.size] @ query[at + index, one].double().cpu() * scaling
+                    if softcap:
+                        logits = softcap * torch.tanh(logits / softcap)
+                    if sinks is not None:
+                        logits = torch.cat([logits, sinks[one : one + 1].double().cpu()])
+                    out[at + index, one] = logits.softmax(0)[:seen] @ entries[:seen, case.size :]
+        at += count
+    return out
+
+
+def queries(case, counts):
+    return torch.randn(sum(counts), HEADS * GROUP, case.size, generator=case.generator).to(case.device, case.dtype)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 4, 2)], ids=["single", "several"])
+@pytest.mark.parametrize("more", [{}, {"softcap": 5.0}, {"sinks": True}], ids=["plain", "cap", "sinks"])
+@pytest.mark.parametrize("moved", [False, True], ids=["listed", "moved"])
+def test_attention(dtype, device, close, counts, more, moved):
+    case = Case(dtype, device)
+    lengths, query = [50, 80, 60], queries(case, counts)
+    if more.get("sinks"):
+        more = {"sinks": torch.randn(HEADS * GROUP, generator=case.generator).to(device)}
+    want = dense(case, query, 1, counts, lengths, 0.3, **more)
+    if moved:
+        case.move(2, by_kernel)
+    out = torch.full_like(query, float("nan"))
+    more = {"softcap": None, "sinks": None, **more}
+    launch_paged_attention(
+        query, case.pool, 1, case.block_table, rows_of(case, counts, lengths, padded=2), case.table, out, 0.3, **more,
+        shares=5,
+    )  # fmt: skip
+    close(out, want)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("size", [16, 48])
+def test_layouts(dtype, device, close, by_head, size):
+    case = Case(dtype, device, by_head=by_head, size=size)
+    counts, lengths = (1, 1, 1), [33, 71, 46]
+    query = queries(case, counts)
+    want = dense(case, query, 2, counts, lengths, 0.2)
+    case.move(1, by_kernel)
+    out = torch.empty_like(query)
+    launch_paged_attention(
+        query, case.pool, 2, case.block_table, rows_of(case, counts, lengths), case.table, out, 0.2, None, None
+    )
+    close(out, want)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["listed", "moved"])
+def test_plain_version(moved):
+    case = Case(torch.float32, "cpu")
+    counts, lengths = (2, 1, 3), [50, 80, 60]
+    query = queries(case, counts)
+    want = dense(case, query, 0, counts, lengths, 0.3)
+    if moved:
+        case.move(1, plainly)
+    out = torch.zeros_like(query)
+    paged_attention(query, case.pool, 0, case.block_table, rows_of(case, counts, lengths), case.table, out, scaling=0.3)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int4", "k6v4", "k8v4", "int8"])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 3, 2)], ids=["single", "several"])
+def test_coded_entries(dtype, device, close, kind, counts):
+    case = Case(dtype, device, size=64)
+    lengths, query = [50, 80, 60], queries(case, counts)
+    full = dense(case, query, 1, counts, lengths, 0.2)
+    assert case.code(1, kind, by_kernel) > 50
+    rows = rows_of(case, counts, lengths, padded=1)
+    want = torch.zeros(query.shape, dtype=torch.float64)
+    if device == "cpu":
+        wide = query.double(), case.pool, 1, case.block_table, rows, case.table, want, 0.2, None, None
+        paged_reference.paged_attention(*wide, wide=torch.float64)
+    out = torch.full_like(query, float("nan"))
+    launch_paged_attention(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None)
+    error = (want - full).norm() / full.norm()
+    if device == "cpu":
+        close(out, want)
+        # Of random numbers, which no code likes; and not nothing: codes were read.
+        assert 1e-4 < error < {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.01}[kind]
+    else:
+        error = (out.double().cpu() - full).norm() / full.norm()
+        assert 1e-4 < error < {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.02}[kind]
+
+
+@pytest.mark.parametrize("kind", ["int4", "k6v4"])
+def test_coded_lines_are_spread_over_pages(dtype, device, kind):
+    case, other = Case(dtype, device, size=64), Case(dtype, device, size=64)
+    form = KVDtype(kind).form((64, 64))
+    each = case.pool.coded_lines(form)
+    first, count = each - 5, 2 * each + 9
+    lines = torch.randint(0, 256, (count, form.line_bytes), generator=case.generator).to(torch.uint8).to(device)
+    factors = torch.randint(0, 256, (count, 4), generator=case.generator).to(torch.uint8).to(device)
+    launch_spread(lines, factors, case.pool, form, first, case.private)
+    if device == "cpu":
+        paged_reference.spread(lines, factors, other.pool, form, first, other.private)
+        for one, two in zip(case.caches, other.caches, strict=True):
+            assert torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+    page, block = first // each, int(case.private[0])
+    raw = case.caches[page].transpose(1, 2)[block].contiguous().view(torch.uint8).flatten()
+    start = (first % each) * form.line_bytes
+    assert torch.equal(raw[start : start + 5 * form.line_bytes].cpu(), lines[:5].flatten().cpu())
+    start = each * form.line_bytes + (first % each) * 4
+    assert torch.equal(raw[start : start + 20].cpu(), factors[:5].flatten().cpu())
+
+
+def test_widths_that_pages_do_not_hold_are_refused():
+    case = Case(torch.float32, "cpu")
+    with pytest.raises(ValueError, match="one width each"):
+        Coded.empty(case.pool, 4, KVDtype("int2").form((SIZE, SIZE)))
+
+
+def test_too_many_queries_are_refused():
+    case = Case(torch.float32, "cpu")
+    rows = rows_of(case, (1, 1, 50), [50, 80, 60])
+    query = queries(case, (1, 1, 50))
+    with pytest.raises(ValueError, match="the kernel takes 128"):
+        paged_attention(query, case.pool, 0, case.block_table, rows, case.table, query, scaling=1.0)
+
+
+def test_pages_must_be_contiguous():
+    memory = torch.zeros(2, 8, 32, 2, 32)[:, :, :16]
+    with pytest.raises(ValueError, match="not contiguous"):
+        Pool.of([part.transpose(1, 2) for part in memory[:, :, ::2]])
+    wide = torch.zeros(2, 8, 16, 2, 64)[..., :32]
+    with pytest.raises(ValueError, match="not contiguous"):
+        Pool.of([part.transpose(1, 2) for part in wide])

@@ -1,0 +1,338 @@
+"""The worker's side on CUDA with plain kernels: a batch of random requests against dense attention over what is kept.
+
+There is no model: queries, keys and values are random, and what vLLM's own kernel would read is left out.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
+
+from refreekv import policies
+from refreekv.core.quantisation import KVDtype
+from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.messages import CopyOrder, StepOrders
+from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
+from refreekv.engines.vllm.worker_side.tracked import Layer
+
+LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, SLOTS = 3, 2, 2, 16, 16, 96, 4
+ADAPTIVE = "adaptive:min_length=32,constant=0.4,window=4,spread=16,follow=1,lost_mass=0.9"
+POLICIES = [ADAPTIVE, "snapkv:ratio=0.3", "refreekv:probe_rows=8,threshold=0.85", "streaming-llm:size=20"]
+
+
+@dataclass
+class Sequence:
+    """One request: all it will ever ask and hold, and its ordinary blocks."""
+
+    name: str
+    prompt: int
+    tokens: torch.Tensor  # [layers, n, (query heads + 2 * KV heads), D]
+    blocks: list[int] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    epoch: int = 0
+
+    def queries(self, layer):
+        return self.tokens[layer, :, : HEADS * GROUP]
+
+    def entries(self, layer):
+        """``[n, H_kv, 2 * D]``."""
+        keys, values = self.tokens[layer, :, HEADS * GROUP :].split(HEADS, 1)
+        return torch.cat([keys, values], -1)
+
+
+class Driver:
+    """Plays vLLM's scheduler and model runner."""
+
+    def __init__(self, policy, seed=0, number=None):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.policy = policies.registry.parse(policy)
+        memory = torch.zeros(LAYERS, BLOCKS, BLOCK, HEADS, 2 * SIZE)
+        impl = SimpleNamespace(num_heads=HEADS * GROUP, scale=SIZE**-0.5, logits_soft_cap=0, sinks=None)
+        layers = {}
+        for index in range(LAYERS):
+            module = SimpleNamespace(kv_cache=memory[index].transpose(1, 2), impl=impl)
+            layers[f"layer{index}"] = Layer(module, 0, LayerFacts.of(impl, index, LAYERS))
+        self.caches = [layer.module.kv_cache for layer in layers.values()]
+        self.table = torch.zeros(SLOTS, 16, dtype=torch.int32)
+        self.state = KeptState(
+            self.policy, layers, SLOTS, 256, number, lambda slot: self.table[slot], lambda part, _: part
+        )
+        self.state.know_copy_scores([torch.tensor([0.0, 0.5]), *[torch.zeros(HEADS)] * (LAYERS - 1)])
+        self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
+        self.sequences, self.outcomes, self.orders, self.checked = {}, {}, StepOrders(), 0
+        self.error = 2e-5
+
+    def add(self, name, prompt, answer=60):
+        shape = (LAYERS, prompt + answer, HEADS * (GROUP + 2), SIZE)
+        self.sequences[name] = Sequence(name, prompt, torch.randn(shape, generator=self.generator) * 1.5)
+
+    def preempt(self, name):
+        sequence = self.sequences[name]
+        sequence.epoch, sequence.computed, sequence.slot = sequence.epoch + 1, 0, -1
+        self.give_back(sequence.blocks)
+        sequence.blocks = []
+        self.orders.preempted[name] = sequence.epoch
+
+    def give_back(self, blocks):
+        """Blocks of nobody hold nonsense."""
+        for block in blocks:
+            if block:
+                self.free.append(block)
+                for cache in self.caches:
+                    cache[block] = float("nan")
+
+    def step(self, **counts):
+        """Compute so many tokens of each named request; check what comes after prompts."""
+        orders, self.orders = self.orders, StepOrders()
+        rows = [self.sequences[name] for name in counts]
+        fresh = [one for one in rows if one.slot < 0]
+        taken = {one.slot for one in self.sequences.values()}
+        self.state.begin_step(orders)
+        # After the copies, as the scheduler hands out freed blocks with the same step.
+        for one in getattr(self, "leaving", ()):
+            self.give_back(one)
+        self.leaving = []
+        for one in fresh:
+            one.slot = next(slot for slot in range(SLOTS) if slot not in taken)
+            taken.add(one.slot)
+            self.state.admit(one.name, one.slot, one.prompt)
+        number = list(counts.values())
+        for one, count in zip(rows, number, strict=True):
+            while len(one.blocks) * BLOCK < one.computed + count:
+                one.blocks.append(self.free.pop())
+            self.table[one.slot, : len(one.blocks)] = torch.tensor(one.blocks)
+            for layer in range(LAYERS):
+                for at in range(one.computed, one.computed + count):
+                    self.caches[layer][one.blocks[at // BLOCK], :, at % BLOCK] = one.entries(layer)[at]
+        starts = np.concatenate([[0], np.cumsum(number)]).astype(np.int32)
+        slots = np.array([one.slot for one in rows])
+        computed = np.array([one.computed for one in rows], dtype=np.int32)
+        watched = self.state.watches(slots, computed)
+        assert watched == any(one.computed < one.prompt for one in rows)
+        self.state.plan(
+            SimpleNamespace(
+                num_reqs=len(rows),
+                idx_mapping_np=slots,
+                idx_mapping=torch.tensor(slots),
+                num_computed_tokens_np=computed,
+                query_start_loc_np=starts,
+                req_ids=[one.name for one in rows],
+            )
+        )
+        lengths = torch.tensor([one.computed + count for one, count in zip(rows, number, strict=True)]).int()
+        common = SimpleNamespace(query_start_loc=torch.from_numpy(starts), seq_lens=lengths)
+        step, block_table = self.state.step, self.table[torch.tensor(slots)]
+        found_rows = step.rows(common)
+        assert step.stock == watched
+        for layer in range(LAYERS):
+            name = f"layer{layer}"
+            parts = [one.queries(layer)[one.computed :][:count] for one, count in zip(rows, number, strict=True)]
+            query = torch.cat(parts)
+            if step.prompts:
+                self.state.look(step, name, query, self.caches[layer], block_table)
+            output = torch.full_like(query, float("nan"))
+            if found_rows is not None:
+                self.state.attend(name, query, block_table, found_rows, output)
+            for one, count, at in zip(rows, number, starts, strict=False):
+                self._check(one, layer, count, output[at : at + count])
+        for one, count in zip(rows, number, strict=True):
+            one.computed += count
+        message = self.state.end_step()
+        for outcome in message.outcomes if message else ():
+            self.outcomes[outcome.request_id] = outcome
+
+    def move(self, name):
+        """Find private blocks for what a request keeps; the copy goes with the next step."""
+        sequence, (group,) = self.sequences[name], self.outcomes[name].groups
+        assert group.copies, "nothing is to be moved"
+        assert self.outcomes[name].epoch == sequence.epoch
+        private = tuple(self.free.pop() for _ in range(group.copies))
+        self.orders.copies.append(CopyOrder(name, 0, private))
+        self.leaving = [*getattr(self, "leaving", ()), sequence.blocks[: group.stop]]
+        sequence.blocks[: group.stop] = [0] * group.stop
+
+    def kept(self, one, layer):
+        """By head, entries ``[t, 2 * D]`` that the policy keeps, given all queries of the prompt at once."""
+        probes = Probes.for_prompt(self.policy, one.prompt)
+        probes.queries = {layer: [one.queries(layer)[probes.positions]]}
+        entries = one.entries(layer)[: one.prompt]
+        keys, values = entries.split(SIZE, -1)
+        facts = self.state.layers[f"layer{layer}"].facts
+        found = select(self.policy, probes, facts, keys, values, lambda part, _: part, surrogates=True)
+        heads = []
+        for head in range(HEADS):
+            own = entries[:, head].clone()
+            if found is None:
+                keep = torch.ones(one.prompt, dtype=torch.bool)
+            elif hasattr(found, "cut"):
+                keep = found.mask(torch.ones(1, one.prompt, dtype=torch.bool))[0, 0]
+            else:
+                keep = found.keep[0, head % found.keep.shape[1]].clone()
+                if found.surrogates is not None:
+                    for column, key, value, real in zip(*(part[0, head] for part in found.surrogates), strict=True):
+                        if real:
+                            own[column], keep[column] = torch.cat([key, value]), True
+            heads.append(own[keep])
+        return heads
+
+    def _check(self, one, layer, count, output):
+        """Queries after the prompt see what is kept and what came after it."""
+        if one.computed + count <= one.prompt:
+            return
+        kept = self.kept(one, layer)
+        for index in range(max(0, one.prompt - one.computed), count):
+            position = one.computed + index
+            for head in range(HEADS):
+                entries = torch.cat([kept[head], one.entries(layer)[one.prompt : position + 1, head]])
+                for query_head in range(head * GROUP, (head + 1) * GROUP):
+                    logits = entries[:, :SIZE] @ one.queries(layer)[position, query_head] * SIZE**-0.5
+                    want = logits.softmax(0) @ entries[:, SIZE:]
+                    torch.testing.assert_close(output[index, query_head], want, atol=self.error, rtol=1e-4)
+                    self.checked += 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_prompts_in_chunks_then_lists_then_private_blocks(policy):
+    driver = Driver(policy)
+    driver.add("long", 133)
+    driver.add("short", 75)
+    driver.step(long=50)
+    driver.step(long=50, short=75)
+    driver.step(short=1, long=33)
+    for _ in range(2):
+        driver.step(short=1, long=1)
+    assert driver.outcomes.keys() == {"long", "short"}
+    driver.move("long")
+    for _ in range(2):
+        driver.step(short=1, long=1)
+    if driver.outcomes["short"].groups[0].copies:
+        driver.move("short")
+    driver.step(long=1, short=1)
+    # Drafts: several queries a request, not as many for each.
+    driver.step(long=4, short=2)
+    assert driver.checked > 100
+    long = driver.outcomes["long"]
+    assert long.prompt == 133
+    assert 0 < sum(long.kept) < LAYERS * HEADS * 133
+    assert len(long.metrics) == LAYERS
+
+
+@pytest.mark.parametrize("policy", ["full", ADAPTIVE])
+def test_private_entries_may_be_coded(policy):
+    driver = Driver(policy, number=KVDtype("int8", recent=4))
+    driver.add("a", 133)
+    driver.add("b", 90)
+    driver.step(a=133)
+    driver.step(a=1, b=90)
+    driver.step(a=1, b=1)
+    assert driver.outcomes["a"].altered
+    driver.move("a")
+    driver.error = 0.1
+    driver.step(a=2, b=1)
+    found = driver.state.table.coded.segments[:, driver.sequences["a"].slot, :, 1]
+    kept = torch.tensor(driver.outcomes["a"].kept).view(LAYERS, HEADS)
+    assert torch.equal(found, kept - 8)
+    # A quarter of float32, and factors.
+    assert driver.outcomes["a"].groups[0].copies <= (6 if policy == "full" else 4)
+    driver.move("b")
+    driver.step(a=1, b=1)
+    driver.step(a=1, b=3)
+    driver.preempt("a")
+    driver.outcomes.clear()
+    driver.step(a=137, b=1)
+    driver.error = 2e-5
+    driver.step(a=1)
+    driver.move("a")
+    driver.error = 0.1
+    driver.step(a=1, b=1)
+
+
+def test_preempted_requests_see_the_same_again():
+    driver = Driver(ADAPTIVE)
+    driver.add("a", 90)
+    driver.add("b", 70)
+    driver.step(a=90)
+    driver.step(a=1, b=70)
+    driver.move("a")
+    driver.step(a=3, b=1)
+    before = driver.outcomes["a"].kept
+    # Back into another slot, across the prompt's end in one chunk, more answer than a program takes at once.
+    for _ in range(40):
+        driver.step(a=1)
+    driver.preempt("a")
+    driver.step(b=1)
+    driver.add("c", 40)
+    driver.step(c=10, b=1)
+    driver.outcomes.clear()
+    driver.step(a=60, b=1)
+    assert "a" not in driver.outcomes
+    driver.step(a=90 + 44 - 60, b=1)
+    assert driver.outcomes["a"].epoch == 1
+    assert driver.outcomes["a"].kept == before
+    driver.move("a")
+    driver.step(a=1, b=1, c=30)
+    driver.step(a=1, b=1, c=1)
+
+
+def test_preempted_before_the_prompt_has_ended():
+    driver = Driver(ADAPTIVE)
+    driver.add("a", 90)
+    driver.step(a=60)
+    driver.preempt("a")
+    driver.add("b", 40)
+    driver.step(b=40)
+    driver.step(a=90, b=1)
+    driver.step(a=1, b=1)
+    assert driver.outcomes["a"].epoch == 1
+
+
+def test_whole_prompts_stay_as_they_are():
+    driver = Driver(ADAPTIVE)
+    driver.add("tiny", 20)
+    driver.step(tiny=20)
+    driver.step(tiny=1)
+    outcome = driver.outcomes["tiny"]
+    assert outcome.kept == (20,) * LAYERS
+    assert not outcome.groups[0].freed
+    assert not driver.state.table.starts.any()
+
+
+def test_what_keeps_everything_is_read_as_it_is():
+    driver = Driver("snapkv:ratio=1.0")
+    driver.add("a", 80)
+    for count in (80, 1, 1):
+        driver.step(a=count)
+    assert driver.outcomes["a"].kept == (80,) * LAYERS * HEADS
+    assert not driver.outcomes["a"].altered
+    assert not driver.state.table.segments.any()
+
+
+def test_a_slot_is_clean_for_the_next_request():
+    driver = Driver("snapkv:ratio=0.3")
+    driver.add("a", 80)
+    driver.step(a=80)
+    driver.step(a=1)
+    driver.move("a")
+    driver.step(a=1)
+    slot = driver.sequences.pop("a").slot
+    driver.orders.finished.append("a")
+    driver.add("b", 50)
+    driver.step(b=50)
+    assert driver.sequences["b"].slot == slot
+    driver.step(b=1)
+    driver.step(b=1)
+
+
+def test_vllm_s_own_warm_up_is_not_pruned():
+    driver = Driver("snapkv:ratio=0.3")
+    state = driver.state
+    state.begin_step(None)
+    state.admit("warm", 1, 40)
+    assert not state.watches(np.array([1]), np.array([0]))
+    assert not state.requests
+    assert state.step is None
