@@ -109,8 +109,8 @@ class KeyCodes:
         plain = PackedMaps.rotated(key_mean, value_mean, dtype)
         device = key_mean.device
         key, dual, bound, key_sum = self._matrices(device, dtype)
-        # [H_kv, D, D] times [B, H_kv, D, 1]
-        offset = (self.matrix.to(device) @ plain.key_mean.double()[..., None])[..., 0].float()
+        # [1, H_kv, D, D] times [B, H_kv, D, 1], in float64, of which no device computes less
+        offset = (key.double() @ plain.key_mean.double()[..., None])[..., 0].float()
         return replace(plain, key_matrix=key, key_dual=dual, key_bound=bound, key_sum=key_sum, key_offset=offset)
 
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
