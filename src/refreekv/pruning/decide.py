@@ -124,15 +124,19 @@ class Decision:
         rungs = len(ladder.rungs)
         if rungs == 1:
             return []
-        # What the policy was not asked about keeps as much as there is.
-        levels = levels.clamp_max(rungs - 1).where(~keep | selection.keep, rungs - 1)
+        levels = levels.clamp_max(rungs - 1)
+        if keep is not selection.keep:
+            # What the policy was not asked about keeps as much as there is.
+            levels = levels.where(~keep | selection.keep, rungs - 1)
         groups = max(levels.shape[1], kept.shape[1])
         order, kept = self._order.expand(-1, groups, -1), kept.expand(-1, groups)
         self._levels = levels.expand(-1, groups, -1).gather(-1, order.long())  # [B, G, n]
         number = torch.arange(self._length, device=kept.device)
         coded = (number >= SINKS) & (number < kept[..., None] - ladder.recent)
         names = [f"rung{rung}.{group}" for rung in range(rungs) for group in range(groups)]
-        counts = torch.stack([(coded & (self._levels == rung)).sum(-1) for rung in range(rungs)], 1)
+        each = torch.arange(rungs, dtype=torch.uint8, device=kept.device)[:, None, None]
+        # [B, 1, G, n] against [R, 1, 1]: [B, R, G]
+        counts = ((self._levels[:, None] == each) & coded[:, None]).sum(-1)
         return [(names, counts.flatten(1))]  # [B, rungs, G] -> [B, rungs * G]
 
     def rows(self) -> list[KeptRow]:
