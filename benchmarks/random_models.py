@@ -115,14 +115,7 @@ def _packed(linear: nn.Linear, form: str, device: torch.device, dtype: torch.dty
         scales = torch.full((count, size // BLOCKS.group), 0.5, dtype=torch.float16, device=device)
         rows = torch.full((count,), 2 * SPREAD / 4.6, device=device)
         low, none = _bytes(count, size // 2, device=device), torch.empty(0, dtype=torch.uint8, device=device)
-        blocks = WeightBlocks(
-            BLOCKS,
-            _bytes(count, size // 2, device=device),
-            torch.empty(0, dtype=torch.uint8, device=device),
-            scales,
-            scales[:0],
-            rows,
-        )
+        blocks = WeightBlocks(BLOCKS, low, none, scales, scales[:0], rows)
         return PackedLinear(blocks, torch.zeros(count, device=device, dtype=dtype) if biased else None)
     import bitsandbytes
     from bitsandbytes.functional import QuantState, get_4bit_type
