@@ -5,9 +5,10 @@
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --at 32768      # no search: time and memory there
     python benchmarks/one_gpu.py --table rows.jsonl                           # as a table
 
-A row is SHAPE:WEIGHTS:MEMORY, of a shape in `random_models.SHAPES`. Weights are random and made directly in the form
-that they have (`random_models.py` says how), so that what a policy keeps of such a prompt says nothing: give one that
-keeps a fixed share, the share that real models keep at the fidelity in question.
+A row is SHAPE:WEIGHTS:MEMORY, of a shape in `random_models.SHAPES` and weights of its `FORMS` (int4: bitsandbytes' NF4,
+int4-blocks: our own). Weights are random and made directly in the form that they have, so that what a policy keeps of
+such a prompt says nothing: give one that keeps a fixed share, the share that real models keep at the fidelity in
+question.
 
     limit     the process may hold MEMORY, the driver's context included (torch.cuda.set_per_process_memory_fraction)
     longest   the longest prompt that is read in chunks and answered with --new tokens, found by bisection; the

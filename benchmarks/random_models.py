@@ -1,9 +1,8 @@
 """Models of a shape with random weights, made where they are to run and in the form that they are to have.
 
 A model of 70 billion parameters in 4 bits is never there in 16: it is built without data, and each matrix gets random
-codes and scales in its place. With bitsandbytes these are its own NF4 layers (blocks of 64 with a float32 scale each,
-as `refreekv plan` counts them). Without it they are `FourBits`, a layer made up here for the memory alone: it takes
-the same bytes and computes with what it unpacks, some rows at a time, so that its speed says nothing.
+codes and scales in its place. Two kinds, both of 4.5 bits a weight, as `refreekv plan` counts: bitsandbytes' NF4
+(blocks of 64 with a float32 scale each), and our own blocks, those of a .gguf file in Q4_0 (32 with a float16 scale).
 """
 
 import importlib.util
@@ -14,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from refreekv.core.weight_blocks import FORMATS, WeightBlocks
 from refreekv.engines.transformers import fingerprint
+from refreekv.engines.transformers.packed_weights import PackedLinear
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Weights of NF4 that share a scale."""
 SPREAD = 0.02
 """Standard deviation of weights."""
-UNPACKED = 2**24
-"""Elements that `FourBits` unpacks at a time."""
+BLOCKS = FORMATS["Q4_0"].form
 
 _LONG = {"max_position_embeddings": 2**20, "tie_word_embeddings": False, "eos_token_id": None}
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -43,35 +43,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 
-FORMS = ("bf16", "int4", "int4-made-up")
-"""What matrices are in; ``int4``: bitsandbytes' NF4 where it is installed."""
-
-
-class FourBits(nn.Module):
-    """A linear layer of random 4-bit codes, two a byte, with a float32 scale for each `BLOCK` of a row."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: torch.device, dtype: torch.dtype):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("codes", _bytes(out_features, in_features // 2, device=device))
-        scales = torch.full((out_features, in_features // BLOCK), SPREAD / 4.6, device=device)
-        self.register_buffer("scales", scales)  # 16 levels from -7.5 to 7.5 have a standard deviation of 4.6
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply with the unpacked weights."""
-        rows = max(1, UNPACKED // self.in_features)
-        parts = [
-            x @ self._unpacked(slice(start, start + rows), x.dtype).T for start in range(0, self.out_features, rows)
-        ]
-        out = torch.cat(parts, dim=-1)
-        return out if self.bias is None else out + self.bias
-
-    def _unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        codes = self.codes[rows]
-        levels = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(dtype) - 7.5  # [rows, in]
-        scales = self.scales[rows].to(dtype)
-        return (levels.unflatten(1, (-1, BLOCK)) * scales[..., None]).flatten(1)
+FORMS = ("bf16", "int4", "int4-nf4", "int4-blocks")
+"""What matrices are in; ``int4``: bitsandbytes' NF4 where that is installed, and our blocks elsewhere."""
 
 
 def build(config: PreTrainedConfig, form: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -104,7 +77,7 @@ def build(config: PreTrainedConfig, form: str, device: torch.device, dtype: torc
 def form_of(model: Any) -> str:
     """What the matrices of a model are, in words."""
     kinds = {type(module).__name__ for module in model.model.layers.modules() if hasattr(module, "in_features")}
-    names = {"Linear": "bf16", "Linear4bit": "NF4 of bitsandbytes", "FourBits": "4 bits, made up: speeds mean nothing"}
+    names = {"Linear": "bf16", "Linear4bit": "NF4 (bitsandbytes)", "PackedLinear": "Q4_0"}
     return ", ".join(sorted(names.get(kind, kind) for kind in kinds))
 
 
@@ -136,8 +109,14 @@ def _bytes(*shape: int, device: torch.device) -> Tensor:
 def _packed(linear: nn.Linear, form: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     sizes = linear.in_features, linear.out_features
     biased = linear.bias is not None
-    if form == "int4-made-up" or importlib.util.find_spec("bitsandbytes") is None:
-        return FourBits(*sizes, biased, device, dtype)
+    if form == "int4-blocks" or (form == "int4" and importlib.util.find_spec("bitsandbytes") is None):
+        count, size = linear.weight.shape
+        # Codes from -8 to 7 have a standard deviation of 4.6, and scales are halves of a power of two.
+        scales = torch.full((count, size // BLOCKS.group), 0.5, dtype=torch.float16, device=device)
+        rows = torch.full((count,), 2 * SPREAD / 4.6, device=device)
+        low, none = _bytes(count, size // 2, device=device), torch.empty(0, dtype=torch.uint8, device=device)
+        blocks = WeightBlocks(BLOCKS, low, none, scales, scales[:0], rows)
+        return PackedLinear(blocks, torch.zeros(count, device=device, dtype=dtype) if biased else None)
     import bitsandbytes
     from bitsandbytes.functional import QuantState, get_4bit_type
 

@@ -8,7 +8,9 @@ import torch
 import one_gpu
 import random_models
 from one_gpu import STEP, Row, longest, main
-from random_models import SHAPES, FourBits, build, weight_bytes
+from random_models import SHAPES, build, weight_bytes
+from refreekv.core.weight_blocks import unpacked
+from refreekv.engines.transformers.packed_weights import is_packed
 
 
 @pytest.mark.parametrize("true", [0, 64, 128, 1000, 5000, 40_000, 65_536, 10**6])
@@ -33,9 +35,9 @@ def test_a_good_guess_takes_few_tries():
     assert len(tried) <= 3
 
 
-@pytest.mark.parametrize("form", ["bf16", "int4", "int4-made-up"])
+@pytest.mark.parametrize("form", ["bf16", "int4-nf4", "int4-blocks"])
 def test_random_models_are_made_in_their_form(form):
-    if form == "int4":
+    if form == "int4-nf4":
         pytest.importorskip("bitsandbytes")
     config = SHAPES["tiny"]
     model = build(config, form, torch.device("cpu"))
@@ -43,33 +45,19 @@ def test_random_models_are_made_in_their_form(form):
     matrices = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     others = 2 * 128 * 64 + 5 * 64
     bits = 16 if form == "bf16" else 4.5
-    book = 14 * 64 if form == "int4" else 0  # NF4's levels, with each layer
+    rows = 2 * (64 * 2 + 32 * 2 + 128 * 2 + 64)
+    # NF4's levels, with each layer; of blocks a number a row.
+    more = {"int4-nf4": 14 * 64, "int4-blocks": 4 * rows}.get(form, 0)
     rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
-    assert weight_bytes(model) - rotary == matrices * bits / 8 + others * 2 + book
+    assert weight_bytes(model) - rotary == matrices * bits / 8 + others * 2 + more
     assert weight_bytes(model) - weight_bytes(model, read=True) == 128 * 64 * 2
     with torch.no_grad():
         logits = model(torch.arange(20)[None]).logits
     assert torch.isfinite(logits).all()
     assert 0.01 < logits.float().std() < 10
-    assert (form == "int4-made-up") == any(isinstance(module, FourBits) for module in model.modules())
-
-
-def test_made_up_layers_compute_with_their_codes(monkeypatch):
-    monkeypatch.setattr(random_models, "UNPACKED", 300)  # four rows at a time
-    layer = FourBits(64, 10, True, torch.device("cpu"), torch.float32)
-    layer.bias.data.normal_()
-    layer.scales.uniform_(0.5, 2)
-    x = torch.randn(3, 64)
-    wanted = torch.empty(3, 10)
-    for row in range(10):
-        weights = [
-            ((int(layer.codes[row, column // 2]) >> (4 * (column % 2))) % 16 - 7.5)
-            * float(layer.scales[row, column // 64])
-            for column in range(64)
-        ]
-        wanted[:, row] = x @ torch.tensor(weights) + layer.bias[row]
-    torch.testing.assert_close(layer(x), wanted)
-    assert 0.8 < FourBits(512, 512, False, torch.device("cpu"), torch.float32)(torch.eye(512)).std() / 0.02 < 1.2
+    assert (form == "int4-blocks") == any(map(is_packed, model.modules()))
+    if form == "int4-blocks":
+        assert 0.8 < unpacked(model.model.layers[0].mlp.up_proj.blocks).std() / random_models.SPREAD < 1.2
 
 
 def run(capsys, tmp_path, *arguments):
@@ -80,10 +68,10 @@ def run(capsys, tmp_path, *arguments):
 
 
 def test_a_row_on_a_cpu(capsys, tmp_path):
-    model = build(SHAPES["tiny"], "int4-made-up", torch.device("cpu"))
+    model = build(SHAPES["tiny"], "int4-blocks", torch.device("cpu"))
     a_token = 2 * 2 * 2 * 16 * 2  # layers, key and value, KV heads, size, bytes
     limit = weight_bytes(model) + 1000 * a_token
-    arguments = ["--rows", f"tiny:int4-made-up:{limit}B", "--policy", "streaming-llm:ratio=0.5"]
+    arguments = ["--rows", f"tiny:int4-blocks:{limit}B", "--policy", "streaming-llm:ratio=0.5"]
     said, (full, ours) = run(capsys, tmp_path, *arguments)
     # The full cache holds its prompt and the answer but for the last token.
     assert full["longest"] == (1000 - 3) // STEP * STEP
@@ -94,7 +82,7 @@ def test_a_row_on_a_cpu(capsys, tmp_path):
     assert 0.45 < ours["at"]["kept_share"] < 0.55
     assert ours["at"]["cache_bytes"] < 0.6 * full["at"]["cache_bytes"] * ours["longest"] / full["longest"]
     assert all(one["at"]["token_seconds"] > 0 and one["forecast_peak"] > 0 for one in (full, ours))
-    assert "speeds mean nothing" in said
+    assert "tiny Q4_0" in said
     assert "CPU, counted and not measured" in full["about"]
     main(["--table", str(tmp_path / "rows.jsonl")])
     shown = capsys.readouterr().out

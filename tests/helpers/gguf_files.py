@@ -26,9 +26,12 @@ def random_blocks(name: str, rows: int, columns: int, draw: np.random.Generator,
 def write_model(
     path: Path, kind: str = "Q8_0", *, architecture: str = "llama", hidden: int = 64, inner: int = 128, heads: int = 4,
     kv_heads: int = 2, layers: int = 2, context: int = 4096, tied: bool = False, vocabulary: int = 96,
-    leave_out: str = "", seed: int = 0,
+    leave_out: str = "", plain: str = "", seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Write a model whose matrices are in one format; ``leave_out`` is the name of a tensor that is missing."""
+    """Write a model whose matrices are in one format; of two tensors the names are given.
+
+    ``leave_out`` is missing, and ``plain`` is in float16.
+    """
     draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(layers)
@@ -51,7 +54,9 @@ def write_model(
     writer.add_chat_template("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}assistant:")
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        if name != leave_out:
+        if name == plain:
+            writer.add_tensor(f"{name}.weight", draw.normal(0, 1 / columns**0.5, (rows, columns)).astype(np.float16))
+        elif name != leave_out:
             data = random_blocks(kind, rows, columns, draw, scale=2 / columns**0.5)
             writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
 

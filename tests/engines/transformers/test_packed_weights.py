@@ -51,6 +51,20 @@ def test_logits_are_those_of_the_unpacked_model(kind, architecture, tied, tmp_pa
         assert model.lm_head.low.data_ptr() == model.model.embed_tokens.low.data_ptr()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("plain", ["token_embd", "blk.1.ffn_down"])
+def test_single_matrices_in_other_formats_become_plain(plain, tied, tmp_path):
+    path = write_model(tmp_path / "a.gguf", "Q4_0", plain=plain, tied=tied)
+    model, wanted = load(path), unpacked(path)
+    ids = prompts((20,), seed=2)[0].to(WHERE) % 96
+    with torch.no_grad():
+        got, want = model(ids).logits, wanted(ids).logits
+    assert (got - want).norm() <= 1e-4 * want.norm()
+    assert len(list(packed_weights.modules(model))) == 2 * 7 + 2 - 1 - (tied and plain == "token_embd")
+    if tied and plain == "token_embd":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_bytes_are_those_of_the_file(tmp_path):
     from refreekv.cli.weights import weight_bytes
 
