@@ -17,6 +17,7 @@ from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import on_cpu, serve_command
 from refreekv.engines.vllm.refusals import (
     SUPPORTED,
+    check_attention,
     check_backends,
     check_heads,
     check_layers,
@@ -190,6 +191,27 @@ def test_configurations_that_cannot_be_served_on_a_gpu(changes, sentence):
     check_backends([])
     with pytest.raises(ValueError, match="FlashInferMetadataBuilder"):
         check_backends(["FlashInferMetadataBuilder"])
+
+
+@pytest.mark.parametrize(
+    ("module", "spec", "queries", "sentence"),
+    [
+        ({"kv_sharing_target_layer_name": "a"}, {}, 1, "share another layer's KV cache"),
+        ({}, {"head_size_v": 32}, 1, "one size"),
+        ({"alibi_slopes": [1.0]}, {}, 1, "ALiBi"),
+        ({}, {"attention_chunk_size": 8192}, 1, "a chunk of the context"),
+        ({}, {}, 33, "at most 32 tokens of a request in a step with 4 query heads"),
+    ],
+)
+def test_attention_that_the_kernel_does_not_compute(module, spec, queries, sentence):
+    def asked(module, spec, queries):
+        impl = SimpleNamespace(num_heads=8, num_kv_heads=2, alibi_slopes=module.get("alibi_slopes"))
+        layer = SimpleNamespace(impl=impl, kv_sharing_target_layer_name=module.get("kv_sharing_target_layer_name"))
+        check_attention({"a": layer}, {"a": SimpleNamespace(head_size=64, **spec)}, queries, 128)
+
+    asked({}, {"head_size_v": 64}, 32)
+    with pytest.raises(ValueError, match=sentence):
+        asked(module, spec, queries)
 
 
 def test_heads_that_would_count_twice():

@@ -159,6 +159,46 @@ def check_backends(others: list[str]) -> None:
         )
 
 
+def check_attention(modules: dict[str, Any], specs: dict[str, Any], queries: int, most: int) -> None:
+    """ValueError for attention layers that the kernel over kept entries does not compute.
+
+    Parameters
+    ----------
+    modules : dict
+        vLLM's attention layers by name.
+    specs : dict
+        KV cache specs of those that are pruned.
+    queries : int
+        Most queries of a request in a decode step, drafts among them.
+    most : int
+        Queries by query heads of a KV head that the kernel takes.
+    """
+    shared = [name for name, module in modules.items() if getattr(module, "kv_sharing_target_layer_name", None)]
+    if shared:
+        raise ValueError(
+            f"refreekv cannot prune models in which layers share another layer's KV cache, and {len(shared)} do here "
+            f"(first: {shared[0]})"
+        )
+    for name, spec in specs.items():
+        impl = modules[name].impl
+        if getattr(spec, "head_size_v", None) not in (None, spec.head_size):
+            raise ValueError(
+                f"refreekv needs keys and values of one size in vLLM, and {name} has {spec.head_size} and "
+                f"{spec.head_size_v}"
+            )
+        if getattr(impl, "alibi_slopes", None) is not None or getattr(spec, "attention_chunk_size", None):
+            raise ValueError(
+                f"refreekv computes plain causal attention over what is kept, and {name} has ALiBi slopes or looks at "
+                f"a chunk of the context"
+            )
+        group = impl.num_heads // impl.num_kv_heads
+        if queries * group > most:
+            raise ValueError(
+                f"refreekv takes at most {most // group} tokens of a request in a step with {group} query heads a KV "
+                f"head, and drafts make them {queries}; lower num_speculative_tokens"
+            )
+
+
 def check_layers(specs: dict[str, Any], prunable: list[str], layers_per_group: int) -> None:
     """ValueError unless every layer has full attention and the groups come out even."""
     if not prunable:

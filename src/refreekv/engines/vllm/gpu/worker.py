@@ -16,6 +16,7 @@ from refreekv.engines.vllm.spec import PrivateAttentionSpec
 from refreekv.engines.vllm.worker_side.calibration import measure_copy_scores
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
 from refreekv.engines.vllm.worker_side.tracked import Layer
+from refreekv.kernels.paged import MOST_QUERIES
 
 WIDEST_PLAN = 1 << 20
 """A prompt length at which a policy's probe plan shows all it may ever ask for."""
@@ -66,6 +67,8 @@ class RefreekvGPUWorker(Worker):
             name: Layer(modules[name], 0, LayerFacts.of(modules[name].impl, index, len(ordered)))
             for index, name in enumerate(ordered)
         }
+        specs = dict.fromkeys(ordered, group.kv_cache_spec)
+        refusals.check_attention(modules, specs, runner.decode_query_len, MOST_QUERIES)
         tables = runner.block_tables.block_tables[0]
         builders = [builder for groups in runner.attn_groups for one in groups for builder in one.metadata_builders]
         refusals.check_backends(
