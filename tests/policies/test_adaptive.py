@@ -239,7 +239,7 @@ def test_copy_scores_are_measured_once_and_anew_for_new_weights():
 
 def test_compress_measures_only_for_prompts_that_are_pruned():
     model = induction_model()
-    policy = policies.create("adaptive", min_length=20, window=4, constant=0.05)
+    policy = policies.create("adaptive", min_length=20, window=4, constant=0.05, bits=16)
     with refreekv.compress(model, policy):
         model.generate(torch.arange(1, 11)[None], max_new_tokens=2, do_sample=False)
         assert model not in _KNOWN
