@@ -9,7 +9,7 @@ from helpers.models import build, prompts
 
 @torch.no_grad()
 def test_prompts_read_over_their_codes():
-    """Not coded they are the full cache, in fewer bits they are further off; means of the whole prompt change little."""
+    """Not coded they are the full cache; fewer bits are further off; means of the whole prompt change little."""
     model = build("llama", attention="sdpa", head_dim=64)
     prompt = prompts((400,), seed=1)[0]
     tokens, wanted, means = chunked_prompts.answer(model, prompt, 4)
