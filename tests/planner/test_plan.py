@@ -169,7 +169,7 @@ def test_full_caches_take_what_is_planned(name):
 
 @pytest.mark.parametrize("number", [None, KVDtype("int4", recent=8), KVDtype("int8", recent=8)])
 def test_pruned_caches_take_what_is_planned(llama, number):
-    built = build("llama", attention="sdpa", head_dim=16).to(torch.bfloat16)
+    built = build("llama", attention="sdpa", head_dim=64).to(torch.bfloat16)
     planned = geometry.measure(Model("llama", built.config))
     cache = ReFreeKVCache(built, "streaming-llm", ratio=0.5, kv_dtype=number)
     prefill(built, cache, (60,))
@@ -178,7 +178,7 @@ def test_pruned_caches_take_what_is_planned(llama, number):
         assert storage_bytes(storages) == cache.report.bytes_after
     # Number formats come with room for generated entries, in full precision.
     rooms = [layer.ragged.tables[0].left * layer.kv_heads for layer in cache.pruned_layers if number is not None]
-    assert planned.kept_bytes(60, 0, 0.5, number) + sum(rooms) * 64 == cache.report.bytes_after
+    assert planned.kept_bytes(60, 0, 0.5, number) + sum(rooms) * 256 == cache.report.bytes_after
 
 
 def test_models_that_do_not_run_without_data_are_read_from_their_fields(monkeypatch):

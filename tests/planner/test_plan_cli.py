@@ -53,6 +53,16 @@ def test_table_and_json_say_the_same(run, llama_file, own_budgets):
         assert f"{row['requests']:,}" in shown
 
 
+def test_how_a_prompt_is_held_until_its_end(run, llama_file):
+    arguments = ["plan", llama_file, "--vram", "24GiB", "--kv", "int4", "--json"]
+    held = {}
+    for options in ((), ("--prompt-kv", "int8"), ("--prompt-kv", "int4"), ("--prompt-kv", "bf16")):
+        result = json.loads(run(*arguments, *options).out)
+        held[options[-1] if options else None] = result["scenarios"][-1]["peak_bytes"]
+    assert held[None] == held["int8"]
+    assert held["int4"] < held["int8"] < held["bf16"]
+
+
 def test_quantised_and_too_large(run, llama_file):
     result = json.loads(run("plan", llama_file, "--vram", "12GiB", "--kv", "int4", "--json").out)
     assert result["kv"]["stored_bytes_per_token"] == 32 * 8 * 2 * 66
@@ -124,6 +134,7 @@ def test_simulated_load(run, llama_file, tmp_path):
         (["--kv", "int9"], ["kv_dtype must be int8, int6, int4 or int2"]),
         (["--policy", "refrekv"], ["no policy is named 'refrekv'"]),
         (["--prefill-chunk", "some"], ["--prefill-chunk 'some'"]),
+        (["--prompt-kv", "int7"], ["prompt_dtype must be int8, int6, int4 or int2"]),
         (["--reserve", "1"], ["--reserve '1' has no unit"]),
         (["--plot", "plan.txt"], ["--plot writes .png, .svg or .pdf, not '.txt'"]),
         (["--plot", "/nowhere/plan.png"], ["cannot write /nowhere/plan.png"]),

@@ -199,6 +199,8 @@ def _make(
     budgets: Path | None,
 ) -> "Plan":
     """The plan, from what stands on the command line; what is wrong there is a ValueError."""
+    from refreekv.core.quantisation import PROMPT_DTYPE
+    from refreekv.engines.transformers.reading import parse_prompt_dtype
     from refreekv.planner import budgets as measured
     from refreekv.planner import source
     from refreekv.planner.memory import Load
@@ -206,7 +208,9 @@ def _make(
     from refreekv.planner.units import parse_tokens
 
     parsed = refreekv.policies.parse(policy)
-    number, prompt_number = (None if kind in (None, "bf16") else refreekv.KVDtype.parse(kind) for kind in kv)
+    number = None if kv[0] in (None, "bf16") else refreekv.KVDtype.parse(kv[0])
+    held = None if kv[1] == "bf16" else parse_prompt_dtype(kv[1])
+    prompt_number = PROMPT_DTYPE if isinstance(held, str) else held
     chunk = None if prefill_chunk == "all" else parse_tokens(prefill_chunk, "--prefill-chunk")
     tokens = None if context is None else parse_tokens(context, "--context")
     generated = None if output is None else parse_tokens(output, "--output")
