@@ -66,7 +66,7 @@ class Conversations:
         Decides on what they keep.
     kv_dtype : str, optional
         How they store it, as for `compress`.
-    verify : bool, float, str or Reading
+    verify : bool, float, str or Recheck
         What of each request is read again over what is kept, as for `compress`: of prompts only.
     memory_limit : int
         Bytes of caches in memory that no request is using.
