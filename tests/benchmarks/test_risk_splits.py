@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-import risk
 
+import risk
 from refreekv import policies
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.results import RecordFile
