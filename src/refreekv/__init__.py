@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refreekv import policies
     from refreekv.core.quantisation import KVDtype
+    from refreekv.engines.calibration import Calibration
     from refreekv.engines.transformers.api import CompressionSession, ReFreeKVCache, compress
+    from refreekv.evaluation.checking.calibrate import calibrate
+    from refreekv.evaluation.checking.check import check
     from refreekv.report import CompressionReport, LayerReport, RowReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CompressionReport",
     "CompressionSession",
     "KVDtype",
@@ -19,18 +23,23 @@ __all__ = [
     "ReFreeKVCache",
     "RowReport",
     "__version__",
+    "calibrate",
+    "check",
     "compress",
     "policies",
 ]
 
 # Imported on first use: torch and transformers take seconds, which `refreekv --help` need not wait for.
 _HOMES = {
+    "Calibration": "refreekv.engines.calibration",
     "CompressionReport": "refreekv.report",
     "CompressionSession": "refreekv.engines.transformers",
     "KVDtype": "refreekv.core.quantisation",
     "LayerReport": "refreekv.report",
     "ReFreeKVCache": "refreekv.engines.transformers",
     "RowReport": "refreekv.report",
+    "calibrate": "refreekv.evaluation.checking.calibrate",
+    "check": "refreekv.evaluation.checking.check",
     "compress": "refreekv.engines.transformers",
 }
 

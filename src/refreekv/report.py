@@ -81,6 +81,51 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What came out when a part of the last request was read again over what was kept.
+
+    Attributes
+    ----------
+    rung : int
+        Which rung passed, from 0 on: the policy as it was asked for, then stricter ones.
+    rungs : int
+        How many there are; the last one keeps everything.
+    policy : str
+        The policy of the rung that passed.
+    allowed : float
+        Damage, in nats a token, that was allowed.
+    tried : tuple of float
+        Damage of the rungs that were tried, in order: of the worst row of the batch, the mean over tokens. The last
+        rung is not tried.
+    tokens : int
+        Tokens that were read again.
+    where : str
+        ``"prompt"``: its last ones; ``"answer"``: its first ones.
+    reason : str
+        Why nothing could be read again, so that everything was kept; empty: it could.
+    """
+
+    rung: int
+    rungs: int
+    policy: str
+    allowed: float
+    tried: tuple[float, ...] = ()
+    tokens: int = 0
+    where: str = "prompt"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"not verified ({self.reason}): everything is kept"
+        said = f"rung {self.rung + 1} of {self.rungs} ({self.policy})"
+        if self.rung == self.rungs - 1:
+            least = f"; damage of what was tried: {', '.join(f'{one:.2g}' for one in self.tried)}" if self.tried else ""
+            return f"{said}, allowed {self.allowed:g} nats{least}"
+        part = {"prompt": "the prompt's last", "answer": "the answer's first"}[self.where]
+        return f"{said}, damage {self.tried[-1]:.2g} of {self.allowed:g} nats on {part} {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """State of a compressed cache, at the time it was asked for.
 
@@ -100,6 +145,8 @@ class CompressionReport:
         Beside what is held: the most that attention over one layer copies for the length of a call,
         because KV heads of different length are padded to the longest. 0 where heads are even, or
         read as they are by a kernel (CUDA).
+    verified : Verified or None
+        What ``verify=True`` found at the end of the last prompt.
     """
 
     policy: str
@@ -108,6 +155,7 @@ class CompressionReport:
     index_bytes: int = 0
     kv_dtype: str | None = None
     padded_bytes: int = 0
+    verified: Verified | None = None
 
     @property
     def prunable(self) -> tuple[LayerReport, ...]:
@@ -173,6 +221,7 @@ class CompressionReport:
             "padded_bytes": self.padded_bytes,
             "reasons": self.reasons,
             "formats": self.formats,
+            "verified": None if self.verified is None else asdict(self.verified),
             "layers": [
                 {
                     **asdict(layer),
@@ -191,6 +240,8 @@ class CompressionReport:
             f"{self.policy}: kept {self.budget:.1%} of the prompt{stored}, K/V {format_bytes(self.bytes_before)} -> "
             f"{format_bytes(self.bytes_after)} at {self.tokens} tokens"
         ]
+        if self.verified is not None:
+            lines.append(f"  verified: {self.verified}")
         if self.padded_bytes:
             lines.append(
                 f"  heads of different length are padded during attention, one layer at a time: "

@@ -14,7 +14,7 @@ import refreekv
 from helpers.command_line import DIALOGUE, assert_refused, runner, save_chat_model, words
 from refreekv.cli import loading
 from refreekv.cli.app import UserError
-from refreekv.cli.chatting import printable, stop_on_interrupt
+from refreekv.cli.chatting import printable, status_of, stop_on_interrupt
 from refreekv.cli.conversation import Conversation, MessageError, Sampling
 from refreekv.serving.answering import Listener
 
@@ -215,6 +215,23 @@ def test_quantised_storage(loaded):
 
 
 # -- templates --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_verified_turns(loaded, chunk):
+    """Each message's end is read again; where everything has to stay, answers are the full cache's."""
+    strict, loose, full = (
+        Conversation(loaded, policy, verify=verify, max_new_tokens=6, sampling=Sampling(temperature=0), chunk=chunk)
+        for policy, verify in ((ADAPTIVE, 1e-9), (ADAPTIVE, 1e9), (FULL, False))
+    )
+    for count in (60, 40):
+        answers = [conversation.say(words(count, count)).answer for conversation in (strict, loose, full)]
+        assert answers[0] == answers[2]
+    assert strict.report.verified.policy == "full"
+    assert loose.report.verified.rung == 0
+    assert loose.report.bytes_after < full.report.bytes_after
+    assert "rung 1 of 4" in str(status_of(loose.turns[-1]))
+    assert "rung" not in str(status_of(full.turns[-1]))
 
 
 def test_without_a_template_the_text_goes_on(tmp_path):

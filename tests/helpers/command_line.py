@@ -116,7 +116,7 @@ def assert_refused(outcome: Outcome, *fragments: str) -> None:
     """One line on stderr that says why, and code 2."""
     assert outcome.code == 2
     assert outcome.out == ""
-    progress = ("Loading ", "Warming up", "Full cache")
+    progress = ("Loading ", "Warming up", "Full cache", "Checking", "Calibrating")
     said = [line for line in outcome.err.splitlines() if not line.startswith(progress)]
     assert len(said) == 1, outcome.err
     assert said[0].startswith("refreekv: error: ")

@@ -134,6 +134,25 @@ def build(name: str, *, attention: str = "eager", seed: int = 0, **changes: Any)
     return model.eval()
 
 
+def with_key_bias(size: int, **changes: Any) -> PreTrainedModel:
+    """A Qwen2 whose keys hold large constants in few channels, those that rotary positions turn least."""
+    model = build(
+        "qwen2",
+        attention="sdpa",
+        hidden_size=4 * size,
+        num_attention_heads=4,
+        initializer_range=0.6 / (4 * size) ** 0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        **changes,
+    )
+    for block in model.model.layers:
+        bias = block.self_attn.k_proj.bias.data
+        bias.zero_()
+        # Channel c and c + size/2 turn together; the last pairs hardly turn at all.
+        bias[size // 2 - 1], bias[size - 1], bias[size - 2] = 150.0, -90.0, 60.0
+    return model
+
+
 IMAGE = 127
 """The token that stands for an image of `build_mllama`'s model."""
 
@@ -184,13 +203,18 @@ def image_prompts(rows: int = 1, length: int = 40, seed: int = 1) -> dict[str, t
 def save_with_characters(folder: Path) -> None:
     """A Llama and a tokenizer whose tokens are characters, to load from a folder."""
     build("llama", attention="sdpa").save_pretrained(folder)
+    characters().save_pretrained(folder)
+
+
+def characters(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are characters, of as many words as the models here."""
     vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code for code in range(2, 128)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    fast.chat_template = template
+    return fast
 
 
 def full_layers(model: PreTrainedModel) -> list[int]:

@@ -69,6 +69,8 @@ class Conversation:
         Decides what is kept, at the end of each message.
     kv_dtype : str, optional
         How what is kept is stored, as for `compress`.
+    verify : bool, float, str or Recheck
+        What of each turn is read again over what was kept; see `refreekv.compress`.
     system : str, optional
         A system prompt.
     max_new_tokens : int
@@ -90,6 +92,7 @@ class Conversation:
         policy: refreekv.policies.Policy,
         *,
         kv_dtype: str | None = "auto",
+        verify: Any = False,
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
@@ -98,6 +101,7 @@ class Conversation:
         self.loaded = loaded
         self.policy = policy
         self.kv_dtype = kv_dtype
+        self.verify = verify
         self.system = system
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -259,6 +263,6 @@ class Conversation:
 
     def _new_cache(self) -> refreekv.ReFreeKVCache:
         try:
-            return refreekv.ReFreeKVCache(self.loaded.model, self.policy, kv_dtype=self.kv_dtype)
+            return refreekv.ReFreeKVCache(self.loaded.model, self.policy, kv_dtype=self.kv_dtype, verify=self.verify)
         except (ValueError, TypeError) as error:
             raise UserError(one_line(error)) from error

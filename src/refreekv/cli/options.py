@@ -31,6 +31,25 @@ KVDtypeOption = Annotated[
     ),
 ]
 
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="What `refreekv calibrate` wrote for this model, in place of --policy and --kv-dtype.",
+    ),
+]
+
+VerifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--verify",
+        metavar="prompt|answer[:damage=NATS,tokens=N]",
+        help="Read the end of each prompt, or the beginning of each answer, again over what was kept, and keep more "
+        "where that differs by more than 0.02 nats (or what the calibration says).",
+    ),
+]
+
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Tokens to generate at most.")]
 
 DtypeOption = Annotated[

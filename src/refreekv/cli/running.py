@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import refreekv
-from refreekv.cli.app import UserError, refusals
+from refreekv.cli.app import UserError, one_line, refusals
 from refreekv.cli.loading import Loaded, quiet_transformers
+from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
-from refreekv.policies.base import ladder_for
+from refreekv.policies.base import AUTO, ladder_for
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -38,6 +39,33 @@ def parse(policy: str, kv_dtype: str, max_new_tokens: int) -> tuple[Policy, str 
         chosen, stored = refreekv.policies.parse(policy), None if kv_dtype == "16" else kv_dtype
         ladder_for(chosen, stored)  # refuse before the long work
         return chosen, stored
+
+
+def calibrated(
+    loaded: Loaded, policy: Policy, stored: str | None, calibration: str | None, *, verify: str | None = None
+) -> tuple[Policy, Any, Any]:
+    """What a calibration says, where there is one, and what to verify by.
+
+    Raises
+    ------
+    UserError
+        No such file, or one for another model; a calibration beside what it says itself; a ``verify`` that is none.
+    """
+    from refreekv.engines.transformers.api import chosen
+    from refreekv.engines.transformers.read_again import Recheck
+
+    with refusals():
+        reading = Recheck.parse(verify or False) or False
+    if calibration is None:
+        return policy, stored, reading
+    if policy.spec != DEFAULT_POLICY or stored != AUTO:
+        raise UserError("--calibration says itself what to prune by: leave --policy and --kv-dtype out")
+    try:
+        with refusals():
+            chosen_policy, chosen_storage, read = chosen(loaded.model, DEFAULT_POLICY, AUTO, calibration, reading)
+            return chosen_policy, chosen_storage, read or False
+    except OSError as error:
+        raise UserError(one_line(error)) from error
 
 
 def generate(

@@ -20,6 +20,8 @@ class ServeOptions:
 
     policy: str
     kv_dtype: str = "auto"
+    calibration: str | None = None
+    verify: str | None = None
     weights: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -132,12 +134,19 @@ def _application(loaded: Loaded, options: ServeOptions, sizes: _Sizes, key: str 
     from refreekv.serving.worker import Worker, memory_for_caches
 
     policy, kv_dtype = running.parse(options.policy, options.kv_dtype, 1)
+    policy, kv_dtype, verify = running.calibrated(loaded, policy, kv_dtype, options.calibration, verify=options.verify)
+    if verify and verify.where != "prompt":
+        raise UserError(
+            "--verify answer keeps a cache whole until its answer has begun, and a server may have to write it to a "
+            "file before: use --verify prompt"
+        )
     with refusals():
         limits = [limit for limit in (loaded.context, sizes.context) if limit is not None]
         conversations = Conversations(
             loaded.model,
             policy,
             kv_dtype=kv_dtype,
+            verify=verify,
             memory_limit=memory_for_caches(loaded.device) if sizes.memory is None else sizes.memory,
             disk_limit=sizes.disk,
             folder=options.cache_folder,

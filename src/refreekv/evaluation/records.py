@@ -60,6 +60,7 @@ class FidelityRecord(Record):
     first_divergence: int | None = None  # index of the first that is not
     # change of the first gold answer's mean negative log-likelihood, in nats per token
     answer_nll_change: float | None = None
+    kl_tokens: list[float] | None = None  # KL of each compared token, where it was asked for
     kept_heads: list[list[float]] | None = None  # kept share by layer and KV head (one entry where heads are alike)
 
 

@@ -212,16 +212,37 @@ def decide(
     """
     if policy.freezes(layer):
         return Decision(entries, None, ladder)
-    view = layer_view(policy.probe_plan(entries.keys.shape[2]), call, entries, layer, layers, copy_scores)
-    if ladder is not None:
-        sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device
-        forms = ladder.forms(sizes, sorted_keys=codes is not None)
-        view = replace(view, forms=forms, key_power=None if codes is None else codes.power_on(device)[None])
-    selection = select(policy, view)
-    if isinstance(selection, Selection) and selection.surrogates is not None and entries.in_place:
-        widest = 0 if ladder is None else len(ladder.rungs) - 1
-        selection = replace_entries(entries, selection, selection.surrogates, widest)
-    return Decision(entries, selection, ladder)
+    plan = policy.probe_plan(entries.keys.shape[2])
+    view = stored_view(plan, call, entries, layer, layers, copy_scores, ladder, codes)
+    return Decision(entries, with_surrogates(entries, select(policy, view), ladder), ladder)
+
+
+def stored_view(
+    plan: ProbePlan,
+    call: AttentionCall,
+    entries: Entries,
+    layer: int,
+    layers: int,
+    copy_scores: Tensor | None = None,
+    ladder: Ladder | None = None,
+    codes: KeyCodes | None = None,
+) -> LayerView:
+    """`layer_view`, with what a policy may know of the number formats that what it keeps is stored in."""
+    view = layer_view(plan, call, entries, layer, layers, copy_scores)
+    if ladder is None:
+        return view
+    sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device
+    forms = ladder.forms(sizes, sorted_keys=codes is not None)
+    return replace(view, forms=forms, key_power=None if codes is None else codes.power_on(device)[None])
+
+
+def with_surrogates(
+    entries: Entries, selection: Selection | CutSelection | None, ladder: Ladder | None
+) -> Selection | CutSelection | None:
+    """The selection with its surrogates in place, where entries can be written over."""
+    if not isinstance(selection, Selection) or selection.surrogates is None or not entries.in_place:
+        return selection
+    return replace_entries(entries, selection, selection.surrogates, 0 if ladder is None else len(ladder.rungs) - 1)
 
 
 def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates, widest: int) -> Selection:

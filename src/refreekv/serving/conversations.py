@@ -66,6 +66,8 @@ class Conversations:
         Decides on what they keep.
     kv_dtype : str, optional
         How they store it, as for `compress`.
+    verify : bool, float, str or Recheck
+        What of each request is read again over what is kept, as for `compress`: of prompts only.
     memory_limit : int
         Bytes of caches in memory that no request is using.
     disk_limit : int
@@ -81,11 +83,12 @@ class Conversations:
         policy: Policy,
         *,
         kv_dtype: str | None = "auto",
+        verify: Any = False,
         memory_limit: int,
         disk_limit: int = 0,
         folder: str | os.PathLike[str] | None = None,
     ):
-        self._model, self._policy, self._kv_dtype = model, policy, kv_dtype
+        self._model, self._policy, self._kv_dtype, self._verify = model, policy, kv_dtype, verify
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self._parent = folder
         self._folder: Path | None = None
@@ -160,7 +163,7 @@ class Conversations:
 
     def new_cache(self) -> ReFreeKVCache:
         """A cache that has read nothing."""
-        return ReFreeKVCache(self._model, self._policy, kv_dtype=self._kv_dtype)
+        return ReFreeKVCache(self._model, self._policy, kv_dtype=self._kv_dtype, verify=self._verify)
 
     def _shrink(self, limit: int) -> None:
         for held in [held for held in self._held if held.cache is not None]:
@@ -193,7 +196,7 @@ class Conversations:
             return copy.deepcopy(held.cache) if copied else held.cache
         assert held.file is not None
         try:
-            return ReFreeKVCache.load(held.file, self._model, self._policy)
+            return ReFreeKVCache.load(held.file, self._model, self._policy, verify=self._verify)
         except (ValueError, OSError) as error:
             logger.warning("a conversation is read again: %s", error)
             if copied:

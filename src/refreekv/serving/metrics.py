@@ -30,6 +30,10 @@ class ServerMetrics(Collector):
             yield _gauge("latest_kept_share", "Kept share of the latest answer's prompt.", latest.budget)
             yield _gauge("latest_cache_bytes", "Bytes of the latest answer's cache.", latest.bytes_after)
             yield _gauge("latest_full_cache_bytes", "Bytes that a full cache would have had.", latest.bytes_before)
+            if latest.verified is not None:
+                yield _gauge(
+                    "latest_rung", "Rung of the latest answer's verification, from 0 on.", latest.verified.rung
+                )
             yield _gauge("latest_tokens_per_second", "Speed of the latest answer.", counts.tokens_per_second)
         yield _counter("prompt_tokens", "Tokens of prompts.", counts.prompt_tokens)
         yield _counter("reused_tokens", "Tokens of prompts that were in a cache already.", counts.reused_tokens)

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -242,6 +243,7 @@ def kept(report: CompressionReport | None) -> dict[str, Any] | None:
         "kept_share": report.budget,
         "bytes": report.bytes_after,
         "full_bytes": report.bytes_before,
+        "verified": None if report.verified is None else asdict(report.verified),
     }
 
 

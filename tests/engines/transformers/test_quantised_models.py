@@ -8,30 +8,12 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from helpers.driving import greedy, prefill
-from helpers.models import build, prompts
+from helpers.models import build, prompts, with_key_bias
 from refreekv import KVDtype, ReFreeKVCache, kernels
 from refreekv.core import quantisation
 from refreekv.engines.transformers import layer as layers
 
 LENGTH = 180
-
-
-def with_key_bias(size: int):
-    """A Qwen2 whose keys hold large constants in few channels, those that rotary positions turn least."""
-    model = build(
-        "qwen2",
-        attention="sdpa",
-        hidden_size=4 * size,
-        num_attention_heads=4,
-        initializer_range=0.6 / (4 * size) ** 0.5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    for block in model.model.layers:
-        bias = block.self_attn.k_proj.bias.data
-        bias.zero_()
-        # Channel c and c + size/2 turn together; the last pairs hardly turn at all.
-        bias[size // 2 - 1], bias[size - 1], bias[size - 2] = 150.0, -90.0, 60.0
-    return model
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ def chat(
     model: options.ModelOption,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
     kv_dtype: options.KVDtypeOption = "auto",
+    calibration: options.CalibrationOption = None,
+    verify: options.VerifyOption = None,
     weights: options.WeightsOption = "auto",
     device_map: options.DeviceMapOption = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system prompt.")] = None,
@@ -48,10 +50,12 @@ def chat(
     loaded = loading.load(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
+    parsed, stored, verifying = running.calibrated(loaded, parsed, stored, calibration, verify=verify)
     conversation = Conversation(
         loaded,
         parsed,
         kv_dtype=stored,
+        verify=verifying,
         system=system,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, seed),

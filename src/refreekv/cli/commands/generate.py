@@ -19,6 +19,8 @@ def generate(
     prompt_file: options.PromptFileOption = None,
     policy: options.PolicyOption = options.DEFAULT_POLICY,
     kv_dtype: options.KVDtypeOption = "auto",
+    calibration: options.CalibrationOption = None,
+    verify: options.VerifyOption = None,
     max_new_tokens: options.MaxNewTokensOption = 128,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
@@ -40,13 +42,14 @@ def generate(
     loaded = loading.load(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
+    parsed, stored, verifying = running.calibrated(loaded, parsed, stored, calibration, verify=verify)
     inputs = prompts.encode(loaded, text, chat=chat, max_new_tokens=max_new_tokens)
     prompt_tokens = inputs["input_ids"].shape[1]
 
     streaming = sys.stdout.isatty() and not as_json
     with contextlib.ExitStack() as stack:
         with refusals():
-            session = stack.enter_context(refreekv.compress(loaded.model, parsed, kv_dtype=stored))
+            session = stack.enter_context(refreekv.compress(loaded.model, parsed, kv_dtype=stored, verify=verifying))
         stream = None
         if streaming:
             from transformers import TextStreamer

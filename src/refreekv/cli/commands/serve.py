@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from refreekv.cli import options
-from refreekv.cli.app import UserError, app, refusals
-from refreekv.cli.options import DEFAULT_POLICY, PolicyOption
+from refreekv.cli.app import UserError, app, one_line, refusals
+from refreekv.cli.options import DEFAULT_POLICY, CalibrationOption, PolicyOption, VerifyOption
 
 ENGINES = ("vllm", "transformers")
 
@@ -19,7 +19,8 @@ BOTH = {"host": "--host", "port": "--port", "api_key": "--api-key", "dtype": "--
 
 LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-map",
          "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
-         "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder"}  # fmt: skip
+         "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder",
+         "verify": "--verify"}  # fmt: skip
 VLLM = {"layers_per_group": "--layers-per-group", "log_requests": "--log-requests", "dry_run": "--dry-run"}
 
 _PANEL = "With --engine transformers"
@@ -43,6 +44,8 @@ def serve(
         ),
     ] = "vllm",
     policy: PolicyOption = DEFAULT_POLICY,
+    calibration: CalibrationOption = None,
+    verify: VerifyOption = None,
     layers_per_group: Annotated[
         int,
         typer.Option(
@@ -142,7 +145,7 @@ def serve(
 
         if context.args:
             raise UserError(f"--engine transformers does not know {' '.join(context.args)}")
-        values = {name: context.params[name] for name in ("policy", "kv_dtype", *BOTH, *LOCAL)}
+        values = {name: context.params[name] for name in ("policy", "kv_dtype", "calibration", *BOTH, *LOCAL)}
         serve_here(model, ServeOptions(**{**values, "allow_origin": tuple(allow_origin or ())}))
         return
     more = list(context.args)
@@ -151,6 +154,10 @@ def serve(
             more += [option] if context.params[name] is True else [option, str(context.params[name])]
     # Codes of several widths are not for vLLM yet: what nobody asked for by name stays as the model computes it.
     stored = kv_dtype if "kv_dtype" in given else "16"
+    if calibration is not None:
+        if "kv_dtype" in given:
+            raise UserError("--calibration says itself how to store: leave --kv-dtype out")
+        policy = _calibrated(model, policy, calibration)
     _serve_vllm(model, policy, layers_per_group, stored, more, log_requests=log_requests, dry_run=dry_run)
 
 
@@ -182,3 +189,27 @@ def _serve_vllm(
     sys.stderr.flush()
     # The server takes this process's place: signals and its exit code are vLLM's own.
     os.execve(sys.executable, [sys.executable, *command], {**os.environ, **variables})
+
+
+def _calibrated(model: str, policy: str, calibration: str) -> str:
+    """The policy of a calibration, whose model's configuration is compared: weights are loaded by the server only."""
+    from transformers import AutoConfig
+
+    from refreekv.engines.calibration import Calibration
+    from refreekv.engines.transformers.identity import check_shape
+
+    if policy != DEFAULT_POLICY:
+        raise UserError("--calibration says itself what to prune by: leave --policy out")
+    try:
+        made = Calibration.load(calibration)
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    with refusals():
+        check_shape(made.model, config, f"the calibration {calibration}")
+    if made.stored() not in ("auto", None):
+        raise UserError(
+            f"{calibration} was made with --kv-dtype {made.stored()}, and the plugin for vLLM stores what is kept as "
+            "it is: calibrate without"
+        )
+    return made.rungs[made.rung]

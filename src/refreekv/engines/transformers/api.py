@@ -5,6 +5,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -12,11 +13,13 @@ from transformers import PreTrainedModel
 
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines import DEFAULT_POLICY
-from refreekv.engines.transformers import sessions
+from refreekv.engines.calibration import Calibration
+from refreekv.engines.transformers import identity, sessions
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.finding import decoder_of
 from refreekv.engines.transformers.graph import DecodeMode, check_mode
+from refreekv.engines.transformers.read_again import Recheck
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
@@ -39,7 +42,7 @@ class ReFreeKVCache(PrunedCache):
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype, decode, decode_interval, prompt_dtype
+    kv_dtype, decode, decode_interval, prompt_dtype, calibration, verify
         As for `compress`.
     **parameters
         Parameters of a policy given by name.
@@ -66,17 +69,26 @@ class ReFreeKVCache(PrunedCache):
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
         prompt_dtype: str | KVDtype | None = AUTO,
+        calibration: str | os.PathLike[str] | Calibration | None = None,
+        verify: bool | float | str | Recheck = False,
         **parameters: Any,
     ):
-        resolved = resolve(policy, **parameters)
         model = decoder_of(model)
         check_mode(decode)
-        super().__init__(model.config, resolved, kv_dtype, decode, decode_interval, prompt_dtype)
+        resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
+        super().__init__(model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False)
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, policy: str | Policy | None = None) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        policy: str | Policy | None = None,
+        *,
+        verify: bool | float | str | Recheck = False,
+    ) -> Self:
         """Read a cache that `save` wrote, of this process or another, and go on with it.
 
         Parameters
@@ -87,6 +99,8 @@ class ReFreeKVCache(PrunedCache):
             The model that the cache was made for: its configuration, and a few of its weights, are compared.
         policy : str or Policy, optional
             Needed for policies that are not registered; has to be the one that the cache had.
+        verify : bool, float, str or Recheck
+            As for `compress`: files do not say so.
 
         Raises
         ------
@@ -104,7 +118,10 @@ class ReFreeKVCache(PrunedCache):
         check_model(model)
         saved = Saved(path)
         saved.check_model(model)
-        cache = cls(model, saved.policy(None if policy is None else resolve(policy)), **saved.settings)
+        chosen_policy, settings = saved.policy(None if policy is None else resolve(policy)), saved.settings
+        if verify is not False:
+            settings.pop("prompt_dtype")
+        cache = cls(model, chosen_policy, **settings, verify=verify)
         saved.fill(cache, model)
         return cache
 
@@ -130,6 +147,8 @@ class CompressionSession:
         Generated tokens after which the policy looks again.
     prompt_dtype : KVDtype, str or None
         How a prompt that comes in chunks is held until its end.
+    verify : bool, float, str or Recheck
+        What of each request is read again over what was kept.
     """
 
     def __init__(
@@ -140,8 +159,10 @@ class CompressionSession:
         decode: DecodeMode = "graph",
         decode_interval: int | None = None,
         prompt_dtype: str | KVDtype | None = AUTO,
+        verify: bool | float | str | Recheck = False,
     ):
         self.policy = policy
+        self.verify = verify
         self._decode = decode
         self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
         self.decode_interval = decode_interval
@@ -201,7 +222,13 @@ class CompressionSession:
     def new_cache(self, *, nested: bool = False) -> PrunedCache:
         """A cache for a call that brings none; ``nested``: inside an answer, which the report stays about."""
         cache = PrunedCache(
-            self._model.config, self.policy, self._storage, self._decode, self.decode_interval, self.prompt_dtype
+            self._model.config,
+            self.policy,
+            self._storage,
+            self._decode,
+            self.decode_interval,
+            self.prompt_dtype,
+            self.verify,
         )
         cache.bind(self._model)
         if not nested:
@@ -224,6 +251,8 @@ def compress(
     decode: DecodeMode = "graph",
     decode_interval: int | None = None,
     prompt_dtype: str | KVDtype | None = AUTO,
+    calibration: str | os.PathLike[str] | Calibration | None = None,
+    verify: bool | float | str | Recheck = False,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -263,6 +292,18 @@ def compress(
         what matters: in one of the formats of ``kv_dtype``, but for sinks and the newest entries; or, None, in the
         model's precision. "auto": int8, where heads are a multiple of 16 elements and chunks have 64 tokens and more,
         else None.
+    calibration : path or Calibration, optional
+        What ``refreekv calibrate`` wrote for this model: it says what policy and number format keep a stated
+        risk, in place of ``policy`` and ``kv_dtype``.
+    verify : bool, float, str or Recheck
+        True or ``"prompt"``: the last 32 tokens of each prompt are read again over what was kept, as the answer will
+        be, and compared with the same over everything. Where the mean divergence of a row is above 0.02 nats (or above
+        a number given in place of True, or the damage of the calibration), the policy is asked again at a quarter and
+        at a sixteenth of its constant, and in the end everything is kept. ``"answer"``: the first 16 tokens of the
+        answer are generated over everything, and read again in place of the prompt's; that sees what only the answer
+        needs. ``"answer:damage=0.05,tokens=8"``: other numbers. The report says which rung it was. Costs a short call
+        for what everything predicts, and one a rung; until then all layers hold the prompt in full, beside one
+        compressed copy.
     **parameters
         Parameters of a policy given by name.
 
@@ -274,7 +315,8 @@ def compress(
     Raises
     ------
     ValueError
-        Unknown policy, ``kv_dtype`` or ``prompt_dtype``, parameter out of range, or a model that cannot be pruned.
+        Unknown policy, ``kv_dtype`` or ``prompt_dtype``, parameter out of range, a model that cannot be pruned, or a
+        calibration that was made for another one.
     TypeError
         Unknown parameter, or not a model.
 
@@ -286,8 +328,8 @@ def compress(
     """
     check_mode(decode)
     model = decoder_of(model)
-    resolved = resolve(policy, **parameters)
-    session = CompressionSession(model, resolved, kv_dtype, decode, decode_interval, prompt_dtype)
+    resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
+    session = CompressionSession(model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False)
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)
@@ -296,6 +338,28 @@ def compress(
     finally:
         attachment.close(opened)
         attachment.detach()
+
+
+def chosen(
+    model: PreTrainedModel,
+    policy: str | Policy,
+    kv_dtype: str | KVDtype | Ladder | None,
+    calibration: str | os.PathLike[str] | Calibration | None,
+    verify: bool | float | str | Recheck = False,
+    **parameters: Any,
+) -> tuple[Policy, str | KVDtype | Ladder | None, Recheck | None]:
+    """What arguments ask for, by name or by a calibration: the policy, the number format, and what to verify by."""
+    reading = Recheck.parse(verify)
+    if calibration is None:
+        return resolve(policy, **parameters), kv_dtype, reading
+    if policy != DEFAULT_POLICY or kv_dtype != AUTO or parameters:
+        raise ValueError("a calibration says itself what policy and kv_dtype to use: leave these and parameters out")
+    what = "this calibration" if isinstance(calibration, Calibration) else f"the calibration {os.fspath(calibration)}"
+    made = Calibration.load(calibration)
+    identity.check_model(made.model, model, what)
+    if reading is not None and reading.damage is None:
+        reading = replace(reading, damage=made.damage)
+    return made.policy(), made.stored(), reading
 
 
 def check_model(model: object) -> None:

@@ -20,6 +20,7 @@ from refreekv.engines.transformers.graph import Decoder
 from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
+from refreekv.engines.transformers.read_again import ReadingCache
 from refreekv.engines.transformers.routing import Route, attention_configs
 
 logger = logging.getLogger("refreekv")
@@ -205,6 +206,8 @@ class Attachment:
             return None
         given = arguments(self._signature, args, kwargs)
         cache, opened = cache_given(given), sessions.innermost(self)
+        if isinstance(cache, ReadingCache):
+            return args, kwargs  # a verification's own call
         if opened is None:
             for other in self._opened:
                 other.missed = True
@@ -240,6 +243,12 @@ class Attachment:
             if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
                 cache.state.copy_scores = copy_scores(self.model)
         if cache.made_for(self.model):
+            if (verification := cache.state.verification) is not None:
+                cache.state.refresh()
+                place = cache.get_seq_length(cache.first.index), cache.state.end
+                if verification.begins(given, *place):
+                    verification.carry_out(cache, self.model, at_once=True)
+                verification.note(given, *place)
             mask = given.get("attention_mask")
             cache.begin_forward(mask_given=mask is not None and (not isinstance(mask, Tensor) or mask.dim() == 4))
         return args, kwargs
@@ -267,6 +276,8 @@ class Attachment:
             return
         cache.state.end_forward()
         cache.state.finish()
+        if cache.state.verification is not None:
+            cache.state.verification.carry_out(cache, self.model)
         if cache.is_unused:
             raise RuntimeError(
                 f"{type(self.model).__name__} did not store its keys and values in the cache it was given; "

@@ -8,15 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, Self
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
+from refreekv.engines.transformers.read_again import Recheck
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import save
+from refreekv.engines.transformers.verifying import Verification
 from refreekv.policies import Policy
 from refreekv.policies.base import AUTO, check_count, ladder_for
 from refreekv.report import CompressionReport
@@ -53,12 +55,15 @@ class PrunedCache(DynamicCache):
         only prompts are pruned.
     prompt_dtype : str, KVDtype or None
         How a prompt that comes in chunks is held until its end; see `compress`.
+    verify : bool, float, str or Recheck
+        Whether a part of each request is read again over what was kept, and more is kept where that shows. See
+        `compress`.
 
     Raises
     ------
     ValueError
-        ``decode_interval`` under 1, unknown ``kv_dtype`` or ``prompt_dtype``, or the model is an encoder-decoder or
-        has no full-attention layer.
+        ``decode_interval`` under 1, unknown ``kv_dtype`` or ``prompt_dtype``, the model is an encoder-decoder or has no
+        full-attention layer, or what ``verify`` does not go with.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class PrunedCache(DynamicCache):
         decode: str = "graph",
         decode_interval: int | None = None,
         prompt_dtype: str | KVDtype | None = AUTO,
+        verify: bool | float | str | Recheck = False,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -104,11 +110,44 @@ class PrunedCache(DynamicCache):
                 + (f", sliding window {window})" if (window := getattr(text, "sliding_window", None)) else ")")
             )
 
+        # What was asked for: a verification may find that nothing is to be coded.
+        self._asked_kv_dtype = self.kv_dtype
+        reading = Recheck.parse(verify)
+        if reading is not None:
+            self._check_verifiable()
+            # Nothing is coded before the end, so that everything can be kept as it is.
+            self.state.prompt_dtype = None
+            self.state.verification = Verification(policy, reading)
         self._model: weakref.ref[torch.nn.Module] | None = None
         self.owner: weakref.ref[Owner] | None = None
         self.first = self.pruned_layers[0]
         """The first layer that may be pruned, whose length is that of the cache."""
         self.decode = decode
+
+    def _check_verifiable(self) -> None:
+        if self.state.prompt_dtype not in (AUTO, None):
+            raise ValueError(
+                "verify compares with the prompt as the model computed it, and prompt_dtype codes it on the way: leave "
+                "one of them out"
+            )
+        if self.state.decode_interval is not None:
+            raise ValueError(
+                "verify and decode_interval exclude each other: what is generated is pruned while there is no prompt "
+                "to read again; leave one of them out"
+            )
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, ReFreeKVLayer) and type(layer) is not DynamicSlidingWindowLayer:
+                raise ValueError(
+                    f"verify reads the end of a prompt again, and layer {index} of this model ({self.kinds[index]}) "
+                    "keeps a state that has gone past it: leave verify out"
+                )
+
+    def store_exactly(self) -> None:
+        """Code nothing that is not coded yet, of this prompt and from now on: the last rung of a verification."""
+        for layer in self.pruned_layers:
+            layer.code_nothing()
+        if all(layer.ladder is None for layer in self.pruned_layers):
+            self.kv_dtype = None
 
     def bind(self, model: torch.nn.Module) -> None:
         """Say which model the cache is for, so that another one is refused."""
@@ -236,6 +275,9 @@ class PrunedCache(DynamicCache):
         """Forget everything; the cache can take a new prompt."""
         self.state.clear()
         super().reset()
+        self.kv_dtype = self._asked_kv_dtype
+        for layer in self.pruned_layers:
+            layer.ladder = self.kv_dtype
 
     def kept_ranges(self, row: int = 0) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
         """Which tokens each full-attention layer still holds for one row of the batch.
@@ -268,6 +310,7 @@ class PrunedCache(DynamicCache):
             index_bytes=sum(index_bytes(layer) for layer in self.pruned_layers),
             kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
             padded_bytes=max(padded_bytes(layer) for layer in self.pruned_layers),
+            verified=None if self.state.verification is None else self.state.verification.outcome,
         )
 
 

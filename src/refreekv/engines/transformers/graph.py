@@ -354,6 +354,8 @@ class Decoder:
         length = first.get_seq_length()
         if not cache.state.decodes(length) or not (ids.is_cuda or cache.state.arena):
             return None
+        if cache.state.verification is not None and cache.state.verification.pending:
+            return None  # what a step would be captured over goes soon
         try:
             return self._step(forward, cache, kwargs, length)
         except UncapturableError as reason:

@@ -35,6 +35,11 @@ from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
 from refreekv.storage.unfinished import UnfinishedKV
 
+_PRUNED = (
+    "keys", "values", "ragged", "records", "holds_hidden", "kept_columns", "_pruned_length", "_padding", "_coded",
+)  # fmt: skip
+"""Attributes of a layer that carrying out a decision sets."""
+
 
 class ReFreeKVLayer(DynamicLayer):
     """One full-attention layer's keys and values, pruned when the prompt ends.
@@ -127,6 +132,8 @@ class ReFreeKVLayer(DynamicLayer):
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
         self.state.check_reported(self.index)
+        if self.state.verification is not None:
+            self.state.verification.check_done(self)
         if self._undecided:
             self.state.finish()
         self._check_geometry(key_states, value_states)
@@ -348,6 +355,9 @@ class ReFreeKVLayer(DynamicLayer):
         self.state.changed = True
         if self.ragged is None and self.ladder is not None:
             self._coded = self.ladder, _centres(*parts), self.state.codes_of(self.ordinal)
+        if self.state.verification is not None:
+            self.state.verification.hold(self, call, parts, after)
+            return
         if isinstance(policy, JointPolicy):
 
             def carry_out_decided(decided: Sequence[Decision]) -> None:
@@ -445,6 +455,15 @@ class ReFreeKVLayer(DynamicLayer):
             return False
         return all(set(row.columns.counts) == set(row.entries) and len(set(row.entries)) == 1 for row in chosen)
 
+    def state_before_pruning(self) -> dict[str, Any]:
+        """Attributes that pruning changes, by name, for who may have to take it back."""
+        return {name: getattr(self, name) for name in _PRUNED}
+
+    def code_nothing(self) -> None:
+        """Store what is held as it is, unless it is coded already."""
+        if self.ragged is None:
+            self.ladder = self._coded = None
+
     def _store(self, ragged: KVStorage) -> None:
         self.ragged = ragged
         self.keys, self.values = ragged.keys, ragged.values
@@ -474,6 +493,8 @@ class ReFreeKVLayer(DynamicLayer):
             self.reset()
             return
         self._finish_reading()
+        if self.state.verification is not None:
+            self.state.verification.cropped(length)
         self._queries = self._queries.cropped(remove)
         self._turn_start = self._seen = None
         if self._padding is not None:
@@ -505,6 +526,8 @@ class ReFreeKVLayer(DynamicLayer):
         if self._length == 0:
             return
         self._finish_reading()
+        if self.state.verification is not None:
+            self.state.verification.rows_moved()
         if self.ragged is None:
             keys, values = self.dense
             index = torch.tensor(indices, device=keys.device)

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from refreekv.engines.transformers.handout import Handout, missing
 from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
 from refreekv.pruning.joint import JointPruning
+
+if TYPE_CHECKING:
+    from refreekv.engines.transformers.verifying import Verification
 
 ATTACHMENT = "_refreekv_attachment"
 """Attribute of a model that leads to its attachment, while it has one."""
@@ -69,6 +73,9 @@ class PromptState:
         The model that the cache is for; None: any.
     forward : int or None
         The thread in which the model runs with the cache; None: it does not.
+    verification : Verification or None
+        What prunes layers when the prompt has been read, and keeps more where that shows; None: layers prune
+        themselves.
     """
 
     policy: Policy
@@ -89,6 +96,7 @@ class PromptState:
     arena: bool | None = None
     model: weakref.ref[nn.Module] | None = None
     forward: int | None = None
+    verification: "Verification | None" = None
     _frame: int | None = None
     _pending: list[Callable[[], None]] = field(default_factory=list)
 
@@ -158,6 +166,8 @@ class PromptState:
         self.proofs.clear()
         self.joint.clear()
         self._pending.clear()
+        if self.verification is not None:
+            self.verification.clear()
 
     def take_changed(self) -> bool:
         """Whether a layer was pruned since this was last asked."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from refreekv.core.quantisation import Ladder
+from refreekv.engines.transformers import identity
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
@@ -39,15 +40,6 @@ if TYPE_CHECKING:
 FORMAT = "refreekv-cache"
 VERSION = 2
 """Of the format: another number is another format."""
-
-SHAPE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "layer_types", "sliding_window", "rope_parameters",
-)  # fmt: skip
-"""Entries of a configuration that keys and values depend on."""
-
-SAMPLES = 16
-"""Numbers that are looked at of each of a few weights."""
 
 
 class DamagedError(ValueError):
@@ -80,6 +72,11 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
             "a forward pass with this cache was interrupted, and some layers hold tokens that others do not: call "
             "reset() on it and read the prompt again"
         )
+    if cache.state.verification is not None and cache.state.verification.pending:
+        raise ValueError(
+            "the cache waits for the first tokens of an answer, which verify reads before anything is pruned: save it "
+            "after them"
+        )
     for pruned in cache.pruned_layers:
         pruned.prune_verified()
     cache.state.finish()
@@ -91,14 +88,9 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
         kind, own = _layer(index, layer)
         layers.append(kind)
         tensors |= {f"{index}.{name}": _on_host(part) for name, part in own.items()}
-    name = getattr(model.config, "_name_or_path", None)
     description = {
         "version": VERSION,
-        "model": {
-            "name": name or type(model).__name__,
-            "shape": _shape(model),
-            "weights": _weights(model),
-        },
+        "model": identity.described(model),
         "policy": _policy(cache.policy),
         "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype),
         "prompt_dtype": None if cache.state.prompt_dtype is None else str(cache.state.prompt_dtype),
@@ -184,34 +176,6 @@ def _policy(policy: Policy) -> dict[str, Any]:
     return {"text": str(policy), "name": policy.name, "parameters": given if known else None}
 
 
-def _shape(model: nn.Module) -> dict[str, Any]:
-    """What keys and values depend on, as JSON gives it back."""
-    text = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    found = {name: getattr(text, name, None) for name in SHAPE}
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
-
-
-def _weights(model: nn.Module) -> dict[str, list[float]]:
-    """A few numbers of a few weights: another model of the same shape has others. Packed weights say nothing."""
-    chosen = {}
-    named = {name: part for name, part in model.named_parameters() if part.dim() == 2 and _is_plain(part)}
-    names = list(named)
-    for name in {names[len(names) * part // 4] for part in range(4)} if names else ():
-        chosen[name] = _sample(named[name])
-    return chosen
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
-
-
-def _sample(weight: Tensor) -> list[float]:
-    flat = weight.detach().reshape(-1)
-    numbers: list[float] = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().tolist()
-    return numbers
-
-
 def _sum(tensor: Tensor) -> int:
     """A checksum of a tensor: of its type, its shape and its bytes."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -259,26 +223,10 @@ class Saved:
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless the cache was made for such a model."""
         with self._reading():
-            made, own = self.description["model"], _shape(model)
-            name, shape = str(made["name"]), dict(made["shape"])
-            wanted = {key: torch.tensor(numbers) for key, numbers in made["weights"].items()}
-        for key, value in shape.items():
-            if own.get(key) != value:
-                raise ValueError(
-                    f"{self._path} was made for {name}, with {key} = {value}; this {type(model).__name__} has "
-                    f"{own.get(key)}"
-                )
-        named = dict(model.named_parameters())
-        for key, numbers in wanted.items():
-            weight = named.get(key)
-            if weight is None or not _is_plain(weight):
-                continue  # of a model that is wrapped or packed otherwise
-            found = torch.tensor(_sample(weight))
-            # Half precision and other roundings are the same weights.
-            if numbers.shape != found.shape or (numbers - found).norm() > 0.05 * numbers.norm() + 1e-6:
-                raise ValueError(
-                    f"{self._path} was made for another model of the same shape ({name}): its {key} is another"
-                )
+            made = self.description["model"]
+            weights = {str(key): [float(number) for number in numbers] for key, numbers in made["weights"].items()}
+            parts = {"name": str(made["name"]), "shape": dict(made["shape"]), "weights": weights}
+        identity.check_model(parts, model, str(self._path))
 
     def policy(self, given: Policy | None) -> Policy:
         """The policy that the cache had; ValueError if ``given`` is another one."""

@@ -45,7 +45,9 @@ def encode(tokenizer: Any, sample: Sample) -> Encoded:
     if chat:
         text, question = _in_template(tokenizer, sample)
     else:
-        text = f"{sample.system}\n\n{sample.prompt}" if sample.system else sample.prompt
+        said = [sample.system] if sample.system else []
+        said += [f"{role.capitalize()}: {words}" for role, words in sample.earlier]
+        text = "\n\n".join([*said, sample.prompt])
         question = f"\n\n{sample.question}\n" if sample.question else ""
     # A template writes its own beginning-of-sequence token.
     context = _ids(tokenizer, text, special=not chat)
@@ -61,7 +63,8 @@ def _in_template(tokenizer: Any, sample: Sample) -> tuple[str, str]:
     """The chat text up to the prompt's end, and from the question on."""
     content = f"{sample.prompt}{MARK}{sample.question}" if sample.question else sample.prompt
     system = [{"role": "system", "content": sample.system}] if sample.system else []
-    text = render(tokenizer, [*system, {"role": "user", "content": content}], add_generation_prompt=True)
+    earlier = [{"role": role, "content": words} for role, words in sample.earlier]
+    text = render(tokenizer, [*system, *earlier, {"role": "user", "content": content}], add_generation_prompt=True)
     context, _, question = text.partition(MARK)
     return context, f"\n\n{question}" if sample.question else ""
 

@@ -54,6 +54,7 @@ class Bench:
     # samples whose full caches are decoded in one batch; None: 16 on a GPU, where a step costs the same for one and for
     # many, and 1 elsewhere
     together: int | None = None
+    per_token: bool = False  # whether records have the divergence of each token, too
 
     def __post_init__(self) -> None:
         for name in ("continuation", "rows", "together"):
@@ -136,8 +137,11 @@ class _Prepared:
         size = self._group_size(len(fed))
         for group in self._batches(list(self.job.policies), size):
             logits = self._feed(group, fed, keep=len(reference))
-            measured = token_metrics(*divergence(reference, logits))
+            kl, agrees = divergence(reference, logits)
             del logits
+            measured = token_metrics(kl, agrees)
+            if self.bench.per_token:
+                measured = [{**one, "kl_tokens": row} for one, row in zip(measured, kl.tolist(), strict=True)]
             changes = self._answer_changes(group, gold)
             kept = self.shared.kept(group)
             for row, name in enumerate(group):

@@ -1,0 +1,1 @@
+"""Whether a model takes a compressed cache, and how likely it hurts: `check` and `calibrate`."""
