@@ -135,8 +135,11 @@ class KVDtype:
         return PackedFormat(sizes[0], sizes[1], widths, (values,) * 4)
 
     def entry_bytes(self, sizes: Sequence[int]) -> int:
-        """Bytes of one coded entry, a key and a value of ``sizes`` elements, scales included."""
-        return self.form(sizes).entry_bytes
+        """Bytes of one coded entry, a key and a value of ``sizes`` elements, scales included.
+
+        With keys in codes of the model's own, as they are but for models that none can be measured of.
+        """
+        return self.form(sizes, sorted_keys=True).entry_bytes
 
     def coded(self, entries: Count) -> Count:
         """How many of a KV head's entries are coded at the end of a prompt."""
