@@ -17,7 +17,8 @@ question.
               that very length
     floor     (weights that a token reads + what the cache holds) / bandwidth of a copy on the same device
 
-Kinds: ``full`` is transformers' DynamicCache, decoded by transformers; ``ours`` a ReFreeKVCache of --policy and --kv.
+Kinds: ``full`` is transformers' DynamicCache, decoded by transformers; ``ours`` a ReFreeKVCache of --policy, --kv and
+--prompt.
 On a CPU, where no limit can be set, weights and cache are counted instead: for tests.
 """
 
@@ -45,9 +46,11 @@ from refreekv.engines.transformers.attachment import attached
 from refreekv.engines.transformers.naming import NAME, cache_argument
 from refreekv.planner.budgets import expected
 from refreekv.planner.memory import Load
-from refreekv.planner.plan import Plan, make
+from refreekv.planner.plan import Row as Scenario
+from refreekv.planner.plan import make
 from refreekv.planner.source import Model
 from refreekv.planner.units import format_size, parse_bytes
+from refreekv.policies.base import AUTO
 
 TABLE = ("llama-3-70b:int4:48GB", "qwen2.5-32b:int4:24GB", "llama-3-8b:int4:8GB", "llama-3-8b:bf16:24GB")
 KINDS = ("full", "ours")
@@ -100,6 +103,7 @@ class Result:
     kind: str
     policy: str
     kv: str
+    prompt: str
     chunk: int
     new: int
     about: str
@@ -160,16 +164,18 @@ class Memory:
 class Bench:
     """Reads and answers prompts with one model under one limit."""
 
-    def __init__(self, model: Any, memory: Memory, *, policy: str, kv: str | None, chunk: int, new: int):
+    def __init__(
+        self, model: Any, memory: Memory, *, policy: str, kv: str | None, prompt: str | None, chunk: int, new: int
+    ):
         self.model, self.memory = model, memory
-        self._policy, self._kv, self._chunk, self._new = policy, kv, chunk, new
+        self._policy, self._kv, self._prompt, self._chunk, self._new = policy, kv, prompt, chunk, new
         self._weights = weight_bytes(model)
 
     def cache(self, kind: str) -> Any:
         """A cache of a kind."""
         if kind == "full":
             return DynamicCache(config=self.model.config)
-        return refreekv.ReFreeKVCache(self.model, self._policy, kv_dtype=self._kv)
+        return refreekv.ReFreeKVCache(self.model, self._policy, kv_dtype=self._kv, prompt_dtype=self._prompt)
 
     def attempt(self, kind: str, length: int) -> Try:
         """Read a prompt of a length and answer it, or run out of memory."""
@@ -248,15 +254,18 @@ def _rounded(length: float) -> int:
     return max(int(length) // STEP, 1) * STEP
 
 
-def forecast(row: Row, kind: str, length: int, bench: "Settings") -> Plan | None:
+def forecast(row: Row, kind: str, length: int, bench: "Settings") -> Scenario | None:
     """What `refreekv plan` says of the row at a length; None where it does not know the number format."""
     config = SHAPES[row.shape]
     try:
-        number = None if kind == "full" else KVDtype.parse(bench.kv)
-    except ValueError:
-        return None
-    policy = refreekv.policies.parse("full" if kind == "full" else bench.policy)
-    return make(
+        number = KVDtype.parse(bench.kv)
+    except ValueError:  # several widths
+        if kind != "full":
+            return None
+        number = None
+    policy = refreekv.policies.parse(bench.policy)
+    prompt = {} if bench.prompt == AUTO else {"prompt_number": KVDtype.parse(bench.prompt)}
+    made = make(
         Model(row.shape, config),
         memory=row.limit,
         load=Load(length + bench.new, bench.new),
@@ -264,7 +273,9 @@ def forecast(row: Row, kind: str, length: int, bench: "Settings") -> Plan | None
         number=number,
         expected=expected(policy, row.shape),
         chunk=bench.chunk,
+        **prompt,
     )
+    return made.rows[0 if kind == "full" else -1]
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,7 @@ class Settings:
 
     policy: str
     kv: str | None
+    prompt: str | None
     chunk: int
     new: int
     resolution: float
@@ -284,7 +296,10 @@ def measure(row: Row, kinds: list[str], settings: Settings, device: torch.device
     """One result a kind, or a kind and length where lengths are given."""
     memory = Memory(device, row.limit)
     model = build(SHAPES[row.shape], row.weights, device)
-    bench = Bench(model, memory, policy=settings.policy, kv=settings.kv, chunk=settings.chunk, new=settings.new)
+    bench = Bench(
+        model, memory, policy=settings.policy, kv=settings.kv, prompt=settings.prompt, chunk=settings.chunk,
+        new=settings.new,
+    )  # fmt: skip
     bandwidth = None
     if at and device.type == "cuda":
         memory.close()
@@ -297,6 +312,7 @@ def measure(row: Row, kinds: list[str], settings: Settings, device: torch.device
                 result = Result(
                     row.shape, form_of(model), row.limit, kind,
                     "full" if kind == "full" else settings.policy, "bf16" if kind == "full" else settings.kv or "bf16",
+                    "bf16" if kind == "full" else settings.prompt or "bf16",
                     settings.chunk, settings.new, about(device), weight_bytes(model),
                 )  # fmt: skip
                 if length:
@@ -309,7 +325,7 @@ def measure(row: Row, kinds: list[str], settings: Settings, device: torch.device
                 else:
                     search(bench, row, result, settings)
                 planned = forecast(row, kind, max(result.longest, length, 2), settings)
-                result.forecast_peak = None if planned is None else planned.rows[-1].peak_bytes
+                result.forecast_peak = None if planned is None else planned.peak_bytes
                 yield result
     memory.close()
 
@@ -318,7 +334,7 @@ def search(bench: Bench, row: Row, result: Result, settings: Settings) -> None:
     """Find the longest prompt that fits, and put all tries into the result."""
     planned = forecast(row, result.kind, 2, settings)
     if planned is not None:
-        result.forecast_longest = max(planned.rows[-1].longest_context - settings.new, 0)
+        result.forecast_longest = max(planned.longest_context - settings.new, 0)
     begin = time.monotonic()
 
     def fits(length: int) -> bool:
@@ -345,7 +361,7 @@ def line(result: Result) -> str:
     """A result for people."""
     parts = [f"{result.shape} {result.weights}, {format_size(result.limit)}, {result.kind}"]
     if result.kind != "full":
-        parts[0] += f" ({result.policy}, {result.kv})"
+        parts[0] += f" ({result.policy}, {result.kv}; prompts {result.prompt})"
     if result.at is None or not result.at.fits:
         return f"{parts[0]}: nothing fits"
     at = result.at
@@ -392,6 +408,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help="of full, ours")
     parser.add_argument("--policy", default="streaming-llm:ratio=0.4", help="of ours")
     parser.add_argument("--kv", help="how ours stores what it keeps, such as int4; default: as computed")
+    parser.add_argument(
+        "--prompt", default=AUTO, help="how ours holds a prompt that is not read to its end: 16, int8, auto …"
+    )
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt that are read at a time")
     parser.add_argument("--new", type=int, default=24, help="tokens of the answer")
     parser.add_argument("--at", default="", help="lengths to measure, separated by commas; no search")
@@ -411,7 +430,14 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     settings = Settings(
-        given.policy, given.kv, given.chunk, given.new, given.resolution, given.most // STEP * STEP, given.seconds
+        policy=given.policy,
+        kv=given.kv,
+        prompt=None if given.prompt == "16" else given.prompt,
+        chunk=given.chunk,
+        new=given.new,
+        resolution=given.resolution,
+        most=given.most // STEP * STEP,
+        seconds=given.seconds,
     )
     for row in rows:
         at = [int(one) for one in given.at.split(",") if one]
