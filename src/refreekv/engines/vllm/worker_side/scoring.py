@@ -58,6 +58,10 @@ class Probes:
         plan = policy.probe_plan(prompt)
         return cls(plan, probed_positions(plan, prompt))
 
+    def from_position(self, first: int) -> "Probes":
+        """Those of a prompt of which the queries before ``first`` are not computed: its beginning was found in a cache."""
+        return Probes(self.plan, self.positions[self.positions >= first])
+
     def collect(self, layer: int, queries: Tensor, start: int) -> None:
         """Keep what the plan wants of a chunk's queries ``[q, H, D]``, whose first position is ``start``."""
         stop = start + len(queries)
