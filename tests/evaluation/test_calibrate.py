@@ -264,7 +264,7 @@ def test_what_the_commands_refuse(refree, folder, file, tmp_path):
     assert_refused(
         refree("serve", str(folder), "--calibration", str(file), "--policy", "full", "--dry-run"), "leave --policy out"
     )
-    assert_refused(refree("serve", str(folder), "--dry-run", "--verify"), "--verify is for generate and chat")
+    assert_refused(refree("serve", str(folder), "--dry-run", "--verify", "prompt"), "--engine transformers only")
     assert_refused(refree("chat", "--model", str(folder), "--calibration", str(file)), "is no calibration")
 
 

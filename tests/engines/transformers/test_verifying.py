@@ -15,6 +15,7 @@ from refreekv.engines.transformers.read_again import ANSWER, DAMAGE, PROMPT, Rec
 from refreekv.engines.transformers.read_again import TOKENS as COUNTS
 from refreekv.engines.transformers.verifying import rungs_of
 from refreekv.policies.base import ladder_for
+from refreekv.serving.conversations import Conversations
 
 LENGTH = 96
 TOKENS = COUNTS[PROMPT]
@@ -372,6 +373,7 @@ def test_what_does_not_go_together(llama):
     for how, message in (
         ({"policy": "cake:ratio=0.5"}, "decides about all layers together"),
         ({"decode_interval": 8}, "verify and decode_interval exclude each other"),
+        ({"prompt_dtype": "int8"}, "prompt_dtype codes it on the way"),
         ({"verify": 0.0}, "verify takes a damage in nats above 0"),
         ({"verify": float("nan")}, "verify takes a damage"),
         ({"verify": "question"}, "verify reads prompt or answer again, got 'question'"),
@@ -520,6 +522,10 @@ def test_files_and_copies(llama, tmp_path):
     loaded = ReFreeKVCache.load(tmp_path / "a.safetensors", llama)
     torch.testing.assert_close(following(llama, loaded), following(llama, cache))
     assert loaded.state.verification is None, "a file holds a cache, and no wish to verify"
+    again = ReFreeKVCache.load(tmp_path / "a.safetensors", llama, verify=0.1)
+    assert again.state.verification.reading.allowed == 0.1
+    conversations = Conversations(llama, again.policy, verify=0.1, memory_limit=0)
+    assert conversations.new_cache().state.verification.reading.allowed == 0.1
 
 
 def test_until_then_everything_is_held_and_no_longer(llama):
