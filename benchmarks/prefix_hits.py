@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from helpers.vllm_engine import story
 from refreekv.core.selection import CutSelection
@@ -28,6 +27,7 @@ from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
 from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
 
+ROOT = Path(__file__).parent.parent
 AFTER = 48
 HITS = (0.0, 0.5, 0.9)
 
@@ -151,9 +151,8 @@ def main() -> None:
     print(f"{options.prompts} prompts of {options.tokens} tokens, {policy}\n")
     print("| hit | kept | KL, mean (worst) |\n|---|---|---|")
     for hit in HITS:
-        print(
-            f"| {hit:.0%} | {statistics.mean(kept[hit]):.3f} | {statistics.mean(losses[hit]):.4f} ({max(losses[hit]):.4f}) |"
-        )
+        loss = f"{statistics.mean(losses[hit]):.4f} ({max(losses[hit]):.4f})"
+        print(f"| {hit:.0%} | {statistics.mean(kept[hit]):.3f} | {loss} |")
 
 
 if __name__ == "__main__":

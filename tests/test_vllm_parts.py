@@ -153,6 +153,7 @@ def _config(**changes):
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4"}}, "knows no codes"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"prefix_hits": True}}, "take no hits"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int5"}}, "kv_dtype must be"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "auto"}}, "one width so far"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4+int8"}}, "one width so far"),
@@ -268,5 +269,6 @@ def test_the_command_carries_the_options_as_json():
         "policy": "snapkv:ratio=0.5",
         "layers_per_group": 3,
         "kv_dtype": "16",
+        "prefix_hits": False,
         "log_requests": False,
     }

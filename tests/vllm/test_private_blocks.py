@@ -25,6 +25,7 @@ from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels import paged_reference
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, RUNNING = 2, 2, 2, 16, 16, 48, 8
+ADAPTIVE = "adaptive:min_length=32,constant=0.5,window=8,spread=16,follow=1,lost_mass=0.9"
 NAMES = [f"layer{index}" for index in range(LAYERS)]
 
 
@@ -191,7 +192,7 @@ def make_scheduler(folder, options, asynchronous):
         head_size=SIZE,
         dtype=torch.float32,
         probe_tail=max(1, plan.rows),
-        spread_probes=plan.spread > 0,
+        spread_probes=plan.spread > 0 and not options.prefix_hits,
     )
     cache = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
     block, hashed = resolve_kv_cache_block_sizes(cache, config)
@@ -231,6 +232,7 @@ def request_maker():
         pytest.param("snapkv:ratio=0.3,window=8", None, False, id="sync"),
         pytest.param("snapkv:ratio=0.3,window=8", None, True, id="async"),
         pytest.param("streaming-llm:size=40", None, True, id="async-cut"),
+        pytest.param(ADAPTIVE, None, True, id="async-spread"),
         pytest.param("full", KVDtype("int8", recent=4), True, id="async-coded"),
     ],
 )
@@ -238,7 +240,7 @@ def test_random_requests(folder, policy, number, asynchronous):
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
     from vllm.v1.request import RequestStatus
 
-    options = PluginOptions(policy)
+    options = PluginOptions(policy, prefix_hits=True)
     scheduler = make_scheduler(folder, options, asynchronous)
     worker, make = Worker(options.build(), number), request_maker()
     rng = random.Random(7)

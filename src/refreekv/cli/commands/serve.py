@@ -54,6 +54,14 @@ def serve(
             help="Layers that share a block table, and keep the union of what each would. 1 saves most. (vLLM on CPUs)",
         ),
     ] = 1,
+    prefix_hits: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-hits",
+            help="GPUs only: take prefix-cache hits with policies that probe queries all over the prompt, such as "
+            "adaptive; they probe the rest of it.",
+        ),
+    ] = False,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt. (vLLM)")
     ] = False,
@@ -169,7 +177,7 @@ def _serve_vllm(
     from refreekv.engines.vllm.refusals import check_options, check_policy, check_version
 
     with refusals():
-        settings = PluginOptions(policy, layers_per_group, kv_dtype, log_requests)
+        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests)
         check_policy(settings.build())
         check_options(settings, on_cpu=on_cpu())
         command = serve_command(model, settings, more)

@@ -34,6 +34,9 @@ class PluginOptions:
     kv_dtype : str
         How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest;
         ``"16"``: as the model computes them. On GPUs only.
+    prefix_hits : bool
+        Whether policies that probe queries all over a prompt, such as `adaptive`, take prefix-cache hits all the same, and
+        probe what is left to be computed. On GPUs only.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
     """
@@ -41,11 +44,13 @@ class PluginOptions:
     policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
     kv_dtype: str = EXACT
+    prefix_hits: bool = False
     log_requests: bool = False
 
     def __post_init__(self) -> None:
         parse(self.policy)
         check_count("layers_per_group", self.layers_per_group, minimum=1)
+        check_flag("prefix_hits", self.prefix_hits)
         check_flag("log_requests", self.log_requests)
         self.number()
 

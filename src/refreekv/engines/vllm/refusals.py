@@ -60,6 +60,8 @@ def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
             f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
             f"leave it out"
         )
+    if on_cpu and options.prefix_hits:
+        raise ValueError("prefix_hits: on CPUs policies that probe all over the prompt take no hits; leave it out")
     if not on_cpu and options.layers_per_group != 1:
         raise ValueError(
             f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head "

@@ -163,7 +163,8 @@ class KeptState:
         ends = start + count >= tracked.prompt
         if not tracked.decided:
             if tracked.probes is None:
-                tracked.probes = Probes.for_prompt(self.policy, tracked.prompt)
+                # What a prefix-cache hit brought has no queries: the policy probes what was computed.
+                tracked.probes = Probes.for_prompt(self.policy, tracked.prompt).from_position(start)
             positions = tracked.probes.positions
             here = positions[(positions >= start) & (positions < start + count)]
             step.prompts.append(PromptPart(tracked, row, upload(here - start + at, self.device), ends))

@@ -50,7 +50,7 @@ class RefreekvGPUWorker(Worker):
                 specs[name],
                 PrivateAttentionSpec,
                 probe_tail=max(1, plan.rows),
-                spread_probes=plan.spread > 0,
+                spread_probes=plan.spread > 0 and not self._options.prefix_hits,
             )
             for name in prunable
         }

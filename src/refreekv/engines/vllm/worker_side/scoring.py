@@ -59,7 +59,7 @@ class Probes:
         return cls(plan, probed_positions(plan, prompt))
 
     def from_position(self, first: int) -> "Probes":
-        """Those of a prompt of which the queries before ``first`` are not computed: its beginning was found in a cache."""
+        """Those of a prompt whose beginning was found in a cache: the queries before ``first`` are not computed."""
         return Probes(self.plan, self.positions[self.positions >= first])
 
     def collect(self, layer: int, queries: Tensor, start: int) -> None:
