@@ -75,7 +75,7 @@ WeightsOption = Annotated[
         "--weights",
         metavar="auto|int8|int4|packed|unpacked",
         help="int8, int4: quantise the weights while they are loaded (bitsandbytes; int8 on a CPU: torchao). auto: as "
-        "they are; those of a .gguf unpacked on a CPU, where that is quicker. packed, unpacked: for .gguf.",
+        "they are; those of a .gguf unpacked. packed, unpacked: for .gguf.",
     ),
 ]
 

@@ -76,17 +76,17 @@ def quantization_config(weights: str, device: "torch.device", dtype: Any) -> Any
 def packed_model(path: Path, weights: str, device: "torch.device", dtype: Any) -> Any:
     """A .gguf file's model with its weights as they are, or why transformers is to load it, as a text.
 
-    It is on CPUs, unless the user wishes otherwise, and for files that cannot be read that way.
+    It is, unless the user wishes otherwise, and for files that cannot be read that way.
     """
-    from refreekv import kernels
     from refreekv.engines.transformers import packed_weights
 
     if weights == "unpacked":
         return "as --weights says"
     if weights == "auto" and device.type == "cpu":
         return "on a CPU that is quicker; --weights packed keeps them as they are"
-    if weights == "auto" and not kernels.available():
-        return f"no kernels for packed ones run on this {device.type}; --weights packed does without"
+    if weights == "auto":
+        # Their kernels were compiled for GPUs and run through the interpreter, and have not been timed on a card.
+        return "packed ones are on trial on GPUs; --weights packed keeps them as they are"
     try:
         return packed_weights.load(path, device=device, dtype=dtype)
     except packed_weights.UnpackableError as reason:

@@ -21,7 +21,7 @@ LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-m
          "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
          "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder",
          "verify": "--verify"}  # fmt: skip
-VLLM = {"layers_per_group": "--layers-per-group", "log_requests": "--log-requests", "dry_run": "--dry-run"}
+VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests", "dry_run": "--dry-run"}
 
 _PANEL = "With --engine transformers"
 
@@ -166,18 +166,17 @@ def serve(
         if "kv_dtype" in given:
             raise UserError("--calibration says itself how to store: leave --kv-dtype out")
         policy = _calibrated(model, policy, calibration)
-    _serve_vllm(model, policy, layers_per_group, stored, more, log_requests=log_requests, dry_run=dry_run)
+    settings = policy, layers_per_group, stored, prefix_hits, log_requests
+    _serve_vllm(model, settings, more, dry_run=dry_run)
 
 
-def _serve_vllm(
-    model: str, policy: str, layers_per_group: int, kv_dtype: str, more: list[str], *, log_requests: bool, dry_run: bool
-) -> None:
+def _serve_vllm(model: str, plugin: tuple[str, int, str, bool, bool], more: list[str], *, dry_run: bool) -> None:
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import environment, installed_version, on_cpu, serve_command
     from refreekv.engines.vllm.refusals import check_options, check_policy, check_version
 
     with refusals():
-        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests)
+        settings = PluginOptions(*plugin)
         check_policy(settings.build())
         check_options(settings, on_cpu=on_cpu())
         command = serve_command(model, settings, more)
