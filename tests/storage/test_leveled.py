@@ -213,6 +213,7 @@ class Twins:
                 gap = longest - len(segment)
                 stay = torch.tensor([i for i in range(gap, longest - after) if (i * 7 + head) % 3], dtype=torch.int32)
                 asked = drawn(len(stay) + after, rungs, 0 if seed is None else seed + 10 * row + head)
+                asked[len(stay) :] = rungs - 1  # what follows a prompt stays where it is
                 index.append(stay)
                 given.append(asked[: len(stay)])
                 chosen = torch.cat([stay.long(), torch.arange(longest - after, longest)]) - gap

@@ -339,7 +339,7 @@ class LeveledKV(KVStorage):
         is_coded = (number >= firsts) & (number < firsts + held)
         coded_at = number - firsts + coded_starts
         exact_at = torch.where(number < firsts, number, number - held) + exact_starts
-        asked = None if levels is None or len(self.rungs) == 1 else _asked(levels, counts, after, self.coding.generated)
+        asked = None if levels is None or len(self.rungs) == 1 else _asked(levels, counts, after, len(self.rungs) - 1)
         old = self._rungs_of_coded()
         stay = coded_at[is_coded]
         rungs = old[stay] if asked is None else torch.minimum(old[stay], asked[is_coded])
@@ -519,9 +519,9 @@ def _spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
     ]
 
 
-def _asked(levels: Sequence[Levels], counts: Counts, after: int, rest: int) -> Tensor:
-    """The rung that each chosen entry is to have: uint8 ``[entries]``; that of the ``after`` last ones is ``rest``."""
-    tail = torch.full((after,), rest, dtype=torch.uint8, device=levels[0].heads[0].device)
+def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:
+    """The rung that each chosen entry is to have: uint8 ``[entries]``; the ``after`` last ones stay where they are."""
+    tail = torch.full((after,), widest, dtype=torch.uint8, device=levels[0].heads[0].device)
     parts = []
     for row, own in zip(levels, counts, strict=True):
         for head in range(len(own)):
