@@ -3,13 +3,16 @@
 import os
 import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from refreekv.cli import options
 from refreekv.cli.app import UserError, app, refusals
 from refreekv.cli.options import DEFAULT_POLICY, PolicyOption
+
+if TYPE_CHECKING:
+    from refreekv.engines.vllm.config import PluginOptions
 
 ENGINES = ("vllm", "transformers")
 
@@ -20,7 +23,8 @@ BOTH = {"host": "--host", "port": "--port", "api_key": "--api-key", "dtype": "--
 LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-map",
          "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
          "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder"}  # fmt: skip
-VLLM = {"layers_per_group": "--layers-per-group", "log_requests": "--log-requests", "dry_run": "--dry-run"}
+VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests",
+        "dry_run": "--dry-run"}  # fmt: skip
 
 _PANEL = "With --engine transformers"
 
@@ -55,8 +59,8 @@ def serve(
         bool,
         typer.Option(
             "--prefix-hits",
-            help="GPUs only: take prefix-cache hits with policies that probe queries all over the prompt, such as "
-            "adaptive; they probe the rest of it.",
+            help="Take prefix-cache hits with policies that probe queries all over the prompt, such as adaptive; they "
+            "probe the rest of it. (vLLM on GPUs)",
         ),
     ] = False,
     log_requests: Annotated[
@@ -159,18 +163,18 @@ def serve(
             more += [option] if context.params[name] is True else [option, str(context.params[name])]
     # Codes of several widths are not for vLLM yet: what nobody asked for by name stays as the model computes it.
     stored = kv_dtype if "kv_dtype" in given else "16"
-    _serve_vllm(model, policy, layers_per_group, stored, more, log_requests=log_requests, dry_run=dry_run)
+    with refusals():
+        from refreekv.engines.vllm.config import PluginOptions
+
+        settings = PluginOptions(policy, layers_per_group, stored, prefix_hits, log_requests)
+    _serve_vllm(model, settings, more, dry_run=dry_run)
 
 
-def _serve_vllm(
-    model: str, policy: str, layers_per_group: int, kv_dtype: str, more: list[str], *, log_requests: bool, dry_run: bool
-) -> None:
-    from refreekv.engines.vllm.config import PluginOptions
+def _serve_vllm(model: str, settings: "PluginOptions", more: list[str], *, dry_run: bool) -> None:
     from refreekv.engines.vllm.launch import environment, installed_version, on_cpu, serve_command
     from refreekv.engines.vllm.refusals import check_options, check_policy, check_version
 
     with refusals():
-        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests)
         check_policy(settings.build())
         check_options(settings, on_cpu=on_cpu())
         command = serve_command(model, settings, more)

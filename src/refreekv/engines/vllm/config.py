@@ -35,8 +35,8 @@ class PluginOptions:
         How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest;
         ``"16"``: as the model computes them. On GPUs only.
     prefix_hits : bool
-        Whether policies that probe queries all over a prompt, such as `adaptive`, take prefix-cache hits all the same, and
-        probe what is left to be computed. On GPUs only.
+        Whether policies that probe queries all over a prompt, such as `adaptive`, take prefix-cache hits all the same,
+        and probe what is left to be computed. On GPUs only.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
     """
