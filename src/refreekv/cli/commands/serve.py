@@ -3,13 +3,16 @@
 import os
 import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from refreekv.cli import options
 from refreekv.cli.app import UserError, app, one_line, refusals
 from refreekv.cli.options import DEFAULT_POLICY, CalibrationOption, PolicyOption, VerifyOption
+
+if TYPE_CHECKING:
+    from refreekv.engines.vllm.config import PluginOptions
 
 ENGINES = ("vllm", "transformers")
 
@@ -21,7 +24,8 @@ LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-m
          "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
          "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder",
          "verify": "--verify"}  # fmt: skip
-VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests", "dry_run": "--dry-run"}
+VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests",
+        "dry_run": "--dry-run"}  # fmt: skip
 
 _PANEL = "With --engine transformers"
 
@@ -58,8 +62,8 @@ def serve(
         bool,
         typer.Option(
             "--prefix-hits",
-            help="GPUs only: take prefix-cache hits with policies that probe queries all over the prompt, such as "
-            "adaptive; they probe the rest of it.",
+            help="Take prefix-cache hits with policies that probe queries all over the prompt, such as adaptive; they "
+            "probe the rest of it. (vLLM on GPUs)",
         ),
     ] = False,
     log_requests: Annotated[
@@ -166,17 +170,18 @@ def serve(
         if "kv_dtype" in given:
             raise UserError("--calibration says itself how to store: leave --kv-dtype out")
         policy = _calibrated(model, policy, calibration)
-    settings = policy, layers_per_group, stored, prefix_hits, log_requests
+    with refusals():
+        from refreekv.engines.vllm.config import PluginOptions
+
+        settings = PluginOptions(policy, layers_per_group, stored, prefix_hits, log_requests)
     _serve_vllm(model, settings, more, dry_run=dry_run)
 
 
-def _serve_vllm(model: str, plugin: tuple[str, int, str, bool, bool], more: list[str], *, dry_run: bool) -> None:
-    from refreekv.engines.vllm.config import PluginOptions
+def _serve_vllm(model: str, settings: "PluginOptions", more: list[str], *, dry_run: bool) -> None:
     from refreekv.engines.vllm.launch import environment, installed_version, on_cpu, serve_command
     from refreekv.engines.vllm.refusals import check_options, check_policy, check_version
 
     with refusals():
-        settings = PluginOptions(*plugin)
         check_policy(settings.build())
         check_options(settings, on_cpu=on_cpu())
         command = serve_command(model, settings, more)
