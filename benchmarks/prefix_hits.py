@@ -151,7 +151,7 @@ def main() -> None:
     print(f"{options.prompts} prompts of {options.tokens} tokens, {policy}\n")
     print("| hit | kept | KL, mean (worst) |\n|---|---|---|")
     for hit in HITS:
-        loss = f"{statistics.mean(losses[hit]):.4f} ({max(losses[hit]):.4f})"
+        loss = f"{statistics.mean(losses[hit]):.6f} ({max(losses[hit]):.6f})"
         print(f"| {hit:.0%} | {statistics.mean(kept[hit]):.3f} | {loss} |")
 
 
