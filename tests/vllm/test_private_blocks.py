@@ -192,7 +192,8 @@ def make_scheduler(folder, options, asynchronous):
         head_size=SIZE,
         dtype=torch.float32,
         probe_tail=max(1, plan.rows),
-        spread_probes=plan.spread > 0 and not options.prefix_hits,
+        # As with `PluginOptions.prefix_hits`, which is refused where there is no GPU.
+        spread_probes=False,
     )
     cache = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
     block, hashed = resolve_kv_cache_block_sizes(cache, config)
@@ -240,7 +241,7 @@ def test_random_requests(folder, policy, number, asynchronous):
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
     from vllm.v1.request import RequestStatus
 
-    options = PluginOptions(policy, prefix_hits=True)
+    options = PluginOptions(policy)
     scheduler = make_scheduler(folder, options, asynchronous)
     worker, make = Worker(options.build(), number), request_maker()
     rng = random.Random(7)
