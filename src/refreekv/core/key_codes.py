@@ -108,24 +108,29 @@ class KeyCodes:
         """
         plain = PackedMaps.rotated(key_mean, value_mean, dtype)
         device = key_mean.device
-        key, dual, bound, key_sum = self._matrices(device, dtype)
+        key, dual, bound, worth, key_sum = self._matrices(device, dtype)
         # [1, H_kv, D, D] times [B, H_kv, D, 1], in float64, of which no device computes less
         offset = (key.double() @ plain.key_mean.double()[..., None])[..., 0].float()
-        return replace(plain, key_matrix=key, key_dual=dual, key_bound=bound, key_sum=key_sum, key_offset=offset)
+        return replace(
+            plain, key_matrix=key, key_dual=dual, key_bound=bound, key_worth=worth, key_sum=key_sum, key_offset=offset
+        )
 
-    def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The matrix, its transposed inverse, the bound of that, and the sum in ``dtype``, as `PackedMaps` has them."""
+    def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The matrix, its transposed inverse, that one's bound, the worth, the sum in ``dtype``, as `PackedMaps` has."""
         if (device, dtype) not in self._made:
             with torch.inference_mode(False):
                 dual = torch.linalg.inv(self.matrix).mT
-                parts = (self.matrix, dual, dual.norm(dim=-1).amax(-1))
-                matrix, turned, bound = (part.float().to(device)[None].contiguous() for part in parts)
+                # Channels were divided by their spread: what an error there counts is its square.
+                worth = self.spread.double().square()
+                worth = worth / worth.mean(-1, keepdim=True)
+                parts = (self.matrix, dual, dual.norm(dim=-1).amax(-1), worth)
+                matrix, turned, bound, counts = (part.float().to(device)[None].contiguous() for part in parts)
                 total = sum_of(self.matrix.to(device)[None], dtype).contiguous()
-            self._made[device, dtype] = matrix, turned, bound, total
+            self._made[device, dtype] = matrix, turned, bound, counts, total
         return self._made[device, dtype]
 
     @functools.cached_property
-    def _made(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _made(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         return {}
 
     def power_on(self, device: torch.device) -> Tensor:

@@ -34,6 +34,9 @@ WIDTHS = (8, 6, 4, 2)
 FACTOR_BYTES = 4
 """Of an entry's two factors, of its key and of its value: float16 each."""
 
+SIZES = (1.0, 0.8, 1.25, 1.6)
+"""Of an entry's root mean square: sizes at which it may be coded."""
+
 MOST = 65504.0
 """The largest float16."""
 
@@ -174,22 +177,37 @@ class Side:
         offsets = self.by_channel({width: (2**width - 1) / 2 for width in WIDTHS}, numbers)
         return (numbers - offsets) * self.by_channel({width: step(width) for width in WIDTHS}, numbers)
 
-    def encode(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, entries: Tensor, worth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Code entries ``[..., size]`` in code space: codes, uint8, and factors ``[...]``, float16.
 
-        The codes are those of the entries divided by their root mean square; the factor is what makes the squared
-        error least for them. Computed in float32, or the entries' wider type.
+        The codes are those of the entries divided by one of `SIZES` times their root mean square, whichever loses
+        least: few channels may be far out. The factor is what makes the squared error least for them. Computed in
+        float32, or the entries' wider type. ``worth``, broadcast to the entries, is what a squared error in each
+        channel counts; all count alike if it is left out.
         """
         w = entries.to(torch.promote_types(entries.dtype, torch.float32))
         size = w.square().mean(-1, keepdim=True).sqrt()
         steps = self.by_channel({width: step(width) for width in WIDTHS}, w)
         offsets = self.by_channel({width: (2**width - 1) / 2 for width in WIDTHS}, w)
         most = self.by_channel({width: 2**width - 1.0 for width in WIDTHS}, w)
-        # In place where it may be: these are the passes over a prompt that count.
-        codes = (w / (size * steps).clamp_min_(torch.finfo(w.dtype).tiny)).add_(offsets).round_()
-        codes = torch.minimum(codes.clamp_min_(0), most, out=codes)
-        levels = (codes - offsets).mul_(steps)
-        factors = torch.linalg.vecdot(w, levels) / torch.linalg.vecdot(levels, levels)
+        counted = w if worth is None else w * worth
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for share in SIZES:
+            # In place where it may be: these are the passes over a prompt that count.
+            codes = (w / (share * size * steps).clamp_min_(torch.finfo(w.dtype).tiny)).add_(offsets).round_()
+            codes = torch.minimum(codes.clamp_min_(0), most, out=codes)
+            levels = (codes - offsets).mul_(steps)
+            products = torch.linalg.vecdot(counted, levels)
+            norms = torch.linalg.vecdot(levels if worth is None else levels * worth, levels)
+            # With the best factor, the error is what the entry holds, less this.
+            gain, factors = products * products / norms, products / norms
+            if found:
+                best, chosen, kept = found.pop()
+                better = gain > best
+                codes = torch.where(better[..., None], codes, chosen)
+                gain, factors = torch.where(better, gain, best), torch.where(better, factors, kept)
+            found.append((gain, codes, factors))
+        _, codes, factors = found[0]
         return codes.to(torch.uint8), factors.clamp(0, MOST).half()
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -277,15 +295,15 @@ class PackedFormat:
         """Bytes of an entry, factors among them."""
         return self.line_bytes + FACTOR_BYTES
 
-    def pack(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Code keys ``[..., D]`` and values ``[..., Dv]`` in code space.
+    def pack(self, keys: Tensor, values: Tensor, worth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Code keys ``[..., D]`` and values ``[..., Dv]`` in code space; ``worth`` is the keys', as in `Side.encode`.
 
         Returns
         -------
         lines, factors : Tensor
             ``[..., line_bytes]``, uint8; and ``[..., 2]``, float16: a key's and a value's.
         """
-        key_codes, key_factors = self.keys.encode(keys)
+        key_codes, key_factors = self.keys.encode(keys, worth)
         value_codes, value_factors = self.values.encode(values)
         lines = torch.cat([self.keys.pack(key_codes), self.values.pack(value_codes)], -1)
         lines = torch.nn.functional.pad(lines, (0, self.line_bytes - lines.shape[-1]))
@@ -318,6 +336,8 @@ class PackedMaps:
         ``[B, H_kv]``: no element of ``key_dual @ q`` is larger than this times the norm of ``q``.
     key_offset, value_offset : Tensor
         ``key_matrix @ key_mean``, and the same of values.
+    key_worth : Tensor
+        ``[B, H_kv, D]``: what a squared error counts in each channel of keys in code space.
     key_sum, value_sum : Tensor
         ``[2, B, H_kv, D, D]``: two matrices of the type of the entries that make ``key_matrix`` together; one where
         that is float32. Products with entries need no other type then.
@@ -332,6 +352,7 @@ class PackedMaps:
     key_bound: Tensor
     key_offset: Tensor
     value_offset: Tensor
+    key_worth: Tensor
     key_sum: Tensor
     value_sum: Tensor
 
@@ -350,7 +371,8 @@ class PackedMaps:
         ]
         parts = (key_mean, key_matrix, dual, value_mean, value_matrix, back, dual.norm(dim=-1).amax(-1), *offsets)
         sums = [sum_of(matrix, dtype) for matrix in (keys, values)]
-        return cls(*(part.float().contiguous() for part in parts), *sums)
+        worth = torch.ones(keys.shape[:3], device=keys.device)
+        return cls(*[*(part.float().contiguous() for part in parts), worth, *sums])
 
     @classmethod
     def rotated(cls, key_mean: Tensor, value_mean: Tensor, dtype: torch.dtype) -> "PackedMaps":
@@ -360,11 +382,12 @@ class PackedMaps:
         (key, _, key_sum), (value, back, value_sum) = (
             _rotations(heads, mean.shape[-1], device, dtype) for mean in means
         )
-        bound = torch.ones(1, heads, device=device)
+        bound, worth = torch.ones(1, heads, device=device), torch.ones(1, heads, key.shape[-1], device=device)
         # Orthonormal: the dual is the matrix itself, and no element is larger than the norm.
         return cls(
-            means[0], key, key, means[1], value, back, bound, rotate(means[0]), rotate(means[1]), key_sum, value_sum
-        )
+            means[0], key, key, means[1], value, back, bound, rotate(means[0]), rotate(means[1]), worth,
+            key_sum, value_sum,
+        )  # fmt: skip
 
     def of_type(self, dtype: torch.dtype) -> "PackedMaps":
         """The same for entries in ``dtype``."""
@@ -376,8 +399,8 @@ class PackedMaps:
     def of_segment(self, row: int, head: int) -> "PackedMaps":
         """Those of one row and KV head, without the first two dimensions."""
         return PackedMaps(
-            *(part[row if len(part) > 1 else 0, head] for part in self.tensors[:9]),
-            *(part[:, row if part.shape[1] > 1 else 0, head] for part in self.tensors[9:]),
+            *(part[row if len(part) > 1 else 0, head] for part in self.tensors[:10]),
+            *(part[:, row if part.shape[1] > 1 else 0, head] for part in self.tensors[10:]),
         )
 
     def of_rows(self, rows: Sequence[int]) -> "PackedMaps":
@@ -387,7 +410,7 @@ class PackedMaps:
         own = {name: getattr(self, name) for name in means}
         changed = {name: part[index] for name, part in own.items() if len(part) > most}
         if len(self.key_matrix) > 1:
-            for name in ("key_matrix", "key_dual", "value_matrix", "value_back", "key_bound"):
+            for name in ("key_matrix", "key_dual", "value_matrix", "value_back", "key_bound", "key_worth"):
                 changed[name] = getattr(self, name)[index]
             changed |= {name: getattr(self, name)[:, index] for name in ("key_sum", "value_sum")}
         return replace(self, **changed)
@@ -410,7 +433,7 @@ class PackedMaps:
         """All of them, in the order of the attributes, for operators that take no objects."""
         return [
             self.key_mean, self.key_matrix, self.key_dual, self.value_mean, self.value_matrix, self.value_back,
-            self.key_bound, self.key_offset, self.value_offset, self.key_sum, self.value_sum,
+            self.key_bound, self.key_offset, self.value_offset, self.key_worth, self.key_sum, self.value_sum,
         ]  # fmt: skip
 
 

@@ -44,7 +44,10 @@ def pack(
         coded.append(to_code_space(*some, maps, segment, kv_heads))
     # Each entry codes alone: so all of them at once.
     counts = [len(part) for part, _ in coded]
-    packed = form.pack(torch.cat([part for part, _ in coded]), torch.cat([part for _, part in coded]))
+    # [entries, D], each with what its head's channels count
+    heads = [maps.of_segment(*divmod(segment, kv_heads)).key_worth for segment in range(len(table))]
+    worth = torch.cat([own.expand(n, -1) for own, n in zip(heads, counts, strict=True)])
+    packed = form.pack(torch.cat([part for part, _ in coded]), torch.cat([part for _, part in coded]), worth)
     for segment, (first, *new) in enumerate(zip(firsts, *(part.split(counts) for part in packed), strict=True)):
         for there, own in zip(lines_of(table, segment, form), new, strict=True):
             there[first : first + len(own)] = own

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.packed_lines import MOST, PackedFormat, PackedMaps, Side, step
+from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, PackedMaps, Side, step
 from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import constant
@@ -25,6 +25,8 @@ BLOCK_IN = 32
 """Channels of entries that are multiplied at a time."""
 
 LARGEST_FACTOR = tl.constexpr(MOST)
+SHARES = tl.constexpr(len(SIZES))
+OF_SIZE = tl.constexpr(tuple((share,) for share in SIZES))
 TINY = tl.constexpr(2.0**-126)
 """The smallest normal float32."""
 
@@ -46,8 +48,19 @@ def _counts(CHUNKS: tl.constexpr, AT: tl.constexpr, there, later):
 
 
 @triton.jit
+def _levels(CHUNKS: tl.constexpr, AT: tl.constexpr, w, unit, later):
+    """Codes of a tile at ``unit``, the inverse of each entry's size, in the last bits of floats, and their levels."""
+    most = tl.where(later, constant(CHUNKS, AT, 10), constant(CHUNKS, AT, 9)).to(tl.float32)
+    steps = tl.where(later, constant(CHUNKS, AT, 12), constant(CHUNKS, AT, 11)).to(tl.float32)
+    exactly = w * unit[:, None] * (1.0 / steps)[None, :] + (0.5 * most)[None, :]
+    # At 1.5 * 2 ** 23 the last bit of a number is worth 1: added to that, numbers are rounded, half to even.
+    rounded = tl.minimum(tl.maximum(exactly, 0.0), most[None, :]) + 12582912.0
+    return rounded, (rounded - 12582912.0 - (0.5 * most)[None, :]) * steps[None, :]
+
+
+@triton.jit
 def _pack_side(
-    entries, step_of_entries, source, real, offsets, matrix, rest, lines, line,
+    entries, step_of_entries, source, real, offsets, matrix, rest, worth, lines, line, HAS_WORTH: tl.constexpr,
     SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -84,25 +97,44 @@ def _pack_side(
             squares += tl.sum(tl.where(_counts(CHUNKS, c, there, later)[None, :], w * w, 0.0), 1)
             centred = centred + (w,)
     size = tl.sqrt_rn(squares * (1.0 / SIZE))
-    unit = tl.where(size > TINY, 1.0 / tl.maximum(size, TINY), 0.0)
+    unit = tl.zeros([BLOCK_T], tl.float32)
+    best = tl.zeros([BLOCK_T], tl.float32) - 1.0
+    for number in tl.static_range(SHARES):
+        tried = constant(OF_SIZE, number, 0) * size
+        tried = tl.where(tried > TINY, 1.0 / tl.maximum(tried, TINY), 0.0)
+        products = tl.zeros([BLOCK_T], tl.float32)
+        norms = tl.zeros([BLOCK_T], tl.float32)
+        for c in tl.static_range(COUNT):
+            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+                channel, there, later = _columns(CHUNKS, c, place)
+                w = centred[constant(CHUNKS, c, 17) + place]
+                _rounded, level = _levels(CHUNKS, c, w, tried, later)
+                level = tl.where(_counts(CHUNKS, c, there, later)[None, :], level, 0.0)
+                counted = level
+                if HAS_WORTH:
+                    counted = level * tl.load(worth + channel, there, 0.0)[None, :]
+                products += tl.sum(w * counted, 1)
+                norms += tl.sum(level * counted, 1)
+        # With the best factor, the error is what the entry holds, less this.
+        gain = products * products / tl.maximum(norms, TINY)
+        unit = tl.where(gain > best, tried, unit)
+        best = tl.maximum(best, gain)
     products = tl.zeros([BLOCK_T], tl.float32)
     norms = tl.zeros([BLOCK_T], tl.float32)
     for c in tl.static_range(COUNT):
         packed = tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.int32)
         for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            _channel, there, later = _columns(CHUNKS, c, place)
-            most = tl.where(later, constant(CHUNKS, c, 10), constant(CHUNKS, c, 9)).to(tl.float32)
-            steps = tl.where(later, constant(CHUNKS, c, 12), constant(CHUNKS, c, 11)).to(tl.float32)
+            channel, there, later = _columns(CHUNKS, c, place)
             shift = tl.where(later, constant(CHUNKS, c, 16), constant(CHUNKS, c, 15)).to(tl.int32)
             w = centred[constant(CHUNKS, c, 17) + place]
-            exactly = w * unit[:, None] * (1.0 / steps)[None, :] + (0.5 * most)[None, :]
-            # At 1.5 * 2 ** 23 the last bit of a number is worth 1: added to that, numbers are rounded, half to even.
-            rounded = tl.minimum(tl.maximum(exactly, 0.0), most[None, :]) + 12582912.0
+            rounded, level = _levels(CHUNKS, c, w, unit, later)
             code = rounded.to(tl.int32, bitcast=True) & 255
-            level = (rounded - 12582912.0 - (0.5 * most)[None, :]) * steps[None, :]
             level = tl.where(_counts(CHUNKS, c, there, later)[None, :], level, 0.0)
-            products += tl.sum(w * level, 1)
-            norms += tl.sum(level * level, 1)
+            counted = level
+            if HAS_WORTH:
+                counted = level * tl.load(worth + channel, there, 0.0)[None, :]
+            products += tl.sum(w * counted, 1)
+            norms += tl.sum(level * counted, 1)
             bits = (code >> shift[None, :]) & ((1 << constant(CHUNKS, c, 0)) - 1)
             packed |= tl.where(there[None, :], bits << (constant(CHUNKS, c, 0) * place), 0)
         byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
@@ -114,7 +146,7 @@ def _pack_side(
 @triton.jit
 def _pack_kernel(
     keys, values, arena, table, starts, spans, end, kv_heads,
-    key_offset, key_matrix, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,
+    key_offset, key_matrix, key_worth, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -138,12 +170,12 @@ def _pack_kernel(
         maps, means = row * row_of_maps + head, row * row_of_means + head
         lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
         key_factor = _pack_side(
-            key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest, lines,
-            line, HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, EXACT,
+            key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest,
+            key_worth + maps * HEAD, lines, line, True, HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         value_factor = _pack_side(
             value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
-            value_rest, lines, line, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, EXACT,
+            value_rest, key_worth, lines, line, False, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
         both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -221,7 +253,7 @@ def launch_pack(
     stages = max(1, min(3, shared_memory.for_tiles(keys.device) // stage))
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
-        kv_heads, maps.key_offset, maps.key_sum, maps.value_offset, maps.value_sum,
+        kv_heads, maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum,
         0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_matrix.shape[0] == 1 else kv_heads,
         maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),

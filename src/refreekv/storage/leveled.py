@@ -389,12 +389,15 @@ class LeveledKV(KVStorage):
             wanted = rungs == rung
             came, at = was[wanted], line[wanted]
             keys, values = (part.new_empty(len(at), part.shape[1]) for part in (lines[rung].keys, lines[rung].values))
+            # [segments, D], and the segment of each entry
+            worth = self.coding.maps.key_worth.expand(len(own), -1, -1).flatten(0, 1)
+            segment = spread(range(len(worth)), flat(own), at.device)
             for other in range(rung, len(lines)):
                 some = came == other
                 source = lines[other].keys[at[some]], lines[other].values[at[some]]
                 if other > rung:
                     coded = self.coding.forms[other].unpack(*source, torch.float32)
-                    source = self.coding.forms[rung].pack(*coded)
+                    source = self.coding.forms[rung].pack(*coded, worth[segment[some]])
                 keys[some], values[some] = source
             found.append(self.rungs[rung].holding(RaggedKV(keys, values, own)))
         return found

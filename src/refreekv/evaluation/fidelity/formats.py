@@ -191,12 +191,12 @@ def _stored(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool)
     """Keys and values ``[1, H_kv, n, D]`` as a format gives them back."""
     form = number.form((entries[0].shape[-1], entries[1].shape[-1]), sorted_keys=sorted_keys)
     found = []
-    for part, side, mean, matrix, back in (
-        (entries[0], form.keys, maps.key_mean, maps.key_matrix, maps.key_dual),
-        (entries[1], form.values, maps.value_mean, maps.value_matrix, maps.value_back.mT),
+    for part, side, mean, matrix, back, worth in (
+        (entries[0], form.keys, maps.key_mean, maps.key_matrix, maps.key_dual, maps.key_worth[:, :, None]),
+        (entries[1], form.values, maps.value_mean, maps.value_matrix, maps.value_back.mT, None),
     ):
         # [1, H_kv, n, D] of rows: matrices stand to their right, transposed
-        codes, factors = side.encode((part.float() - mean[:, :, None]) @ matrix.mT)
+        codes, factors = side.encode((part.float() - mean[:, :, None]) @ matrix.mT, worth)
         levels = side.levels(codes, torch.float32) * factors[..., None].float()
         found.append((levels @ back + mean[:, :, None]).to(part.dtype))
     return found[0], found[1]
