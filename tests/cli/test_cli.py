@@ -133,7 +133,10 @@ def test_generate_follows_the_policy_and_its_parameters(run, folder):
 def test_kept_entries_can_be_stored_quantised(run, folder, tmp_path, command):
     (tmp_path / "prompt").write_text(PROMPT)
     common = (command, "--model", str(folder), "--prompt-file", str(tmp_path / "prompt"), "--max-new-tokens", "4")
-    plain, stored = (json.loads(run(*common, "--json", *more).out) for more in ((), ("--kv-dtype", "int8:recent=8")))
+    plain, stored = (
+        json.loads(run(*common, "--json", *more).out)
+        for more in (("--kv-dtype", "16"), ("--kv-dtype", "int8:recent=8"))
+    )
     assert (plain["kv_dtype"], stored["kv_dtype"]) == (None, "int8:recent=8")
     assert stored["report"]["bytes_before"] == plain["report"]["bytes_before"]
     assert stored["report"]["bytes_after"] < plain["report"]["bytes_after"]

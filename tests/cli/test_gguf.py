@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 from helpers.command_line import assert_refused, runner  # noqa: E402
 from helpers.gguf_files import write_model  # noqa: E402
 from refreekv.cli import loading, weights  # noqa: E402
+from refreekv.engines.transformers import gguf as told  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -95,6 +96,6 @@ def test_who_loads_it(file, monkeypatch):
 
 def test_the_first_release_that_is_supported_knows_no_choice(file, monkeypatch):
     """And unpacks all; later ones do that for Llama, too, where nothing is said."""
-    monkeypatch.setattr(weights, "_gguf_config_class", lambda: None)
-    assert weights.gguf_config("auto") is None
+    monkeypatch.setattr(told, "_gguf_config_class", lambda: None)
+    assert told.gguf_config("auto") is None
     assert loading.load(str(file), device="cpu").model.dtype == torch.float32

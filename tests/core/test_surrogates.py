@@ -155,7 +155,7 @@ def test_extreme_logits_give_numbers(dtype):
         assert made.values.isfinite().all()
 
 
-SPEC = "adaptive:min_length=8,window=8,spread=12,constant=0.2,lost_mass=0.5,follow=2,copying=0.9"
+SPEC = "adaptive:bits=16,min_length=8,window=8,spread=12,constant=0.2,lost_mass=0.5,follow=2,copying=0.9"
 
 
 def test_a_cache_holds_them_in_the_places_of_evicted_entries():

@@ -230,7 +230,7 @@ def test_the_commands(refree, folder, file, tmp_path):
     assert done.code == 0, done.err
     assert "◀ chosen" in done.out
     assert "prompts like these" in done.out
-    assert f"Written: {out}" in done.out
+    assert f"Written: {out}" in done.out.replace("\n", "")
     chosen = json.loads(out.read_text())["chosen"]
     as_json = json.loads(refree("calibrate", str(folder), *asked, "--json").out)
     assert as_json["chosen"] == chosen

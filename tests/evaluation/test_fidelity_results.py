@@ -12,6 +12,7 @@ from refreekv import policies
 from refreekv.evaluation import sweeps
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity import runner
+from refreekv.evaluation.fidelity.formats import parse
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.evaluation.results import RecordFile, read
 from refreekv.evaluation.tables import bootstrap_families, fidelity, markdown
@@ -209,7 +210,7 @@ def test_choice_is_by_what_policies_are_not_how_they_are_written():
 @pytest.mark.parametrize("name", sweeps.SUITES)
 def test_suites(name):
     chosen = sweeps.choose(suites=[name])
-    assert all(policies.parse(spec) == policy for spec, policy in chosen.items())
+    assert all(parse(spec) == policy for spec, policy in chosen.items())
     with pytest.raises(ValueError, match="paper-ablations"):
         sweeps.suite("paper")
 

@@ -186,12 +186,14 @@ def _read(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from refreekv.engines.transformers.gguf import gguf_config
+
     # Always said, for unsaid means that transformers asks on the terminal.
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local}
     of_model: dict[str, Any] = {"dtype": dtype}
     if source.gguf:
         common["gguf_file"] = source.gguf
-        if (packing := quantising.gguf_config(str(weights))) is not None:
+        if (packing := gguf_config(str(weights))) is not None:
             of_model["quantization_config"] = packing
         if dtype == "auto":
             of_model["dtype"] = "float32" if device.type == "cpu" else "bfloat16"

@@ -116,7 +116,7 @@ class KeyCodes:
         )
 
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The matrix, its transposed inverse, that one's bound, the worth, the sum in ``dtype``, as `PackedMaps` has."""
+        """The matrix, its transposed inverse, its bound, the worth, the sum in ``dtype``, as `PackedMaps` has."""
         if (device, dtype) not in self._made:
             with torch.inference_mode(False):
                 dual = torch.linalg.inv(self.matrix).mT

@@ -62,6 +62,8 @@ def specification(policy: Policy) -> str:
 
     Two ways to write one policy have the same specification, so it serves as a key.
     """
+    if isinstance(policy, StoredPolicy) and policy.optional:
+        return specification(policy.policy)
     if isinstance(policy, StoredPolicy):
         return f"{specification(policy.policy)}{MARK}{policy.ladder}"
     changed = {

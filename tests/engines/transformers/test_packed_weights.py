@@ -26,7 +26,7 @@ def load(path, dtype=torch.float32):
 
 def unpacked(path, dtype=torch.float32):
     """As transformers reads it."""
-    from refreekv.cli.weights import gguf_config
+    from refreekv.engines.transformers.gguf import gguf_config
 
     config = gguf_config("unpacked")
     options = {} if config is None else {"quantization_config": config}

@@ -76,7 +76,7 @@ def test_cuts_are_those_of_the_models_own_attention(smollm2, prompt, last_rows, 
 def test_generation_reads_what_is_kept_and_the_bytes_are_true(smollm2, prompt):
     model, tokenizer = smollm2
     n = prompt["input_ids"].shape[1]
-    with refreekv.compress(model) as kv, torch.inference_mode():
+    with refreekv.compress(model, bits=16) as kv, torch.inference_mode():
         out = model.generate(**prompt, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
     cache, report = out.past_key_values, kv.report
     text = tokenizer.decode(out.sequences[0, n:], skip_special_tokens=True)
@@ -94,6 +94,18 @@ def test_generation_reads_what_is_kept_and_the_bytes_are_true(smollm2, prompt):
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
     assert sum(held.values()) == report.bytes_after
     assert report.bytes_after < 0.9 * report.bytes_before
+
+
+def test_the_default_stores_few_bits_and_answers_alike(smollm2, prompt):
+    model, _ = smollm2
+    with torch.inference_mode():
+        full = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        with refreekv.compress(model) as kv:
+            coded = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(coded, full)
+    assert kv.report.bytes_after < 0.25 * kv.report.bytes_before  # float32
+    assert sum(kv.report.formats.values()) == pytest.approx(1)
+    assert min(kv.report.formats.values()) > 0.01
 
 
 def test_nothing_evicted_is_the_full_cache(smollm2, prompt):

@@ -63,7 +63,10 @@ def demo(
     }
     if as_json:
         typer.echo(
-            json.dumps({"refreekv": refreekv.__version__, **about, "kv_dtype": kv_dtype, **result.to_dict()}, indent=2)
+            json.dumps(
+                {"refreekv": refreekv.__version__, **about, "kv_dtype": result.report.kv_dtype, **result.to_dict()},
+                indent=2,
+            )
         )
         return
     from rich.console import Console

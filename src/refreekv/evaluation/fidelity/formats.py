@@ -32,11 +32,13 @@ class StoredPolicy(Policy):
 
     policy: Policy  # decides on what to keep, and where there are several formats on each entry's
     ladder: Ladder  # the formats
+    optional: bool = False  # whether they are the policy's own, so that heads that cannot be coded stay as they are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen_layers", self.policy.frozen_layers)
         object.__setattr__(self, "reads_copy_scores", self.policy.reads_copy_scores)
-        object.__setattr__(self, "name", f"{self.policy.name}{MARK}{self.ladder}")
+        name = self.policy.name if self.optional else f"{self.policy.name}{MARK}{self.ladder}"
+        object.__setattr__(self, "name", name)
 
     def probe_plan(self, n: int) -> ProbePlan:
         """That of the policy."""
@@ -45,12 +47,23 @@ class StoredPolicy(Policy):
     def select(self, view: LayerView) -> Selection | CutSelection | None:
         """What the policy says, which is told of the formats."""
         sizes = view.keys.shape[-1], view.values.shape[-1]
+        if not self.fits(sizes):
+            return self.policy.select(view)
         forms = self.ladder.forms(sizes, sorted_keys=view.key_power is not None)
         return self.policy.select(replace(view, forms=forms))
 
     def freezes(self, layer: int) -> bool:
         """What the policy says."""
         return self.policy.freezes(layer)
+
+    @property
+    def default_ladder(self) -> Ladder:
+        """The formats."""
+        return self.ladder
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Whether entries of such sizes are stored in the formats."""
+        return not self.optional or all(size % 16 == 0 for size in sizes)
 
     def __str__(self) -> str:
         return f"{self.policy}{MARK}{self.ladder}"
@@ -69,12 +82,12 @@ def parse(spec: str) -> Policy:
     base, mark, kind = spec.partition(MARK)
     policy = policies.parse(base)
     ladder = Ladder.parse(kind) if mark else policy.default_ladder
-    return policy if ladder is None else StoredPolicy(policy, ladder)
+    return policy if ladder is None else StoredPolicy(policy, ladder, optional=not mark)
 
 
-def ladder_of(policy: Policy | None) -> Ladder | None:
-    """The number formats that a policy comes with."""
-    return policy.ladder if isinstance(policy, StoredPolicy) else None
+def ladder_of(policy: Policy | None, sizes: Sequence[int] = ()) -> Ladder | None:
+    """The number formats that a policy comes with, for keys and values of ``sizes`` elements."""
+    return policy.ladder if isinstance(policy, StoredPolicy) and policy.fits(sizes) else None
 
 
 def kept_bytes(
@@ -180,7 +193,8 @@ def stored_layer(
     codes: KeyCodes | None = None,
 ) -> MaskedLayer:
     """The layer that policies read: a plain one where none of them comes with a format."""
-    ladders = [ladder_of(asked[name]) for name in names]
+    sizes = keys.shape[-1], values.shape[-1]
+    ladders = [ladder_of(asked[name], sizes) for name in names]
     if not any(ladders):
         return MaskedLayer(keys, values, keep, surrogates)
     own = [(levels or {}).get(name) for name in names]

@@ -170,12 +170,12 @@ class SharedPrefill:
 
     def bytes(self, name: str) -> tuple[int, int]:
         """K/V bytes of the prompt in a full cache, and in a policy's."""
-        ladder = ladder_of(self._asked[name])
         full = held = 0
         for layer in self._cache.layers:
             if isinstance(layer, _CapturingLayer):
                 keys, values = layer.dense
                 sizes = keys.shape[-1], values.shape[-1]
+                ladder = ladder_of(self._asked[name], sizes)
                 full += self.length * entry_bytes(layer)
                 keep = self._choice.keep(layer.ordinal, [name])
                 keep = keys.new_ones(keys.shape[1:3], dtype=torch.bool) if keep is None else keep[0]
