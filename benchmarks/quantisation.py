@@ -20,28 +20,40 @@ from refreekv.evaluation.records import FidelityRecord
 HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64), "qwen2.5-coder-1.5b": (128, 128), "gemma-3-270m": (256, 256)}
 
 
-def share(record: FidelityRecord, sizes: tuple[int, int]) -> float:
-    """Bytes of a sample's prompt, as a share of a full cache's in 16 bits."""
+def share(record: FidelityRecord, sizes: tuple[int, int], itemsize: int = 2) -> float:
+    """Bytes of a sample's prompt in full-attention layers, as a share of a full cache's in 16 bits.
+
+    ``itemsize`` are the bytes of an element in the run: records with several formats say bytes as they were there.
+    """
     ladder = None if record.policy == sweeps.FULL else ladder_of(parse(record.policy))
     assert record.kept_heads is not None
     if ladder is not None and len(ladder.rungs) > 1:
-        raise ValueError(f"{record.policy}: records do not say how many entries are in which of several formats")
+        kv_heads, element = max(map(len, record.kept_heads)), sum(sizes) * itemsize
+        # One number where heads are alike.
+        shares = [part for layer in record.kept_heads for part in layer * (kv_heads // len(layer))]
+        counts = [round(part * record.prompt_tokens) for part in shares]
+        full = len(counts) * record.prompt_tokens * element
+        # Windowed layers are in both numbers as they are; of the others, what is exact takes two bytes an element.
+        held = record.bytes_kept - (record.bytes_full - full)
+        exact = sum(n - ladder.coded(n) for n in counts) * element
+        return (held - exact * (1 - 2 / itemsize)) / (full * 2 / itemsize)
     forms = () if ladder is None else ladder.forms(sizes)
     held = full = 0
     for layer in record.kept_heads:
         counts = [round(kept * record.prompt_tokens) for kept in layer]
         coded = [0 if ladder is None else ladder.coded(n) for n in counts]
-        held += kept_bytes([[n - c, c][: 1 + len(forms)] for n, c in zip(counts, coded, strict=True)], sizes, 2, forms)
+        split = [[n - c, c][: 1 + len(forms)] for n, c in zip(counts, coded, strict=True)]
+        held += kept_bytes(split, sizes, 2, forms, mixed=False)
         full += len(counts) * record.prompt_tokens * sum(sizes) * 2
     return held / full
 
 
-def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int]) -> list[tuple[str, ...]]:
+def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int], itemsize: int) -> list[tuple[str, ...]]:
     """A line of cells for each policy, the largest first."""
     table = []
     for row in tables.fidelity(records).overall.itertuples():
         own = [record for record in records if record.policy == row.policy]
-        shares = [share(record, sizes) for record in own]
+        shares = [share(record, sizes, itemsize) for record in own]
         worst = max(own, key=lambda record: record.kl_mean)
         low, high = row.kl_interval or (row.kl, row.kl)
         cells = (
@@ -65,6 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--head-size", type=int, nargs=2, metavar=("KEY", "VALUE"), help="elements of a key and a value"
     )
+    parser.add_argument("--itemsize", type=int, default=2, help="bytes of an element in the run: 4 for float32")
     parser.add_argument("--min-tokens", type=int, default=0, help="only prompts of at least so many")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
@@ -76,7 +89,7 @@ def main() -> None:
     if sizes is None:
         parser.error(f"say the head sizes of {name} with --head-size")
     heading = ("policy", "n", "bytes", "entries", "mean KL [95%]", "worst family", "worst sample", "same path")
-    text = tables.markdown_table(heading, rows(complete, sizes), left=(0, 5, 6)) + "\n"
+    text = tables.markdown_table(heading, rows(complete, sizes, options.itemsize), left=(0, 5, 6)) + "\n"
     print(text)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
