@@ -85,7 +85,7 @@ class Adaptive(Policy):
         Leading full-attention layers that are never pruned.
     """
 
-    constant: float = 2e-4
+    constant: float = 1.5e-4
     sinks: int = 4
     window: int = 64
     spread: int = 256
