@@ -99,8 +99,12 @@ def _pack_side(
     size = tl.sqrt_rn(squares * (1.0 / SIZE))
     unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
-    for number in tl.static_range(SHARES):
-        tried = constant(OF_SIZE, number, 0) * size
+    # A loop of the program's own, as unrolled it takes four times as long to compile.
+    for number in range(SHARES):
+        share = tl.full([], constant(OF_SIZE, 0, 0), tl.float32)
+        for other in tl.static_range(1, SHARES):
+            share = tl.where(number == other, constant(OF_SIZE, other, 0), share)
+        tried = share * size
         tried = tl.where(tried > TINY, 1.0 / tl.maximum(tried, TINY), 0.0)
         products = tl.zeros([BLOCK_T], tl.float32)
         norms = tl.zeros([BLOCK_T], tl.float32)
