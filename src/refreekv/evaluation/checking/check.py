@@ -217,7 +217,7 @@ def as_stored(policy: Policy, kv_dtype: str | None, sizes: tuple[int, int]) -> P
         if kv_dtype != AUTO:
             raise
         return policy
-    return StoredPolicy(policy, ladder)
+    return StoredPolicy(policy, ladder, optional=kv_dtype == AUTO)
 
 
 def check(
