@@ -10,6 +10,7 @@ Lengths are logical everywhere outside: positions, masks and `get_seq_length` co
 tokens ever seen, so that rotary positions stay true whatever is evicted.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from refreekv.pruning.decide import Decision, KeptRow, decide
 from refreekv.pruning.masks import leading_run, mask_for_columns, seen_columns, visible_columns
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import RowRecord, after_crop, after_pruning
+from refreekv.storage import trial
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
@@ -39,6 +41,8 @@ _PRUNED = (
     "keys", "values", "ragged", "records", "holds_hidden", "kept_columns", "_pruned_length", "_padding", "_coded",
 )  # fmt: skip
 """Attributes of a layer that carrying out a decision sets."""
+
+_log = logging.getLogger("refreekv")
 
 
 class ReFreeKVLayer(DynamicLayer):
@@ -225,6 +229,7 @@ class ReFreeKVLayer(DynamicLayer):
             sizes = keys.shape[3], values.shape[3]
             if self.ladder is not None and not (self.state.codes_optional and any(size % 16 for size in sizes)):
                 self.ladder.forms(sizes)
+                self._try_codes(keys, values)
             else:
                 self.ladder = None
             return
@@ -235,6 +240,26 @@ class ReFreeKVLayer(DynamicLayer):
                 f"layer {self.index} of this cache holds (batch, KV heads, key size, value size) = {stored} and the "
                 f"model brings {brought}: the cache belongs to another batch or another model"
             )
+
+    def _try_codes(self, keys: Tensor, values: Tensor) -> None:
+        """Go without codes, or refuse, if a GPU's kernels for them are wrong."""
+        assert self.ladder is not None
+        if not trial.due(keys):
+            return
+        sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
+        if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
+            codes = self.state.codes_of(self.ordinal)
+        # One trial serves all layers that are alike.
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        wrong = trial.fault(keys.device, dtype, keys.shape[1], sizes, self.ladder, codes)
+        if wrong is None:
+            return
+        said = f"K/V cannot be coded on {keys.device}: {wrong}"
+        if not self.state.codes_optional:
+            raise RuntimeError(f"{said}; leave kv_dtype out, or pass kv_dtype=None")
+        if self.ordinal == 0:
+            _log.warning("%s; they stay in the model's precision", said)
+        self.ladder = None
 
     def get_seq_length(self) -> int:
         """Logical length: all tokens seen, padding included, evicted or not."""
