@@ -15,7 +15,7 @@ from torch import Tensor
 from refreekv.core.packed_lines import PackedFormat, grid_error, step
 
 MOST = 4.0
-"""What the variance of an attention's relative error counts at most: worse than evicting nothing gets."""
+"""The largest variance of an attention's relative error: a key that is wrong by more counts as this."""
 
 
 def distortion(bits: int) -> float:

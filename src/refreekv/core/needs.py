@@ -82,8 +82,9 @@ def levels(
 ) -> Tensor:
     """The rung of a ladder of number formats that each entry is worth.
 
-    Each entry gets the narrowest rung in which what coding does to it counts less than the unit does: its highest
-    attention, in units, times the rung's damage is at most 1. Peaks count for neighbours, too.
+    Each entry gets the narrowest rung in which its highest attention, in units, times the rung's damage is at most
+    ``rules.code_unit``; in heads that copy, ``rules.copying_weight`` times that attention. Peaks count for neighbours,
+    too.
 
     Parameters
     ----------
