@@ -1,0 +1,167 @@
+"""Host memory for what leaves a device: what comes back is what went, limits hold, and memory is given back."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+
+from refreekv.storage import host
+from refreekv.storage.host import HostMemory, NoRoomError, Parked
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+def memory(device, limit=2**30):
+    return HostMemory(limit, pinned=device.type == "cuda")
+
+
+def some_tensors(device, seed=0):
+    torch.manual_seed(seed)
+    lines = torch.randint(0, 255, (2, 3, 50, 24), dtype=torch.uint8)
+    return {
+        "contiguous": torch.randn(3, 5),
+        "half": torch.randn(2, 3, 7, 16).bfloat16(),
+        "strided": lines[:, :, 5:45],
+        "one of a dimension": torch.randn(4, 6)[:, 2:3],
+        "transposed": torch.randn(4, 1, 6).transpose(0, 1),
+        "numbers": torch.arange(9),
+        "scalar": torch.tensor(3.0),
+        "flags": torch.rand(4, 3) > 0.5,
+        "empty": torch.empty(2, 0, 4),
+    }
+
+
+@pytest.mark.parametrize("slab", [host.SLAB, 48])
+def test_what_comes_back_is_what_went(device, slab, monkeypatch):
+    monkeypatch.setattr(host, "SLAB", slab)  # also where tensors lie across pieces
+    tensors = {name: part.to(device) for name, part in some_tensors(device).items()}
+    tensors["strided"] = some_tensors(device)["strided"].to(device).repeat(1, 1, 2, 1)[:, :, 3:43]
+    parked = Parked.put(memory(device), tensors)
+    for back in (parked.fetch(device).tensors(), parked.on_host()):
+        assert back.keys() == tensors.keys()
+        for name, part in tensors.items():
+            assert back[name].dtype == part.dtype
+            assert back[name].shape == part.shape
+            assert torch.equal(back[name].cpu(), part.cpu()), name
+
+
+def test_it_comes_into_strided_tensors(device):
+    part = torch.randint(0, 255, (2, 3, 40, 24), dtype=torch.uint8).to(device)
+    parked = Parked.put(memory(device), {"lines": part})
+    into = torch.zeros(2, 3, 60, 24, dtype=torch.uint8, device=device)
+    parked.copy_into({"lines": into[:, :, 10:50]})
+    parked.until_read(device)
+    assert torch.equal(into[:, :, 10:50], part)
+    assert not into[:, :, :10].any()
+    assert not into[:, :, 50:].any()
+    with pytest.raises(ValueError, match="was parked as"):
+        parked.copy_into({"lines": into})
+
+
+def test_what_goes_may_be_changed_once_the_device_waited(device):
+    size = 2**22
+    for seed in range(5):
+        tensor = torch.full((size,), seed, device=device)
+        parked = Parked.put(memory(device), {"all": tensor})
+        parked.until_read(device)
+        tensor.zero_()
+        assert torch.equal(parked.on_host()["all"], torch.full((size,), seed))
+
+
+def test_memory_that_is_used_again_waits_for_copies(device):
+    pool = memory(device)
+    for seed in range(8):
+        parked = Parked.put(pool, {"all": torch.full((2**22,), seed, device=device)})
+        coming = parked.fetch(device)
+        del parked  # its pieces go to the next one, while copies from there may be under way
+        assert bool((coming.tensors()["all"] == seed).all())
+
+
+def test_the_limit_holds_and_memory_is_given_back(device):
+    unit = host.SLAB if device.type == "cuda" else 1000
+    pool = memory(device, limit=3 * unit)
+    first, second = pool.take(unit), pool.take(2 * unit)
+    assert pool.used == 3 * unit
+    with pytest.raises(NoRoomError, match="are in use"):
+        pool.take(1)
+    del second
+    gc.collect()
+    assert pool.used == unit
+    again = pool.take(unit)
+    assert pool.used == 2 * unit
+    assert first.size == again.size == unit
+
+
+def test_where_the_system_has_none_nothing_is_counted(device, monkeypatch):
+    pool, real = memory(device), torch.empty
+
+    def full(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(NoRoomError, match="the system gives no"):
+        pool.take(100)
+    monkeypatch.setattr(torch, "empty", real)
+    assert pool.used == 0
+    pool.take(100)
+
+
+def test_copies_of_what_is_parked_share_it(device):
+    pool = memory(device)
+    parked = Parked.put(pool, {"all": torch.arange(10, device=device)})
+    used, twin = pool.used, copy.deepcopy(parked)
+    assert pool.used == used
+    del parked
+    assert pool.used == used
+    assert torch.equal(twin.on_host()["all"], torch.arange(10))
+    del twin
+    assert pool.used == 0
+
+
+def test_several_threads(device):
+    pool, wrong = memory(device), []
+
+    def work(seed):
+        for _ in range(20):
+            tensors = {name: part.to(device) for name, part in some_tensors(device, seed).items()}
+            back = Parked.put(pool, tensors).on_host()
+            wrong.extend(name for name in back if not torch.equal(back[name], tensors[name].cpu()))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pool.used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pieces_are_pinned_ahead():
+    pool = HostMemory(2**30, pinned=True)
+    pool.prepare(4 * host.SLAB)
+    for _ in range(1000):
+        if pool.held >= 4 * host.SLAB:
+            break
+        threading.Event().wait(0.01)
+    assert pool.held == 4 * host.SLAB
+    assert pool.used == 0
+    buffer = pool.take(3 * host.SLAB)
+    assert pool.held == 4 * host.SLAB
+    assert pool.used == 3 * host.SLAB
+    assert all(part.is_pinned() for part in buffer.spans(0, buffer.size))
+
+
+def test_there_is_memory():
+    assert host.available_memory() > 2**20
