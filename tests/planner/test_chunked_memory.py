@@ -32,7 +32,7 @@ def held(layers):
     """K/V bytes that can be reached, padding, queries, indices and shared matrices not among them."""
     tensors = []
     for layer in layers:
-        others = [*tensors_of(layer._queries), *([layer._seen] if layer._seen is not None else [])]
+        others = [*tensors_of(layer._queries), *([layer._padding.seen] if layer._padding.seen is not None else [])]
         mapped = [layer.reading.prompt._maps] if layer.reading is not None else []
         coding = None if layer.ragged is None else layer.ragged.coding
         mapped += [coding.maps] if coding is not None else []

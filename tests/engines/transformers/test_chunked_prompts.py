@@ -436,7 +436,7 @@ def test_between_calls_nothing_is_held_in_full_precision(case, second):
     def bytes_of(layers):
         # Beside keys and values a layer remembers the queries that the policy is going to ask with, and what they saw.
         others = {t.data_ptr() for layer in layers for t in tensors_of(layer._queries)}
-        others |= {layer._seen.data_ptr() for layer in layers if layer._seen is not None}
+        others |= {layer._padding.seen.data_ptr() for layer in layers if layer._padding.seen is not None}
         for layer in layers:
             if layer.reading is not None and layer.reading.prompt._maps is not None:
                 # All caches share the matrices.

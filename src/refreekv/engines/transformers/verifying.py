@@ -32,6 +32,7 @@ from refreekv.report import Verified
 if TYPE_CHECKING:
     from refreekv.engines.transformers.cache import PrunedCache
     from refreekv.engines.transformers.layer import ReFreeKVLayer
+    from refreekv.engines.transformers.stored_layer import StoredLayer
 
 AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
 """Inputs of a model that are fed again, and along which dimension tokens lie."""
@@ -254,7 +255,7 @@ class Verification:
             views.append(stored_view(plan, call, part, layer.ordinal, state.layers, scores, layer.ladder, codes))
         self._held.append(_Held.of(layer, parts, views, layer.get_seq_length() - after))
 
-    def check_done(self, layer: "ReFreeKVLayer") -> None:
+    def check_done(self, layer: "StoredLayer") -> None:
         """Raise RuntimeError if a layer gets new tokens before its last prompt was verified."""
         if self.reading.where == PROMPT and any(held.layer is layer for held in self._held):
             raise RuntimeError(

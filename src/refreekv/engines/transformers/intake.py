@@ -1,0 +1,179 @@
+"""What comes into a layer: checked, then stored as it is, or coded while the prompt's other chunks are to come."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreekv.core.autocast import without_autocast
+from refreekv.core.quantisation import Ladder
+from refreekv.engines.transformers.handout import hand_out
+from refreekv.engines.transformers.prompt import PromptState
+from refreekv.engines.transformers.reading import LEAST_CHUNK, Reading
+from refreekv.engines.transformers.stored_layer import StoredLayer
+from refreekv.policies.joint import JointPolicy
+from refreekv.storage import trial
+from refreekv.storage.unfinished import UnfinishedKV
+
+_log = logging.getLogger("refreekv")
+
+
+class IntakeLayer(StoredLayer):
+    """A layer that takes in what the model computes.
+
+    Attributes
+    ----------
+    ladder : Ladder or None
+        The number formats that what is kept is stored in; None: in the precision it came in.
+    is_decoded_for_call : bool
+        Whether the present call reads a copy of what is coded otherwise.
+    """
+
+    def __init__(self, index: int, ordinal: int, state: PromptState, ladder: Ladder | None = None):
+        super().__init__(index, ordinal, state)
+        self.ladder = ladder
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.is_decoded_for_call = False
+        self._appended = 0
+        # Whether a decision about the entries waits until the host need not wait for it.
+        self._undecided = False
+        # The prompt as it was coded while it was read, until what is kept was moved.
+        self._read: UnfinishedKV | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the geometry of the first entries."""
+        super().lazy_initialization(key_states, value_states)
+        if self.values is not None:  # older transformers give them the keys' type
+            self.values = self.values.to(value_states.dtype)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new entries ``[B, H_kv, q, D]`` and return what attention is to read.
+
+        Dense: all keys and values. Ragged: the new ones only, as the rest has no common
+        shape; the attention function reads the storage itself.
+
+        Raises
+        ------
+        ValueError
+            No new tokens, or another batch size or geometry than what is stored.
+        RuntimeError
+            Gradients, or attention that bypasses refreekv.
+        """
+        if key_states.shape[-2] == 0:
+            raise ValueError("empty prompt: the model was called with no new tokens, so there is nothing to cache")
+        if key_states.requires_grad or value_states.requires_grad:
+            raise RuntimeError(
+                "refreekv prunes the cache at inference only, and these keys and values carry gradients: "
+                "call the model under torch.no_grad() or torch.inference_mode()"
+            )
+        self.state.check_reported(self.index)
+        if self.state.verification is not None:
+            self.state.verification.check_done(self)
+        if self._undecided:
+            self.state.finish()
+        self._check_geometry(key_states, value_states)
+        self._appended = key_states.shape[-2]
+        self._length += self._appended
+        with without_autocast(key_states.device):
+            self.is_decoded_for_call = self._is_read_on(key_states, value_states)
+            if self.is_decoded_for_call:
+                key_states, value_states = self._read_on(key_states, value_states)
+            elif self.ragged is None:
+                key_states, value_states = super().update(key_states, value_states)
+            else:
+                self._store(self.ragged.append(key_states, value_states))
+        self.state.awaiting = hand_out(self, key_states, value_states, self.index)
+        return key_states, value_states
+
+    def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"layer {self.index} brings keys {list(keys.shape)} and values {list(values.shape)}: one value belongs "
+                "to each key, in each row and KV head"
+            )
+        if self._length == 0:
+            sizes = keys.shape[3], values.shape[3]
+            if self.ladder is not None and not (self.state.codes_optional and any(size % 16 for size in sizes)):
+                self.ladder.forms(sizes)
+                self._try_codes(keys, values)
+            else:
+                self.ladder = None
+            return
+        stored = (self.batch, self.kv_heads, *self.sizes)
+        brought = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+        if brought != stored:
+            raise ValueError(
+                f"layer {self.index} of this cache holds (batch, KV heads, key size, value size) = {stored} and the "
+                f"model brings {brought}: the cache belongs to another batch or another model"
+            )
+
+    def _try_codes(self, keys: Tensor, values: Tensor) -> None:
+        """Go without codes, or refuse, if a GPU's kernels for them are wrong."""
+        assert self.ladder is not None
+        if not trial.due(keys):
+            return
+        sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
+        if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
+            codes = self.state.codes_of(self.ordinal)
+        # One trial serves all layers that are alike.
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        wrong = trial.fault(keys.device, dtype, keys.shape[1], sizes, self.ladder, codes)
+        if wrong is None:
+            return
+        said = f"K/V cannot be coded on {keys.device}: {wrong}"
+        if not self.state.codes_optional:
+            raise RuntimeError(f"{said}; leave kv_dtype out, or pass kv_dtype=None")
+        if self.ordinal == 0:
+            _log.warning("%s; they stay in the model's precision", said)
+        self.ladder = None
+
+    # -- a prompt in chunks ----------------------------------------------------------------
+
+    def _is_read_on(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these belong to a prompt that is coded as it is read, of which they may be the first chunk."""
+        if self.reading is None and self.state.continues(self._length) and self._is_worth_coding():
+            number = Reading.form_for(self.state.prompt_dtype, (keys, values))
+            if number is not None and not Reading.codes_anyway(self.ragged, number):
+                if not self.is_initialized:
+                    self.lazy_initialization(keys, values)
+                start, end = self._length - self._appended, self.state.end
+                assert end is not None
+                earlier = self.ragged or (self.dense if start else None)
+                codes = self.state.codes_of(self.ordinal)
+                self.reading = Reading(number, start, end, earlier, (keys, values), codes)
+        return self.reading is not None
+
+    def _is_worth_coding(self) -> bool:
+        """Whether the present chunk is long enough, where nobody has asked: each decodes all that was read before."""
+        return not isinstance(self.state.prompt_dtype, str) or self._appended >= LEAST_CHUNK
+
+    def _read_on(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a chunk; what attention is to read, as in `update`."""
+        assert self.reading is not None
+        # A policy that looks at all layers before it decides leaves this one's prompt coded until then.
+        joint = isinstance(self.state.policy, JointPolicy) and not self.state.policy.freezes(self.ordinal)
+        last = not joint and not self.state.continues(self._length)
+        self._take_over(self.reading.whole_with(keys, values, last=last))
+        if last:
+            self._read, self.reading = self._lines_of(self.reading), None
+        return (keys, values) if self.ragged is not None else self.dense
+
+    def _put_away(self, *, code: bool = True) -> None:
+        """Code what was read, after its attention, and let go of copies in full precision."""
+        assert self.reading is not None
+        storage = self.reading.put_away(self._padding.real_since(self.reading.start), code=code)
+        if storage is None:
+            self.keys = self.values = None
+        else:
+            self._store(storage)
+
+    def _lines_of(self, reading: Reading) -> UnfinishedKV | None:
+        """The prompt as it was coded while it was read, if what is kept of it may be stored in those very lines."""
+        prompt = reading.prompt
+        if self.ladder is None or self.ragged is not None or reading.earlier is not None or not prompt.coded:
+            return None
+        forms = self.ladder.forms(prompt.sizes, sorted_keys=self.state.codes_of(self.ordinal) is not None)
+        return prompt if prompt.form in forms else None
