@@ -144,7 +144,7 @@ def kept_bytes(layers: Any) -> int:
         storage = layer.ragged
         held += sum(sum(map(sum, arena.lengths)) * arena._line_bytes for arena in storage.tables)
         if storage.coding is not None:
-            held += storage.members.nbytes + sum(part.nbytes for part in storage.coding.means)
+            held += storage.lines.members.nbytes + sum(part.nbytes for part in storage.coding.means)
     return held
 
 

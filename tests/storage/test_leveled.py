@@ -116,13 +116,13 @@ class Twins:
         coded = self.coded
         assert coded.lengths == [tuple(map(len, heads)) for heads in self.plain]
         full, at = coded.full(), 0
-        rungs = coded._rungs_of_coded().tolist()
+        rungs = coded.lines.rung_of_each().tolist()
         for row, heads in enumerate(self.plain):
             for head, segment in enumerate(heads):
                 expected = segment.rungs[segment.rungs >= 0].tolist()
                 assert rungs[at : at + len(expected)] == expected
                 at += len(expected)
-                for rung, arena in enumerate(coded.rungs):
+                for rung, arena in enumerate(coded.lines.rungs):
                     assert arena.lengths[row][head] == expected.count(rung)
                 for side in (0, 1):
                     mine, want = full.segments(row)[side][head], segment.sides[side]
@@ -139,11 +139,11 @@ class Twins:
     def check_bytes(self):
         coded = self.coded
         tensors = [tensor for arena in coded.tables for tensor in (arena.keys, arena.values)]
-        assert coded.nbytes == storage_bytes([*tensors, *coded.coding.means, coded.members.packed])
+        assert coded.nbytes == storage_bytes([*tensors, *coded.coding.means, coded.lines.members.packed])
         assert coded.nbytes == sum(coded.row_nbytes(row) for row in range(len(coded.lengths)))
-        told = sum(n for row in coded.members.counts for n in row)
-        assert coded.members.nbytes <= told / 4 + len(coded.lengths) * coded.kv_heads
-        assert not told or len(coded.rungs) > 1
+        told = sum(n for row in coded.lines.members.counts for n in row)
+        assert coded.lines.members.nbytes <= told / 4 + len(coded.lengths) * coded.kv_heads
+        assert not told or len(coded.lines.rungs) > 1
         for arena in coded.tables:
             assert arena.table.tolist() == arena._lines()
             for lengths, capacities in zip(arena.lengths, arena.capacities, strict=True):
@@ -192,7 +192,7 @@ class Twins:
             case "copy":
                 copied = copy.deepcopy(coded) if how == "deepcopy" else pickle.loads(pickle.dumps(coded))
                 coded.exact.keys.fill_(float("nan"))
-                for arena in coded.rungs:
+                for arena in coded.lines.rungs:
                     arena.keys.fill_(0x7F)
                 return Twins(copied, plain)
             case "code":
@@ -205,7 +205,7 @@ class Twins:
     def keep(self, after, seed):
         """Two thirds of the entries, in rungs drawn by the seed; None: of no rung of their own."""
         kept, levels, left = [], [], []
-        rungs = len(self.coded.rungs)
+        rungs = len(self.coded.lines.rungs)
         for row, heads in enumerate(self.plain):
             longest = max(map(len, heads))
             index, given, own = [], [], []
@@ -281,7 +281,7 @@ def test_any_sequence_of_changes_is_that_of_plain_lists(
     levels = [some_levels(own, heads, ladder, seed + row) for row, own in enumerate(columns)] if leveled else None
     twins = Twins.of(dense, columns, after, ladder, levels)
     counts = [row.for_heads(heads) for row in columns]
-    assert twins.coded.coded_lengths == [tuple(max(0, n - SINKS - recent) for n in row) for row in counts]
+    assert twins.coded.lines.lengths == [tuple(max(0, n - SINKS - recent) for n in row) for row in counts]
     twins.check()
     for at, (what, how) in enumerate(steps):
         twins = twins.step(what, how, at)
@@ -330,7 +330,7 @@ def test_moving_entries_never_codes_them_again(ladder):
 def lines_of(coded, row, head):
     """Lines and factors of each rung of a segment, as plain lists."""
     found = []
-    for arena in coded.rungs:
+    for arena in coded.lines.rungs:
         lines, factors = (side[head] for side in arena.segments(row))
         found.append([*zip(lines.tolist(), factors.tolist(), strict=True)])
     return found
@@ -367,7 +367,7 @@ def test_a_narrower_rung_is_coded_from_what_the_code_stands_for():
         ]
         twins = Twins(made, plain)
         twins.check()
-        assert [sum(map(sum, arena.lengths)) for arena in made.rungs[asked + 1 :]] == [0] * (2 - asked)
+        assert [sum(map(sum, arena.lengths)) for arena in made.lines.rungs[asked + 1 :]] == [0] * (2 - asked)
 
 
 def test_rungs_without_entries_cost_their_tables_and_no_more():
@@ -394,10 +394,10 @@ def test_when_entries_are_coded_depends_on_their_number_alone(calls, ladder):
     for each in (twins.coded, alone):
         each.code_older()
     blocks = count // FLUSH * FLUSH
-    assert twins.coded.coded_lengths == [(136 + blocks,) * 2, ((9 + count - SINKS - 10) // FLUSH * FLUSH,) * 2]
+    assert twins.coded.lines.lengths == [(136 + blocks,) * 2, ((9 + count - SINKS - 10) // FLUSH * FLUSH,) * 2]
     assert alone.lengths == twins.coded.lengths[1:]
     assert [lines_of(alone, 0, head) for head in (0, 1)] == [lines_of(twins.coded, 1, head) for head in (0, 1)]
-    assert {sum(map(sum, arena.lengths)) for arena in alone.rungs} == {0, 2 * alone.coded_lengths[0][0]} - (
+    assert {sum(map(sum, arena.lengths)) for arena in alone.lines.rungs} == {0, 2 * alone.lines.lengths[0][0]} - (
         {0} if len(ladder.rungs) == 1 else set()
     )
     plain = [

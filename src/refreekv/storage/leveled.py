@@ -1,10 +1,8 @@
 """Keys and values in codes, read where they are: sinks and newest entries exact, those between packed in few bits.
 
-Each segment is its sinks, its coded entries and its newest ones, in that order. Each coded entry is in one rung of a
-ladder of number formats. The lines of a rung lie in an arena of its own, and two bits an entry say which it is in; not
-so of entries behind the last one that somebody gave a rung, which are in the rung of what is generated. All that is
-appended is exact, and coded once it is no longer among the newest. Attention of one token a row reads everything as
-it is stored. Whatever else reads entries gets a copy in full precision, as long as a call takes.
+Each segment is its sinks, its coded entries (`CodedLines`) and its newest ones, in that order. All that is appended is
+exact, and coded once it is no longer among the newest. Attention of one token a row reads everything as it is stored.
+Whatever else reads entries gets a copy in full precision, as long as a call takes.
 """
 
 from collections.abc import Sequence
@@ -17,13 +15,13 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
-from refreekv.storage.arena import LEAST_GROWTH, KVArena, Span, on_device
+from refreekv.storage.arena import LEAST_GROWTH, KVArena, on_device
 from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.members import Counts, Lengths, Members, counted
+from refreekv.storage.members import Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import flat, runs, spread, starts_of
 
@@ -37,36 +35,25 @@ class LeveledKV(KVStorage):
     An entry keeps its code until it is evicted or moves to a narrower rung. When entries are coded, and into what,
     depends on their segment alone.
 
-    Invariants: in each segment with coded entries, exact ones are its first ``sinks`` and those after the coded ones;
-    lines of a rung are in the order of the tokens; with one rung ``members`` are none.
+    In each segment with coded entries, exact ones are its first ``sinks`` and those after the coded ones.
 
     Attributes
     ----------
     exact : KVArena
         Sinks and newest entries, keys and values of one type.
-    rungs : tuple of KVArena
-        Of each rung, lines (``keys``, uint8 ``[lines, line_bytes]``) and factors (``values``, float16 ``[lines, 2]``).
+    lines : CodedLines
+        The coded entries.
     sinks : list of tuple of int
         How many exact entries lie before the coded ones of each row's KV heads; 0 where nothing is coded.
-    members : Members
-        The rungs of each segment's first coded entries.
-    coding : Coding
-        How entries are coded.
     """
 
     def __init__(
-        self,
-        exact: KVArena,
-        rungs: Sequence[KVArena],
-        sinks: Counts,
-        members: Members,
-        coding: Coding,
-        types: tuple[torch.dtype, torch.dtype] | None = None,
+        self, exact: KVArena, lines: CodedLines, sinks: Counts, types: tuple[torch.dtype, torch.dtype] | None = None
     ):
         self._types = exact.types if types is None else types
         exact.widen(*exact.types[::-1])
-        self.exact, self.rungs, self.members, self._coding = exact, tuple(rungs), members, coding
-        self.sinks = _where_coded(sinks, self.coded_lengths)
+        self.exact, self.lines = exact, lines
+        self.sinks = _where_coded(sinks, lines.lengths)
         self._wait = self._until_due()
         """Entries that may be appended before it is worth looking whether some are due to be coded."""
 
@@ -116,9 +103,8 @@ class LeveledKV(KVStorage):
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
         longest = max(map(max, coded))
         growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
-        exact = KVArena.gathered(keys, values, lengths, _spans(exactly, around, end), end, growth=growth)
-        members = Members.none(coded, device)
-        by_rung = [coded if rung == coding.generated else _none(coded) for rung in range(len(coding.forms))]
+        exact = KVArena.gathered(keys, values, lengths, spans(exactly, around, end), end, growth=growth)
+        asked = None
         if levels is not None and len(coding.forms) > 1:
             rungs = torch.cat(
                 [
@@ -127,23 +113,8 @@ class LeveledKV(KVStorage):
                     for head, (first, n) in enumerate(zip(firsts, own, strict=True))
                 ]
             )
-            by_rung = [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
-            listed, members = listed[rungs.argsort(stable=True)], Members.of(rungs, coded)
-        arenas, at = [], 0
-        for form, own in zip(coding.forms, by_rung, strict=True):
-            arena, count = _lines(form, own, device), sum(map(sum, own))
-            if count:
-                spans = _spans(listed[at : at + count], flat(own), end)
-                with arena.table_in_turn() as table:
-                    kernels.pack_lines(
-                        keys, values, table, form, coding.maps, on_device(spans, device), end=end,
-                        longest=max(map(max, own)),
-                    )  # fmt: skip
-                if read is not None and read.form == form:
-                    read.move_lines(listed[at : at + count], own, arena)
-            arenas.append(arena)
-            at += count
-        return cls(exact, arenas, sinks, members, coding, types)
+            asked = rungs, [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
+        return cls(exact, CodedLines.packed(keys, values, listed, coded, coding, end, asked, read), sinks, types)
 
     # -- what every storage has -----------------------------------------------------------------
 
@@ -158,14 +129,9 @@ class LeveledKV(KVStorage):
         return self.exact.values
 
     @property
-    def coded_lengths(self) -> list[tuple[int, ...]]:
-        """Coded entries of each row's KV heads, in whatever rung."""
-        return _sums([arena.lengths for arena in self.rungs])
-
-    @property
     def lengths(self) -> list[tuple[int, ...]]:  # type: ignore[override]
         """Entries of each row's KV heads."""
-        return _sums([arena.lengths for arena in self.tables])
+        return sums([self.exact.lengths, self.lines.lengths])
 
     @property
     def batch(self) -> int:
@@ -180,7 +146,7 @@ class LeveledKV(KVStorage):
     @property
     def coding(self) -> Coding:
         """How entries are coded."""
-        return self._coding
+        return self.lines.coding
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -200,18 +166,16 @@ class LeveledKV(KVStorage):
     @property
     def nbytes(self) -> int:
         """Bytes that the storages really hold on to: entries, room, rungs of entries, and the rows' means."""
-        arenas = sum(arena.nbytes for arena in self.tables)
-        return arenas + self.members.nbytes + sum(part.nbytes for part in self.coding.means)
+        return self.exact.nbytes + self.lines.nbytes
 
     def row_nbytes(self, row: int) -> int:
         """Bytes of one row's."""
-        arenas = sum(arena.row_nbytes(row) for arena in self.tables)
-        return arenas + self.members.row_nbytes(row) + sum(part[row].nbytes for part in self.coding.means)
+        return self.exact.row_nbytes(row) + self.lines.row_nbytes(row)
 
     @property
     def tables(self) -> tuple[KVArena, ...]:
         """The exact entries' arena, which takes new ones, and those of the lines of each rung."""
-        return self.exact, *self.rungs
+        return self.exact, *self.lines.rungs
 
     def full(self) -> RaggedKV:
         """All entries in full precision, one beside the other: a copy."""
@@ -224,27 +188,8 @@ class LeveledKV(KVStorage):
         for side, own in ((keys, exact.keys), (values, exact.values)):
             side[exact_at] = own.to(side.dtype)
         found = RaggedKV(keys, values, lengths)
-        self._decode_into(found, coded_at)
+        self.lines.decode_into(found, coded_at)
         return found
-
-    def _decode_into(self, target: RaggedKV, where: Tensor) -> None:
-        """Write coded entries to their places ``where`` in flat storage, those of all segments in their order."""
-        coded, device = flat(self.coded_lengths), self.keys.device
-        # Where each is in its own segment: int32 [entries]
-        places = (where - spread(starts_of(flat(self.lengths)), coded, device)).int()
-        if len(self.rungs) > 1:
-            places = places[self._rungs_of_coded().argsort(stable=True)]
-        table, at = KVArena(target.keys, target.values, target.lengths, [0] * len(target.lengths)).table, 0
-        for form, arena in zip(self.coding.forms, self.rungs, strict=True):
-            counts = flat(arena.lengths)
-            if count := sum(counts):
-                spans = on_device([list(span) for span in _spans(places[at : at + count], counts, 0)], device)
-                with arena.table_in_turn() as lines:
-                    kernels.unpack_lines(
-                        target.keys, target.values, lines, form, self.coding.maps, spans, end=0, longest=max(counts),
-                        target=table,
-                    )  # fmt: skip
-            at += count
 
     def segments(self, row: int) -> tuple[Piece, Piece]:
         """One row's keys and values as parts: a copy."""
@@ -252,7 +197,7 @@ class LeveledKV(KVStorage):
 
     def _where(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
         """Where runs of exact and of coded entries begin among all of all segments, and how long they are."""
-        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.coded_lengths))
+        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.lines.lengths))
         starts = starts_of(lengths)
         firsts = [start + n for start, n in zip(starts, sinks, strict=True)]
         ends = [first + n for first, n in zip(firsts, coded, strict=True)]
@@ -260,27 +205,16 @@ class LeveledKV(KVStorage):
         around = [[*chain.from_iterable(zip(*pair, strict=True))] for pair in ((starts, ends), (sinks, rest))]
         return (around[0], around[1]), (firsts, coded)
 
-    def _rungs_of_coded(self) -> Tensor:
-        """The rung of each coded entry in the order of the tokens: uint8 ``[entries]``, one segment after another."""
-        coded, known = flat(self.coded_lengths), flat(self.members.counts)
-        if coded == known:
-            return self.members.rungs()
-        found = torch.full((sum(coded),), self.coding.generated, dtype=torch.uint8, device=self.keys.device)
-        found[runs(starts_of(coded), known, found.device)] = self.members.rungs()
-        return found
-
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""
         self.exact.widen(query.dtype, query.dtype)
-        held = [rung for rung, arena in enumerate(self.rungs) if any(map(any, arena.lengths))]
+        held = self.lines.held
         with ExitStack() as stack:
-            exact, *lines = (
-                stack.enter_context(arena.table_in_turn())
-                for arena in (self.exact, *(self.rungs[rung] for rung in held))
-            )
+            arenas = self.exact, *(arena for _, arena in held)
+            exact, *lines = (stack.enter_context(arena.table_in_turn()) for arena in arenas)
             return kernels.packed_attention(
-                query.to(self.exact.types[0]), exact, lines, [self.coding.forms[rung] for rung in held],
-                self.coding.maps, scaling=scaling, softcap=softcap, sinks=sinks,
+                query.to(self.exact.types[0]), exact, lines, [form for form, _ in held], self.lines.coding.maps,
+                scaling=scaling, softcap=softcap, sinks=sinks,
             ).to(query.dtype)  # fmt: skip
 
     # -- changes ------------------------------------------------------------------------------
@@ -301,26 +235,17 @@ class LeveledKV(KVStorage):
 
     def select_rows(self, indices: Sequence[int]) -> Self:
         """A new storage of the rows ``indices``, in that order; rows may repeat."""
-        exact, *rungs = (arena.select_rows(indices) for arena in self.tables)
         sinks = [self.sinks[row] for row in indices]
-        return type(self)(exact, rungs, sinks, self.members.of_rows(indices), self.coding.of_rows(indices), self._types)
+        return type(self)(self.exact.select_rows(indices), self.lines.of_rows(indices), sinks, self._types)
 
     def truncate(self, lengths: Counts) -> Self:
         """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
-        held = self.coded_lengths
         coded = [
             tuple(max(0, min(n - first, most)) for n, first, most in zip(*rows, strict=True))
-            for rows in zip(lengths, self.sinks, held, strict=True)
+            for rows in zip(lengths, self.sinks, self.lines.lengths, strict=True)
         ]
         exact = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(lengths, coded, strict=True)]
-        by_rung, members = [arena.lengths for arena in self.rungs], self.members
-        if len(by_rung) == 1:
-            by_rung = [coded]
-        elif coded != held:
-            left = self._rungs_of_coded()[runs(starts_of(flat(held)), flat(coded), self.keys.device)]
-            by_rung, members = counted(left, coded, len(by_rung)), Members.of(left, coded)
-        rungs = [arena.truncate(own) for arena, own in zip(self.rungs, by_rung, strict=True)]
-        return type(self)(self.exact.truncate(exact), rungs, self.sinks, members, self.coding, self._types)
+        return type(self)(self.exact.truncate(exact), self.lines.truncated(coded), self.sinks, self._types)
 
     def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> Self:
         """A new storage of what a policy keeps of each row, and the last ``after`` entries.
@@ -330,7 +255,7 @@ class LeveledKV(KVStorage):
         """
         chosen, counts = self._chosen(kept, after)
         device, flat_counts = chosen.device, flat(counts)
-        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.coded_lengths))
+        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.lines.lengths))
         segment = spread(range(len(flat_counts)), flat_counts, device)
         # Each chosen entry's number among those of its segment, and where it is if it is coded and if it is not.
         by_segment = starts_of(lengths), sinks, coded, starts_of(coded), starts_of(flat(self.exact.lengths))
@@ -339,19 +264,15 @@ class LeveledKV(KVStorage):
         is_coded = (number >= firsts) & (number < firsts + held)
         coded_at = number - firsts + coded_starts
         exact_at = torch.where(number < firsts, number, number - held) + exact_starts
-        asked = None if levels is None or len(self.rungs) == 1 else _asked(levels, counts, after, len(self.rungs) - 1)
-        old = self._rungs_of_coded()
-        stay = coded_at[is_coded]
-        rungs = old[stay] if asked is None else torch.minimum(old[stay], asked[is_coded])
+        rungs = len(self.lines.rungs)
+        asked = None if levels is None or rungs == 1 else _asked(levels, counts, after, rungs - 1)
         early = counted((~is_coded & (number < firsts)).to(torch.uint8), counts, 2)[1]
         left = counted(is_coded.to(torch.uint8), counts, 2)[1]
         exact_lengths = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(counts, left, strict=True)]
         made = type(self)(
             self.exact.taken(exact_at[~is_coded], exact_lengths),
-            self._moved(old, stay, rungs, left),
+            self.lines.kept(coded_at[is_coded], None if asked is None else asked[is_coded], left),
             early,
-            Members.none(left, device) if len(self.rungs) == 1 else Members.of(rungs, left),
-            self.coding,
             self._types,
         )
         due = [made._due(row, after, 1) for row in range(len(counts))]
@@ -374,34 +295,6 @@ class LeveledKV(KVStorage):
             counts.append(tuple(n + after for n in columns.for_heads(len(lengths))))
         return torch.cat(parts) + spread(shifts, flat(counts), device), counts
 
-    def _moved(self, old: Tensor, stay: Tensor, rungs: Tensor, counts: Lengths) -> list[KVArena]:
-        """Arenas of the coded entries ``stay``, by their numbers, in ``rungs``; ``old`` are those of all entries."""
-        lines = [arena.full() for arena in self.rungs]
-        if len(lines) == 1:
-            return [self.rungs[0].taken(stay, counts)]
-        # Where each coded entry's line is among those of its rung.
-        order = old.argsort(stable=True)
-        line = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        line -= torch.tensor(starts_of([len(own.keys) for own in lines]), device=order.device)[old.long()]
-        was, line = old[stay], line[stay]
-        found = []
-        for rung, own in enumerate(counted(rungs, counts, len(lines))):
-            wanted = rungs == rung
-            came, at = was[wanted], line[wanted]
-            keys, values = (part.new_empty(len(at), part.shape[1]) for part in (lines[rung].keys, lines[rung].values))
-            # [segments, D], and the segment of each entry
-            worth = self.coding.maps.key_worth.expand(len(own), -1, -1).flatten(0, 1)
-            segment = spread(range(len(worth)), flat(own), at.device)
-            for other in range(rung, len(lines)):
-                some = came == other
-                source = lines[other].keys[at[some]], lines[other].values[at[some]]
-                if other > rung:
-                    coded = self.coding.forms[other].unpack(*source, torch.float32)
-                    source = self.coding.forms[rung].pack(*coded, worth[segment[some]])
-                keys[some], values[some] = source
-            found.append(self.rungs[rung].holding(RaggedKV(keys, values, own)))
-        return found
-
     # -- growing and freeing, in place ---------------------------------------------------------
 
     def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
@@ -421,32 +314,10 @@ class LeveledKV(KVStorage):
         """
         count = sum(map(sum, counts))
         if count:
-            device, firsts = self.exact.keys.device, self._firsts()
-            self._coding = coding = self._coding.of_type(self.exact.types[0])
-            numbers = runs([0] * len(flat(counts)), flat(counts), device).int() if asked is not None else None
-            if asked is None or numbers is None:
-                by_rung = [counts if rung == coding.generated else _none(counts) for rung in range(len(self.rungs))]
-            else:
-                self.members = self.members.extended(self._rungs_of_coded(), self.coded_lengths, asked, counts)
-                by_rung = counted(asked, counts, len(self.rungs))
-                numbers = (numbers + spread(flat(firsts), flat(counts), device).int())[asked.argsort(stable=True)]
-            at = 0
-            for form, arena, own in zip(coding.forms, self.rungs, by_rung, strict=True):
-                if not any(map(any, own)):
-                    continue
-                starts = on_device([flat(arena.lengths)], device)[0]
-                arena.lengthen(own)
-                spans: list[Span] = [(0, 0, first) for first in flat(firsts)]
-                if numbers is not None:
-                    spans = _spans(numbers[at : at + sum(map(sum, own))], flat(own), 0)
-                    at += sum(map(sum, own))
-                with self.exact.table_in_turn() as source, arena.table_in_turn() as table:
-                    kernels.pack_lines(
-                        self.exact.keys, self.exact.values, table, form, coding.maps, on_device(spans, device), end=0,
-                        longest=max(map(max, own)), starts=starts, source=source,
-                    )  # fmt: skip
+            firsts = self._firsts()
+            self.lines.extend(self.exact, firsts, counts, asked)
             self.exact.cut(firsts, counts, growth=FLUSH + LEAST_GROWTH)
-            self.sinks = _where_coded(firsts, self.coded_lengths)
+            self.sinks = _where_coded(firsts, self.lines.lengths)
         self._wait = self._until_due()
         return count > 0
 
@@ -454,22 +325,22 @@ class LeveledKV(KVStorage):
         """How many exact entries lie, or would lie, before the coded ones of each row's KV heads."""
         return [
             tuple(first if held else min(SINKS, n) for first, held, n in zip(*rows, strict=True))
-            for rows in zip(self.sinks, self.coded_lengths, self.exact.lengths, strict=True)
+            for rows in zip(self.sinks, self.lines.lengths, self.exact.lengths, strict=True)
         ]
 
     def _due(self, row: int, after: int, block: int) -> tuple[int, ...]:
         """How many entries of each of a row's KV heads are to be coded now."""
         found = []
-        for first, held, n in zip(self.sinks[row], self.coded_lengths[row], self.exact.lengths[row], strict=True):
-            surplus = n - after - (first if held else SINKS) - self.coding.recent
+        for first, held, n in zip(self.sinks[row], self.lines.lengths[row], self.exact.lengths[row], strict=True):
+            surplus = n - after - (first if held else SINKS) - self.lines.coding.recent
             found.append(max(0, surplus) // block * block)
         return tuple(found)
 
     def _until_due(self) -> int:
         """Entries that can be appended before any segment has a block of them to code."""
         surplus = [
-            n - (first if held else SINKS) - self.coding.recent
-            for rows in zip(self.sinks, self.coded_lengths, self.exact.lengths, self.freed, strict=True)
+            n - (first if held else SINKS) - self.lines.coding.recent
+            for rows in zip(self.sinks, self.lines.lengths, self.exact.lengths, self.freed, strict=True)
             if not rows[3]
             for first, held, n in zip(*rows[:3], strict=True)
         ]
@@ -499,27 +370,9 @@ class LeveledKV(KVStorage):
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
-        for arena in self.tables:
-            arena.free_rows(rows)
-        left = [_none([own])[0] if gone else own for own, gone in zip(self.members.counts, self.freed, strict=True)]
-        self.members = self.members.truncated(left)
-        self.sinks = _where_coded(self.sinks, self.coded_lengths)
-
-
-def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:
-    """An arena for so many packed lines, which are still to be written."""
-    lines = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=device)
-    factors = torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device)
-    return KVArena.like(lines, factors, lengths, growth=0)
-
-
-def _spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
-    """How `kernels.gather` is told about the entries that an int32 list names of each segment, and all from ``end``."""
-    address, size = index.data_ptr(), index.element_size()
-    # Nothing listed is a gap from the start: an empty part has no address to look at.
-    return [
-        (address + start * size, n, 0) if n else (0, 0, end) for start, n in zip(starts_of(counts), counts, strict=True)
-    ]
+        self.exact.free_rows(rows)
+        self.lines.free_rows(rows)
+        self.sinks = _where_coded(self.sinks, self.lines.lengths)
 
 
 def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:
@@ -534,13 +387,3 @@ def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) ->
 
 def _where_coded(sinks: Counts, coded: Counts) -> list[tuple[int, ...]]:
     return [tuple(first if n else 0 for first, n in zip(*rows, strict=True)) for rows in zip(sinks, coded, strict=True)]
-
-
-def _none(counts: Counts) -> list[tuple[int, ...]]:
-    return [(0,) * len(row) for row in counts]
-
-
-def _sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
-    if len(parts) == 1:
-        return list(parts[0])
-    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*parts, strict=True)]

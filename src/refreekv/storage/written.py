@@ -15,6 +15,7 @@ from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
+from refreekv.storage.coded_lines import CodedLines
 from refreekv.storage.coding import Coding, maps_of
 from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.members import Members
@@ -101,7 +102,7 @@ def read_lengths(given: Any) -> list[tuple[int, ...]]:
 
 
 def _coded(storage: LeveledKV) -> Written:
-    coding, members = storage.coding, storage.members
+    coding, members = storage.lines.coding, storage.lines.members
     plain = {
         "kind": "coded",
         "formats": [form.numbers for form in coding.forms],
@@ -114,7 +115,7 @@ def _coded(storage: LeveledKV) -> Written:
     tensors = {"members": members.packed, "key_means": coding.maps.key_mean, "value_means": coding.maps.value_mean}
     if coding.codes is not None:
         tensors |= {f"code_{part}": getattr(coding.codes, part) for part in CODES}
-    for own in (_exact(storage.exact), *(_exact(arena, f"rung{i}_") for i, arena in enumerate(storage.rungs))):
+    for own in (_exact(storage.exact), *(_exact(arena, f"rung{i}_") for i, arena in enumerate(storage.lines.rungs))):
         plain |= own.plain
         tensors |= own.tensors
     return Written(plain, tensors)
@@ -143,7 +144,7 @@ def _read_coded(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Leve
     maps = maps_of(means, torch.promote_types(*exact.types), codes)
     coding = Coding(forms, maps, recent, generated, codes)
     members = _read_members(plain, tensors, [arena.lengths for arena in arenas], generated)
-    return LeveledKV(KVArena.of(exact), arenas, sinks, members, coding, (types[0], types[1]))
+    return LeveledKV(KVArena.of(exact), CodedLines(arenas, members, coding), sinks, (types[0], types[1]))
 
 
 def _read_rung(

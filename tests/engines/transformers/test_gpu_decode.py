@@ -129,7 +129,7 @@ def test_coded_prompts_are_stored_as_on_the_cpu(policy, kind):
     assert caches[0].report.bytes_after == caches[1].report.bytes_after
     for one, other in zip(*(cache.pruned_layers for cache in caches), strict=True):
         assert [arena.lengths for arena in one.ragged.tables] == [arena.lengths for arena in other.ragged.tables]
-        assert torch.equal(one.ragged.members.packed, other.ragged.members.packed.cpu())
+        assert torch.equal(one.ragged.lines.members.packed, other.ragged.lines.members.packed.cpu())
         for mine, theirs in zip(one.kept_columns, other.kept_columns, strict=True):
             assert mine.as_ranges() == theirs.as_ranges()
         for row in range(len(RAGGED)):

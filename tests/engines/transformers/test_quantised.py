@@ -37,7 +37,7 @@ def close(one, other):
 
 
 def coded_entries(cache):
-    return [sum(map(sum, layer.ragged.coded_lengths)) for layer in cache.pruned_layers]
+    return [sum(map(sum, layer.ragged.lines.lengths)) for layer in cache.pruned_layers]
 
 
 def with_decoded_entries(cache: ReFreeKVCache) -> ReFreeKVCache:
@@ -86,7 +86,7 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
     check_bytes(cache)
     assert any(coded_entries(cache))
     for layer in cache.pruned_layers:
-        for lengths, coded in zip(layer.ragged.lengths, layer.ragged.coded_lengths, strict=True):
+        for lengths, coded in zip(layer.ragged.lengths, layer.ragged.lines.lengths, strict=True):
             assert coded == tuple(max(0, n - SINKS - 4) for n in lengths)
     for _ in range(3):
         twin = with_decoded_entries(cache)
@@ -105,7 +105,7 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
     check_bytes(cache)
     for layer, other in zip(cache.pruned_layers, twin.pruned_layers, strict=True):
         mine, theirs = layer.ragged.full(), other.ragged
-        for row, coded in enumerate(layer.ragged.coded_lengths):
+        for row, coded in enumerate(layer.ragged.lines.lengths):
             for head, count in enumerate(coded):
                 first = layer.ragged.sinks[row][head]
                 for ours, wanted in zip(mine.segments(row), theirs.segments(row), strict=True):
@@ -123,7 +123,7 @@ def test_entries_are_in_the_rungs_that_the_policy_says(llama, chunk):
     ids, mask = prompts(LONG, seed=3)
     greedy(llama, ids, mask, cache, steps=1, **({} if chunk is None else {"prefill_chunk_size": chunk}))
     for layer in cache.pruned_layers:
-        rungs = layer.ragged._rungs_of_coded().split([n for row in layer.ragged.coded_lengths for n in row])
+        rungs = layer.ragged.lines.rung_of_each().split([n for row in layer.ragged.lines.lengths for n in row])
         for row, length in enumerate(LONG):
             for head in range(layer.kv_heads):
                 newest = range(length, 0, -1)  # of the columns, in order
@@ -142,9 +142,9 @@ def test_what_a_policy_is_not_asked_about_goes_to_the_widest_rung(llama):
     for layer in cache.pruned_layers:
         columns = layer.kept_columns[0].tensors(torch.device("cpu"))
         at = 0
-        for own, count in zip(columns, layer.ragged.coded_lengths[0], strict=True):
+        for own, count in zip(columns, layer.ragged.lines.lengths[0], strict=True):
             rungs = dict(
-                zip(own[SINKS:].tolist(), layer.ragged._rungs_of_coded()[at : at + count].tolist(), strict=False)
+                zip(own[SINKS:].tolist(), layer.ragged.lines.rung_of_each()[at : at + count].tolist(), strict=False)
             )
             assert [rungs[column] for column in range(60, 64)] == [2] * 4
             at += count

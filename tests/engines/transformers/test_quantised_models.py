@@ -102,7 +102,7 @@ def test_drafts(kind):
     caches = [ReFreeKVCache(model, "full", kv_dtype=kind) for _ in range(2)]
     wanted = greedy(model, ids, mask, caches[0], steps=50)
     assert torch.equal(greedy(model, ids, mask, caches[1], steps=50, prompt_lookup_num_tokens=4), wanted)
-    assert all(layer.ragged.coded_lengths == [(120 - 12 + 32,) * 2] for layer in caches[1].pruned_layers)
+    assert all(layer.ragged.lines.lengths == [(120 - 12 + 32,) * 2] for layer in caches[1].pruned_layers)
 
 
 @pytest.mark.parametrize("kind", ["int4:recent=8", "int8:recent=8", "k6v4:recent=8", "k4v2+k6v4+int8:recent=8"])
@@ -122,7 +122,7 @@ def test_rows_of_a_batch_do_not_influence_each_other(kind):
         model(ids[row : row + 1, -length:], past_key_values=alone)
         got = model(fed[row : row + 1], past_key_values=alone).logits
         for mine, other in zip(alone.pruned_layers, together.pruned_layers, strict=True):
-            assert mine.ragged.coded_lengths[0] == other.ragged.coded_lengths[row]
+            assert mine.ragged.lines.lengths[0] == other.ragged.lines.lengths[row]
             means = [storage.coding.maps.key_mean for storage in (mine.ragged, other.ragged)]
             assert torch.allclose(means[0][0], means[1][row], atol=1e-4)
         # A key half-way between two levels may fall on either side: one step of it, at most.

@@ -1,0 +1,267 @@
+"""Packed lines of coded entries: one arena for each rung of a ladder of number formats.
+
+The lines of a rung are in the order of the tokens, and two bits an entry say which rung it is in; not so of entries
+behind the last one that somebody gave a rung, which are in the rung of what is generated.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from refreekv import kernels
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
+from refreekv.storage.arena import KVArena, Span, on_device
+from refreekv.storage.coding import Coding
+from refreekv.storage.members import Counts, Lengths, Members, counted
+from refreekv.storage.ragged import RaggedKV
+from refreekv.storage.runs import flat, runs, spread, starts_of
+
+if TYPE_CHECKING:
+    from refreekv.storage.unfinished import UnfinishedKV
+
+
+class CodedLines:
+    """The coded entries of a layer, one segment per (row, KV head); `extend` and `free_rows` change them in place.
+
+    Attributes
+    ----------
+    rungs : tuple of KVArena
+        Of each rung, lines (``keys``, uint8 ``[lines, line_bytes]``) and factors (``values``, float16 ``[lines, 2]``).
+    members : Members
+        The rungs of each segment's first entries; none with one rung.
+    coding : Coding
+        How entries are coded.
+    """
+
+    def __init__(self, rungs: Sequence[KVArena], members: Members, coding: Coding):
+        self.rungs, self.members, self.coding = tuple(rungs), members, coding
+
+    @classmethod
+    def packed(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        listed: Tensor,
+        counts: Lengths,
+        coding: Coding,
+        end: int,
+        levels: tuple[Tensor, Sequence[Lengths]] | None = None,
+        read: "UnfinishedKV | None" = None,
+    ) -> Self:
+        """Entries of dense ``[B, H_kv, n, D]``, coded.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            The dense entries, of one type.
+        listed : Tensor
+            int32 ``[entries]``: columns, ``counts`` of each segment, one after the other.
+        counts : list of tuple of int
+            Entries of each row's KV heads.
+        coding : Coding
+            How to code them.
+        end : int
+            Columns that may be listed.
+        levels : pair, optional
+            Their rungs, uint8 ``[entries]``, and ``counts`` of each rung alone. None: that of what is generated.
+        read : UnfinishedKV, optional
+            The prompt as it was coded while it was read: entries that go to a rung of its format keep their lines.
+        """
+        device, members = keys.device, Members.none(counts, keys.device)
+        by_rung: Sequence[Lengths] = _all_in(coding.generated, len(coding.forms), counts)
+        if levels is not None and len(coding.forms) > 1:
+            rungs, by_rung = levels
+            listed, members = listed[rungs.argsort(stable=True)], Members.of(rungs, counts)
+        arenas, at = [], 0
+        for form, own in zip(coding.forms, by_rung, strict=True):
+            arena, count = _lines(form, own, device), sum(map(sum, own))
+            if count:
+                told = spans(listed[at : at + count], flat(own), end)
+                with arena.table_in_turn() as table:
+                    kernels.pack_lines(
+                        keys, values, table, form, coding.maps, on_device(told, device), end=end,
+                        longest=max(map(max, own)),
+                    )  # fmt: skip
+                if read is not None and read.form == form:
+                    read.move_lines(listed[at : at + count], own, arena)
+            arenas.append(arena)
+            at += count
+        return cls(arenas, members, coding)
+
+    # -- what they are ------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """Entries of each row's KV heads, in whatever rung."""
+        return sums([arena.lengths for arena in self.rungs])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they really hold on to: lines, room, rungs of entries, and the rows' means."""
+        arenas = sum(arena.nbytes for arena in self.rungs)
+        return arenas + self.members.nbytes + sum(part.nbytes for part in self.coding.means)
+
+    def row_nbytes(self, row: int) -> int:
+        """Bytes of one row's."""
+        arenas = sum(arena.row_nbytes(row) for arena in self.rungs)
+        return arenas + self.members.row_nbytes(row) + sum(part[row].nbytes for part in self.coding.means)
+
+    @property
+    def held(self) -> list[tuple[PackedFormat, KVArena]]:
+        """The rungs that anything is in."""
+        pairs = zip(self.coding.forms, self.rungs, strict=True)
+        return [(form, arena) for form, arena in pairs if any(map(any, arena.lengths))]
+
+    def rung_of_each(self) -> Tensor:
+        """The rung of each entry in the order of the tokens: uint8 ``[entries]``, one segment after another."""
+        coded, known = flat(self.lengths), flat(self.members.counts)
+        if coded == known:
+            return self.members.rungs()
+        device = self.rungs[0].keys.device
+        found = torch.full((sum(coded),), self.coding.generated, dtype=torch.uint8, device=device)
+        found[runs(starts_of(coded), known, device)] = self.members.rungs()
+        return found
+
+    def decode_into(self, target: RaggedKV, where: Tensor) -> None:
+        """Write all entries, in full precision, to their places ``where`` in flat storage, segment by segment."""
+        coded, device = flat(self.lengths), target.keys.device
+        # Where each is in its own segment: int32 [entries]
+        places = (where - spread(starts_of(flat(target.lengths)), coded, device)).int()
+        if len(self.rungs) > 1:
+            places = places[self.rung_of_each().argsort(stable=True)]
+        table, at = KVArena(target.keys, target.values, target.lengths, [0] * len(target.lengths)).table, 0
+        for form, arena in zip(self.coding.forms, self.rungs, strict=True):
+            counts = flat(arena.lengths)
+            if count := sum(counts):
+                told = on_device([list(span) for span in spans(places[at : at + count], counts, 0)], device)
+                with arena.table_in_turn() as lines:
+                    kernels.unpack_lines(
+                        target.keys, target.values, lines, form, self.coding.maps, told, end=0, longest=max(counts),
+                        target=table,
+                    )  # fmt: skip
+            at += count
+
+    # -- others made of them --------------------------------------------------------------------
+
+    def of_rows(self, indices: Sequence[int]) -> Self:
+        """Those of the rows ``indices``, in that order; rows may repeat."""
+        rungs = [arena.select_rows(indices) for arena in self.rungs]
+        return type(self)(rungs, self.members.of_rows(indices), self.coding.of_rows(indices))
+
+    def truncated(self, counts: Lengths) -> Self:
+        """The first so many of each segment."""
+        by_rung, members, held = [arena.lengths for arena in self.rungs], self.members, self.lengths
+        if len(by_rung) == 1:
+            by_rung = [counts]
+        elif counts != held:
+            left = self.rung_of_each()[runs(starts_of(flat(held)), flat(counts), self.rungs[0].keys.device)]
+            by_rung, members = counted(left, counts, len(by_rung)), Members.of(left, counts)
+        rungs = [arena.truncate(own) for arena, own in zip(self.rungs, by_rung, strict=True)]
+        return type(self)(rungs, members, self.coding)
+
+    def kept(self, stay: Tensor, asked: Tensor | None, counts: Lengths) -> Self:
+        """Those of the numbers ``stay`` among all entries, ``counts`` of each segment.
+
+        ``asked`` are the rungs that they are to have, uint8 ``[entries]``: those that are in a wider one are coded
+        anew from what their code stands for. None: all stay where they are.
+        """
+        if len(self.rungs) == 1:
+            return type(self)(
+                [self.rungs[0].taken(stay, counts)], Members.none(counts, self.rungs[0].keys.device), self.coding
+            )
+        old = self.rung_of_each()
+        was = old[stay]
+        rungs = was if asked is None else torch.minimum(was, asked)
+        lines = [arena.full() for arena in self.rungs]
+        # Where each coded entry's line is among those of its rung.
+        order = old.argsort(stable=True)
+        line = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        line -= torch.tensor(starts_of([len(own.keys) for own in lines]), device=order.device)[old.long()]
+        line, found = line[stay], []
+        for rung, own in enumerate(counted(rungs, counts, len(lines))):
+            wanted = rungs == rung
+            came, at = was[wanted], line[wanted]
+            keys, values = (part.new_empty(len(at), part.shape[1]) for part in (lines[rung].keys, lines[rung].values))
+            # [segments, D], and the segment of each entry
+            worth = self.coding.maps.key_worth.expand(len(own), -1, -1).flatten(0, 1)
+            segment = spread(range(len(worth)), flat(own), at.device)
+            for other in range(rung, len(lines)):
+                some = came == other
+                source = lines[other].keys[at[some]], lines[other].values[at[some]]
+                if other > rung:
+                    coded = self.coding.forms[other].unpack(*source, torch.float32)
+                    source = self.coding.forms[rung].pack(*coded, worth[segment[some]])
+                keys[some], values[some] = source
+            found.append(self.rungs[rung].holding(RaggedKV(keys, values, own)))
+        return type(self)(found, Members.of(rungs, counts), self.coding)
+
+    # -- in place -------------------------------------------------------------------------------
+
+    def extend(self, source: KVArena, firsts: Counts, counts: Lengths, asked: Tensor | None = None) -> None:
+        """Code so many of each segment's exact entries, those after the first ones, behind those that are here.
+
+        ``asked`` are their rungs, uint8 ``[entries]``; None: all are coded as generated ones.
+        """
+        device = source.keys.device
+        self.coding = coding = self.coding.of_type(source.types[0])
+        by_rung, numbers = _all_in(coding.generated, len(self.rungs), counts), None
+        if asked is not None:
+            numbers = runs([0] * len(flat(counts)), flat(counts), device).int()
+            self.members = self.members.extended(self.rung_of_each(), self.lengths, asked, counts)
+            by_rung = counted(asked, counts, len(self.rungs))
+            numbers = (numbers + spread(flat(firsts), flat(counts), device).int())[asked.argsort(stable=True)]
+        at = 0
+        for form, arena, own in zip(coding.forms, self.rungs, by_rung, strict=True):
+            count = sum(map(sum, own))
+            if not count:
+                continue
+            starts = on_device([flat(arena.lengths)], device)[0]
+            arena.lengthen(own)
+            told: list[Span] = [(0, 0, first) for first in flat(firsts)]
+            if numbers is not None:
+                told = spans(numbers[at : at + count], flat(own), 0)
+                at += count
+            with source.table_in_turn() as exact, arena.table_in_turn() as table:
+                kernels.pack_lines(
+                    source.keys, source.values, table, form, coding.maps, on_device(told, device), end=0,
+                    longest=max(map(max, own)), starts=starts, source=exact,
+                )  # fmt: skip
+
+    def free_rows(self, rows: Sequence[int]) -> None:
+        """Give the memory of finished rows back."""
+        for arena in self.rungs:
+            arena.free_rows(rows)
+        freed = self.rungs[0].freed
+        left = [(0,) * len(own) if gone else own for own, gone in zip(self.members.counts, freed, strict=True)]
+        self.members = self.members.truncated(left)
+
+
+def spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
+    """How `kernels.gather` is told about the entries that an int32 list names of each segment, and all from ``end``."""
+    address, size = index.data_ptr(), index.element_size()
+    # Nothing listed is a gap from the start: an empty part has no address to look at.
+    return [
+        (address + start * size, n, 0) if n else (0, 0, end) for start, n in zip(starts_of(counts), counts, strict=True)
+    ]
+
+
+def sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    """Counts of several storages, added up."""
+    if len(parts) == 1:
+        return list(parts[0])
+    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*parts, strict=True)]
+
+
+def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:
+    """An arena for so many packed lines, which are still to be written."""
+    lines = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=device)
+    factors = torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device)
+    return KVArena.like(lines, factors, lengths, growth=0)
+
+
+def _all_in(rung: int, rungs: int, counts: Lengths) -> list[Lengths]:
+    """Counts of each rung where all entries are in one."""
+    nothing = [(0,) * len(row) for row in counts]
+    return [counts if number == rung else nothing for number in range(rungs)]
