@@ -3,7 +3,9 @@
 A process of its own: tests run Triton in its interpreter.
 """
 
+import importlib
 import json
+import pkgutil
 
 import torch
 import triton
@@ -11,15 +13,23 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from refreekv import kernels
+from refreekv.core.needs import Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.reductions import ProbeReductions
+from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
-from refreekv.kernels import block_products, shared_memory
+from refreekv.kernels import block_products, fused, shared_memory
+from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
-from refreekv.kernels.linear import gated_linear
+from refreekv.kernels.linear import gated_linear, linears
+from refreekv.kernels.needs import launch_kept_first, launch_needs
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
-from refreekv.kernels.storage import launch_append, launch_gather
-from refreekv.kernels.surrogates import launch_surrogates
+from refreekv.kernels.packed_unpack import launch_unpack
+from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.storage import launch_append, launch_gather, launch_move
+from refreekv.kernels.surrogates import launch_put, launch_surrogates
 from refreekv.kernels.table import Format
 
 LIMITS = {86: 101_376, 90: 232_448}
@@ -77,22 +87,71 @@ def storage_of_two_types(dtype, tokens, head_size):
     launch_gather(keys, keys.to(dtype), table, spans, tokens, tokens, form)
 
 
+def storage(dtype, tokens, head_size):
+    table, entries = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 1, tokens, head_size, dtype=dtype)
+    form, spans = Format((head_size,) * 2, dtype, dtype), torch.zeros(1, 3, dtype=torch.int64)
+    launch_append(entries, entries, table, form)
+    launch_gather(entries, entries, table, spans, tokens, tokens, form)
+    launch_move(table, table, head_size * dtype.itemsize, head_size * dtype.itemsize, tokens)
+    one, places = entries[:, :, :1], torch.zeros(1, 1, 1, dtype=torch.int64)
+    launch_put(Surrogates(places, one, one, places == 0), entries, entries, torch.ones(1, 1, tokens, dtype=torch.bool))
+
+
+def choosing(dtype, heads, head_size):
+    """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional."""
+    query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
+    columns, real = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
+    launch_probe_reductions(query, key, columns, None, None, None, 1.0, 0, None, None)
+    launch_probe_reductions(query, key, columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), sums=False)
+    scores = torch.zeros(1, 1, 300)
+    launch_cut(scores, 4, 0.01, True)
+    reductions = ProbeReductions(scores, scores)
+    for earlier in (None, torch.zeros(1, 1, 300, dtype=torch.bool)):
+        launch_needs(reductions, reductions, torch.zeros(1, 1), Rules(4, 32, 1e-3, 1e-3, 0.1, 4, 0.9, 0.3), earlier)
+    launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
+
+
 def linear(dtype, rows, size):
-    weight = torch.zeros(8192, size, dtype=dtype)
-    gated_linear(torch.zeros(rows, 1, size, dtype=dtype), weight, weight, False)
+    weight, x = torch.zeros(8192, size, dtype=dtype), torch.zeros(rows, 1, size, dtype=dtype)
+    gated_linear(x, weight, weight, False)
+    linears(x, [weight, weight], [None, None])
+    linears(x, [weight], [weight[:, 0].contiguous()])
 
 
-def packed(dtype, heads, head_size, layout):
-    table, spans = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+def small(dtype, rows, size):
+    x, angles = torch.zeros(rows, 4, 1, size, dtype=dtype), torch.zeros(1, 1, size, dtype=dtype)
+    fused.rms_norm(x, x[0, 0, 0], 1e-6, True)
+    fused.gated(x, x, False)
+    fused.rotary(x, x, angles, angles)
+
+
+def lines(dtype, heads, head_size, layout):
+    """Queries, a table, a format and maps of packed lines."""
+    table = torch.zeros(1, 4, dtype=torch.int64)
     form = PackedFormat(head_size, head_size, *(tuple(map(int, widths)) for widths in layout.split("/")))
     mean, matrix = torch.zeros(1, 1, head_size), torch.eye(head_size)[None, None]
     maps = PackedMaps.of(mean, matrix, mean, matrix, dtype)
-    query = torch.zeros(1, heads, 1, head_size, dtype=dtype)
+    return torch.zeros(1, heads, 1, head_size, dtype=dtype), table, form, maps
+
+
+def packed(dtype, heads, head_size, layout):
+    query, table, form, maps = lines(dtype, heads, head_size, layout)
     launch_packed_attention(query, table, [table], [form], maps, 1.0, None, None, assembly=True)
-    ladder = [PackedFormat(head_size, head_size, (width,) * 4, (width,) * 4) for width in (2, 4, 6, 8)]
-    launch_packed_attention(query, table, [table] * 4, ladder, maps, 1.0, None, None, assembly=True)
-    entries = torch.zeros(1, 1, 100, head_size, dtype=dtype)
+    entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
     launch_pack(entries, entries, None, table, form, maps, spans, 100, 100, None)
+
+
+def ladder(dtype, heads, head_size, layout):
+    query, table, _, maps = lines(dtype, heads, head_size, layout)
+    forms = [PackedFormat(head_size, head_size, (width,) * 4, (width,) * 4) for width in (2, 4, 6, 8)]
+    launch_packed_attention(query, table, [table] * 4, forms, maps, 1.0, None, None, assembly=True)
+
+
+def unpack(dtype, heads, head_size, layout):
+    _, table, form, maps = lines(dtype, heads, head_size, layout)
+    entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
+    for target in (None, table):
+        launch_unpack(entries, entries, target, table, form, maps, spans, 100, 100, None)
 
 
 def in_blocks(dtype, rows, name):
@@ -114,6 +173,16 @@ CASES = [
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),
+]
+# On the smallest of the GPUs alone: what takes long to compile, or little memory.
+ONCE = [
+    *((storage, dtype, 1, 128) for dtype in (torch.bfloat16, torch.float32)),
+    (choosing, torch.bfloat16, 4, 128),
+    (linear, torch.bfloat16, 1, 256),
+    (small, torch.bfloat16, 2, 128),
+    (ladder, torch.bfloat16, 4, 128, "4444/4444"),
+    (unpack, torch.float32, 16, 256, "8888/8888"),
+    (unpack, torch.bfloat16, 3, 64, "8642/4444"),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),
 ]
@@ -133,9 +202,19 @@ def main():
     shared_memory.bytes_of = lambda device: LIMITS[capability]
     for capability in LIMITS:
         triton.runtime.driver.set_active(Driver(capability))
-        for launch, dtype, *sizes in CASES:
+        for launch, dtype, *sizes in CASES + ONCE * (capability == min(LIMITS)):
             launch(dtype, *sizes)
-    print(json.dumps(found))
+    print(json.dumps({"found": found, "kernels": sorted(all_kernels())}))
+
+
+def all_kernels():
+    """Names of all kernels of the package, modules of the paged ones left out: vLLM's tests compile those."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if not module.name.startswith("paged"):
+            members = vars(importlib.import_module(f"refreekv.kernels.{module.name}"))
+            yield from (
+                name for name, it in members.items() if isinstance(it, JITFunction) and name.endswith("_kernel")
+            )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,36 @@ from refreekv.kernels.storage import TYPES, _chosen
 
 
 @triton.jit
+def _add_tile(
+    decoded, lines, line, real, matrix, matrix_channel, matrix_element,
+    SIZE: tl.constexpr, LINE: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, AT: tl.constexpr,
+    TYPE: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Add to decoded entries what one tile of their lines stands for."""
+    d = tl.arange(0, BLOCK_D)
+    byte = constant(CHUNKS, AT, 3) + tl.arange(0, constant(CHUNKS, AT, 2))
+    at = lines + line[:, None] * LINE + (constant(CHUNKS, AT, 1) + byte)[None, :]
+    packed = tl.load(at, real[:, None] & (byte < constant(CHUNKS, AT, 4))[None, :], 0).to(tl.int32)
+    for field in tl.static_range(8 // BITS):
+        channel, there, later = _columns(CHUNKS, AT, field)
+        steps = tl.where(later, constant(CHUNKS, AT, 12), constant(CHUNKS, AT, 11)).to(tl.float32)
+        shift = tl.where(later, constant(CHUNKS, AT, 16), constant(CHUNKS, AT, 15)).to(tl.int32)
+        bits = (packed >> (BITS * field)) & ((1 << BITS) - 1)
+        # Of a code in two planes each has a part, and each part its middle. All of them are exact in 16 bits.
+        level = (bits.to(tl.float32) - 0.5 * ((1 << BITS) - 1)) * (1 << shift)[None, :].to(tl.float32)
+        to = matrix + channel[:, None] * matrix_channel + d[None, :] * matrix_element
+        part = tl.load(to, there[:, None] & (d < SIZE)[None, :], 0.0) * steps[:, None]
+        if EXACT:
+            # Levels are exact in 10 bits: three products give what float32 gives, and compile much faster.
+            decoded = tl.dot(level, part, decoded, input_precision="tf32x3")
+        else:
+            high = part.to(TYPE)
+            decoded = tl.dot(level.to(TYPE), high, decoded)
+            decoded = tl.dot(level.to(TYPE), (part - high.to(tl.float32)).to(TYPE), decoded)
+    return decoded
+
+
+@triton.jit
 def _unpack_side(
     lines, line, real, factor, mean, matrix, matrix_channel, matrix_element, entries, step_of_entries, place,
     SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, TYPE: tl.constexpr,
@@ -28,25 +58,10 @@ def _unpack_side(
     d = tl.arange(0, BLOCK_D)
     decoded = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for c in tl.static_range(COUNT):
-        BITS: tl.constexpr = constant(CHUNKS, c, 0)
-        byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
-        at = lines + line[:, None] * LINE + (constant(CHUNKS, c, 1) + byte)[None, :]
-        packed = tl.load(at, real[:, None] & (byte < constant(CHUNKS, c, 4))[None, :], 0).to(tl.int32)
-        for field in tl.static_range(8 // BITS):
-            channel, there, later = _columns(CHUNKS, c, field)
-            steps = tl.where(later, constant(CHUNKS, c, 12), constant(CHUNKS, c, 11)).to(tl.float32)
-            shift = tl.where(later, constant(CHUNKS, c, 16), constant(CHUNKS, c, 15)).to(tl.int32)
-            bits = (packed >> (BITS * field)) & ((1 << BITS) - 1)
-            # Of a code in two planes each has a part, and each part its middle. All of them are exact in 16 bits.
-            level = (bits.to(tl.float32) - 0.5 * ((1 << BITS) - 1)) * (1 << shift)[None, :].to(tl.float32)
-            at = matrix + channel[:, None] * matrix_channel + d[None, :] * matrix_element
-            part = tl.load(at, there[:, None] & (d < SIZE)[None, :], 0.0) * steps[:, None]
-            if EXACT:
-                decoded = tl.dot(level, part, decoded, input_precision="ieee")
-            else:
-                high = part.to(TYPE)
-                decoded = tl.dot(level.to(TYPE), high, decoded)
-                decoded = tl.dot(level.to(TYPE), (part - high.to(tl.float32)).to(TYPE), decoded)
+        decoded = _add_tile(
+            decoded, lines, line, real, matrix, matrix_channel, matrix_element, SIZE, LINE, constant(CHUNKS, c, 0),
+            CHUNKS, c, TYPE, BLOCK_D, EXACT,
+        )  # fmt: skip
     centre = tl.load(mean + d, d < SIZE, 0.0)
     at = entries + place[:, None] * step_of_entries + d[None, :]
     tl.store(at, (decoded * factor[:, None] + centre[None, :]).to(TYPE), real[:, None] & (d < SIZE)[None, :])
@@ -104,7 +119,7 @@ def launch_unpack(
     end: int,
     longest: int,
     starts: Tensor | None,
-    block: int = 64,
+    block: int | None = None,
     warps: int = 4,
 ) -> None:
     """Write what lines stand for to chosen entries; parameters as in `kernels.unpack_lines`.
@@ -121,6 +136,8 @@ def launch_unpack(
         strides = [0, 0, keys.shape[-1], 0, 0, values.shape[-1]]
     key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
     exact = max(keys.dtype.itemsize, values.dtype.itemsize) > 2
+    if block is None:  # float32 tiles of heads of 256 are too large for the smaller GPUs
+        block = 32 if exact and max(form.key_size, form.value_size) > 128 else 64
     _unpack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if target is None else target, table, table if starts is None else starts, spans, end,
         kv_heads, maps.key_mean, maps.key_dual, maps.value_mean, maps.value_back,
