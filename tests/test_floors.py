@@ -15,7 +15,7 @@ BELOW = {
     "kernels": ("core",),
     "storage": ("core", "kernels"),
     "policies": ("core", "kernels"),
-    "pruning": ("core", "kernels", "storage", "policies"),
+    "pruning": ("core", "kernels", "storage", "policies", "report"),
     "engines/transformers": ENGINE,
     "serving": (*ENGINE, "engines/transformers"),
     "engines/vllm": (*ENGINE, "engines/vllm/scheduler_side", "engines/vllm/worker_side"),

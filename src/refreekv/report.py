@@ -19,10 +19,8 @@ class RowReport:
         Position from which on every token was kept, if what was dropped is one range.
     metric : float or None
         The criterion's value at what was kept (the Uni-Metric's loss).
-    bytes_before : int
-        K/V bytes that a full cache would hold for this row now, later tokens included.
-    bytes_after : int
-        K/V bytes that are held for it now.
+    bytes_before, bytes_after : int
+        K/V bytes that a full cache would hold for this row now, later tokens included, and those that are held.
     reasons : dict
         Why entries were kept, to the share of the row's entries that stay for it; an entry may have
         several reasons. Empty for policies that give none.
@@ -30,10 +28,10 @@ class RowReport:
 
     prompt_length: int
     kept_heads: tuple[int, ...]
-    cut: int | None
-    metric: float | None
-    bytes_before: int
-    bytes_after: int
+    cut: int | None = None
+    metric: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
     reasons: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -96,7 +96,7 @@ def separately(model, encoded, policy, continuation):
     if cache is None:
         return full, full, compared, 0.0
     feed(model, encoded.context, cache, 0)
-    start, report, records = len(encoded.context), cache.report, [layer.records[0] for layer in cache.pruned_layers]
+    start, report, records = len(encoded.context), cache.report, [layer.reports[0] for layer in cache.pruned_layers]
     rewound = copy.deepcopy(cache)
     others = [copy.copy(layer) for layer in cache.layers if layer not in cache.pruned_layers]
 
@@ -156,7 +156,7 @@ def test_shared_prefill_equals_separate_runs(name, attention, question):
         before, after = (sum(getattr(x, f"bytes_{when}") for x in report.prunable) for when in ("before", "after"))
         assert (record.bytes_full, record.bytes_kept) == (before + sliding, after + sliding)
         assert len(record.kept_heads) == len(full_layers(model))
-        expected_heads = [[kept / 57 for kept in row.kept] for row in rows]
+        expected_heads = [[kept / 57 for kept in row.kept_heads] for row in rows]
         assert record.kept_heads == [pytest.approx(layer, abs=1e-6) for layer in expected_heads]
         assert record.budget < 1.0
         assert record.kl_mean > 1e-3  # something was lost, so that equality means something
@@ -173,7 +173,7 @@ def check_against_separate_run(model, one, record, policy):
     assert record.budget == pytest.approx(report.budget)
     for row, shares in zip(rows, record.kept_heads, strict=True):
         # A layer that lost nothing says so with one number for all heads.
-        kept = row.kept if len(row.kept) == len(shares) else row.kept * len(shares)
+        kept = row.kept_heads if len(row.kept_heads) == len(shares) else row.kept_heads * len(shares)
         assert shares == pytest.approx([count / 57 for count in kept], abs=1e-6)
 
 

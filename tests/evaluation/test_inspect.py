@@ -87,7 +87,7 @@ def test_kept_ranges_are_what_the_layers_hold(llama, name):
     evicted = 0
     for row in range(2):
         for layer, heads in zip(cache.pruned_layers, cache.kept_ranges(row), strict=True):
-            kept = layer.records[row].kept if layer.records else (layer.get_seq_length(),)
+            kept = layer.reports[row].kept_heads if layer.reports else (layer.get_seq_length(),)
             length = layer.get_seq_length()
             assert len(heads) in (1, layer.kv_heads)
             for head in heads:

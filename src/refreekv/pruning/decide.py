@@ -5,8 +5,7 @@ few numbers travel to the host in the background, and `Decision.rows` waits for 
 when they are needed, by when they have long arrived.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from refreekv.core.surrogates import Surrogates
 from refreekv.kernels import kept_first, probe_reductions, put_surrogates
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
+from refreekv.report import RowReport
 from refreekv.storage.columns import Columns, Levels
 
 REASON = "reason:"
@@ -36,12 +36,8 @@ class KeptRow:
         Which entries stay, counted within the row.
     entries : tuple of int
         Real entries the row had, hidden ones included: one number for all KV heads together, or one for each.
-    cut : int or None
-        Real entries before the cut, for selections that have one.
-    metric : float or None
-        The criterion's value.
-    reasons : dict
-        Why entries stay, to the share of the row's entries that do for it.
+    report : RowReport
+        What is to be said of it, counted within these entries.
     hides : bool
         Whether some of what stays is hidden from the last query.
     levels : Levels or None
@@ -50,9 +46,7 @@ class KeptRow:
 
     columns: Columns
     entries: tuple[int, ...]
-    cut: int | None = None
-    metric: float | None = None
-    reasons: Mapping[str, float] = field(default_factory=dict)
+    report: RowReport
     hides: bool = False
     levels: Levels | None = None
 
@@ -188,7 +182,9 @@ class Decision:
                 tuple(own[:n] for own, n in zip(self._levels[row], held, strict=True)),
                 tuple(tuple(int(number[f"rung{rung}.{group}"]) for rung in rungs) for group in range(groups)),
             )
-        return KeptRow(columns, real or (self._length,), cut, number.get("metric"), reasons, hides, levels)
+        entries = real or (self._length,)
+        report = RowReport(entries[0], columns.counts, cut, number.get("metric"), reasons=reasons)
+        return KeptRow(columns, entries, report, hides, levels)
 
 
 def decide(

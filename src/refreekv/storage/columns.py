@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from refreekv.kernels import kept_first
-from refreekv.storage.base import Piece
 from refreekv.storage.runs import spread
 
 Range = tuple[int, int]
@@ -145,19 +144,6 @@ class Levels:
     def for_heads(self, kv_heads: int, rung: int) -> tuple[int, ...]:
         """How many entries of each of ``kv_heads`` KV heads are coded in a rung at the end of the prompt."""
         return tuple(self.counts[head % len(self.counts)][rung] for head in range(kv_heads))
-
-
-def pieces(entries: Tensor, kept: Columns) -> list[Piece]:
-    """The kept entries of one row ``[kv_heads, n, D]``, as parts in order.
-
-    Ranges are views and cost nothing before they are copied to where they go.
-    """
-    if kept.ranges is not None:
-        return [entries[:, start:stop] for start, stop in kept.ranges]
-    heads = kept.tensors(entries.device)
-    if len(heads) == 1:
-        return [entries.index_select(1, heads[0])]
-    return [[head.index_select(0, index) for head, index in zip(entries, heads, strict=True)]]
 
 
 def _runs(index: Tensor) -> tuple[Range, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.columns import Columns, Levels, pieces
+from refreekv.storage.columns import Columns, Levels
 
 
 class RaggedKV(KVStorage):
@@ -130,9 +130,22 @@ def kept_of_rows(rows: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Columns],
     values: list[list[Piece]] = []
     for columns, (key, value) in zip(kept, rows, strict=True):
         stored = key.shape[1] - after
-        keys.append([*pieces(key, columns), key[:, stored:]])
-        values.append([*pieces(value, columns), value[:, stored:]])
+        keys.append([*_pieces(key, columns), key[:, stored:]])
+        values.append([*_pieces(value, columns), value[:, stored:]])
     return RaggedKV.from_pieces(keys, values)
+
+
+def _pieces(entries: Tensor, kept: Columns) -> list[Piece]:
+    """The kept entries of one row ``[kv_heads, n, D]``, as parts in order.
+
+    Ranges are views and cost nothing before they are copied to where they go.
+    """
+    if kept.ranges is not None:
+        return [entries[:, start:stop] for start, stop in kept.ranges]
+    heads = kept.tensors(entries.device)
+    if len(heads) == 1:
+        return [entries.index_select(1, heads[0])]
+    return [[head.index_select(0, index) for head, index in zip(entries, heads, strict=True)]]
 
 
 def _lengths(row: Sequence[Piece]) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
     logits, mask = prefill(llama, cache, LONG)
     others, _ = prefill(llama, plain, LONG)
     assert torch.equal(logits, others)  # the prompt itself is read in full precision
-    assert [layer.records for layer in cache.pruned_layers] == [layer.records for layer in plain.pruned_layers]
+    assert [layer.reports for layer in cache.pruned_layers] == [layer.reports for layer in plain.pruned_layers]
     assert cache.report.bytes_before == plain.report.bytes_before
     check_bytes(cache)
     assert any(coded_entries(cache))
@@ -99,8 +99,8 @@ def test_two_turns_of_a_ragged_batch(llama, kind, case):
     twin = with_decoded_entries(cache)
     (logits, longer), (others, _) = feed(llama, cache, again, mask), feed(llama, twin, again, mask)
     assert torch.allclose(logits, others, atol=1e-4)
-    assert [[r.kept for r in layer.records] for layer in cache.pruned_layers] == [
-        [r.kept for r in layer.records] for layer in twin.pruned_layers
+    assert [[r.kept_heads for r in layer.reports] for layer in cache.pruned_layers] == [
+        [r.kept_heads for r in layer.reports] for layer in twin.pruned_layers
     ]
     check_bytes(cache)
     for layer, other in zip(cache.pruned_layers, twin.pruned_layers, strict=True):

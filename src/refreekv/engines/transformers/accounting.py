@@ -1,10 +1,12 @@
 """What a layer of a cache holds, in bytes, and what its part of the report says."""
 
+from dataclasses import replace
+
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.report import LayerReport, RowReport
+from refreekv.report import LayerReport
 
 
 def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
@@ -14,16 +16,8 @@ def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
         return LayerReport(index, kind, (), bytes_before=held, bytes_after=held)
     full = layer.get_seq_length() * entry_bytes(layer)
     rows = tuple(
-        RowReport(
-            prompt_length=record.tokens,
-            kept_heads=record.kept,
-            cut=record.cut,
-            metric=record.metric,
-            reasons=dict(record.reasons),
-            bytes_before=full,
-            bytes_after=held,
-        )
-        for record, held in zip(layer.records, _row_bytes(layer), strict=False)
+        replace(row, bytes_before=full, bytes_after=held)
+        for row, held in zip(layer.reports, _row_bytes(layer), strict=False)
     )
     return LayerReport(index, kind, rows, layer.batch * full, _held_bytes(layer), _formats(layer))
 

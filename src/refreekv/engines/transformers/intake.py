@@ -113,7 +113,7 @@ class IntakeLayer(StoredLayer):
     def _try_codes(self, keys: Tensor, values: Tensor) -> None:
         """Go without codes, or refuse, if a GPU's kernels for them are wrong."""
         assert self.ladder is not None
-        if not trial.due(keys):
+        if not trial.due(keys.device):
             return
         sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
         if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):

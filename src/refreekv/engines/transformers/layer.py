@@ -28,7 +28,7 @@ from refreekv.storage.columns import lasting
 from refreekv.storage.compaction import compacted, takes_arena
 
 _PRUNED = (
-    "keys", "values", "ragged", "records", "holds_hidden", "kept_columns", "_pruned_length", "_padding", "_coded",
+    "keys", "values", "ragged", "reports", "holds_hidden", "kept_columns", "_pruned_length", "_padding", "_coded",
 )  # fmt: skip
 """Attributes of a layer that carrying out a decision sets."""
 
@@ -159,7 +159,7 @@ class ReFreeKVLayer(IntakeLayer):
 
     def _compact(self, decisions: Sequence[Decision], after: int) -> None:
         chosen = [row for decision in decisions for row in decision.rows()]
-        self.records = after_pruning(self.records, chosen)
+        self.reports = after_pruning(self.reports, chosen)
         self.holds_hidden = any(row.hides for row in chosen)
         if self._in_place(chosen, after):
             if self.ragged is not None:

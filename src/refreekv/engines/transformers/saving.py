@@ -11,7 +11,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
 from refreekv.policies.base import AUTO
-from refreekv.pruning.records import RowRecord
+from refreekv.report import RowReport
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
@@ -148,7 +148,8 @@ def _pruned_layer(layer: ReFreeKVLayer) -> tuple[dict[str, Any], dict[str, Tenso
         form: Written = written(layer.ragged)
         plain["storage"] = form.plain
         tensors |= form.tensors
-    plain["records"] = [{**asdict(record), "reasons": dict(record.reasons)} for record in layer.records]
+    said = {"tokens": "prompt_length", "kept": "kept_heads", "cut": "cut", "metric": "metric", "reasons": "reasons"}
+    plain["records"] = [{name: getattr(row, field) for name, field in said.items()} for row in layer.reports]
     plain["columns"] = []
     for row, columns in enumerate(layer.kept_columns):
         if columns.bits is not None:
@@ -342,9 +343,9 @@ def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[s
             raise DamagedError("kept columns and lengths do not agree")
         if storage.coding is None and takes_arena(arena, storage.keys, storage.values):
             entries = KVArena.of(storage.full())
-    records = [_record(given) for given in plain["records"]]
+    reports = [_report(given) for given in plain["records"]]
     padding = tensors.get("padding")
-    if len(records) not in (0, rows) or (padding is not None and padding.shape != (rows, padding.shape[-1])):
+    if len(reports) not in (0, rows) or (padding is not None and padding.shape != (rows, padding.shape[-1])):
         raise DamagedError("records are of other rows")
     if padding is not None and (padding.dtype != torch.bool or padding.shape[1] > marks["length"]):
         raise DamagedError("padding is none")
@@ -354,7 +355,7 @@ def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[s
     ):
         raise DamagedError("queries are of other rows")
     hides = bool(plain["hides"])
-    layer.restore(entries, marks, columns=columns, records=records, hides=hides, padding=padding, generated=generated)
+    layer.restore(entries, marks, columns=columns, reports=reports, hides=hides, padding=padding, generated=generated)
     return rows
 
 
@@ -387,13 +388,13 @@ def _columns(row: int, given: Any, tensors: Mapping[str, Tensor], end: int) -> C
     return lasting([Columns(heads=heads)], end)[0]
 
 
-def _record(given: Mapping[str, Any]) -> RowRecord:
+def _report(given: Mapping[str, Any]) -> RowReport:
     (kept,) = read_lengths([given["kept"]])
     cut, metric = given["cut"], given["metric"]
     reasons = {str(name): float(share) for name, share in given["reasons"].items()}
-    return RowRecord(
+    return RowReport(
         _count(given["tokens"]), kept, None if cut is None else _count(cut), None if metric is None else float(metric),
-        reasons,
+        reasons=reasons,
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from refreekv.engines.transformers.reading import Reading
 from refreekv.pruning.masks import mask_for_columns
 from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
-from refreekv.pruning.records import RowRecord, after_crop
+from refreekv.pruning.records import after_crop
+from refreekv.report import RowReport
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
 
@@ -37,8 +38,8 @@ class StoredLayer(DynamicLayer):
     ragged : KVStorage or None
         The storage once something was evicted; ``keys`` and ``values`` are then its flat
         tensors.
-    records : list of RowRecord
-        Outcome of the last pruning, one a row; empty before the first.
+    reports : list of RowReport
+        Of the last pruning, one a row, without the bytes; none before the first.
     kept_columns : list of Columns
         Logical columns of what the last pruning kept, a row each. The entries after it have the
         columns from the logical length it was made at on, without a gap.
@@ -60,7 +61,7 @@ class StoredLayer(DynamicLayer):
     def _clear(self) -> None:
         self.ragged: KVStorage | None = None
         self.reading: Reading | None = None
-        self.records: list[RowRecord] = []
+        self.reports: list[RowReport] = []
         self.kept_columns: list[Columns] = []
         self.holds_hidden = False
         self._length = 0
@@ -220,7 +221,7 @@ class StoredLayer(DynamicLayer):
         assert self.ragged is not None
         if length < self._pruned_length:
             self.kept_columns = lasting([columns.below(length) for columns in self.kept_columns], length)
-            self.records = after_crop(self.records, self.kept_columns, self._pruned_length - length)
+            self.reports = after_crop(self.reports, self.kept_columns, self._pruned_length - length)
             self._pruned_length = length
         elif self.ragged.drop(self._length - length):
             return
@@ -243,8 +244,8 @@ class StoredLayer(DynamicLayer):
         else:
             self.kept_columns = [self.kept_columns[row] for row in indices]
             self._store(self.ragged.select_rows(indices))
-        if self.records:
-            self.records = [self.records[row] for row in indices]
+        if self.reports:
+            self.reports = [self.reports[row] for row in indices]
         self._padding = self._padding.of_rows(indices)
         self._queries = self._queries.of_rows(indices)
 
@@ -292,7 +293,7 @@ class StoredLayer(DynamicLayer):
         marks: Mapping[str, int],
         *,
         columns: Sequence[Columns],
-        records: Sequence[RowRecord],
+        reports: Sequence[RowReport],
         hides: bool,
         padding: Tensor | None,
         generated: Sequence[Tensor],
@@ -307,5 +308,5 @@ class StoredLayer(DynamicLayer):
         held = self.dense[0] if self.ragged is None else self.ragged.keys
         self.device, self.dtype = held.device, held.dtype
         self._length, self._pruned_length, self._earlier_length = (marks[n] for n in ("length", "pruned", "settled"))
-        self.kept_columns, self.records, self.holds_hidden = list(columns), list(records), hides
+        self.kept_columns, self.reports, self.holds_hidden = list(columns), list(reports), hides
         self._padding, self._queries = Padding(padding), HeldQueries(generated=tuple(generated))
