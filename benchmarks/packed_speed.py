@@ -23,6 +23,7 @@ from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, decode_attention, r
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels.decode import multiprocessors
+from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_decode import launch_packed_decode
 from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -80,7 +81,7 @@ class Setup:
         """All that a layer launches."""
         tables, forms = [level.table for level in self.levels], [level.form for level in self.levels]
         return lambda: launch_packed_attention(
-            self.query, self.exact.table, tables, forms, self.maps, SIZE**-0.5, None, None, **settings
+            self.query, PackedKV(self.exact.table, tables, forms, self.maps), SIZE**-0.5, None, None, **settings
         )
 
 
@@ -124,7 +125,8 @@ def packing(length: int, name: str, **settings: int) -> dict[str, float]:
     spans = torch.zeros(KV_HEADS, 3, dtype=torch.int64, device="cuda")
 
     def pack(pair: list[torch.Tensor], target: Level) -> Callable[[], object]:
-        return lambda: launch_pack(*pair, None, target.table, form, the_maps, spans, length, length, None, **settings)
+        given = Transfer(*pair, None, target.table, form, the_maps, spans, length, length, None)
+        return lambda: launch_pack(given, **settings)
 
     seconds = device_seconds([pack(p, t) for p, t in zip(dense, targets, strict=True)])
     moved = length * KV_HEADS * (2 * SIZE * TYPE.itemsize + form.entry_bytes)

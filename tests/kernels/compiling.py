@@ -24,6 +24,7 @@ from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
 from refreekv.kernels.needs import launch_kept_first, launch_needs
+from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
@@ -136,22 +137,22 @@ def lines(dtype, heads, head_size, layout):
 
 def packed(dtype, heads, head_size, layout):
     query, table, form, maps = lines(dtype, heads, head_size, layout)
-    launch_packed_attention(query, table, [table], [form], maps, 1.0, None, None, assembly=True)
+    launch_packed_attention(query, PackedKV(table, [table], [form], maps), 1.0, None, None, assembly=True)
     entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
-    launch_pack(entries, entries, None, table, form, maps, spans, 100, 100, None)
+    launch_pack(Transfer(entries, entries, None, table, form, maps, spans, 100, 100, None))
 
 
 def ladder(dtype, heads, head_size, layout):
     query, table, _, maps = lines(dtype, heads, head_size, layout)
     forms = [PackedFormat(head_size, head_size, (width,) * 4, (width,) * 4) for width in (2, 4, 6, 8)]
-    launch_packed_attention(query, table, [table] * 4, forms, maps, 1.0, None, None, assembly=True)
+    launch_packed_attention(query, PackedKV(table, [table] * 4, forms, maps), 1.0, None, None, assembly=True)
 
 
 def unpack(dtype, heads, head_size, layout):
     _, table, form, maps = lines(dtype, heads, head_size, layout)
     entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
     for target in (None, table):
-        launch_unpack(entries, entries, target, table, form, maps, spans, 100, 100, None)
+        launch_unpack(Transfer(entries, entries, target, table, form, maps, spans, 100, 100, None))
 
 
 def in_blocks(dtype, rows, name):

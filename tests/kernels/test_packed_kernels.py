@@ -10,6 +10,7 @@ from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_ops, packed_reference, reference
+from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
@@ -153,12 +154,17 @@ def check_attention(
     settings = {"programs": 5} | settings
     arguments = (0.1, softcap, logits)
     got = launch_packed_attention(
-        query, kept.table, [part.table for part in packed], forms, on(maps, device), *arguments, **settings
+        query, PackedKV(kept.table, [part.table for part in packed], forms, on(maps, device)), *arguments, **settings
     )
     on_host = [part.host() for part in packed], kept.host()
     tables = on_host[1].table, [part.table for part in on_host[0]]
     want = packed_reference.packed_attention(
-        query.cpu(), *tables, forms, maps, 0.1, softcap, None if logits is None else logits.cpu(), torch.float64
+        query.cpu(),
+        PackedKV(*tables, forms, maps),
+        0.1,
+        softcap,
+        None if logits is None else logits.cpu(),
+        torch.float64,
     )
     assert got.dtype == dtype
     close(got, want)
@@ -173,7 +179,8 @@ def test_attention_over_decoded_entries(dtype, close, device):
     maps, form = maps_of((64, 64), dtype), form_of("6442", "4422")
     packed, kept = Packed([150, 40], form, device).fill(), Exact([20, 9], (64, 64), dtype, device)
     query = torch.randn(1, 6, 1, 64, device=device).to(dtype)
-    got = launch_packed_attention(query, kept.table, [packed.table], [form], on(maps, device), 0.125, None, None)
+    held = PackedKV(kept.table, [packed.table], [form], on(maps, device))
+    got = launch_packed_attention(query, held, 0.125, None, None)
     want = []
     for head in range(2):
         keys, values = form.unpack(
@@ -261,9 +268,9 @@ def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, 
     packed = Packed([len(w) for w in wanted], form, device, growth=3)
     arguments = (keys, values, None, packed.table, form, on(maps, device), spans, end)
     if which == "kernel":
-        launch_pack(*arguments, max(packed.lengths), None)
+        launch_pack(Transfer(*arguments, max(packed.lengths), None))
     else:
-        run(which, device, None, packed_reference.pack, *arguments, None)
+        run(which, device, None, packed_reference.pack, Transfer(*arguments, 0, None))
     for segment, index in enumerate(wanted):
         row, head = divmod(segment, 2)
         if len(index):
@@ -286,9 +293,9 @@ def test_pack_takes_entries_out_of_an_arena_and_goes_on_behind_lines(which, dtyp
     storage = torch.empty(0, 64, dtype=dtype, device=device)
     arguments = (storage, storage, kept.table, packed.table, form, on(maps, device), spans, 0)
     if which == "kernel":
-        launch_pack(*arguments, max(taken), starts)
+        launch_pack(Transfer(*arguments, max(taken), starts))
     else:
-        run(which, device, None, packed_reference.pack, *arguments, starts)
+        run(which, device, None, packed_reference.pack, Transfer(*arguments, 0, starts))
     for segment, (first, count) in enumerate(zip(lengths, taken, strict=True)):
         if count:
             chosen = (side[segment][4 : 4 + count] for side in (kept.keys, kept.values))
@@ -310,9 +317,9 @@ def test_pack_of_entries_that_are_the_mean(which, dtype, device):
     spans = torch.zeros(2, 3, dtype=torch.int64, device=device)
     arguments = (keys, values, None, packed.table, form, on(maps, device), spans, 5)
     if which == "kernel":
-        launch_pack(*arguments, 5, None)
+        launch_pack(Transfer(*arguments, 5, None))
     else:
-        run(which, device, None, packed_reference.pack, *arguments, None)
+        run(which, device, None, packed_reference.pack, Transfer(*arguments, 0, None))
     assert all(part.view(torch.float16).abs().max() < 1e-4 for part in packed.factors)
 
 
@@ -385,9 +392,9 @@ def check_unpack(which, dtype, close, device, *, levels, sizes=(64, 64), lengths
     starts = torch.tensor([1, 0, 0, 2][: len(lengths)], device=device)
     arguments = (keys, values, None, packed.table, form, on(maps, device), torch.tensor(spans, device=device), n)
     if which == "kernel":
-        launch_unpack(*arguments, max(lengths), starts)
+        launch_unpack(Transfer(*arguments, max(lengths), starts))
     else:
-        run(which, device, None, packed_reference.unpack, *arguments, starts)
+        run(which, device, None, packed_reference.unpack, Transfer(*arguments, 0, starts))
     for segment, (index, first, skip) in enumerate(spans):
         row, head = divmod(segment, KV_HEADS)
         count = max(lengths[segment] - int(starts[segment]), 0)
@@ -412,9 +419,9 @@ def test_unpack_to_an_arena(which, dtype, close, device):
     storage = torch.empty(0, 64, dtype=dtype, device=device)
     arguments = (storage, storage, kept.table, packed.table, form, on(maps, device), spans, 0)
     if which == "kernel":
-        launch_unpack(*arguments, max(lengths), None)
+        launch_unpack(Transfer(*arguments, max(lengths), None))
     else:
-        run(which, device, None, packed_reference.unpack, *arguments, None)
+        run(which, device, None, packed_reference.unpack, Transfer(*arguments, 0, None))
     for segment, length in enumerate(lengths):
         sides = zip((kept.keys, kept.values), before, decoded(packed, maps, segment, 0), strict=True)
         for got, old, want in sides:
@@ -455,7 +462,7 @@ def _launched(launch):
     """A kernel in place of the function of `kernels` that picks one by device."""
 
     def call(keys, values, table, form, maps, spans, *, end, longest, starts=None):
-        launch(keys, values, None, table, form, maps, spans, end, longest, starts)
+        launch(Transfer(keys, values, None, table, form, maps, spans, end, longest, starts))
 
     return call
 

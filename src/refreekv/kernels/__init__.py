@@ -21,6 +21,7 @@ from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
 from refreekv.kernels import ops, packed_ops, probe_blocks, reference
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.table import Format
 
 __all__ = [
@@ -359,8 +360,11 @@ def pack_lines(
     ValueError, TypeError
         Shapes, devices or types that do not go with each other: nothing was written.
     """
-    pack = packed_ops.pack_lines_on_cuda if _at_once(keys) else packed_ops.pack_lines
-    pack(keys, values, source, table, form.numbers, maps.tensors, spans, end, longest, starts)
+    given = Transfer(keys, values, source, table, form, maps, spans, end, longest, starts)
+    if _at_once(keys):
+        packed_ops.pack_lines_on_cuda(given)
+    else:
+        packed_ops.pack_lines(*given.flat)
 
 
 def unpack_lines(
@@ -400,8 +404,11 @@ def unpack_lines(
     ValueError
         Shapes or devices that do not go with each other: nothing was written.
     """
-    unpack = packed_ops.unpack_lines_on_cuda if _at_once(keys) else packed_ops.unpack_lines
-    unpack(keys, values, target, table, form.numbers, maps.tensors, spans, end, longest, starts)
+    given = Transfer(keys, values, target, table, form, maps, spans, end, longest, starts)
+    if _at_once(keys):
+        packed_ops.unpack_lines_on_cuda(given)
+    else:
+        packed_ops.unpack_lines(*given.flat)
 
 
 def packed_attention(

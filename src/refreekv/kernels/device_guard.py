@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import chain
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ R = TypeVar("R")
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """Make the device of the first tensor among the arguments the current one for the length of the call.
+    """Make the device of the first tensor among the arguments, or in them, the current one for the length of the call.
 
     A model may be on another GPU than the first, or spread over several, and nobody else changes the
     current device for it.
@@ -20,7 +21,8 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(part for part in args if isinstance(part, Tensor)).device
+        parts = chain.from_iterable(part if isinstance(part, tuple) else (part,) for part in args)
+        device = next(part for part in parts if isinstance(part, Tensor)).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(device):

@@ -11,25 +11,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import FACTOR_BYTES, WIDTHS, PackedFormat, PackedMaps, Side, step
-from refreekv.kernels.packed_reference import check_attention
+from refreekv.core.packed_lines import FACTOR_BYTES, WIDTHS, PackedFormat, Side, step
+from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.reference import as_written
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE, entries
 
 
 @as_written
 def packed_attention(
-    query: Tensor,
-    exact: Tensor,
-    tables: Sequence[Tensor],
-    forms: Sequence[PackedFormat],
-    maps: PackedMaps,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, held: PackedKV, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """`kernels.packed_attention`, in float32 or the queries' wider type."""
-    check_attention(query, exact, tables, forms, maps, sinks)
+    held.check(query, sinks)
+    exact, tables, forms, maps = held
     batch, heads, _, size = query.shape
     kv_heads = len(exact) // batch
     wide, value_size = torch.promote_types(query.dtype, torch.float32), maps.value_mean.shape[-1]
@@ -39,10 +33,10 @@ def packed_attention(
     shift = asked @ maps.key_mean.to(wide)[..., None]  # [B, H_kv, group, 1]
     rungs = [_Rung(table, form, coded.flatten(0, 1)) for table, form in zip(tables, forms, strict=True)]
     out = query.new_zeros(batch, 1, heads, value_size)
-    for segment, held in enumerate(exact[:, LENGTH].tolist()):
+    for segment, count in enumerate(exact[:, LENGTH].tolist()):
         row, head = divmod(segment, kv_heads)
         keys, values = (
-            part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
+            part[:count].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
         )
         logits = [asked[row, head] @ keys.mT, *(rung.logits(segment) + shift[row, head] for rung in rungs)]
         lengths = [part.shape[1] for part in logits]

@@ -4,17 +4,13 @@ Operators take no objects: formats come as the ten integers of `PackedFormat.num
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels import packed_host, packed_reference
-
-
-def formats_of(numbers: Sequence[int]) -> list[PackedFormat]:
-    """Formats of their integers, one behind the other."""
-    return [PackedFormat.from_numbers(numbers[at : at + 10]) for at in range(0, len(numbers), 10)]
+from refreekv.kernels.packed_calls import PackedKV, Transfer
 
 
 @torch.library.custom_op("refreekv::pack_lines", mutates_args=("table",))
@@ -31,30 +27,19 @@ def pack_lines(
     starts: Tensor | None,
 ) -> None:
     """`kernels.pack_lines`. The memory behind the table changes: who reads it, reads the table."""
-    packed_reference.pack(
-        keys, values, source, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, starts
-    )
+    packed_reference.pack(Transfer.of(keys, values, source, table, form, maps, spans, end, longest, starts))
 
 
 @pack_lines.register_kernel("cuda")
-def pack_lines_on_cuda(
-    keys: Tensor,
-    values: Tensor,
-    source: Tensor | None,
-    table: Tensor,
-    form: Sequence[int],
-    maps: Sequence[Tensor],
-    spans: Tensor,
-    end: int,
-    longest: int,
-    starts: Tensor | None,
-) -> None:
+def _(*flat: Any) -> None:
+    pack_lines_on_cuda(Transfer.of(*flat))
+
+
+def pack_lines_on_cuda(given: Transfer) -> None:
     """`pack_lines` in Triton, without the operator around it."""
     from refreekv.kernels.packed_storage import launch_pack
 
-    launch_pack(
-        keys, values, source, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, longest, starts
-    )
+    launch_pack(given)
 
 
 @torch.library.custom_op("refreekv::unpack_lines", mutates_args=("keys", "values"))
@@ -71,30 +56,19 @@ def unpack_lines(
     starts: Tensor | None,
 ) -> None:
     """`kernels.unpack_lines`. With ``target`` the memory behind that changes, which is the keys' and values'."""
-    packed_reference.unpack(
-        keys, values, target, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, starts
-    )
+    packed_reference.unpack(Transfer.of(keys, values, target, table, form, maps, spans, end, longest, starts))
 
 
 @unpack_lines.register_kernel("cuda")
-def unpack_lines_on_cuda(
-    keys: Tensor,
-    values: Tensor,
-    target: Tensor | None,
-    table: Tensor,
-    form: Sequence[int],
-    maps: Sequence[Tensor],
-    spans: Tensor,
-    end: int,
-    longest: int,
-    starts: Tensor | None,
-) -> None:
+def _(*flat: Any) -> None:
+    unpack_lines_on_cuda(Transfer.of(*flat))
+
+
+def unpack_lines_on_cuda(given: Transfer) -> None:
     """`unpack_lines` in Triton, without the operator around it."""
     from refreekv.kernels.packed_unpack import launch_unpack
 
-    launch_unpack(
-        keys, values, target, table, PackedFormat.from_numbers(form), PackedMaps(*maps), spans, end, longest, starts
-    )
+    launch_unpack(given)
 
 
 @torch.library.custom_op("refreekv::packed_attention", mutates_args=())
@@ -109,36 +83,18 @@ def packed_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """`kernels.packed_attention`."""
-    return packed_host.packed_attention(
-        query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks
-    )
+    return packed_host.packed_attention(query, PackedKV.of(exact, tables, forms, maps), scaling, softcap, sinks)
 
 
 @packed_attention.register_kernel("cuda")
-def _(
-    query: Tensor,
-    exact: Tensor,
-    tables: Sequence[Tensor],
-    forms: Sequence[int],
-    maps: Sequence[Tensor],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _(query: Tensor, *rest: Any) -> Tensor:
     from refreekv.kernels.packed_launch import launch_packed_attention
 
-    return launch_packed_attention(query, exact, tables, formats_of(forms), PackedMaps(*maps), scaling, softcap, sinks)
+    return launch_packed_attention(query, PackedKV.of(*rest[:4]), *rest[4:])
 
 
 @packed_attention.register_fake
 def _(
-    query: Tensor,
-    exact: Tensor,
-    tables: Sequence[Tensor],
-    forms: Sequence[int],
-    maps: Sequence[Tensor],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, exact: Tensor, tables: Sequence[Tensor], forms: Sequence[int], maps: Sequence[Tensor], *rest: Any
 ) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], maps[3].shape[-1])

@@ -1,13 +1,12 @@
 """What the kernels over packed lines compute, in plain torch and in host memory, a segment at a time."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.reference import as_written
-from refreekv.kernels.table import LENGTH, Format, check_query, check_spans, check_table, entries
+from refreekv.kernels.table import LENGTH, entries
 
 
 def lines_of(table: Tensor, segment: int, form: PackedFormat) -> tuple[Tensor, Tensor]:
@@ -17,20 +16,11 @@ def lines_of(table: Tensor, segment: int, form: PackedFormat) -> tuple[Tensor, T
 
 
 @as_written
-def pack(
-    keys: Tensor,
-    values: Tensor,
-    source: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    starts: Tensor | None,
-) -> None:
+def pack(given: Transfer) -> None:
     """`kernels.pack_lines`."""
-    check_pack(keys, values, source, table, form, maps, spans, end, starts)
-    kv_heads = maps.key_mean.shape[1]
+    given.check(packs=True)
+    keys, values, source, table, form, maps, spans, end, _, starts = given
+    kv_heads = given.kv_heads
     firsts = [0] * len(table) if starts is None else starts.tolist()
     coded = []
     for segment, (first, length) in enumerate(zip(firsts, table[:, LENGTH].tolist(), strict=True)):
@@ -54,20 +44,11 @@ def pack(
 
 
 @as_written
-def unpack(
-    keys: Tensor,
-    values: Tensor,
-    target: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    starts: Tensor | None,
-) -> None:
+def unpack(given: Transfer) -> None:
     """`kernels.unpack_lines`."""
-    check_unpack(keys, values, target, table, form, maps, spans, end, starts)
-    kv_heads = maps.key_mean.shape[1]
+    given.check(packs=False)
+    keys, values, target, table, form, maps, spans, end, _, starts = given
+    kv_heads = given.kv_heads
     wide = torch.promote_types(keys.dtype, torch.float32)
     for segment in range(len(table)):
         row, head = divmod(segment, kv_heads)
@@ -96,118 +77,6 @@ def _places(spans: Tensor, segment: int, count: int, end: int) -> slice | Tensor
     return slice(start, start + count)
 
 
-def check_unpack(
-    keys: Tensor,
-    values: Tensor,
-    target: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    starts: Tensor | None,
-) -> None:
-    """Check what `kernels.unpack_lines` is given; ValueError."""
-    _check_beside(keys, values, target, table, form, maps, spans, end, starts)
-
-
-def check_pack(
-    keys: Tensor,
-    values: Tensor,
-    source: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    starts: Tensor | None,
-) -> None:
-    """Check what `kernels.pack_lines` is given.
-
-    Raises
-    ------
-    ValueError
-        Shapes or devices that do not go together.
-    TypeError
-        Maps for entries of another type.
-    """
-    _check_beside(keys, values, source, table, form, maps, spans, end, starts)
-    if not maps.key_sum.dtype == keys.dtype == values.dtype:
-        raise TypeError(
-            f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: see "
-            "PackedMaps.of_type"
-        )
-
-
-def _check_beside(
-    keys: Tensor,
-    values: Tensor,
-    exact: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    starts: Tensor | None,
-) -> None:
-    """Check lines and the exact entries that they are made of, or become; ValueError."""
-    check_table(table, keys)
-    _check_maps(maps, form, table)
-    sizes = form.key_size, form.value_size
-    if (keys.shape[-1], values.shape[-1]) != sizes or values.device != keys.device:
-        raise ValueError(
-            f"keys {list(keys.shape)} on {keys.device} and values {list(values.shape)} on {values.device}; expected "
-            f"heads of {sizes[0]} and {sizes[1]} elements on one device, as the lines are of"
-        )
-    if exact is not None:
-        check_table(exact, table)
-        if exact.shape != table.shape:
-            raise ValueError(f"{exact.shape[0]} segments of exact entries for {table.shape[0]} of lines")
-        if spans.shape != (table.shape[0], 3) or spans.dtype != torch.int64 or not spans.is_contiguous():
-            raise ValueError(f"spans are contiguous int64 [{table.shape[0]}, 3], got {spans.dtype} {list(spans.shape)}")
-    elif keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or keys.shape[0] * keys.shape[1] != table.shape[0]:
-        raise ValueError(
-            f"keys {list(keys.shape)} and values {list(values.shape)}: expected [B, H_kv, n, D] of {table.shape[0]} "
-            "segments in all"
-        )
-    else:
-        check_spans(spans, table, end, keys.shape[2])
-    if starts is not None and (starts.shape != table.shape[:1] or starts.dtype != torch.int64):
-        raise ValueError(f"starts are int64 [{table.shape[0]}], got {starts.dtype} {list(starts.shape)}")
-
-
-def check_attention(
-    query: Tensor,
-    exact: Tensor,
-    tables: Sequence[Tensor],
-    forms: Sequence[PackedFormat],
-    maps: PackedMaps,
-    sinks: Tensor | None,
-) -> None:
-    """Check what `kernels.packed_attention` is given; ValueError or TypeError."""
-    sizes = maps.key_mean.shape[-1], maps.value_mean.shape[-1]
-    check_query(query, exact, Format(sizes, query.dtype, query.dtype), sinks)
-    if len(tables) != len(forms):
-        raise ValueError(f"{len(tables)} tables of levels for {len(forms)} formats")
-    for table, form in zip(tables, forms, strict=True):
-        check_table(table, exact)
-        if table.shape != exact.shape:
-            raise ValueError(f"a level of {table.shape[0]} segments beside {exact.shape[0]} of exact entries")
-        _check_maps(maps, form, exact)
-
-
-def _check_maps(maps: PackedMaps, form: PackedFormat, table: Tensor) -> None:
-    kv_heads, sizes = maps.key_mean.shape[1], (maps.key_mean.shape[-1], maps.value_mean.shape[-1])
-    if sizes != (form.key_size, form.value_size) or maps.key_mean.device != table.device:
-        raise ValueError(
-            f"maps of heads of {sizes[0]} and {sizes[1]} elements on {maps.key_mean.device} for lines of "
-            f"{form.key_size} and {form.value_size} on {table.device}"
-        )
-    for rows in (len(maps.key_mean), len(maps.key_matrix)):
-        if table.shape[0] % kv_heads or rows not in (1, table.shape[0] // kv_heads):
-            raise ValueError(f"maps of {rows} rows of {kv_heads} KV heads for {table.shape[0]} segments")
-
-
 def _chosen(spans: Tensor, segment: int, count: int, end: int) -> Tensor:
     index, first, skip = spans[segment].tolist()
     position = torch.arange(count)
@@ -231,17 +100,15 @@ def to_code_space(keys: Tensor, values: Tensor, maps: PackedMaps, segment: int, 
 @as_written
 def packed_attention(
     query: Tensor,
-    exact: Tensor,
-    tables: Sequence[Tensor],
-    forms: Sequence[PackedFormat],
-    maps: PackedMaps,
+    held: PackedKV,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """`kernels.packed_attention`, computed in ``wide``: as a judge of others in float64."""
-    check_attention(query, exact, tables, forms, maps, sinks)
+    held.check(query, sinks)
+    exact, tables, forms, maps = held
     batch, heads, _, size = query.shape
     kv_heads = len(exact) // batch
     group, value_size = heads // kv_heads, maps.value_mean.shape[-1]
@@ -251,9 +118,9 @@ def packed_attention(
         own = maps.of_segment(row, head)
         mine = slice(head * group, (head + 1) * group)
         q = query[row, mine, 0].to(wide)  # [g, D]
-        held = int(exact[segment, LENGTH])
+        count = int(exact[segment, LENGTH])
         keys, values = (
-            part[:held].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
+            part[:count].to(wide) for part in entries(exact, segment, (size, value_size), (query.dtype,) * 2)
         )
         logits, contents = [q @ keys.T], [values]
         for table, form in zip(tables, forms, strict=True):

@@ -8,17 +8,15 @@ of its first line and that of its first pair of factors.
 # mypy: disable-error-code="assignment"
 
 import functools
-from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, PackedMaps, Side, step
+from refreekv.core.packed_lines import MOST, SIZES, Side, step
 from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
-from refreekv.kernels.packed_reference import check_pack
 from refreekv.kernels.storage import _chosen, elements_first
 
 BLOCK_IN = 32
@@ -220,31 +218,15 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
 
 
 @on_its_device
-def launch_pack(
-    keys: Tensor,
-    values: Tensor,
-    source: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    longest: int,
-    starts: Tensor | None,
-    block: int | None = None,
-    warps: int | None = None,
-) -> None:
-    """Write chosen entries to lines; parameters as in `kernels.pack_lines`.
+def launch_pack(given: Transfer, block: int | None = None, warps: int | None = None) -> None:
+    """Write chosen entries to lines; see `kernels.pack_lines`.
 
     ``block``, entries of a program, and ``warps`` are there to be measured.
     """
-    check_pack(keys, values, source, table, form, maps, spans, end, starts)
-    keys, values = elements_first(keys), elements_first(values)
-    kv_heads = maps.key_mean.shape[1]
-    if source is None:
-        strides: list[Any] = [*keys.stride()[:3], *values.stride()[:3]]
-    else:
-        strides = [0, 0, keys.shape[-1], 0, 0, values.shape[-1]]
+    given.check(packs=True)
+    keys, values, source, table, form, maps, spans, end, longest, starts = given
+    keys, values, kv_heads = elements_first(keys), elements_first(values), given.kv_heads
+    strides = given._replace(keys=keys, values=values).strides
     key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
     if block is None:
         block = 64 if keys.dtype.itemsize == 2 else 32

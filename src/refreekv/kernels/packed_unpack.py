@@ -5,12 +5,10 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
-from refreekv.kernels.packed_reference import check_unpack
 from refreekv.kernels.packed_storage import _columns, chunks
 from refreekv.kernels.storage import TYPES, _chosen
 
@@ -108,40 +106,24 @@ def _unpack_kernel(
 
 
 @on_its_device
-def launch_unpack(
-    keys: Tensor,
-    values: Tensor,
-    target: Tensor | None,
-    table: Tensor,
-    form: PackedFormat,
-    maps: PackedMaps,
-    spans: Tensor,
-    end: int,
-    longest: int,
-    starts: Tensor | None,
-    block: int | None = None,
-    warps: int = 4,
-) -> None:
-    """Write what lines stand for to chosen entries; parameters as in `kernels.unpack_lines`.
+def launch_unpack(given: Transfer, block: int | None = None, warps: int = 4) -> None:
+    """Write what lines stand for to chosen entries; see `kernels.unpack_lines`.
 
     ``block``, lines of a program, and ``warps`` are there to be measured.
     """
-    check_unpack(keys, values, target, table, form, maps, spans, end, starts)
+    given.check(packs=False)
+    keys, values, target, table, form, maps, spans, end, longest, starts = given
     if target is None and not keys.stride(-1) == values.stride(-1) == 1:
         raise ValueError("lines are decoded to entries whose elements lie one after the other")
-    kv_heads = maps.key_mean.shape[1]
-    if target is None:
-        strides = [*keys.stride()[:3], *values.stride()[:3]]
-    else:
-        strides = [0, 0, keys.shape[-1], 0, 0, values.shape[-1]]
     key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
     exact = max(keys.dtype.itemsize, values.dtype.itemsize) > 2
     if block is None:  # float32 tiles of heads of 256 are too large for the smaller GPUs
         block = 32 if exact and max(form.key_size, form.value_size) > 128 else 64
     _unpack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if target is None else target, table, table if starts is None else starts, spans, end,
-        kv_heads, maps.key_mean, maps.key_dual, maps.value_mean, maps.value_back,
-        0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_dual.shape[0] == 1 else kv_heads, *strides,
+        given.kv_heads, maps.key_mean, maps.key_dual, maps.value_mean, maps.value_back,
+        0 if maps.key_mean.shape[0] == 1 else given.kv_heads, 0 if maps.key_dual.shape[0] == 1 else given.kv_heads,
+        *given.strides,
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
         VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
         KEY_TYPE=TYPES[keys.dtype], VALUE_TYPE=TYPES[values.dtype],
