@@ -116,7 +116,7 @@ def probe_kernels() -> list[tuple[str, dict[str, float]]]:
 
             def call(key, part=part, distance=distance, sums=sums, queries=queries, columns=columns):
                 return lambda: kernels.probe_reductions(
-                    queries[:, :, part], key, query_columns=columns[None, part], distance=distance, sums=sums
+                    queries[:, :, part], key, kernels.Probes(columns[None, part], distance=distance, sums=sums)
                 )
 
             seconds = device_seconds([call(key) for key in keys], 10)

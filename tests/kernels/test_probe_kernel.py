@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from refreekv.core import reductions
+from refreekv.core.reductions import Probes
 from refreekv.kernels import ops, probe_blocks, probe_reductions
 from refreekv.kernels.probe import launch_probe_reductions
 
@@ -94,15 +95,12 @@ def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, devic
     scaling, distance, softcap = 0.17, setting.get("distance", 0), setting.get("softcap")
     if which == "kernel":
         given = columns if setting.get("gaps") else None
-        got = launch_probe_reductions(query, key, at, given, valid, real, scaling, distance, softcap, sinks)
+        got = launch_probe_reductions(query, key, Probes(at, given, valid, real, scaling, distance, softcap, sinks))
     else:
         reduce = (reductions if which == "reference" else probe_blocks).probe_reductions
         if which != "reference" and device != "cpu":
             pytest.skip("blocks are for the CPU")
-        got = reduce(
-            query, key, query_columns=at, columns=columns, valid=valid, query_real=real,
-            scaling=scaling, distance=distance, softcap=softcap, sink_logits=sinks,
-        )  # fmt: skip
+        got = reduce(query, key, Probes(at, columns, valid, real, scaling, distance, softcap, sinks))
     want = whole_rows(
         query, key, at, columns=columns, valid=valid, real=real,
         scaling=scaling, distance=distance, softcap=softcap, sinks=sinks,
@@ -118,7 +116,7 @@ def test_a_hidden_logit_of_any_size_does_no_harm(device):
     key = torch.randn(1, 1, 64, 64, device=device, dtype=torch.float16)
     key[:, :, 40:] = 60 * query[:, :1, -1:].sign()
     at = torch.tensor([[10, 20, 30, 39]], device=device)
-    got = launch_probe_reductions(query, key, at, None, None, None, 1.0, 0, None, None)
+    got = launch_probe_reductions(query, key, Probes(at, scaling=1.0))
     assert all(torch.isfinite(part).all() for part in got)
     assert all((part[..., 40:] == 0).all() for part in got)
 
@@ -135,15 +133,15 @@ def test_the_operator_is_what_torch_expects_of_one():
 def test_the_function_goes_through_the_kernel_on_cuda():
     query, key = torch.randn(1, 4, 3, 64, device="cuda").half(), torch.randn(1, 2, 90, 64, device="cuda").half()
     at = torch.tensor([[5, 50, 89]], device="cuda")
-    got = probe_reductions(query, key, query_columns=at, distance=3)
-    want = reductions.probe_reductions(query, key, query_columns=at, distance=3)
+    got = probe_reductions(query, key, Probes(at, distance=3))
+    want = reductions.probe_reductions(query, key, Probes(at, distance=3))
     for mine, other in zip(got, want, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=2e-3)
 
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 query heads cannot share 2 KV heads"):
-        probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), query_columns=torch.tensor([[8]]))
+        probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), Probes(torch.tensor([[8]])))
 
 
 @pytest.mark.parametrize("which", [launch_probe_reductions, probe_blocks.probe_reductions, reductions.probe_reductions])
@@ -153,12 +151,12 @@ def test_peaks_alone(which, device):
     query, key = torch.randn(2, 4, 9, 64, device=device).half(), torch.randn(2, 2, 200, 64, device=device).half()
     # Every other query of a longer prompt: views, as policies hand them over.
     at = torch.arange(18, device=device)[None, 1::2] * 11
-    whole = reductions.probe_reductions(query, key, query_columns=at, distance=5)
+    whole = reductions.probe_reductions(query, key, Probes(at, distance=5))
     if which is launch_probe_reductions:
-        peak, *rest = which(query, key, at, None, None, None, 0.125, 5, None, None, False)
+        peak, *rest = which(query, key, Probes(at, distance=5, sums=False))
         assert [part.numel() for part in rest] == [0]
     else:
-        peak, *rest = which(query, key, query_columns=at, distance=5, sums=False)
+        peak, *rest = which(query, key, Probes(at, distance=5, sums=False))
         assert rest == [None]
     torch.testing.assert_close(peak, whole.peak, atol=1e-6, rtol=2e-3)
 
@@ -167,10 +165,10 @@ def test_peaks_alone(which, device):
 def test_the_default_type_is_the_user_s(reduce):
     query, key, at = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 90, 16), torch.tensor([[5, 50, 89]])
     valid = torch.arange(90)[None] > 3
-    want = reduce(query, key, query_columns=at, distance=3, valid=valid)
+    want = reduce(query, key, Probes(at, distance=3, valid=valid))
     torch.set_default_dtype(torch.float64)
     try:
-        got = reduce(query, key, query_columns=at, distance=3, valid=valid)
+        got = reduce(query, key, Probes(at, distance=3, valid=valid))
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) and one.dtype == torch.float32 for one, other in zip(got, want, strict=True))

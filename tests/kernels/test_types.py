@@ -7,6 +7,7 @@ from kernels.test_segment_kernels import Segments, run
 from kernels.test_surrogate_kernels import a_layer
 from refreekv.core import reductions
 from refreekv.core.probes import attention_rows
+from refreekv.core.reductions import Probes
 from refreekv.core.surrogates import make, put
 from refreekv.kernels import append, gather, move, ragged_decode, reference
 from refreekv.kernels.decode import launch_ragged_decode
@@ -172,10 +173,9 @@ def test_tables_that_are_none_are_refused(device):
 def test_probe_reductions(stored, asked, device):
     query, key = torch.randn(1, 4, 5, 64, device=device).to(asked), torch.randn(1, 2, 90, 64, device=device).to(stored)
     at = torch.arange(85, 90, device=device)[None]
-    settings = (at, None, None, None, 0.125, 0, None, None)
-    got = launch_probe_reductions(query, key, *settings)
+    got = launch_probe_reductions(query, key, Probes(at, scaling=0.125))
     wide = (query.cpu().double(), key.cpu().double())
-    want = reductions.probe_reductions(*wide, query_columns=at.cpu(), scaling=0.125)
+    want = reductions.probe_reductions(*wide, Probes(at.cpu(), scaling=0.125))
     for mine, other in zip(got, want, strict=True):
         torch.testing.assert_close(mine.cpu(), other, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(attention_rows(query, key), attention_rows(query.float(), key.float()))

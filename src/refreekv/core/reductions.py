@@ -39,28 +39,11 @@ class ProbeReductions(NamedTuple):
         return ProbeReductions(change(self.peak), None if self.mean is None else change(self.mean))
 
 
-def probe_reductions(
-    query: Tensor,
-    key: Tensor,
-    *,
-    query_columns: Tensor,
-    columns: Tensor | None = None,
-    valid: Tensor | None = None,
-    query_real: Tensor | None = None,
-    scaling: float | None = None,
-    distance: int = 0,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    sums: bool = True,
-) -> ProbeReductions:
-    """Per-position peak and mean of the probes' attention.
+class Probes(NamedTuple):
+    """Where probe queries stand, and what of their attention counts.
 
-    Parameters
+    Attributes
     ----------
-    query : Tensor
-        ``[B, H, k, D]``, position-encoded; oldest query first is fastest, any order is right.
-    key : Tensor
-        ``[B, H_kv, n, D]``, position-encoded; ``H % H_kv == 0``.
     query_columns : Tensor
         Integer ``[B | 1, k]``: the logical column of each query.
     columns : Tensor, optional
@@ -80,6 +63,30 @@ def probe_reductions(
         As in `core.probes.attention_rows`.
     sums : bool
         Whether the mean is wanted beside the peak.
+    """
+
+    query_columns: Tensor
+    columns: Tensor | None = None
+    valid: Tensor | None = None
+    query_real: Tensor | None = None
+    scaling: float | None = None
+    distance: int = 0
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    sums: bool = True
+
+
+def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
+    """Per-position peak and mean of the probes' attention.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[B, H, k, D]``, position-encoded; oldest query first is fastest, any order is right.
+    key : Tensor
+        ``[B, H_kv, n, D]``, position-encoded; ``H % H_kv == 0``.
+    probes : Probes
+        Where the queries stand, and what counts.
 
     Returns
     -------
@@ -90,15 +97,16 @@ def probe_reductions(
     ValueError
         If the query heads are no multiple of the KV heads.
     """
-    batch, heads, probes, _ = query.shape
+    batch, heads, count, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     check_heads(heads, kv_heads)
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
     if columns is None:
         columns = torch.arange(length, device=key.device)
     shape = (batch, kv_heads, length)
     peak, total, seen = (torch.zeros(shape, dtype=torch.float32, device=key.device) for _ in range(3))
     group = heads // kv_heads
-    for start in range(0, probes, QUERY_CHUNK):
+    for start in range(0, count, QUERY_CHUNK):
         part = slice(start, start + QUERY_CHUNK)
         at = query_columns[:, part, None]
         real = None if query_real is None else query_real[:, part]

@@ -16,7 +16,7 @@ from refreekv.core import reductions
 from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.needs import Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.core.reductions import ProbeReductions
+from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
@@ -28,6 +28,7 @@ __all__ = [
     "Format",
     "Needs",
     "ProbeReductions",
+    "Probes",
     "append",
     "available",
     "block_linear",
@@ -62,20 +63,7 @@ def _at_once(tensor: Tensor) -> bool:
     return tensor.is_cuda and available() and not torch.compiler.is_compiling()
 
 
-def probe_reductions(
-    query: Tensor,
-    key: Tensor,
-    *,
-    query_columns: Tensor,
-    columns: Tensor | None = None,
-    valid: Tensor | None = None,
-    query_real: Tensor | None = None,
-    scaling: float | None = None,
-    distance: int = 0,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    sums: bool = True,
-) -> ProbeReductions:
+def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
     """Per-position peak and mean of the probes' attention, ``[B, H_kv, n]`` float32 each.
 
     Parameters, results and errors are those of `core.reductions.probe_reductions`, the plain version.
@@ -83,26 +71,14 @@ def probe_reductions(
     and one float32 a query, head and split of the keys. On a CPU it goes in blocks (`probe_blocks`).
     """
     reductions.check_heads(query.shape[1], key.shape[1])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    extra = (columns, valid, query_real, scaling, distance, softcap, sink_logits)
+    if probes.scaling is None:
+        probes = probes._replace(scaling=query.shape[-1] ** -0.5)
     if key.is_cuda and available():
         reduce = ops.probe_reductions_on_cuda if _at_once(key) else ops.probe_reductions_op
-        peak, mean = reduce(query, key, query_columns, *extra, sums)
-        return ProbeReductions(peak, mean if sums else None)
+        peak, mean = reduce(query, key, *probes)
+        return ProbeReductions(peak, mean if probes.sums else None)
     plain = probe_blocks.probe_reductions if key.device.type == "cpu" else reductions.probe_reductions
-    return plain(
-        query,
-        key,
-        query_columns=query_columns,
-        columns=columns,
-        valid=valid,
-        query_real=query_real,
-        scaling=scaling,
-        distance=distance,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        sums=sums,
-    )
+    return plain(query, key, probes)
 
 
 def needed(

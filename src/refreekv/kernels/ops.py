@@ -31,19 +31,8 @@ def probe_reductions_op(
     sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """`core.reductions.probe_reductions` as an operator; a mean that is not asked for is empty."""
-    found = reductions.probe_reductions(
-        query,
-        key,
-        query_columns=query_columns,
-        columns=columns,
-        valid=valid,
-        query_real=query_real,
-        scaling=scaling,
-        distance=distance,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        sums=sums,
-    )
+    given = reductions.Probes(query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums)
+    found = reductions.probe_reductions(query, key, given)
     return found.peak, key.new_empty(0, dtype=torch.float32) if found.mean is None else found.mean
 
 
@@ -52,7 +41,7 @@ def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Te
     """`probe_reductions_op` in Triton, without the operator around it."""
     from refreekv.kernels.probe import launch_probe_reductions
 
-    return launch_probe_reductions(query, key, *rest)
+    return launch_probe_reductions(query, key, reductions.Probes(*rest))
 
 
 @probe_reductions_op.register_fake

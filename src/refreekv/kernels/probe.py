@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.core.reductions import Probes
 from refreekv.kernels.device_guard import on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -252,27 +253,18 @@ def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
 
 @on_its_device
 def launch_probe_reductions(
-    query: Tensor,
-    key: Tensor,
-    query_columns: Tensor,
-    columns: Tensor | None,
-    valid: Tensor | None,
-    query_real: Tensor | None,
-    scaling: float,
-    distance: int,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-    sums: bool = True,
-    tiles: tuple[Tile, Tile] | None = None,
+    query: Tensor, key: Tensor, probes: Probes, tiles: tuple[Tile, Tile] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels; parameters as in `core.reductions.probe_reductions`, without defaults.
+    """Run the kernels; parameters as in `core.reductions.probe_reductions`.
 
     Without ``sums`` the mean is empty. ``tiles`` is there to be measured.
     """
-    batch, heads, probes, head_size = query.shape
+    batch, heads, count, head_size = query.shape
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
+    scaling = head_size**-0.5 if scaling is None else scaling
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    rows = group * probes
+    rows = group * count
     if query.dtype != key.dtype:  # as of a model that was moved to another type: products are of one
         widest = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(widest), key.to(widest)
@@ -282,7 +274,7 @@ def launch_probe_reductions(
         key = key.contiguous()
     # A query at padding stands before every key.
     at = query_columns if query_real is None else query_columns.where(query_real, -1)
-    at = at.expand(batch, probes)
+    at = at.expand(batch, count)
     shown = None
     if valid is not None:
         shown = (valid[:, None] if valid.dim() == 2 else valid).expand(batch, kv_heads, length).contiguous()
@@ -310,7 +302,7 @@ def launch_probe_reductions(
     inputs = (query, key, at, at if place is None else place, at if shown is None else shown)
     cap = 1.0 if softcap is None else softcap
     _denominator_kernel[(blocks, splits, batch * kv_heads)](
-        *inputs, partial, probes, length, kv_heads, split_keys, rows, scaling, cap, *strides,
+        *inputs, partial, count, length, kv_heads, split_keys, rows, scaling, cap, *strides,
         BLOCK_M=one.block_m, BLOCK_N=one.block_n, **one.options, **settings,
     )  # fmt: skip
     whole = partial
@@ -325,8 +317,8 @@ def launch_probe_reductions(
         torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums)
     )
     _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
-        *inputs, whole, peak, mean, probes, length, kv_heads, rows, distance, scaling, cap, *strides,
-        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(probes, 2)), SUMS=sums,
+        *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, *strides,
+        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(count, 2)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
     return peak, mean

@@ -9,7 +9,7 @@ widened once.
 import torch
 from torch import Tensor
 
-from refreekv.core.reductions import ProbeReductions, check_heads
+from refreekv.core.reductions import ProbeReductions, Probes, check_heads
 
 BLOCK = 2**19
 """Probabilities of a block for each thread: with the logits before them, 4 MiB."""
@@ -21,22 +21,10 @@ WIDENED = 2**24
 """Most numbers of half-precision keys that are there in float32, too, unless one KV head has more."""
 
 
-def probe_reductions(
-    query: Tensor,
-    key: Tensor,
-    *,
-    query_columns: Tensor,
-    columns: Tensor | None = None,
-    valid: Tensor | None = None,
-    query_real: Tensor | None = None,
-    scaling: float | None = None,
-    distance: int = 0,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    sums: bool = True,
-) -> ProbeReductions:
+def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
     """`core.reductions.probe_reductions`: its parameters, results and errors."""
-    batch, heads, probes, dim = query.shape
+    batch, heads, count, dim = query.shape
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
     kv_heads, length = key.shape[1], key.shape[2]
     check_heads(heads, kv_heads)
     group = heads // kv_heads
@@ -44,7 +32,7 @@ def probe_reductions(
     seen, counted = (_keys_up_to(query_columns - back, columns, length) for back in (0, distance))
     if query_real is not None:
         seen, counted, query_real = torch.broadcast_tensors(seen, counted, query_real)
-    query = (query.float() * (dim**-0.5 if scaling is None else scaling)).view(batch, kv_heads, group, probes, dim)
+    query = (query.float() * (dim**-0.5 if scaling is None else scaling)).view(batch, kv_heads, group, count, dim)
     sinks = None if sink_logits is None else sink_logits.float().view(-1, kv_heads, group, 1).expand(batch, -1, -1, -1)
     shape = (batch, kv_heads, length)
     # Types are said everywhere: PyTorch's default type is the user's.
@@ -54,7 +42,7 @@ def probe_reductions(
     at_once = kv_heads if key.dtype == torch.float32 else max(1, min(kv_heads, WIDENED // (length * dim)))
     at_once = max(1, min(at_once, most // (LEAST_ROWS * length)))
     step = max(1, most // (at_once * group * length), -(-LEAST_ROWS // (at_once * group)))
-    scratch = peak.new_empty(2, at_once * group * min(step, probes) * length)
+    scratch = peak.new_empty(2, at_once * group * min(step, count) * length)
     for row in range(batch):
         line = row % len(seen)  # one for all rows, or one each
         for first in range(0, kv_heads, at_once):

@@ -13,7 +13,7 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.probes import attention_rows
 from refreekv.core.quantisation import SINKS, Ladder
-from refreekv.core.reductions import ProbeReductions
+from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.kernels import kept_first, probe_reductions, put_surrogates
@@ -297,10 +297,8 @@ def _reductions(
     if not plan.count:
         return None
     queries = entries.queries.planned(plan)
-    return probe_reductions(
-        queries.states,
-        entries.keys,
-        query_columns=queries.columns,
+    probes = Probes(
+        queries.columns,
         columns=None if entries.gapless else entries.columns,
         valid=entries.valid,
         query_real=queries.real,
@@ -310,6 +308,7 @@ def _reductions(
         sink_logits=call.sink_logits,
         sums=sums,
     )
+    return probe_reductions(queries.states, entries.keys, probes)
 
 
 def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:
