@@ -54,11 +54,11 @@ STEP = 2
 
 
 class Noting(Verification):
-    """Tries every rung, and notes the divergence of each token that is read again."""
+    """Tries every step, and notes the divergence of each token that is read again."""
 
     def __init__(self, rungs: Sequence[Policy]):
         super().__init__(rungs[0], Recheck())
-        self.rungs = [*rungs, policies.create("full")]
+        self.steps = [*rungs, policies.create("full")]
         self.found: list[list[float]] = []
 
     def _difference(self, reference: Tensor, logits: Tensor, counted: Tensor | None) -> float:

@@ -47,4 +47,4 @@ def test_check_my_model(folder, tmp_path, monkeypatch, capsys):
             if arguments[0] == "check":
                 assert "refreekv.compress(model" in done.out
     assert (tmp_path / "calibration.json").is_file()
-    assert "rung 1 of" in shown, "a prompt of some characters is kept whole"
+    assert "step 1 of" in shown, "a prompt of some characters is kept whole"

@@ -84,17 +84,17 @@ class Verified:
 
     Attributes
     ----------
-    rung : int
-        Which rung passed, from 0 on: the policy as it was asked for, then stricter ones.
-    rungs : int
+    step : int
+        Which step passed, from 0 on: the policy as it was asked for, then stricter ones.
+    steps : int
         How many there are; the last one keeps everything.
     policy : str
-        The policy of the rung that passed.
+        The policy of the step that passed.
     allowed : float
         Damage, in nats a token, that was allowed.
     tried : tuple of float
-        Damage of the rungs that were tried, in order: of the worst row of the batch, the mean over tokens. The last
-        rung is not tried.
+        Damage of the steps that were tried, in order: of the worst row of the batch, the mean over tokens. The last
+        step is not tried.
     tokens : int
         Tokens that were read again.
     where : str
@@ -103,8 +103,8 @@ class Verified:
         Why nothing could be read again, so that everything was kept; empty: it could.
     """
 
-    rung: int
-    rungs: int
+    step: int
+    steps: int
     policy: str
     allowed: float
     tried: tuple[float, ...] = ()
@@ -115,8 +115,8 @@ class Verified:
     def __str__(self) -> str:
         if self.reason:
             return f"not verified ({self.reason}): everything is kept"
-        said = f"rung {self.rung + 1} of {self.rungs} ({self.policy})"
-        if self.rung == self.rungs - 1:
+        said = f"step {self.step + 1} of {self.steps} ({self.policy})"
+        if self.step == self.steps - 1:
             least = f"; damage of what was tried: {', '.join(f'{one:.2g}' for one in self.tried)}" if self.tried else ""
             return f"{said}, allowed {self.allowed:g} nats{least}"
         part = {"prompt": "the prompt's last", "answer": "the answer's first"}[self.where]

@@ -10,7 +10,7 @@ import checkpoints
 import verify
 from helpers.models import build, characters
 from refreekv import policies
-from refreekv.engines.transformers.verifying import rungs_of
+from refreekv.engines.transformers.verifying import steps_of
 
 RUNGS = [one.spec for one in verify.at_factors(policies.create("adaptive"), verify.FACTORS)]
 
@@ -33,8 +33,8 @@ FINE = line("fine", [0.01] * 9, [0.001] * 9)
 
 def test_a_step_is_the_step_of_the_library():
     base = policies.parse(RUNGS[0])
-    assert [one.spec for one in rungs_of(base)[:-1]] == RUNGS[: 2 * verify.STEP + 1 : verify.STEP]
-    assert len(rungs_of(base)) == 4
+    assert [one.spec for one in steps_of(base)[:-1]] == RUNGS[: 2 * verify.STEP + 1 : verify.STEP]
+    assert len(steps_of(base)) == 4
 
 
 def test_rungs_that_would_have_been_chosen():

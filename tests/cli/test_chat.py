@@ -230,10 +230,10 @@ def test_verified_turns(loaded, chunk):
         answers = [conversation.say(words(count, count)).answer for conversation in (strict, loose, full)]
         assert answers[0] == answers[2]
     assert strict.report.verified.policy == "full"
-    assert loose.report.verified.rung == 0
+    assert loose.report.verified.step == 0
     assert loose.report.bytes_after < full.report.bytes_after
-    assert "rung 1 of 4" in str(status_of(loose.turns[-1]))
-    assert "rung" not in str(status_of(full.turns[-1]))
+    assert "step 1 of 4" in str(status_of(loose.turns[-1]))
+    assert "step" not in str(status_of(full.turns[-1]))
 
 
 def test_without_a_template_the_text_goes_on(tmp_path):

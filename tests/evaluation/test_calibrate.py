@@ -15,13 +15,13 @@ from refreekv.engines.transformers import identity
 from refreekv.evaluation.checking import calibrate as calibrating
 from refreekv.evaluation.data.samples import Sample
 
-RUNGS = ("full", "adaptive:constant=0.0001", "adaptive", "adaptive:constant=0.0004")
+STEPS = ("full", "adaptive:constant=0.0001", "adaptive", "adaptive:constant=0.0004")
 
 
 def made(model, losses, risk=0.05, damage=0.02, **changes):
     given = {
         "model": identity.described(model),
-        "rungs": RUNGS,
+        "steps": STEPS,
         "losses": tuple(map(tuple, losses)),
         "shares": (1.0, 0.6, 0.5, 0.4),
         "risk": risk,
@@ -41,16 +41,16 @@ def other():
 
 
 def test_the_loosest_rung_that_keeps_the_risk(llama):
-    assert made(llama, QUIET).rung == 3
+    assert made(llama, QUIET).step == 3
     # One of 39 damaged: (1 + 1) / 40 = 0.05.
-    assert made(llama, [*QUIET, [0.0, 0.0, 0.01, 0.03]]).rung == 3
-    assert made(llama, [*QUIET, [0.0, 0.0, 0.03, 0.0]]).rung == 3
+    assert made(llama, [*QUIET, [0.0, 0.0, 0.01, 0.03]]).step == 3
+    assert made(llama, [*QUIET, [0.0, 0.0, 0.03, 0.0]]).step == 3
     two = made(llama, [*QUIET[1:], [0.0, 0.0, 0.01, 0.03], [0.0, 0.0, 0.01, 0.03]])
-    assert two.rung == 2
+    assert two.step == 2
     assert two.policy() == policies.create("adaptive")
     assert two.bounds == [1 / 40, 1 / 40, 1 / 40, 3 / 40]
     none = made(llama, [[0.0, 1.0, 1.0, 1.0]] * 40)
-    assert none.rung == 0
+    assert none.step == 0
     assert none.policy() == policies.create("full")
     assert "nothing looser keeps that risk" in str(none)
 
@@ -58,11 +58,11 @@ def test_the_loosest_rung_that_keeps_the_risk(llama):
 def test_the_full_cache_does_no_damage_however_it_differs_from_itself(llama):
     noisy = made(llama, [[0.5, 0.001, 0.001, 0.001]] * 40)
     assert noisy.noisy == 40
-    assert noisy.rung == 3
+    assert noisy.step == 3
 
 
 def test_what_is_no_number_is_damage(llama):
-    assert made(llama, [[0.0, 0.0, 0.0, float("nan")]] * 40).rung == 2
+    assert made(llama, [[0.0, 0.0, 0.0, float("nan")]] * 40).step == 2
 
 
 @pytest.mark.parametrize(("risk", "needed"), [(0.05, 19), (0.01, 99)])
@@ -88,7 +88,7 @@ def test_a_file_and_back(llama, tmp_path):
         before, model=json.loads(json.dumps(before.model))
     )
     written = json.loads((tmp_path / "c.json").read_text())
-    assert written["chosen"] == before.rungs[before.rung]
+    assert written["chosen"] == before.steps[before.step]
     assert {"format", "version", "model", "losses", "risk", "damage"} <= set(written)
 
 
@@ -164,18 +164,18 @@ def measured(llama):
 
 
 def test_calibrating_a_model(measured, llama):
-    assert measured.rungs[0] == "full"
-    constants = [policies.parse(rung).constant for rung in measured.rungs[1:]]
+    assert measured.steps[0] == "full"
+    constants = [policies.parse(step).constant for step in measured.steps[1:]]
     assert constants == sorted(constants)
     assert constants[4] == 0.01
-    assert list(measured.shares) == sorted(measured.shares, reverse=True), "looser rungs hold fewer bytes"
+    assert list(measured.shares) == sorted(measured.shares, reverse=True), "looser steps hold fewer bytes"
     assert measured.shares[0] == 1.0
     assert measured.prompts == 12
-    damaged = [sum(row[at] for row in measured.damaged) for at in range(len(measured.rungs))]
+    damaged = [sum(row[at] for row in measured.damaged) for at in range(len(measured.steps))]
     assert damaged[1] < damaged[-1], "the loosest hurts more than the strictest"
-    assert measured.bounds[measured.rung] <= 0.2
-    if measured.rung + 1 < len(measured.rungs):
-        assert measured.bounds[measured.rung + 1] > 0.2
+    assert measured.bounds[measured.step] <= 0.2
+    if measured.step + 1 < len(measured.steps):
+        assert measured.bounds[measured.step + 1] > 0.2
     assert refreekv.ReFreeKVCache(llama, calibration=measured).policy == measured.policy()
 
 
@@ -234,7 +234,7 @@ def test_the_commands(refree, folder, file, tmp_path):
     chosen = json.loads(out.read_text())["chosen"]
     as_json = json.loads(refree("calibrate", str(folder), *asked, "--json").out)
     assert as_json["chosen"] == chosen
-    assert [one["policy"] for one in as_json["rungs"]] == json.loads(out.read_text())["rungs"]
+    assert [one["policy"] for one in as_json["steps"]] == json.loads(out.read_text())["steps"]
     said = ["--prompt", words(60, 3), "--max-new-tokens", "3", "--calibration", str(out)]
     answer = json.loads(refree("generate", "--model", str(folder), *said, "--json").out)
     assert answer["policy"] == chosen

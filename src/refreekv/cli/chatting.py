@@ -54,7 +54,7 @@ class Status:
             parts.append(f"K/V {format_bytes(after)} of {format_bytes(before)}")
             parts.append(f"budget {self.report.budget:.1%}")
             if (verified := self.report.verified) is not None:
-                parts.append("not verified" if verified.reason else f"rung {verified.rung + 1} of {verified.rungs}")
+                parts.append("not verified" if verified.reason else f"step {verified.step + 1} of {verified.steps}")
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
         return " · ".join([*parts, *filter(None, [self.note])])

@@ -16,7 +16,7 @@ VERSION = 1
 """Of the format: another number is another format."""
 
 FULL = "full"
-"""The policy that loses nothing: the first rung of every calibration."""
+"""The policy that loses nothing: the first step of every calibration."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Calibration:
     ----------
     model : dict
         Which model it was made for (`engines.transformers.identity`).
-    rungs : tuple of str
+    steps : tuple of str
         Policies from strict to loose, the first of which keeps everything as it is.
     kv_dtype : str or None
-        How all rungs but the first store what they keep: ``"auto"``, as their policy has it; a format; None: as the
+        How all steps but the first store what they keep: ``"auto"``, as their policy has it; a format; None: as the
         model computes it.
     losses : tuple of tuple of float
-        ``[n, rungs]``: damage of each prompt, as it was measured.
+        ``[n, steps]``: damage of each prompt, as it was measured.
     shares : tuple of float
-        By rung, K/V bytes held as a share of the full cache's.
+        By step, K/V bytes held as a share of the full cache's.
     risk, damage : float
         What was asked for.
     continuation : int
@@ -50,11 +50,11 @@ class Calibration:
     Raises
     ------
     ValueError
-        Numbers out of range, or losses that do not go with the rungs.
+        Numbers out of range, or losses that do not go with the steps.
     """
 
     model: Mapping[str, Any]
-    rungs: tuple[str, ...]
+    steps: tuple[str, ...]
     losses: tuple[tuple[float, ...], ...]
     shares: tuple[float, ...]
     risk: float
@@ -67,10 +67,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_asked(self.risk, self.damage)
-        if not self.rungs or self.rungs[0] != FULL:
-            raise ValueError(f"the first rung has to be {FULL!r}, which loses nothing")
-        if len(self.shares) != len(self.rungs) or any(len(row) != len(self.rungs) for row in self.losses):
-            raise ValueError("each prompt needs a loss, and each rung a share, for every rung")
+        if not self.steps or self.steps[0] != FULL:
+            raise ValueError(f"the first step has to be {FULL!r}, which loses nothing")
+        if len(self.shares) != len(self.steps) or any(len(row) != len(self.steps) for row in self.losses):
+            raise ValueError("each prompt needs a loss, and each step a share, for every step")
         check_enough(len(self.losses), self.risk)
 
     @property
@@ -80,7 +80,7 @@ class Calibration:
 
     @property
     def damaged(self) -> list[list[float]]:
-        """By prompt and rung, 1 where the damage is more than is allowed; the first rung, the full cache, does none."""
+        """By prompt and step, 1 where the damage is more than is allowed; the first step, the full cache, does none."""
         return [[0.0, *(float(not loss <= self.damage) for loss in row[1:])] for row in self.losses]
 
     @property
@@ -90,35 +90,35 @@ class Calibration:
 
     @property
     def bounds(self) -> list[float]:
-        """By rung, what has to be at most the risk: the share of prompts damaged, with the finite-sample correction."""
+        """By step, what has to be at most the risk: the share of prompts damaged, with the finite-sample correction."""
         return bounds.corrected_risks(self.damaged)
 
     @property
-    def rung(self) -> int:
-        """Number of the rung that is chosen."""
+    def step(self) -> int:
+        """Number of the step that is chosen."""
         return bounds.loosest(self.damaged, self.risk)
 
     def policy(self) -> Policy:
-        """The policy of the rung that is chosen."""
-        return parse(self.rungs[self.rung])
+        """The policy of the step that is chosen."""
+        return parse(self.steps[self.step])
 
     def stored(self) -> str | None:
         """How it is stored, as `compress` takes it."""
-        return self.kv_dtype if self.rung else None
+        return self.kv_dtype if self.step else None
 
     def __str__(self) -> str:
-        name = self.rungs[self.rung] + (f", {self.kv_dtype or 16}" if self.rung and self.kv_dtype != AUTO else "")
+        name = self.steps[self.step] + (f", {self.kv_dtype or 16}" if self.step and self.kv_dtype != AUTO else "")
         said = (
-            f"{name}: {self.shares[self.rung]:.0%} of the bytes; on prompts like these {self.prompts}, at most "
+            f"{name}: {self.shares[self.step]:.0%} of the bytes; on prompts like these {self.prompts}, at most "
             f"{self.risk:.1%} are expected to have more than {self.damage:g} nats of damage"
         )
-        return said if self.rung else f"{said}: nothing looser keeps that risk"
+        return said if self.step else f"{said}: nothing looser keeps that risk"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file."""
         found = {"format": FORMAT, "version": VERSION, **asdict(self)}
         # For readers; computed anew when the file is read.
-        found["chosen"] = self.rungs[self.rung]
+        found["chosen"] = self.steps[self.step]
         Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -158,13 +158,13 @@ class Calibration:
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in found.items() if name in known}
         given["model"] = {name: found["model"][name] for name in ("name", "shape", "weights")}
-        given["rungs"] = tuple(map(str, found["rungs"]))
+        given["steps"] = tuple(map(str, found["steps"]))
         given["shares"] = tuple(map(float, found["shares"]))
         given["losses"] = tuple(tuple(map(float, row)) for row in found["losses"])
         made = cls(**given)
         ladder_for(made.policy(), made.kv_dtype)
-        if found["chosen"] != made.rungs[made.rung]:
-            raise ValueError(f"it says {found['chosen']!r} and its losses say {made.rungs[made.rung]!r}")
+        if found["chosen"] != made.steps[made.step]:
+            raise ValueError(f"it says {found['chosen']!r} and its losses say {made.steps[made.step]!r}")
         return made
 
 

@@ -43,8 +43,8 @@ def at_factors(policy: Policy, factors: Sequence[float]) -> list[Policy]:
         A policy without a dial.
     """
     scaled(policy, 1.0)  # whether it has one
-    rungs = []
+    steps = []
     for factor in factors:
         with contextlib.suppress(ValueError):
-            rungs.append(scaled(policy, factor))
-    return rungs
+            steps.append(scaled(policy, factor))
+    return steps

@@ -32,7 +32,7 @@ class ServerMetrics(Collector):
             yield _gauge("latest_full_cache_bytes", "Bytes that a full cache would have had.", latest.bytes_before)
             if latest.verified is not None:
                 yield _gauge(
-                    "latest_rung", "Rung of the latest answer's verification, from 0 on.", latest.verified.rung
+                    "latest_step", "Step of the latest answer's verification, from 0 on.", latest.verified.step
                 )
             yield _gauge("latest_tokens_per_second", "Speed of the latest answer.", counts.tokens_per_second)
         yield _counter("prompt_tokens", "Tokens of prompts.", counts.prompt_tokens)

@@ -13,7 +13,7 @@ from refreekv import ReFreeKVCache, policies
 from refreekv.engines.transformers import verifying
 from refreekv.engines.transformers.read_again import ANSWER, DAMAGE, PROMPT, Recheck
 from refreekv.engines.transformers.read_again import TOKENS as COUNTS
-from refreekv.engines.transformers.verifying import rungs_of
+from refreekv.engines.transformers.verifying import steps_of
 from refreekv.policies.base import ladder_for
 from refreekv.serving.conversations import Conversations
 
@@ -38,7 +38,7 @@ def following(model, cache, tokens=6, seed=9, rows=1):
 
 
 def readings(model, cache, monkeypatch, **call):
-    """Logits that a verification compares: over everything, then over each rung."""
+    """Logits that a verification compares: over everything, then over each step."""
     found = []
     original = verifying.Verification._read
 
@@ -123,7 +123,7 @@ def test_a_first_rung_that_passes_is_the_policy(policy, lengths, llama):
     verified, plain = ReFreeKVCache(llama, policy, verify=1e9), ReFreeKVCache(llama, policy)
     for cache in (verified, plain):
         read(llama, cache, lengths)
-    assert verified.report.verified.rung == 0
+    assert verified.report.verified.step == 0
     assert len(verified.report.verified.tried) == 1
     for row in range(len(lengths)):
         assert verified.kept_ranges(row) == plain.kept_ranges(row)
@@ -142,7 +142,7 @@ def test_the_last_rung_is_the_full_cache(policy, lengths, kv_dtype):
     for one in (cache, full):
         read(model, one, lengths)
     verified = cache.report.verified
-    assert verified.rung == verified.rungs - 1
+    assert verified.step == verified.steps - 1
     assert verified.policy == "full"
     assert all(damage > 1e-9 for damage in verified.tried)
     rows = len(lengths)
@@ -155,7 +155,7 @@ def test_the_last_rung_is_the_full_cache(policy, lengths, kv_dtype):
 
 
 def test_surrogates_of_a_rung_that_failed_are_taken_back(llama):
-    """They are written over evicted entries of the very tensors that the next rung starts from."""
+    """They are written over evicted entries of the very tensors that the next step starts from."""
     cache, full = ReFreeKVCache(llama, HARSH, verify=1e-9), ReFreeKVCache(llama, "full")
     for one in (cache, full):
         read(llama, one)
@@ -175,17 +175,17 @@ def test_a_middle_rung(llama):
     damages = tried.report.verified.tried
     assert damages[0] > damages[1] > damages[2], "stricter constants do less damage"
     between = (damages[0] * damages[1]) ** 0.5
-    cache, plain = ReFreeKVCache(llama, base, verify=between), ReFreeKVCache(llama, rungs_of(base)[1])
+    cache, plain = ReFreeKVCache(llama, base, verify=between), ReFreeKVCache(llama, steps_of(base)[1])
     for one in (cache, plain):
         read(llama, one)
     report = cache.report
-    assert report.verified.rung == 1
+    assert report.verified.step == 1
     assert report.verified.tried == pytest.approx(damages[:2])
-    assert report.verified.policy == rungs_of(base)[1].spec
+    assert report.verified.policy == steps_of(base)[1].spec
     assert cache.kept_ranges() == plain.kept_ranges()
     torch.testing.assert_close(following(llama, cache), following(llama, plain))
-    assert "verified: rung 2 of 4" in str(report)
-    assert report.to_dict()["verified"]["rung"] == 1
+    assert "verified: step 2 of 4" in str(report)
+    assert report.to_dict()["verified"]["step"] == 1
 
 
 def test_a_row_that_is_hurt_decides_for_all(llama):
@@ -205,7 +205,7 @@ def test_nothing_is_read_where_nothing_goes(llama, monkeypatch):
     monkeypatch.setattr(verifying.Verification, "_read", lambda *args: pytest.fail("nothing is to be read"))
     cache = ReFreeKVCache(llama, verify=True)  # keeps short prompts whole
     read(llama, cache)
-    assert cache.report.verified.rung == 0
+    assert cache.report.verified.step == 0
     assert cache.report.verified.tried == (0.0,)
 
 
@@ -229,7 +229,7 @@ def test_chunks(llama):
 @pytest.mark.parametrize("policy", [CUT, HARSH])
 @pytest.mark.parametrize("arena", [False, True])
 def test_turns(policy, kv_dtype, arena):
-    """A later turn evicts from what is left; its last rung keeps all of that."""
+    """A later turn evicts from what is left; its last step keeps all of that."""
     model = build("llama", attention="sdpa", hidden_size=128)
 
     def turns(verify):
@@ -243,11 +243,11 @@ def test_turns(policy, kv_dtype, arena):
         return cache
 
     passed, plain = turns(1e9), turns(False)
-    assert passed.report.verified.rung == 0
+    assert passed.report.verified.step == 0
     assert passed.kept_ranges() == plain.kept_ranges()
     torch.testing.assert_close(following(model, passed), following(model, plain), atol=1e-5, rtol=1e-4)
     kept = turns(1e-9)
-    assert kept.report.verified.rung == kept.report.verified.rungs - 1
+    assert kept.report.verified.step == kept.report.verified.steps - 1
     assert all(head == ((0, LENGTH + 45),) for layer in kept.kept_ranges() for head in layer)
 
 
@@ -262,7 +262,7 @@ def test_generate_prunes_where_the_prompt_ends(llama):
     plain, _ = answer()
     passed, report = answer(verify=1e9)
     assert torch.equal(passed, plain)
-    assert report.verified.rung == 0
+    assert report.verified.step == 0
     full = llama.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     kept, report = answer(verify=1e-9)
     assert torch.equal(kept, full)
@@ -432,12 +432,12 @@ def test_after_an_error_the_full_cache_is_there(llama, monkeypatch):
 
 def test_rungs():
     base = policies.create("adaptive")
-    found = rungs_of(base)
+    found = steps_of(base)
     assert found[0] is base
     assert [one.constant for one in found[:-1]] == [base.constant, base.constant / 4, base.constant / 16]
     assert found[-1] == policies.create("full")
-    assert rungs_of(policies.parse(CUT)) == [policies.parse(CUT), policies.create("full")]
-    assert len(rungs_of(policies.create("adaptive", constant=0.0))) == 2
+    assert steps_of(policies.parse(CUT)) == [policies.parse(CUT), policies.create("full")]
+    assert len(steps_of(policies.create("adaptive", constant=0.0))) == 2
 
 
 def test_the_models_of_these_tests_have_more_tokens_than_are_read():
@@ -474,7 +474,7 @@ def test_the_beginning_of_the_answer_is_the_full_caches(llama, policy, rows, are
     tokens, loose = answer(1e9)
     # One more: it comes out of the call that brings the last of them.
     assert torch.equal(tokens[:, : EARLY + 1], wanted[:, : EARLY + 1])
-    assert loose.report.verified.rung == 0
+    assert loose.report.verified.step == 0
     assert loose.report.verified.tokens == EARLY
     assert f"answer's first {EARLY} tokens" in str(loose.report)
     plain = ReFreeKVCache(llama, policy)
@@ -539,7 +539,7 @@ def test_until_then_everything_is_held_and_no_longer(llama):
         following(llama, full, 1, seed=at)
     assert not cache.state.verification.pending
     assert cache.report.bytes_after < 0.7 * full.report.bytes_after
-    assert cache.report.verified.rung == 0
+    assert cache.report.verified.step == 0
 
 
 def test_a_short_answer_is_read_when_the_next_prompt_comes(llama):
@@ -557,7 +557,7 @@ def test_a_short_answer_is_read_when_the_next_prompt_comes(llama):
 
     passed, _ = turns(verify="answer:damage=1e9")
     assert passed.report.verified.tokens == 5
-    assert passed.report.verified.rung == 0
+    assert passed.report.verified.step == 0
     assert any(len(head) > 1 for layer in passed.kept_ranges() for head in layer), "the first prompt was pruned"
     kept, logits = turns(verify="answer:damage=1e-9")
     full = ReFreeKVCache(llama, "full")

@@ -95,9 +95,9 @@ def calibrate(
 
 
 def _summary(found: "Calibration") -> dict[str, object]:
-    rungs = [
-        {"policy": rung, "bytes_share": share, "damaged": sum(row[at] for row in found.damaged), "bound": bound}
-        for at, (rung, share, bound) in enumerate(zip(found.rungs, found.shares, found.bounds, strict=True))
+    steps = [
+        {"policy": step, "bytes_share": share, "damaged": sum(row[at] for row in found.damaged), "bound": bound}
+        for at, (step, share, bound) in enumerate(zip(found.steps, found.shares, found.bounds, strict=True))
     ]
     return {
         "model": found.model["name"],
@@ -105,9 +105,9 @@ def _summary(found: "Calibration") -> dict[str, object]:
         "risk": found.risk,
         "damage": found.damage,
         "kv_dtype": found.kv_dtype,
-        "chosen": found.rungs[found.rung],
+        "chosen": found.steps[found.step],
         "noisy": found.noisy,
-        "rungs": rungs,
+        "steps": steps,
     }
 
 
@@ -120,11 +120,11 @@ def _show(found: "Calibration", out: Path) -> None:
     console = Console(highlight=False)
     stored = "" if found.kv_dtype == "auto" else f", {found.kv_dtype or 16}"
     rows = []
-    for at, rung in enumerate(found.rungs):
+    for at, step in enumerate(found.steps):
         hurt = sum(row[at] for row in found.damaged)
-        mark = "◀ chosen" if at == found.rung else ""
+        mark = "◀ chosen" if at == found.step else ""
         share, bound = f"{found.shares[at]:.0%}", f"{found.bounds[at]:.3f}"
-        rows.append((rung + (stored if at else ""), share, f"{hurt:.0f} of {found.prompts}", bound, mark))
+        rows.append((step + (stored if at else ""), share, f"{hurt:.0f} of {found.prompts}", bound, mark))
     console.print(views.table(("", "bytes", "damaged", f"bound (≤ {found.risk:g})", ""), rows, left=(0, 4), gap=2))
     console.print()
     console.print(Text(str(found), style="bold"))

@@ -224,4 +224,4 @@ def _calibrated(model: str, policy: str, calibration: str) -> str:
             f"{calibration} was made with --kv-dtype {made.stored()}, and the plugin for vLLM stores what is kept as "
             "it is: calibrate without"
         )
-    return made.rungs[made.rung]
+    return made.steps[made.step]

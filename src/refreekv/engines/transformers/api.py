@@ -301,8 +301,8 @@ def compress(
         a number given in place of True, or the damage of the calibration), the policy is asked again at a quarter and
         at a sixteenth of its constant, and in the end everything is kept. ``"answer"``: the first 16 tokens of the
         answer are generated over everything, and read again in place of the prompt's; that sees what only the answer
-        needs. ``"answer:damage=0.05,tokens=8"``: other numbers. The report says which rung it was. Costs a short call
-        for what everything predicts, and one a rung; until then all layers hold the prompt in full, beside one
+        needs. ``"answer:damage=0.05,tokens=8"``: other numbers. The report says which step it was. Costs a short call
+        for what everything predicts, and one a step; until then all layers hold the prompt in full, beside one
         compressed copy.
     **parameters
         Parameters of a policy given by name.

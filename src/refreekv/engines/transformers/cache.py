@@ -143,7 +143,7 @@ class PrunedCache(DynamicCache):
                 )
 
     def store_exactly(self) -> None:
-        """Code nothing that is not coded yet, of this prompt and from now on: the last rung of a verification."""
+        """Code nothing that is not coded yet, of this prompt and from now on: the last step of a verification."""
         for layer in self.pruned_layers:
             layer.code_nothing()
         if all(layer.ladder is None for layer in self.pruned_layers):

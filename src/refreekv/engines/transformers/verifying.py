@@ -3,8 +3,8 @@
 At a prompt's end nothing is evicted yet. The policy is asked, what it would keep is moved to storage of its own, and
 some tokens are read again over that storage: the last of the prompt, or the first of the answer, which were then
 generated over everything. What they predict is compared with what the same tokens predict over everything. Where that
-differs by more than is allowed, the storage goes and the policy is asked again at a stricter constant; the last rung
-keeps everything. So the full keys and values of all layers stay until a rung has passed, beside one compressed copy.
+differs by more than is allowed, the storage goes and the policy is asked again at a stricter constant; the last step
+keeps everything. So the full keys and values of all layers stay until a step has passed, beside one compressed copy.
 
 Both readings go through the same code, the one over everything included: numbers, sliding windows that have forgotten
 their beginnings, and inputs that are embedded by something else than tokens are then the same on both sides, and what
@@ -38,10 +38,10 @@ AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
 """Inputs of a model that are fed again, and along which dimension tokens lie."""
 
 FACTORS = (1 / 4, 1 / 16)
-"""Constants of the rungs between the first and the last, in units of the policy's own."""
+"""Constants of the steps between the first and the last, in units of the policy's own."""
 
 
-def rungs_of(policy: Policy) -> list[Policy]:
+def steps_of(policy: Policy) -> list[Policy]:
     """What is tried, one after the other: the policy, the same at stricter constants if it has one, everything.
 
     Raises
@@ -155,13 +155,13 @@ class Verification:
     Parameters
     ----------
     policy : Policy
-        That of the cache: the first rung.
+        That of the cache: the first step.
     reading : Recheck
         What is read again, and what it may differ by.
 
     Attributes
     ----------
-    rungs : list of Policy
+    steps : list of Policy
         What is tried, from loose to strict; the last keeps everything.
     outcome : Verified or None
         What came out about the last prompt that was verified.
@@ -173,7 +173,7 @@ class Verification:
     """
 
     def __init__(self, policy: Policy, reading: Recheck):
-        self.rungs = rungs_of(policy)
+        self.steps = steps_of(policy)
         self.reading = reading
         self.outcome: Verified | None = None
         self._held: list[_Held] = []
@@ -250,7 +250,7 @@ class Verification:
         """Keep a layer as it is at its prompt's end, with what policies are to be shown of it."""
         state, views = layer.state, []
         for part in parts:
-            plan = self.rungs[0].probe_plan(part.keys.shape[2])
+            plan = self.steps[0].probe_plan(part.keys.shape[2])
             scores, codes = state.scores_of(layer.ordinal), state.codes_of(layer.ordinal)
             views.append(stored_view(plan, call, part, layer.ordinal, state.layers, scores, layer.ladder, codes))
         self._held.append(_Held.of(layer, parts, views, layer.get_seq_length() - after))
@@ -272,7 +272,7 @@ class Verification:
     def cropped(self, length: int) -> None:
         """Note that only so many tokens are left: of a prompt that was cropped, what is left stays as it is."""
         if self._held and length < self._held[0].end:
-            self.outcome = self._outcome(len(self.rungs) - 1, [], 0, "the prompt was cropped meanwhile")
+            self.outcome = self._outcome(len(self.steps) - 1, [], 0, "the prompt was cropped meanwhile")
             self.clear()
 
     def clear(self) -> None:
@@ -286,7 +286,7 @@ class Verification:
 
     @torch.no_grad()
     def carry_out(self, cache: "PrunedCache", model: nn.Module, *, at_once: bool = False) -> None:
-        """Prune the layers that are held, by the first rung that passes.
+        """Prune the layers that are held, by the first step that passes.
 
         Nothing where no prompt has ended, and where more of an answer is to come, unless it is to be ``at_once``.
         """
@@ -318,7 +318,7 @@ class Verification:
         tried: list[float] = []
         reference: Tensor | None = None
         refused = self._refused or ("" if tokens > 0 else "there are no tokens to read again")
-        for number, policy in enumerate(self.rungs[:-1]):
+        for number, policy in enumerate(self.steps[:-1]):
             selections = [held.select(policy) for held in self._held]
             if not coded and all(one is None for parts in selections for one in parts):
                 self._carry_out(selections)
@@ -341,8 +341,8 @@ class Verification:
                 break
         del reference
         cache.store_exactly()
-        self._carry_out([held.select(self.rungs[-1]) for held in self._held])
-        return self._outcome(len(self.rungs) - 1, tried, tokens, refused)
+        self._carry_out([held.select(self.steps[-1]) for held in self._held])
+        return self._outcome(len(self.steps) - 1, tried, tokens, refused)
 
     def _carry_out(self, selections: Sequence[Sequence[Selection | CutSelection | None]]) -> None:
         for held, chosen in zip(self._held, selections, strict=True):
@@ -350,9 +350,9 @@ class Verification:
 
     def _outcome(self, number: int, tried: Sequence[float], tokens: int, refused: str = "") -> Verified:
         return Verified(
-            rung=number,
-            rungs=len(self.rungs),
-            policy=self.rungs[number].spec,
+            step=number,
+            steps=len(self.steps),
+            policy=self.steps[number].spec,
             allowed=self.reading.allowed,
             tried=tuple(tried),
             tokens=tokens,

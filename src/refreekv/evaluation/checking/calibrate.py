@@ -61,7 +61,7 @@ def calibrate(
     damage : float
         Nats a token above which a prompt counts as damaged.
     policy : str or Policy
-        One with a constant or a threshold; that of the rung in the middle.
+        One with a constant or a threshold; that of the step in the middle.
     kv_dtype : str or None
         How what is kept is stored, as for `compress`.
     name : str
@@ -83,10 +83,10 @@ def calibrate(
     check_asked(risk, damage)
     samples = as_samples(prompts)
     check_enough(len(samples), risk)
-    rungs = at_factors(policies.resolve(policy), FACTORS)
+    steps = at_factors(policies.resolve(policy), FACTORS)
     inner = decoder_of(model)
     asked: dict[str, Policy | None] = {FULL: None}
-    asked |= {one.spec: as_stored(one, kv_dtype, head_sizes(inner)) for one in rungs}
+    asked |= {one.spec: as_stored(one, kv_dtype, head_sizes(inner)) for one in steps}
     bench = Bench(inner, tokenizer, name or getattr(inner.config, "_name_or_path", "") or "model", CONTINUATION)
     jobs, reasons = [], []
     for sample in samples:
@@ -110,7 +110,7 @@ def calibrate(
     described = identity.described(inner)
     return Calibration(
         model={**described, "name": name or described["name"]},
-        rungs=tuple(asked),
+        steps=tuple(asked),
         losses=tuple(tuple(float(f"{one.kl_mean:.6g}") for one in row) for row in records),
         shares=tuple(sum(one.bytes_kept for one in rows) / sum(one.bytes_full for one in rows) for rows in columns),
         risk=risk,
