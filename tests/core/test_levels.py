@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from refreekv.core.damage import distortion, plain_damage, rung_damage
+from refreekv.core.damage import KEYS_WORTH, coded_errors, plain_damage, rung_damage
 from refreekv.core.needs import Rules, levels
+from refreekv.core.packed_lines import PackedFormat, Side, grid_error, step
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions
 from refreekv.policies import create
@@ -83,18 +84,48 @@ def test_damage_falls_with_bits_and_rises_with_queries():
     assert bool((found[:, 1:] < found[:, :-1]).all())
     assert bool((found[1] > found[0]).all())
     # Nothing looks at the keys: what is left is the values' own error.
-    assert rung_damage(torch.zeros(1, 4), FORMS)[0].tolist() == pytest.approx([distortion(b) ** 0.5 for b in (2, 4, 8)])
+    own = [(sum(coded_errors(form.values)) / 4) ** 0.5 for form in FORMS]
+    assert rung_damage(torch.zeros(1, 4), FORMS)[0].tolist() == pytest.approx(own)
 
 
-def test_distortion_is_the_error_of_codes():
-    from refreekv.core.packed_lines import Side
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("bits", "low", "high"), [(2, 0.9, 1.0), (4, 0.78, 0.96), (6, 0.6, 0.82), (8, 0.53, 0.7)])
+def test_trying_sizes_saves_more_the_more_bits_there_are(size, bits, low, high):
+    """Against the error of the best uniform grid for a Gaussian, which one size for all entries would have."""
+    for error in coded_errors(Side(size, (bits,) * 4)):
+        assert low < error / grid_error(bits, step(bits)) < high
 
-    numbers = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
-    for bits in (2, 4, 6, 8):
-        side = Side(64, (bits,) * 4)
-        codes, factors = side.encode(numbers)
-        coded = side.levels(codes, torch.float32) * factors[:, None].float()
-        assert float((coded - numbers).square().mean()) == pytest.approx(0.8 * distortion(bits), rel=0.3)
+
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (8, 6, 6, 4), (6, 4, 4, 2), (4, 4, 4, 4)])
+def test_errors_are_those_of_packed_lines(widths):
+    """Fresh entries, all the way to lines and back, quarter by quarter."""
+    entries = torch.randn(3000, 64, generator=torch.Generator().manual_seed(7))
+    form = PackedFormat(64, 64, widths, widths)
+    counted = torch.tensor(KEYS_WORTH).repeat_interleave(16)
+    keys, values = form.unpack(*form.pack(entries, entries, counted), torch.float32)
+    for back, found in ((keys, coded_errors(form.keys, KEYS_WORTH)), (values, coded_errors(form.values))):
+        quarters = (back - entries).square().mean(0).unflatten(0, (4, -1)).mean(-1)
+        assert quarters.tolist() == pytest.approx(list(found), rel=0.1)
+
+
+@pytest.mark.parametrize("kinds", [("k4v2", "k6v4"), ("k5v4", "k7v6"), ("int6", "int8")])
+def test_predicted_damage_is_what_coding_does_to_the_output(kinds):
+    """A head whose keys and values are Gaussian in code space, all of them coded: a share of what evicting does."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(3000, 64, generator=generator) for _ in range(2))
+    forms = Ladder.of(*kinds).forms((64, 64), sorted_keys=True)
+    # Queries look at the quarters in a ratio like that of the models; logits stay small, so that none has it all.
+    power = torch.tensor([1.6, 0.14, 0.04, 0.02])
+    queries = torch.randn(200, 64, generator=generator) * (power / 16).sqrt().repeat_interleave(16)
+    weights = (queries @ keys.T).softmax(-1)
+    output = weights @ values
+    evicting = weights.square() @ values.square().sum(-1)
+    for form, predicted in zip(forms, rung_damage(power[None], forms)[0].tolist(), strict=True):
+        lines, factors = form.pack(keys, values, torch.tensor(KEYS_WORTH).repeat_interleave(16))
+        coded_keys, coded_values = form.unpack(lines, factors, torch.float32)
+        changed = (queries @ coded_keys.T).softmax(-1) @ coded_values
+        found = ((changed - output).square().sum() / evicting.sum()).sqrt()
+        assert float(found) == pytest.approx(predicted, rel=0.08)
 
 
 def test_what_the_policy_says_of_formats():
