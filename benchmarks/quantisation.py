@@ -15,6 +15,7 @@ from typing import Any
 from refreekv.evaluation import results as store
 from refreekv.evaluation import sweeps, tables
 from refreekv.evaluation.fidelity.formats import kept_bytes, ladder_of, parse
+from refreekv.evaluation.fidelity.peer_formats import form_of
 from refreekv.evaluation.records import FidelityRecord
 
 HEAD_SIZES = {"SmolLM2-135M-Instruct": (64, 64), "qwen2.5-coder-1.5b": (128, 128), "gemma-3-270m": (256, 256)}
@@ -25,8 +26,11 @@ def share(record: FidelityRecord, sizes: tuple[int, int], itemsize: int = 2) -> 
 
     ``itemsize`` are the bytes of an element in the run: records with several formats say bytes as they were there.
     """
-    ladder = None if record.policy == sweeps.FULL else ladder_of(parse(record.policy))
+    policy = None if record.policy == sweeps.FULL else parse(record.policy)
+    ladder = ladder_of(policy)
     assert record.kept_heads is not None
+    if (form := form_of(policy)) is not None:
+        return form.head_bytes(record.prompt_tokens, sizes, 2) / (record.prompt_tokens * sum(sizes) * 2)
     if ladder is not None and len(ladder.rungs) > 1:
         kv_heads, element = max(map(len, record.kept_heads)), sum(sizes) * itemsize
         # One number where heads are alike.

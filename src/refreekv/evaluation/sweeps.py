@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from refreekv import policies
 from refreekv.core import spelling
 from refreekv.evaluation.fidelity.formats import MARK, StoredPolicy, parse
+from refreekv.evaluation.fidelity.peer_formats import PeerStored
 from refreekv.policies import Policy
 
 FULL = "full"
@@ -66,6 +67,8 @@ def specification(policy: Policy) -> str:
         return specification(policy.policy)
     if isinstance(policy, StoredPolicy):
         return f"{specification(policy.policy)}{MARK}{policy.ladder}"
+    if isinstance(policy, PeerStored):
+        return policy.spec
     changed = {
         field.name: value
         for field in dataclasses.fields(policy)  # type: ignore[arg-type]

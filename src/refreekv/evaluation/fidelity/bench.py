@@ -25,7 +25,7 @@ from refreekv.engines.transformers.attachment import Attachment
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
-from refreekv.evaluation.fidelity.formats import ladder_of
+from refreekv.evaluation.fidelity.formats import stored_as
 from refreekv.evaluation.fidelity.metrics import divergence, negative_log_likelihood, token_metrics
 from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.records import FidelityRecord
@@ -211,7 +211,7 @@ class _Prepared:
         """Policies in batches that store what they keep in one number format."""
 
         def stored(name: str) -> str:
-            return str(ladder_of(self.job.policies[name]))
+            return stored_as(self.job.policies[name])
 
         for _, alike in itertools.groupby(sorted(names, key=stored), key=stored):
             group = list(alike)

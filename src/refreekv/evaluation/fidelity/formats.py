@@ -2,7 +2,7 @@
 
 Many such policies read one prompt in one call as others do, through masks: the prompt's
 entries stand there once as they are and once in each format, and a policy sees its first and newest
-entries in the one form and those between in the other.
+entries in the one form and those between in the other. Formats of others (`peer_formats`) have a call of their own each.
 """
 
 import operator
@@ -18,6 +18,7 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import SINKS, KVDtype, Ladder, centre_of
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
+from refreekv.evaluation.fidelity import peer_formats
 from refreekv.evaluation.fidelity.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.storage.coding import maps_of
@@ -75,11 +76,15 @@ def parse(spec: str) -> Policy:
     Raises
     ------
     ValueError
-        Unknown policy or format, or a parameter out of range.
+        Unknown policy or format, a policy that a format of others is not measured with, or a parameter out of range.
     TypeError
         Unknown parameter.
     """
     base, mark, kind = spec.partition(MARK)
+    if kind in peer_formats.FORMATS:
+        if base != "full":
+            raise ValueError(f"{kind} is measured on the whole prompt alone: write full{MARK}{kind}, not {spec}")
+        return peer_formats.PeerStored(kind)
     policy = policies.parse(base)
     ladder = Ladder.parse(kind) if mark else policy.default_ladder
     return policy if ladder is None else StoredPolicy(policy, ladder, optional=not mark)
@@ -88,6 +93,11 @@ def parse(spec: str) -> Policy:
 def ladder_of(policy: Policy | None, sizes: Sequence[int] = ()) -> Ladder | None:
     """The number formats that a policy comes with, for keys and values of ``sizes`` elements."""
     return policy.ladder if isinstance(policy, StoredPolicy) and policy.fits(sizes) else None
+
+
+def stored_as(policy: Policy | None) -> str:
+    """What entries are stored in, the formats of others among it: what policies of one call share."""
+    return policy.kind if isinstance(policy, peer_formats.PeerStored) else str(ladder_of(policy))
 
 
 def kept_bytes(
@@ -192,7 +202,19 @@ def stored_layer(
     levels: Mapping[str, Tensor] | None = None,
     codes: KeyCodes | None = None,
 ) -> MaskedLayer:
-    """The layer that policies read: a plain one where none of them comes with a format."""
+    """The layer that policies read: a plain one where none of them comes with a format.
+
+    Raises
+    ------
+    ValueError
+        A format of somebody else's beside other formats.
+    """
+    if any(peer_formats.form_of(asked[name]) for name in names):
+        if len({stored_as(asked[name]) for name in names}) > 1:
+            raise ValueError(f"formats of others are measured in calls of their own, not beside others: {list(names)}")
+        form = peer_formats.form_of(asked[names[0]])
+        assert form is not None
+        return MaskedLayer(*form.round_trip(keys, values), None)
     sizes = keys.shape[-1], values.shape[-1]
     ladders = [ladder_of(asked[name], sizes) for name in names]
     if not any(ladders):

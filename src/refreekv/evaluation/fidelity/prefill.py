@@ -23,6 +23,7 @@ from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.engines.transformers.prompt import PromptState
+from refreekv.evaluation.fidelity import peer_formats
 from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
 from refreekv.evaluation.fidelity.formats import kept_bytes, ladder_of, rung_counts, stored_layer
 from refreekv.policies import Policy, ProbePlan
@@ -177,6 +178,9 @@ class SharedPrefill:
                 sizes = keys.shape[-1], values.shape[-1]
                 ladder = ladder_of(self._asked[name], sizes)
                 full += self.length * entry_bytes(layer)
+                if (form := peer_formats.form_of(self._asked[name])) is not None:
+                    held += keys.shape[1] * form.head_bytes(self.length, sizes, keys.element_size())
+                    continue
                 keep = self._choice.keep(layer.ordinal, [name])
                 keep = keys.new_ones(keys.shape[1:3], dtype=torch.bool) if keep is None else keep[0]
                 levels = self._choice.levels[layer.ordinal].get(name)
