@@ -174,7 +174,7 @@ class StoredLayer(MaskedLayer):
         if keep is None:
             keep = torch.ones(len(ladders), keys.shape[1], self._prompt, dtype=torch.bool, device=keys.device)
         maps = maps_of((centre_of(keys), centre_of(values)), keys.dtype, codes)
-        stored = [_stored((keys, values), kind, maps, codes is not None) for kind in kinds]
+        stored = [stored_entries((keys, values), kind, maps, codes is not None) for kind in kinds]
         super().__init__(
             torch.cat([keys, *(part for part, _ in stored)], dim=2),
             torch.cat([values, *(part for _, part in stored)], dim=2),
@@ -223,7 +223,7 @@ def stored_layer(
     return StoredLayer(keys, values, keep, ladders, own, surrogates, codes)
 
 
-def _stored(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool) -> Pair:
+def stored_entries(entries: Pair, number: KVDtype, maps: PackedMaps, sorted_keys: bool) -> Pair:
     """Keys and values ``[1, H_kv, n, D]`` as a format gives them back."""
     form = number.form((entries[0].shape[-1], entries[1].shape[-1]), sorted_keys=sorted_keys)
     found = []
@@ -244,7 +244,7 @@ def _stored_surrogates(
     """Surrogates as the widest of each row's formats gives them back."""
     parts = zip(surrogates.keys.split(1), surrogates.values.split(1), strict=True)
     rows = [
-        row if ladder is None else _stored(row, ladder.rungs[-1], maps, sorted_keys)
+        row if ladder is None else stored_entries(row, ladder.rungs[-1], maps, sorted_keys)
         for row, ladder in zip(parts, ladders, strict=True)
     ]
     return surrogates._replace(keys=torch.cat([key for key, _ in rows]), values=torch.cat([value for _, value in rows]))
