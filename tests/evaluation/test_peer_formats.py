@@ -126,7 +126,7 @@ def test_in_the_bench(llama):
 
 @torch.no_grad()
 def test_what_is_refused(llama):
-    with pytest.raises(ValueError, match="write full@kivi4, not snapkv:ratio=0.5@kivi4"):
+    with pytest.raises(ValueError, match=r"write full@kivi4, not snapkv:ratio=0\.5@kivi4"):
         parse("snapkv:ratio=0.5@kivi4")
     attached = ReFreeKVCache(llama, "full")
     shared = SharedPrefill(llama, tokens(57, 0), {name: parse(name) for name in ("full@kivi4", "full@rht4")})

@@ -2,7 +2,7 @@
 
 Many such policies read one prompt in one call as others do, through masks: the prompt's
 entries stand there once as they are and once in each format, and a policy sees its first and newest
-entries in the one form and those between in the other. Formats of others (`peer_formats`) have a call of their own each.
+entries in the one form and those between in the other. Formats of others (`peer_formats`) have calls of their own.
 """
 
 import operator
