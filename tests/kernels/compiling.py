@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from refreekv import kernels
 from refreekv.core.needs import Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.core.reductions import ProbeReductions
+from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
 from refreekv.kernels import block_products, fused, shared_memory
@@ -102,8 +102,8 @@ def choosing(dtype, heads, head_size):
     """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional."""
     query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
     columns, real = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
-    launch_probe_reductions(query, key, columns, None, None, None, 1.0, 0, None, None)
-    launch_probe_reductions(query, key, columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), sums=False)
+    launch_probe_reductions(query, key, Probes(columns))
+    launch_probe_reductions(query, key, Probes(columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), False))
     scores = torch.zeros(1, 1, 300)
     launch_cut(scores, 4, 0.01, True)
     reductions = ProbeReductions(scores, scores)

@@ -111,7 +111,8 @@ def between_extremes(groups: Tensor, bits: int) -> Tensor:
     low = wide.amin(-1, keepdim=True).half().float()
     scale = ((wide.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float()
     codes = ((wide - low) / scale.clamp_min(torch.finfo(torch.float16).tiny)).round().clamp(0, 2**bits - 1)
-    return (codes * scale + low).to(groups.dtype)
+    given_back: Tensor = codes * scale + low
+    return given_back.to(groups.dtype)
 
 
 @dataclass(frozen=True)
