@@ -129,7 +129,7 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     order, counts : Tensor
-        int32 ``[B, G, n]``, the indices of the True entries in ascending order and then anything; and
+        int32 ``[B, G, n]``, the indices of the True entries in ascending order and then zeros; and
         how many they are, ``[B, G]``.
     """
     if keep.is_cuda and available():

@@ -161,7 +161,7 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.kept_first`."""
     keep = keep.contiguous()
     length = keep.shape[-1]
-    order = torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
+    order = torch.zeros(keep.shape, dtype=torch.int32, device=keep.device)  # readers gather with all of it
     counts = torch.empty(keep.shape[:-1], dtype=torch.int32, device=keep.device)
     block = 2048
     _order_kernel[(triton.cdiv(length, block), counts.numel())](
