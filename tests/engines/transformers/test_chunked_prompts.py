@@ -94,7 +94,7 @@ def check_same(got, wanted, exact):
     assert got[1] == wanted[1]
     for one, other in zip(got[2].pruned_layers, wanted[2].pruned_layers, strict=True):
         assert one.reading is None
-        assert one.records == other.records
+        assert one.reports == other.reports
         assert (one.padding is None) == (other.padding is None)
         assert one.holds_hidden == other.holds_hidden
         assert [columns.as_ranges() for columns in one.kept_columns] == [
@@ -191,7 +191,7 @@ def test_in_the_middle_of_a_prompt(lossless, act, kind):
             rest = ids[-cache.pruned_layers[0].batch :, at : before + 120]
             logits += [model(piece, past_key_values=cache).logits for piece in rest.split(20, 1)]
         logits.append(model(rest[:, :1], past_key_values=cache).logits)
-        results.append((logits, cache.report, [layer.records for layer in cache.pruned_layers]))
+        results.append((logits, cache.report, [layer.reports for layer in cache.pruned_layers]))
     assert lossless
     (mine, *said), (theirs, *others) = results
     for one, other in zip(mine, theirs, strict=True):
