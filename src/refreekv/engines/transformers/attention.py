@@ -7,6 +7,7 @@ layer the queries it needs to prune itself. Calls that do not come from a `ReFre
 pass through untouched.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_kv_head, in_one_type, ragged_attention
+from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_kv_head, ragged_attention
 from refreekv.pruning.calls import AttentionCall
 
 PREFIX = "refreekv_"
@@ -120,7 +121,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if attention_mask is not None and is_own(attention_mask) and not layer.state.mask_given:
             check_mask(module, layer.index, attention_mask)
         weights = None
-        function = in_one_type(function, flash=flash)
+        function = _in_one_type(function, flash=flash)
         if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
             function = by_kv_head(function)
         if layer.ragged is None:
@@ -144,6 +145,28 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
     attention.__name__ = PREFIX + base
     return attention
+
+
+def _in_one_type(attention: AttentionFunction, *, flash: bool) -> AttentionFunction:
+    """An attention function that takes queries, keys and values of different types, in the widest of them.
+
+    Keys stay as wide as they were stored where the model computes in a narrower type later, as when it was moved
+    to bfloat16 between two turns. Under autocast all but flash functions do this by themselves.
+    """
+
+    def widened(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.dtype == key.dtype == value.dtype or (not flash and torch.is_autocast_enabled(query.device.type)):
+            return attention(module, query, key, value, mask, **kwargs)
+        widest = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(widest)
+        wide = (part.to(widest) for part in (query, key, value))
+        output, weights = attention(module, *wide, mask, **kwargs)
+        return output.to(query.dtype), weights
+
+    return widened
 
 
 def _parameters(function: AttentionFunction) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Attention over rows of different length, through whatever function the model uses otherwise."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,28 +117,6 @@ def by_kv_head(attention: AttentionFunction) -> AttentionFunction:
         return torch.cat(outputs, dim=2), None
 
     return in_turn
-
-
-def in_one_type(attention: AttentionFunction, *, flash: bool) -> AttentionFunction:
-    """An attention function that takes queries, keys and values of different types, in the widest of them.
-
-    Keys stay as wide as they were stored where the model computes in a narrower type later, as when it was moved
-    to bfloat16 between two turns. Under autocast all but flash functions do this by themselves.
-    """
-
-    def widened(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if query.dtype == key.dtype == value.dtype or (not flash and torch.is_autocast_enabled(query.device.type)):
-            return attention(module, query, key, value, mask, **kwargs)
-        widest = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(widest)
-        wide = (part.to(widest) for part in (query, key, value))
-        output, weights = attention(module, *wide, mask, **kwargs)
-        return output.to(query.dtype), weights
-
-    return widened
 
 
 def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
