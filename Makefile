@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # One worker a core; the tests of one file stay together and share its models.
 PYTEST_ARGS ?= -n auto --dist loadfile
-# The floors below the engines, and what takes little time of the engine on transformers.
-QUICK := tests/core tests/storage tests/policies tests/pruning tests/engines/transformers \
-  tests/test_floors.py tests/test_docs.py tests/test_vllm_parts.py
-QUICK_ARGS := -m "not real_model and not gpu and not slow" $(patsubst %,--ignore=tests/engines/transformers/%.py, \
-  test_real_model test_captured_decode test_captured_int8 test_equivalence test_sweep)
+# The floors below the engines, and of the engine on transformers what a cache does.
+QUICK := tests/core tests/storage tests/policies tests/pruning tests/test_floors.py tests/test_docs.py \
+  $(patsubst %,tests/engines/transformers/test_%.py, \
+  attachment cache_behaviour cache_bytes cache_crop cache_names fitting generation handout key_walk masks)
+QUICK_ARGS := -m "not real_model and not gpu and not slow" --ignore=tests/policies/test_extremes.py
 
 .PHONY: demo test quick check lint types pytest test-sweep test-oldest test-vllm test-vllm-full format clean
 
