@@ -101,7 +101,6 @@ def test_bytes_of_entries():
     assert KVDtype("int8").widths == (8, 8)
     number = KVDtype("int4", recent=10)
     assert [number.coded(n) for n in (3, 14, 15, 100, 100.5)] == [0, 0, 1, 86, 86.5]
-    assert number.segment_bytes(100, (128, 128), 2) == 86 * 132 + 14 * 512 + 256 * 8
 
 
 @pytest.mark.parametrize(

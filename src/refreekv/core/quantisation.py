@@ -145,14 +145,6 @@ class KVDtype:
         """How many of a KV head's entries are coded at the end of a prompt."""
         return max(entries - SINKS - self.recent, type(entries)(0))
 
-    def segment_bytes(self, entries: int, sizes: Sequence[int], itemsize: int) -> int:
-        """Bytes of one KV head that holds so many entries: coded, as they are, and the head's mean.
-
-        ``itemsize`` is that of an element in the model's precision; means are float32, as they are and rotated.
-        """
-        coded = self.coded(entries)
-        return coded * self.entry_bytes(sizes) + ((entries - coded) * itemsize + 8) * sum(sizes)
-
 
 @dataclass(frozen=True)
 class Ladder:

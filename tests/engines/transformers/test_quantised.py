@@ -364,7 +364,9 @@ def test_bytes_at_a_length_where_they_matter():
         check_bytes(cache)
         report, number = cache.report, KVDtype(kind)
         heads = sum(layer.kv_heads for layer in cache.pruned_layers)
-        least = heads * number.segment_bytes(1000, (64, 64), 2)
+        coded = number.coded(1000)
+        # Float32 means of keys and values, as they are and rotated.
+        least = heads * (coded * number.entry_bytes((64, 64)) + ((1000 - coded) * 2 + 8) * 128)
         room = heads * (FLUSH + 16) * 256
         assert report.bytes_after == least + room
         sizes[kind] = report.bytes_after / report.bytes_before
