@@ -114,7 +114,7 @@ class _Prepared:
     @torch.inference_mode()
     def __init__(self, bench: Bench, job: Job):
         self.bench, self.job = bench, job
-        self.shared = SharedPrefill(bench.model, job.encoded.context, job.policies)
+        self.shared = SharedPrefill(bench.model, job.encoded.context, job.policies, bench.tokenizer)
         cache, length, logits = self.shared.full(), self.shared.length, self.shared.logits
         question = job.encoded.question
         if question:

@@ -58,6 +58,17 @@ class Choice:
             return mask
         return mask[[self.names[name] for name in names]]
 
+    def put(self, name: str, keeps: Sequence[Tensor]) -> None:
+        """Replace what a policy keeps by boolean masks ``[H_kv, n]``, one a layer."""
+        for layer, keep in enumerate(keeps):
+            mask = self.masks[layer]
+            if mask is None:
+                mask = torch.ones(len(self.names), *keep.shape, dtype=torch.bool, device=keep.device)
+            mask = mask.expand(-1, len(keep), -1).clone()
+            mask[self.names[name]] = keep
+            self.masks[layer] = mask
+            self.alike[layer].discard(name)
+
     def surrogates_of(self, layer: int, names: Sequence[str]) -> Surrogates | None:
         """Surrogates of some policies, in their order, a row each; None if none has any."""
         there = self.surrogates[layer]

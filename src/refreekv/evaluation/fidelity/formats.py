@@ -19,6 +19,7 @@ from refreekv.core.quantisation import SINKS, KVDtype, Ladder, centre_of
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
 from refreekv.evaluation.fidelity import peer_formats
+from refreekv.evaluation.fidelity.kvzip import KVzip
 from refreekv.evaluation.fidelity.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.storage.coding import maps_of
@@ -85,7 +86,7 @@ def parse(spec: str) -> Policy:
         if base != "full":
             raise ValueError(f"{kind} is measured on the whole prompt alone: write full{MARK}{kind}, not {spec}")
         return peer_formats.PeerStored(kind)
-    policy = policies.parse(base)
+    policy = KVzip.parse(base) or policies.parse(base)
     ladder = Ladder.parse(kind) if mark else policy.default_ladder
     return policy if ladder is None else StoredPolicy(policy, ladder, optional=not mark)
 

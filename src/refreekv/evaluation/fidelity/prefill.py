@@ -23,9 +23,9 @@ from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import cache_argument
 from refreekv.engines.transformers.prompt import PromptState
-from refreekv.evaluation.fidelity import peer_formats
+from refreekv.evaluation.fidelity import kvzip, peer_formats
 from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
-from refreekv.evaluation.fidelity.formats import kept_bytes, ladder_of, rung_counts, stored_layer
+from refreekv.evaluation.fidelity.formats import StoredPolicy, kept_bytes, ladder_of, rung_counts, stored_layer
 from refreekv.policies import Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall
 
@@ -85,6 +85,8 @@ class SharedPrefill:
         The prompt.
     asked : dict
         Names to policies; None stands for the full cache.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of the model; `KVzip` alone needs it.
 
     Attributes
     ----------
@@ -94,7 +96,7 @@ class SharedPrefill:
         ``[V]``: prediction of the token after the prompt. Pruning comes after it.
     """
 
-    def __init__(self, model: Any, context: Sequence[int], asked: Mapping[str, Policy | None]):
+    def __init__(self, model: Any, context: Sequence[int], asked: Mapping[str, Policy | None], tokenizer: Any = None):
         self.length = len(context)
         self._config = model.config
         self._asked = asked
@@ -113,6 +115,26 @@ class SharedPrefill:
                 # A view of the last tokens would hold on to the whole prompt.
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         self._choice = choose(asked, [layer.captured for layer in self._layers])
+        zipped = {name: one for name, policy in asked.items() if (one := _kvzip(policy)) is not None}
+        if zipped:
+            scores = self._said_again(model, tokenizer, context)
+            for name, policy in zipped.items():
+                self._choice.put(name, kvzip.kept(scores, policy.ratio))
+
+    def _said_again(self, model: Any, tokenizer: Any, context: Sequence[int]) -> list[Tensor]:
+        """The scores ``[H_kv, n]`` of KVzip by layer: a second prefill."""
+        found = [torch.full(layer.dense[0].shape[1:3], torch.inf, device=self.device) for layer in self._layers]
+        for piece, tokens in kvzip.requests(tokenizer, context):
+            cache = self.full()
+            for index, layer in enumerate(self._cache.layers):
+                if isinstance(layer, _CapturingLayer):
+                    cache.layers[index] = kvzip.ScoringLayer(*layer.dense, piece)
+            forward(model, [tokens], cache, start=self.length, keep=1)
+            scoring = [layer for layer in cache.layers if isinstance(layer, kvzip.ScoringLayer)]
+            for scores, layer in zip(found, scoring, strict=True):
+                assert layer.found is not None
+                scores[:, piece] = layer.found
+        return found
 
     @property
     def _layers(self) -> list[_CapturingLayer]:
@@ -196,6 +218,11 @@ class SharedPrefill:
                 full += (other := _held(layer))
                 held += other
         return full, held
+
+
+def _kvzip(policy: Policy | None) -> kvzip.KVzip | None:
+    inner = policy.policy if isinstance(policy, StoredPolicy) else policy
+    return inner if isinstance(inner, kvzip.KVzip) else None
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
