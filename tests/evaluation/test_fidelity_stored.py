@@ -61,6 +61,16 @@ def test_one_call_for_all_equals_caches_that_store_it(name, attention):
     del with_cache
 
 
+def test_a_policy_that_decides_about_all_layers_together(llama):
+    names = ["cake:ratio=0.5", "cake:ratio=0.5@int4:recent=9"]
+    (records,) = bench(llama).measure([job(asked={"full": None, **sweeps.choose(names)})])
+    plain, stored = records[1:]
+    assert [plain.policy, stored.policy] == names
+    assert stored.kept_heads == plain.kept_heads
+    assert stored.bytes_kept < plain.bytes_kept
+    assert stored.kl_mean != plain.kl_mean
+
+
 @torch.no_grad()
 def test_copy_scores_are_measured_for_a_policy_that_comes_with_a_format_only(llama):
     with_cache = ReFreeKVCache(llama, "full")

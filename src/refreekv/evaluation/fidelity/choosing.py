@@ -14,6 +14,7 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
+from refreekv.evaluation.fidelity.formats import StoredPolicy
 from refreekv.policies import JointPolicy, LayerScores, LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import layer_view, select
@@ -159,8 +160,8 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
         levels += rungs
     names = {name: row for row, name in enumerate(asked)}
     for name, scores in noted.items():
-        policy = asked[name]
-        assert isinstance(policy, JointPolicy)
+        policy = _joint(asked[name])
+        assert policy is not None
         for layer, selection in enumerate(policy.allot(scores), start=len(layers) - len(scores)):
             mask = masks[layer]
             assert mask is not None
@@ -168,6 +169,12 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
             if selection.keep.shape[1] > 1:
                 alike[layer].discard(name)
     return Choice(names, layers[0].keys.shape[2], masks, alike, surrogates, levels)
+
+
+def _joint(policy: Policy | None) -> JointPolicy | None:
+    """The policy, or the one that a format stands behind, if it decides about all layers together."""
+    inner = policy.policy if isinstance(policy, StoredPolicy) else policy
+    return inner if isinstance(inner, JointPolicy) else None
 
 
 def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
@@ -204,8 +211,8 @@ def _choose(
                 plans.setdefault(policy.probe_plan(length), {})[name] = policy
     for plan, view in _views(list(plans), group, start, layers):
         for name, policy in plans[plan].items():
-            if isinstance(policy, JointPolicy):
-                noted.setdefault(name, []).extend(policy.examine(view).rows()[frozen[name] :])
+            if (joint := _joint(policy)) is not None:
+                noted.setdefault(name, []).extend(joint.examine(view).rows()[frozen[name] :])
             else:
                 chosen[name] = select(policy, view)
     shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
