@@ -8,6 +8,8 @@ in float32: they follow from what each policy kept on each sample.
 """
 
 import argparse
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,17 @@ def rows(records: Sequence[FidelityRecord], sizes: tuple[int, int], itemsize: in
     return [cells for _, cells in sorted(table, key=lambda pair: -pair[0])]
 
 
+def table(records: Sequence[FidelityRecord], sizes: tuple[int, int], itemsize: int) -> str:
+    """The table of some samples."""
+    heading = ("policy", "n", "bytes", "entries", "mean KL [95%]", "worst family", "worst sample", "same path")
+    return tables.markdown_table(heading, rows(records, sizes, itemsize), left=(0, 5, 6)) + "\n"
+
+
+def bounds(lengths: str) -> list[float]:
+    """Where stretches of lengths begin and end: ``4000,16000`` are three of them."""
+    return [0, *sorted(map(int, lengths.split(","))), math.inf]
+
+
 def main() -> None:
     """Read the results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +96,10 @@ def main() -> None:
     )
     parser.add_argument("--itemsize", type=int, default=2, help="bytes of an element in the run: 4 for float32")
     parser.add_argument("--min-tokens", type=int, default=0, help="only prompts of at least so many")
-    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument(
+        "--by-length", metavar="N,N", help="also a table of each stretch of lengths that these tokens divide"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the tables here too")
     options = parser.parse_args()
     results = store.read(options.results)
     complete = [record for record in _complete(results.records) if record.prompt_tokens >= options.min_tokens]
@@ -92,8 +108,13 @@ def main() -> None:
     sizes: Any = tuple(options.head_size) if options.head_size else known
     if sizes is None:
         parser.error(f"say the head sizes of {name} with --head-size")
-    heading = ("policy", "n", "bytes", "entries", "mean KL [95%]", "worst family", "worst sample", "same path")
-    text = tables.markdown_table(heading, rows(complete, sizes, options.itemsize), left=(0, 5, 6)) + "\n"
+    text = table(complete, sizes, options.itemsize)
+    for low, high in itertools.pairwise(bounds(options.by_length)) if options.by_length else ():
+        part = [record for record in complete if low <= record.prompt_tokens < high]
+        if part:
+            tokens = [record.prompt_tokens for record in part]
+            text += f"\nPrompts of {min(tokens):,} to {max(tokens):,} tokens\n\n"
+            text += table(part, sizes, options.itemsize)
     print(text)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")

@@ -1,7 +1,5 @@
 """Number formats of others: against loops over groups, hand-made groups, and bytes counted one by one."""
 
-import math
-
 import pytest
 import torch
 
@@ -133,23 +131,3 @@ def test_what_is_refused(llama):
     with pytest.raises(ValueError, match="calls of their own"):
         shared.masked(["full@kivi4", "full@rht4"])
     del attached
-
-
-def test_the_table_counts_bytes_in_16_bits():
-    import importlib.util
-    from pathlib import Path
-
-    path = Path(__file__).parents[2] / "benchmarks" / "quantisation.py"
-    spec = importlib.util.spec_from_file_location("quantisation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    from refreekv.evaluation.records import FidelityRecord
-
-    record = FidelityRecord(
-        sample="s", family="f", policy="full@kivi4", model="m", prompt_tokens=1280, continuation_tokens=1, budget=1.0,
-        bytes_full=1, bytes_kept=1, kl_mean=0.0, kl_p99=0.0, kl_max=0.0, top1=1.0, same_path=True,
-        first_divergence=None, answer_nll_change=None, kept_heads=[[1.0]],
-    )  # fmt: skip
-    # All keys, and all values but 128, have 5 bits.
-    share = (1280 * 5 / 16 + 1152 * 5 / 16 + 128) / 2560
-    assert math.isclose(module.share(record, (64, 64), 4), share)
