@@ -102,6 +102,7 @@ CASES = {
     "K2V2": {"levels": [("2222", "2222")]},
     "6442": {"levels": [("6442", "4422")]},
     "8642": {"levels": [("8642", "8642")]},
+    "K7V6": {"levels": [("8866", "6666")]},
     "two levels": {"levels": [("6666", "4444"), ("4422", "2222")], "group": 7},
     "three levels, rows of their own": {"levels": [("8888", "6666"), ("6666", "4444"), ("4444", "4444")], "rows": True},
     "rows' own means": {"levels": [("6666", "4444")], "rows": True, "shared": True},
