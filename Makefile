@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One worker a core; the tests of one file stay together and share its models.
 PYTEST_ARGS ?= -n auto --dist loadfile
 # The floors below the engines, and of the engine on transformers what a cache does.
-QUICK := tests/core tests/storage tests/policies tests/pruning tests/test_floors.py tests/test_docs.py \
+QUICK := tests/core tests/storage tests/policies tests/pruning tests/test_floors.py tests/test_docs.py tests/test_vllm_parts.py \
   $(patsubst %,tests/engines/transformers/test_%.py, \
   attachment cache_behaviour cache_bytes cache_crop cache_names fitting generation handout key_walk masks)
 QUICK_ARGS := -m "not real_model and not gpu and not slow" --ignore=tests/policies/test_extremes.py
