@@ -1,4 +1,4 @@
-"""Stand-ins for evicted entries in five launches, and one that puts them in their places.
+"""Surrogates of evicted entries in five launches, and one that puts them in their places.
 
 The judges are `core.surrogates.make` and `put`. Keys are read twice and values once; the rows of
 attention, which the torch version writes out several times, never leave the chip. A program runs over
@@ -24,7 +24,7 @@ WARPS = 4
 """Of a program that runs over a split."""
 
 MOST = 16
-"""Stand-ins of a head, at most: what one block of a product holds."""
+"""Surrogates of a head, at most: what one block of a product holds."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -341,7 +341,7 @@ def _put_kernel(
 
 @on_its_device
 def launch_put(chosen: Surrogates, keys: Tensor, values: Tensor, keep: Tensor) -> Tensor:
-    """`core.surrogates.put`, and what is kept ``[B, H_kv, n]`` with the stand-ins."""
+    """`core.surrogates.put`, and what is kept ``[B, H_kv, n]`` with the surrogates."""
     keep = keep.clone(memory_format=torch.contiguous_format)
     head, value = keys.shape[-1], values.shape[-1]
     _put_kernel[(chosen.columns.numel(),)](
