@@ -50,6 +50,8 @@ def test_the_device_of_the_first_tensor_is_the_current_one(device, expected, ent
         tensor = torch.empty(3, device=device)
     assert launch(1, tensor, other=2) == 3
     assert entered == expected
+    assert launch(1, (None, 5, tensor), other=2) == 3, "arguments that come as one object"
+    assert entered == 2 * expected
 
 
 def test_every_launch_is_guarded():
