@@ -9,11 +9,10 @@ from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.calibration import FULL, Calibration, check_asked, check_enough
 from refreekv.engines.transformers import identity
 from refreekv.engines.transformers.finding import decoder_of
-from refreekv.evaluation.checking.check import NothingMeasuredError, as_stored, head_sizes
-from refreekv.evaluation.data.encoding import encode
+from refreekv.evaluation.checking.check import NothingMeasuredError, as_stored, head_sizes, measurable
 from refreekv.evaluation.data.own_prompts import Prompts, as_samples
 from refreekv.evaluation.data.samples import Sample
-from refreekv.evaluation.fidelity.bench import Bench, Job, skip_reason
+from refreekv.evaluation.fidelity.bench import Bench
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.policies import Policy
 from refreekv.policies.base import AUTO
@@ -88,19 +87,13 @@ def calibrate(
     asked: dict[str, Policy | None] = {FULL: None}
     asked |= {one.spec: as_stored(one, kv_dtype, head_sizes(inner)) for one in steps}
     bench = Bench(inner, tokenizer, name or getattr(inner.config, "_name_or_path", "") or "model", CONTINUATION)
-    jobs, reasons = [], []
-    for sample in samples:
-        encoded = encode(tokenizer, sample)
-        reason = skip_reason(inner, encoded, continuation=CONTINUATION, max_tokens=2**31)
-        if reason is None:
-            jobs.append(Job(sample, encoded, asked))
-        else:
-            reasons.append(f"{sample.id}: {reason}")
+    jobs, reasons = measurable(bench, samples, asked)
     if reasons:
         # Prompts are not chosen among: those that were left out may be the ones that hurt.
+        first, reason = next(iter(reasons.items()))
         raise NothingMeasuredError(
-            f"{len(reasons)} of {len(samples)} prompts cannot be measured, and the others are not like them: take them "
-            f"out if such prompts will not come ({reasons[0]})"
+            f"{len(samples) - len(jobs)} of {len(samples)} prompts cannot be measured, and the others are not like "
+            f"them: take them out if such prompts will not come ({first}: {reason})"
         )
     records: list[list[FidelityRecord]] = []
     for job, measured in zip(jobs, bench.measure(jobs), strict=True):

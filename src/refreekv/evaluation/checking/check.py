@@ -308,19 +308,28 @@ def check(
     )
 
 
+def measurable(
+    bench: Bench, samples: Sequence[Sample], asked: dict[str, Policy | None]
+) -> tuple[list[Job], dict[str, str]]:
+    """What to measure of samples, and by their names why some cannot be."""
+    jobs, skipped = [], {}
+    for sample in samples:
+        encoded: Encoded = encode(bench.tokenizer, sample)
+        reason = skip_reason(bench.model, encoded, continuation=bench.continuation, max_tokens=2**31)
+        if reason is None:
+            jobs.append(Job(sample, encoded, asked))
+        else:
+            skipped[sample.id] = reason
+    return jobs, skipped
+
+
 def _jobs(
     bench: Bench, rounds: Sequence[Sequence[Sample]], asked: dict[str, Policy | None], skipped: dict[str, str]
 ) -> Iterator[list[Job]]:
     """What is measured together: prompts of a round on a GPU, one by one elsewhere."""
     for samples in rounds:
-        jobs = []
-        for sample in samples:
-            encoded: Encoded = encode(bench.tokenizer, sample)
-            reason = skip_reason(bench.model, encoded, continuation=bench.continuation, max_tokens=2**31)
-            if reason is not None:
-                skipped[sample.id] = reason
-            else:
-                jobs.append(Job(sample, encoded, asked))
+        jobs, reasons = measurable(bench, samples, asked)
+        skipped |= reasons
         yield from [jobs] if bench.model.device.type == "cuda" and jobs else [[job] for job in jobs]
 
 
