@@ -5,7 +5,7 @@ Nothing was evicted yet, so that all rows and KV heads have the same columns, pa
 at the end, get a decoded copy of one layer at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from refreekv.kernels.table import LENGTH
 from refreekv.storage.arena import KVArena
 from refreekv.storage.coding import Pair, maps_of
 from refreekv.storage.runs import flat, spread
+
+LINES = ("lines", "factors")
+"""Names of the two parts of what is coded."""
 
 
 class UnfinishedKV:
@@ -88,6 +91,11 @@ class UnfinishedKV:
         return self._tail[0].dtype, self._tail[1].dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._tail[0].device
+
+    @property
     def index_bytes(self) -> int:
         """Bytes of what says where lines and sinks are."""
         numbers = self._table, self._sink_columns, self._real_coded
@@ -150,9 +158,13 @@ class UnfinishedKV:
         # The copy that is cut off below is the only thing that is left of a chunk.
         joined = [torch.cat(pair, 2) for pair in zip(self._tail, (keys, values), strict=True)]
         self._tail = joined[0], joined[1]
-        due = self._tail[0].shape[2] - self.number.recent
-        if code and due >= FLUSH:
-            self._code(due, real)
+        if code and self._due >= FLUSH:
+            self._code(self._due, real)
+
+    @property
+    def _due(self) -> int:
+        """Exact entries that are no longer among the newest."""
+        return self._tail[0].shape[2] - self.number.recent
 
     def _code(self, count: int, real: Tensor | None) -> None:
         """Code the first ``count`` exact entries."""
@@ -210,6 +222,16 @@ class UnfinishedKV:
             with torch.inference_mode(False):
                 self._sinks = _empty_sinks(keys), _empty_sinks(values)
                 self._sink_columns = torch.full((len(real), SINKS), -1, device=real.device)
+        elif self._sink_columns is None:
+            # A later turn of a batch is the first with padding: sinks were the first columns until now.
+            firsts = self._sinks[0].shape[2]
+            with torch.inference_mode(False):
+                places = torch.arange(SINKS, device=real.device)
+                self._sink_columns = torch.where(places < firsts, places, -1).repeat(len(real), 1)
+                more = _empty_sinks(keys), _empty_sinks(values)
+            for part, own in zip(more, self._sinks, strict=True):
+                part[:, :, :firsts] = own
+            self._sinks = more
         assert self._sinks is not None
         assert self._sink_columns is not None
         stop = self.coded + count
@@ -251,6 +273,73 @@ class UnfinishedKV:
                 ],
                 1,
             )
+
+    # -- leaving the device, and coming back ------------------------------------------------------
+
+    @classmethod
+    def of(
+        cls, number: KVDtype, keys: Tensor, values: Tensor, real: Tensor | None = None, codes: KeyCodes | None = None
+    ) -> "UnfinishedKV":
+        """A whole prompt ``[B, H_kv, n, D]`` that was read in one piece; ``real`` as for `append`."""
+        whole = cls(number, (keys, values), keys.shape[2], sinks=True, codes=codes)
+        whole._tail = keys, values
+        if whole._due >= FLUSH:
+            whole._code(whole._due, real)
+        else:
+            whole._tail = keys.clone(), values.clone()
+        return whole
+
+    @property
+    def codes(self) -> KeyCodes | None:
+        """The model's own codes for keys; None: keys are rotated."""
+        return self._codes
+
+    def lines(self, start: int) -> dict[str, Tensor]:
+        """What is coded from column ``start`` on, as views ``[B, H_kv, c, bytes]`` that do not change any more."""
+        if self._lines is None or start >= self.coded:
+            return {}
+        return {name: part[:, :, start : self.coded] for name, part in zip(LINES, self._lines, strict=True)}
+
+    def rest(self) -> dict[str, Tensor]:
+        """All else that it holds, by name: the newest entries, sinks, means."""
+        parts: dict[str, Tensor | None] = {"tail_keys": self._tail[0], "tail_values": self._tail[1]}
+        if self._maps is not None:
+            parts |= {"key_mean": self._maps.key_mean, "value_mean": self._maps.value_mean}
+        if self._sinks is not None:
+            parts |= {"sink_keys": self._sinks[0], "sink_values": self._sinks[1], "sink_columns": self._sink_columns}
+        parts["real_coded"] = self._real_coded
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @classmethod
+    def back(
+        cls,
+        number: KVDtype,
+        codes: KeyCodes | None,
+        columns: int,
+        coded: int,
+        lines: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+    ) -> "UnfinishedKV":
+        """What `lines` and `rest` tell of, for up to about ``columns`` columns.
+
+        ``lines`` have room for more than the ``coded`` ones; `rest` may be that of a longer one, of which only
+        ``columns`` were left.
+        """
+        tail = rest["tail_keys"], rest["tail_values"]
+        whole = cls(number, tail, columns, sinks=True, codes=codes)
+        whole._tail, whole.coded = tail, coded
+        if "key_mean" in rest:
+            whole._maps = maps_of((rest["key_mean"], rest["value_mean"]), torch.promote_types(*whole.types), codes)
+        if "sink_keys" in rest:
+            whole._sinks, whole._sink_columns = (rest["sink_keys"], rest["sink_values"]), rest.get("sink_columns")
+            if whole._sink_columns is None:
+                whole._sinks = rest["sink_keys"][:, :, :coded], rest["sink_values"][:, :, :coded]
+            else:
+                whole._sink_columns = whole._sink_columns.where(whole._sink_columns < coded, -1)
+        whole._real_coded = rest.get("real_coded")
+        if lines:
+            whole._hold(lines[LINES[0]], lines[LINES[1]])
+        return whole
 
     # -- lines that stay as they are --------------------------------------------------------------
 

@@ -1,0 +1,341 @@
+"""What a conversation's prompts held, complete, in host memory: so that a next turn can be read over all of it.
+
+At a prompt's end a policy evicts and coarsens what is on the device. Beside that, every layer's entries go here as
+they are held while a prompt is read in chunks (`UnfinishedKV`), or as the model computed them. A line of codes depends
+on its entry alone, so that a later turn adds its own and touches no others. A conversation is here with all its layers
+or not at all: what cannot be held any more is dropped as a whole, and the reason is kept.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.quantisation import KVDtype
+from refreekv.storage.coding import Pair
+from refreekv.storage.files import DamagedError
+from refreekv.storage.host import Coming, NoRoomError, Parked
+from refreekv.storage.host_store import Filed, HostStore, Stored
+from refreekv.storage.unfinished import UnfinishedKV
+
+EXACT = ("keys", "values")
+"""Names of the two parts of entries that are not coded."""
+EXTRA = "extra_"
+"""What the names of tensors begin with that the layer adds."""
+AHEAD = 2
+"""Layers that are on their way to the device while one computes."""
+
+_log = logging.getLogger("refreekv")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries of the columns from ``start`` to ``stop``, which are the first ones of what is stored."""
+
+    stored: Stored
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PastLayer:
+    """One layer's entries, of all rows and KV heads.
+
+    Attributes
+    ----------
+    number : KVDtype or None
+        The format of what is coded; None: entries are as the model computed them.
+    codes : KeyCodes or None
+        The model's own for keys, that they were coded by.
+    pieces : tuple of Piece
+        Lines, or exact entries, by columns without a gap.
+    rest : Parked or Filed
+        What a later turn replaces: newest entries, sinks, means, and what the layer adds.
+    length : int
+        Columns.
+    batch : int
+        Rows.
+    device : device
+        Where they came from.
+    """
+
+    number: KVDtype | None
+    codes: KeyCodes | None
+    pieces: tuple[Piece, ...]
+    rest: Stored
+    length: int
+    batch: int
+    device: torch.device
+
+    @property
+    def in_pieces(self) -> int:
+        """Columns in pieces; those behind are in the rest."""
+        return self.pieces[-1].stop if self.pieces else 0
+
+    @property
+    def stored(self) -> list[Stored]:
+        """All that is stored of it."""
+        return [*(piece.stored for piece in self.pieces), self.rest]
+
+    def cut(self, length: int) -> "PastLayer":
+        """The same without columns from ``length`` on."""
+        pieces = tuple(replace(one, stop=min(one.stop, length)) for one in self.pieces if one.start < length)
+        return replace(self, pieces=pieces, length=min(self.length, length))
+
+    def moved(self, to: Mapping[int, Stored]) -> "PastLayer":
+        """The same, stored elsewhere: by the ``id`` of what it is stored in."""
+        pieces = tuple(replace(one, stored=to.get(id(one.stored), one.stored)) for one in self.pieces)
+        return replace(self, pieces=pieces, rest=to.get(id(self.rest), self.rest))
+
+
+class Returning:
+    """A layer's entries on their way to a device, with room for ``columns``."""
+
+    def __init__(self, layer: PastLayer, device: torch.device, columns: int):
+        self._layer, self._columns, self.device = layer, columns, device
+        self._rest = layer.rest.fetch(device)
+        room = layer.in_pieces
+        if layer.number is not None and room:
+            room = max(room, columns - layer.number.recent)
+        into: dict[str, Tensor] = {}
+        for piece in layer.pieces:
+            for name in piece.stored.names:
+                if name not in into:
+                    shape = piece.stored.shape(name)  # [B, H_kv, c, .]
+                    with torch.inference_mode(False):
+                        kind = piece.stored.dtype(name)
+                        into[name] = torch.empty(*shape[:2], room, *shape[3:], dtype=kind, device=device)
+            held = piece.stored.shape(piece.stored.names[0])[2]
+            if held == piece.stop - piece.start:
+                piece.stored.copy_into({name: part[:, :, piece.start : piece.stop] for name, part in into.items()})
+                continue
+            # Cropped: more is stored than is wanted of it.
+            for name, part in piece.stored.fetch(device).tensors().items():
+                into[name][:, :, piece.start : piece.stop] = part[:, :, : piece.stop - piece.start]
+        self._lines = Coming(into, device)
+
+    def arrived(self, rows: Sequence[int] | None) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
+        """The entries, of some ``rows`` or of all, and what the layer had added: the device waits for them."""
+        layer, lines, rest = self._layer, self._lines.tensors(), self._rest.tensors()
+        if rows is not None:
+            index = torch.tensor(rows, device=self.device)
+            lines, rest = (
+                {n: part.index_select(0, index) if len(part) == layer.batch else part for n, part in parts.items()}
+                for parts in (lines, rest)
+            )
+        extras = {name.removeprefix(EXTRA): part for name, part in rest.items() if name.startswith(EXTRA)}
+        if layer.number is None:
+            return (lines[EXACT[0]], lines[EXACT[1]]), extras
+        tail = layer.length - layer.in_pieces
+        rest |= {name: rest[name][:, :, :tail] for name in ("tail_keys", "tail_values")}
+        return UnfinishedKV.back(layer.number, layer.codes, self._columns, layer.in_pieces, lines, rest), extras
+
+
+class Past:
+    """All that a conversation's prompts held, by layer.
+
+    Parameters
+    ----------
+    store : HostStore
+        Where it is kept.
+    layers : int
+        How many layers there are.
+
+    Attributes
+    ----------
+    lost : str
+        Why it is gone for good; empty: it is not.
+    restored : bool or None
+        Whether the latest turn was read over everything; None: there was one turn only.
+    busy : bool
+        Whether a turn is under way, during which it stays where it is.
+    """
+
+    def __init__(self, store: HostStore, layers: int):
+        self.store, self._count = store, layers
+        self.busy = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.lost = ""
+        self.restored: bool | None = None
+        self._layers: dict[int, PastLayer] = {}
+        self._coming: dict[int, Returning] = {}
+        # Which of the rows that are kept are those of the cache, in its order; None: all.
+        self._rows: list[int] | None = None
+        # Logical length at which the turn under way began, and whether it is read over all of this.
+        self._turn: int | None = None
+        self._open = False
+
+    # -- what it holds ------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int | None:
+        """Columns of all layers; None: it does not hold a conversation as a whole."""
+        lengths = {layer.length for layer in self._layers.values()}
+        whole = not self.lost and len(self._layers) == self._count and len(lengths) == 1
+        return lengths.pop() if whole else None
+
+    @property
+    def _stored(self) -> list[Stored]:
+        parts = {id(part): part for layer in self._layers.values() for part in layer.stored}
+        return list(parts.values())
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(part.nbytes for part in self._stored if isinstance(part, Parked))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in files."""
+        return sum(part.nbytes for part in self._stored if isinstance(part, Filed))
+
+    def layer(self, ordinal: int) -> PastLayer:
+        """What is kept of a layer; only where there is something as a whole."""
+        return self._layers[ordinal]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Past":
+        """Another conversation that began alike: what is kept does not change and is shared."""
+        copied = Past(self.store, self._count)
+        memo[id(self)] = copied
+        copied.lost, copied.restored = self.lost, self.restored
+        copied._layers = dict(self._layers)
+        copied._rows = None if self._rows is None else list(self._rows)
+        self.store.used(copied)
+        return copied
+
+    # -- going and coming back ----------------------------------------------------------------
+
+    def put(self, ordinal: int, entries: UnfinishedKV | Pair, extras: Mapping[str, Tensor], *, continues: bool) -> None:
+        """Keep all entries of a layer at a prompt's end; dropped as a whole where that cannot be.
+
+        Parameters
+        ----------
+        ordinal : int
+            Number of the layer.
+        entries : UnfinishedKV or pair of Tensor
+            Coded, or ``[B, H_kv, n, D]`` as the model computed them.
+        extras : mapping
+            Tensors that belong to them, of which the first dimension is the batch or one.
+        continues : bool
+            Whether they came back from here, with others behind, so that these alone are to be kept.
+        """
+        if self.lost:
+            return
+        earlier = self._layers.get(ordinal) if continues and self._rows is None else None
+        start = earlier.in_pieces if earlier is not None else 0
+        rest = {EXTRA + name: part for name, part in extras.items()}
+        if isinstance(entries, UnfinishedKV):
+            new, length, stop = entries.lines(start), entries.length, entries.coded
+            rest |= entries.rest()
+            number, codes, batch, device = entries.number, entries.codes, entries.shape[0], entries.device
+        else:
+            new = {name: part[:, :, start:] for name, part in zip(EXACT, entries, strict=True)}
+            length = stop = entries[0].shape[2]
+            number, codes, batch, device = None, None, entries[0].shape[0], entries[0].device
+        try:
+            pieces = () if earlier is None else earlier.pieces
+            if stop > start:
+                pieces = (*pieces, Piece(self.store.put(self, new, device), start, stop))
+            kept = self.store.put(self, rest, device)
+        except (NoRoomError, OSError) as error:
+            self.drop(str(error))
+            return
+        self._layers[ordinal] = PastLayer(number, codes, pieces, kept, length, batch, device)
+        if ordinal == self._count - 1:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        self._coming.clear()
+        self.busy, self._turn, self._open, self._rows = False, None, False, None
+        self.store.used(self)
+
+    def begins(self, before: int) -> bool:
+        """Whether the turn that begins at logical length ``before`` is read over everything: one answer for all layers.
+
+        A file that is damaged is found here.
+        """
+        if self._turn == before:
+            return self._open
+        self._turn, self._open = before, False
+        if not self._layers or self.lost:
+            self.restored = False if self.lost else self.restored
+            return False
+        with self.store.lock:
+            length = self.length
+            if length is None or length > before:
+                self.drop("a forward pass was interrupted")
+                return False
+            try:
+                for part in self._stored:
+                    if isinstance(part, Filed):
+                        part.check()
+            except (DamagedError, OSError) as error:
+                self.drop(str(error))
+                return False
+            self.busy = True
+            self.store.used(self)
+        self._open = self.restored = True
+        return True
+
+    def take(self, ordinal: int, device: torch.device, columns: int) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
+        """A layer's entries, back on the device with room for ``columns``, and what was kept with them.
+
+        Only in a turn that `begins` said yes to. Those of the next layers are sent on their way.
+        """
+        for number in range(ordinal, min(ordinal + 1 + AHEAD, self._count)):
+            target = device if number == ordinal else self._layers[number].device
+            known = self._coming.get(number)
+            if known is None or known.device != target:
+                self._coming[number] = Returning(self._layers[number], target, columns)
+        return self._coming.pop(ordinal).arrived(self._rows)
+
+    # -- what happens to the cache ------------------------------------------------------------
+
+    def drop(self, reason: str) -> None:
+        """Let go of everything, for good: the conversation goes on over what its cache has kept."""
+        _log.warning(
+            "what a conversation evicted is not kept any more, and its next turns are read over what was kept on the "
+            "device: %s", reason,
+        )  # fmt: skip
+        self._clear()
+        self.lost, self.restored, self.busy = reason, False, False
+
+    def clear(self) -> None:
+        """Forget the conversation; another one can begin."""
+        self._clear()
+        self.busy = False
+
+    def crop(self, length: int) -> None:
+        """Forget columns from ``length`` on."""
+        self._turn = None
+        if length == 0:
+            self.clear()
+        elif self.length is not None and length < self.length:
+            self._layers = {ordinal: layer.cut(length) for ordinal, layer in self._layers.items()}
+
+    def take_rows(self, indices: Sequence[int]) -> None:
+        """Go on with these rows of those that there are now."""
+        if self._layers:
+            now = self._rows if self._rows is not None else list(range(next(iter(self._layers.values())).batch))
+            self._rows = [now[index] for index in indices]
+            if self._rows == list(range(next(iter(self._layers.values())).batch)):
+                self._rows = None
+
+    def to_files(self, folder: Path) -> None:
+        """Move everything to files; dropped where that cannot be."""
+        moved: dict[int, Stored] = {}
+        try:
+            for part in self._stored:
+                if isinstance(part, Parked):
+                    moved[id(part)] = Filed(folder, part.on_host())
+        except OSError as error:
+            self.drop(str(error))
+            return
+        self._layers = {ordinal: layer.moved(moved) for ordinal, layer in self._layers.items()}
