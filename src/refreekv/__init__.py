@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from refreekv.evaluation.checking.calibrate import calibrate
     from refreekv.evaluation.checking.check import check
     from refreekv.report import CompressionReport, LayerReport, RowReport
+    from refreekv.storage.host_store import HostStore
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "Calibration",
     "CompressionReport",
     "CompressionSession",
+    "HostStore",
     "KVDtype",
     "LayerReport",
     "ReFreeKVCache",
@@ -34,6 +36,7 @@ _HOMES = {
     "Calibration": "refreekv.engines.calibration",
     "CompressionReport": "refreekv.report",
     "CompressionSession": "refreekv.engines.transformers",
+    "HostStore": "refreekv.storage.host_store",
     "KVDtype": "refreekv.core.quantisation",
     "LayerReport": "refreekv.report",
     "ReFreeKVCache": "refreekv.engines.transformers",

@@ -124,6 +124,39 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """What ``keep_evicted`` keeps beside the cache, for the next turn.
+
+    Attributes
+    ----------
+    tokens : int
+        Logical length of what is kept, of all layers; 0: nothing.
+    host_bytes, disk_bytes : int
+        What it takes of host memory, and of files.
+    restored : bool or None
+        Whether the latest turn was read over everything that came before; None: there was one turn only.
+    lost : str
+        Why nothing is kept any more, so that turns are read over what the cache holds; empty: it is.
+    """
+
+    tokens: int
+    host_bytes: int
+    disk_bytes: int = 0
+    restored: bool | None = None
+    lost: str = ""
+
+    def __str__(self) -> str:
+        if self.lost:
+            return f"nothing any more ({self.lost}): turns are read over what was kept"
+        where = [f"{format_bytes(self.host_bytes)} of host memory"] if self.host_bytes or not self.disk_bytes else []
+        where += [f"{format_bytes(self.disk_bytes)} of files"] if self.disk_bytes else []
+        said = f"all {self.tokens} tokens, in {' and '.join(where)}"
+        if self.restored is None:
+            return said
+        return f"{said}; the latest turn was read over {'everything' if self.restored else 'what was kept'}"
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """State of a compressed cache, at the time it was asked for.
 
@@ -145,6 +178,8 @@ class CompressionReport:
         read as they are by a kernel (CUDA).
     verified : Verified or None
         What ``verify=True`` found at the end of the last prompt.
+    remembered : Remembered or None
+        What ``keep_evicted`` keeps beside the cache.
     """
 
     policy: str
@@ -154,6 +189,7 @@ class CompressionReport:
     kv_dtype: str | None = None
     padded_bytes: int = 0
     verified: Verified | None = None
+    remembered: Remembered | None = None
 
     @property
     def prunable(self) -> tuple[LayerReport, ...]:
@@ -220,6 +256,7 @@ class CompressionReport:
             "reasons": self.reasons,
             "formats": self.formats,
             "verified": None if self.verified is None else asdict(self.verified),
+            "remembered": None if self.remembered is None else asdict(self.remembered),
             "layers": [
                 {
                     **asdict(layer),
@@ -240,6 +277,8 @@ class CompressionReport:
         ]
         if self.verified is not None:
             lines.append(f"  verified: {self.verified}")
+        if self.remembered is not None:
+            lines.append(f"  kept for the next turn: {self.remembered}")
         if self.padded_bytes:
             lines.append(
                 f"  heads of different length are padded during attention, one layer at a time: "

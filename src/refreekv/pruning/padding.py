@@ -56,10 +56,16 @@ class Padding:
         return torch.nn.functional.pad(self.stored, (0, end - self.stored.shape[1]))
 
     def real_since(self, start: int) -> Tensor | None:
-        """Boolean ``[B, columns]`` of the prompt that goes on from ``start``, False at padding; None: there is none."""
+        """Boolean ``[B, columns]`` from ``start`` on, False at padding; None: there is none.
+
+        Of the prompt that goes on, or of earlier ones, too.
+        """
         if self.seen is None or self.start is None:
             return None
-        return ~self._hidden_run()[:, start - self.start :]
+        run = self._hidden_run()
+        if start < self.start:
+            run = torch.cat([self.until(self.start, self.seen[:, : self.start])[:, start:], run], 1)
+        return ~run[:, max(start - self.start, 0) :]
 
     def _hidden_run(self) -> Tensor:
         """Boolean ``[B, columns since start]``: the run at the prompt's beginning that nobody saw."""

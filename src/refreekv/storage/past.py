@@ -121,19 +121,26 @@ class Returning:
 
     def arrived(self, rows: Sequence[int] | None) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
         """The entries, of some ``rows`` or of all, and what the layer had added: the device waits for them."""
-        layer, lines, rest = self._layer, self._lines.tensors(), self._rest.tensors()
-        if rows is not None:
-            index = torch.tensor(rows, device=self.device)
-            lines, rest = (
-                {n: part.index_select(0, index) if len(part) == layer.batch else part for n, part in parts.items()}
-                for parts in (lines, rest)
-            )
-        extras = {name.removeprefix(EXTRA): part for name, part in rest.items() if name.startswith(EXTRA)}
+        layer = self._layer
+        lines, rest = (_of_rows(part.tensors(), rows, layer.batch) for part in (self._lines, self._rest))
+        extras = _extras(rest)
         if layer.number is None:
             return (lines[EXACT[0]], lines[EXACT[1]]), extras
         tail = layer.length - layer.in_pieces
         rest |= {name: rest[name][:, :, :tail] for name in ("tail_keys", "tail_values")}
         return UnfinishedKV.back(layer.number, layer.codes, self._columns, layer.in_pieces, lines, rest), extras
+
+
+def _of_rows(tensors: Mapping[str, Tensor], rows: Sequence[int] | None, batch: int) -> dict[str, Tensor]:
+    """Some rows of tensors whose first dimension is the batch; those that all rows share stay."""
+    if rows is None or not tensors:
+        return dict(tensors)
+    index = torch.tensor(rows, device=next(iter(tensors.values())).device)
+    return {name: part.index_select(0, index) if len(part) == batch else part for name, part in tensors.items()}
+
+
+def _extras(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(EXTRA): part for name, part in rest.items() if name.startswith(EXTRA)}
 
 
 class Past:
@@ -145,6 +152,9 @@ class Past:
         Where it is kept.
     layers : int
         How many layers there are.
+    number : KVDtype, str or None
+        The format of entries that are not coded yet; "auto": as that of prompts that come in chunks; None: as the model
+        computed them.
 
     Attributes
     ----------
@@ -156,8 +166,8 @@ class Past:
         Whether a turn is under way, during which it stays where it is.
     """
 
-    def __init__(self, store: HostStore, layers: int):
-        self.store, self._count = store, layers
+    def __init__(self, store: HostStore, layers: int, number: KVDtype | str | None = "auto"):
+        self.store, self._count, self.number = store, layers, number
         self.busy = False
         self._clear()
 
@@ -202,7 +212,7 @@ class Past:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Past":
         """Another conversation that began alike: what is kept does not change and is shared."""
-        copied = Past(self.store, self._count)
+        copied = Past(self.store, self._count, self.number)
         memo[id(self)] = copied
         copied.lost, copied.restored = self.lost, self.restored
         copied._layers = dict(self._layers)
@@ -212,7 +222,15 @@ class Past:
 
     # -- going and coming back ----------------------------------------------------------------
 
-    def put(self, ordinal: int, entries: UnfinishedKV | Pair, extras: Mapping[str, Tensor], *, continues: bool) -> None:
+    def put(
+        self,
+        ordinal: int,
+        entries: UnfinishedKV | Pair,
+        extras: Mapping[str, Tensor],
+        *,
+        length: int,
+        continues: bool,
+    ) -> None:
         """Keep all entries of a layer at a prompt's end; dropped as a whole where that cannot be.
 
         Parameters
@@ -223,6 +241,8 @@ class Past:
             Coded, or ``[B, H_kv, n, D]`` as the model computed them.
         extras : mapping
             Tensors that belong to them, of which the first dimension is the batch or one.
+        length : int
+            Columns that are kept; of those that are coded, all.
         continues : bool
             Whether they came back from here, with others behind, so that these alone are to be kept.
         """
@@ -232,17 +252,20 @@ class Past:
         start = earlier.in_pieces if earlier is not None else 0
         rest = {EXTRA + name: part for name, part in extras.items()}
         if isinstance(entries, UnfinishedKV):
-            new, length, stop = entries.lines(start), entries.length, entries.coded
+            new, stop = entries.lines(start), entries.coded
             rest |= entries.rest()
             number, codes, batch, device = entries.number, entries.codes, entries.shape[0], entries.device
         else:
-            new = {name: part[:, :, start:] for name, part in zip(EXACT, entries, strict=True)}
-            length = stop = entries[0].shape[2]
+            new = {name: part[:, :, start:length] for name, part in zip(EXACT, entries, strict=True)}
+            stop = length
             number, codes, batch, device = None, None, entries[0].shape[0], entries[0].device
         try:
             pieces = () if earlier is None else earlier.pieces
             if stop > start:
-                pieces = (*pieces, Piece(self.store.put(self, new, device), start, stop))
+                stored = self.store.put(self, new, device)
+                if number is None and isinstance(stored, Parked):
+                    stored.until_read(device)  # surrogates may be written over some of them
+                pieces = (*pieces, Piece(stored, start, stop))
             kept = self.store.put(self, rest, device)
         except (NoRoomError, OSError) as error:
             self.drop(str(error))
@@ -295,6 +318,11 @@ class Past:
             if known is None or known.device != target:
                 self._coming[number] = Returning(self._layers[number], target, columns)
         return self._coming.pop(ordinal).arrived(self._rows)
+
+    def extras(self, ordinal: int, device: torch.device) -> dict[str, Tensor]:
+        """What was kept with a layer's entries, without these; else as `take`."""
+        layer = self._layers[ordinal]
+        return _extras(_of_rows(layer.rest.fetch(device).tensors(), self._rows, layer.batch))
 
     # -- what happens to the cache ------------------------------------------------------------
 

@@ -158,7 +158,12 @@ class UnfinishedKV:
         # The copy that is cut off below is the only thing that is left of a chunk.
         joined = [torch.cat(pair, 2) for pair in zip(self._tail, (keys, values), strict=True)]
         self._tail = joined[0], joined[1]
-        if code and self._due >= FLUSH:
+        if code:
+            self.code_due(real)
+
+    def code_due(self, real: Tensor | None = None) -> None:
+        """Code what is no longer among the newest; ``real`` is boolean ``[B, length]``."""
+        if self._due >= FLUSH:
             self._code(self._due, real)
 
     @property

@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.report import LayerReport
+from refreekv.report import LayerReport, Remembered
+from refreekv.storage.past import Past
 
 
 def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
@@ -47,6 +48,13 @@ def index_bytes(layer: ReFreeKVLayer) -> int:
         table += layer.reading.prompt.index_bytes
     # Rows copied for beam search share one index.
     return layer.padding_bytes + table + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def remembered(past: Past | None) -> Remembered | None:
+    """The report's part on what is kept beside the cache."""
+    if past is None:
+        return None
+    return Remembered(past.length or 0, past.parked_bytes, past.file_bytes, past.restored, past.lost)
 
 
 def _formats(layer: ReFreeKVLayer) -> dict[str, int]:

@@ -25,6 +25,7 @@ from refreekv.engines.transformers.saving import Saved
 from refreekv.policies import Policy, resolve
 from refreekv.policies.base import AUTO, ladder_for
 from refreekv.report import CompressionReport
+from refreekv.storage.host_store import HostStore
 
 
 class ReFreeKVCache(PrunedCache):
@@ -42,7 +43,7 @@ class ReFreeKVCache(PrunedCache):
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype, decode, decode_interval, prompt_dtype, calibration, verify
+    kv_dtype, decode, decode_interval, prompt_dtype, calibration, verify, keep_evicted
         As for `compress`.
     **parameters
         Parameters of a policy given by name.
@@ -71,12 +72,15 @@ class ReFreeKVCache(PrunedCache):
         prompt_dtype: str | KVDtype | None = AUTO,
         calibration: str | os.PathLike[str] | Calibration | None = None,
         verify: bool | float | str | Recheck = False,
+        keep_evicted: str | HostStore | None = None,
         **parameters: Any,
     ):
         model = decoder_of(model)
         check_mode(decode)
         resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
-        super().__init__(model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False)
+        super().__init__(
+            model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted
+        )
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -149,6 +153,8 @@ class CompressionSession:
         How a prompt that comes in chunks is held until its end.
     verify : bool, float, str or Recheck
         What of each request is read again over what was kept.
+    keep_evicted : HostStore or None
+        Where all that prompts held is kept for the next turn.
     """
 
     def __init__(
@@ -160,9 +166,12 @@ class CompressionSession:
         decode_interval: int | None = None,
         prompt_dtype: str | KVDtype | None = AUTO,
         verify: bool | float | str | Recheck = False,
+        keep_evicted: str | HostStore | None = None,
     ):
         self.policy = policy
         self.verify = verify
+        # One store for all caches of the block.
+        self.keep_evicted = HostStore.parse(keep_evicted)
         self._decode = decode
         self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
         self.decode_interval = decode_interval
@@ -229,6 +238,7 @@ class CompressionSession:
             self.decode_interval,
             self.prompt_dtype,
             self.verify,
+            self.keep_evicted,
         )
         cache.bind(self._model)
         if not nested:
@@ -253,6 +263,7 @@ def compress(
     prompt_dtype: str | KVDtype | None = AUTO,
     calibration: str | os.PathLike[str] | Calibration | None = None,
     verify: bool | float | str | Recheck = False,
+    keep_evicted: str | HostStore | None = None,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -304,6 +315,14 @@ def compress(
         needs. ``"answer:damage=0.05,tokens=8"``: other numbers. The report says which step it was. Costs a short call
         for what everything predicts, and one a step; until then all layers hold the prompt in full, beside one
         compressed copy.
+    keep_evicted : str, HostStore or None
+        ``"host"``: at the end of each prompt, all it held goes to host memory (int8, or as ``prompt_dtype`` says), and
+        comes back when the next turn begins: its question is read over everything, and the policy decides over
+        everything again. What is on the device while an answer is generated stays what the policy keeps. At most a
+        quarter of the host memory that is free; ``"host:limit=8GiB,folder=/tmp"``: another limit, and a folder for what
+        finds no room. Conversations used least recently go first; one that finds no room goes on over what was kept,
+        and the report says so. On a CPU it takes the memory that eviction frees, but with a folder. A `HostStore` is
+        one limit for the caches of several blocks. None: what is evicted is gone.
     **parameters
         Parameters of a policy given by name.
 
@@ -329,7 +348,9 @@ def compress(
     check_mode(decode)
     model = decoder_of(model)
     resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
-    session = CompressionSession(model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False)
+    session = CompressionSession(
+        model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted
+    )
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from refreekv.core.quantisation import KVDtype, Ladder
-from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes
+from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes, remembered
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.engines.transformers.read_again import Recheck
@@ -21,7 +21,10 @@ from refreekv.engines.transformers.saving import save
 from refreekv.engines.transformers.verifying import Verification
 from refreekv.policies import Policy
 from refreekv.policies.base import AUTO, check_count, ladder_for
+from refreekv.policies.full import Full
 from refreekv.report import CompressionReport
+from refreekv.storage.host_store import HostStore
+from refreekv.storage.past import Past
 
 CROSS = "cross_attention"
 """The kind of a layer that holds the states of an image or a sound, and no tokens."""
@@ -58,12 +61,14 @@ class PrunedCache(DynamicCache):
     verify : bool, float, str or Recheck
         Whether a part of each request is read again over what was kept, and more is kept where that shows. See
         `compress`.
+    keep_evicted : str, HostStore or None
+        Where all that prompts held is kept for the next turn; see `compress`.
 
     Raises
     ------
     ValueError
-        ``decode_interval`` under 1, unknown ``kv_dtype`` or ``prompt_dtype``, the model is an encoder-decoder or has no
-        full-attention layer, or what ``verify`` does not go with.
+        ``decode_interval`` under 1 or beside ``keep_evicted``, unknown ``kv_dtype`` or ``prompt_dtype``, the model is
+        an encoder-decoder or has no full-attention layer, or what ``verify`` does not go with.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class PrunedCache(DynamicCache):
         decode_interval: int | None = None,
         prompt_dtype: str | KVDtype | None = AUTO,
         verify: bool | float | str | Recheck = False,
+        keep_evicted: str | HostStore | None = None,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -118,6 +124,17 @@ class PrunedCache(DynamicCache):
             # Nothing is coded before the end, so that everything can be kept as it is.
             self.state.prompt_dtype = None
             self.state.verification = Verification(policy, reading)
+        store = HostStore.parse(keep_evicted)
+        if store is not None:
+            if decode_interval is not None:
+                raise ValueError(
+                    "keep_evicted keeps what a prompt's end evicts, and decode_interval evicts tokens of the answer, "
+                    "too, which would be missing among them: leave one of them out"
+                )
+            # All layers hold what they have read anyway under a policy that evicts and codes nothing.
+            evicts = policy.frozen_layers != "all" and not isinstance(policy, Full)
+            if evicts or self.kv_dtype is not None:
+                self.state.past = Past(store, self.state.layers, parse_prompt_dtype(prompt_dtype))
         self._model: weakref.ref[torch.nn.Module] | None = None
         self.owner: weakref.ref[Owner] | None = None
         self.first = self.pruned_layers[0]
@@ -271,6 +288,34 @@ class PrunedCache(DynamicCache):
             "file with cache.save(path) and read it with refreekv.ReFreeKVCache.load(path, model)"
         )
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, given as a negative number; see `ReFreeKVLayer.crop`.
+
+        With ``keep_evicted`` all of what is left comes back when a next turn begins.
+        """
+        super().crop(tokens_to_remove)
+        if self.state.past is not None:
+            self.state.past.crop(self.first.get_seq_length())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put row ``beam_idx[i]`` at row ``i``, for beam search."""
+        self._note_rows(beam_idx.tolist())
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # of whatever integer type
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times, the copies next to each other."""
+        self._note_rows([row for row in range(self.first.batch) for _ in range(repeats)])
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a boolean mask) of the batch."""
+        self._note_rows(torch.arange(self.first.batch)[indices.cpu()].tolist())
+        super().batch_select_indices(indices)
+
+    def _note_rows(self, indices: Sequence[int]) -> None:
+        if self.state.past is not None:
+            self.state.past.take_rows(indices)
+
     def reset(self) -> None:
         """Forget everything; the cache can take a new prompt."""
         self.state.clear()
@@ -311,6 +356,7 @@ class PrunedCache(DynamicCache):
             kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
             padded_bytes=max(padded_bytes(layer) for layer in self.pruned_layers),
             verified=None if self.state.verification is None else self.state.verification.outcome,
+            remembered=remembered(self.state.past),
         )
 
 

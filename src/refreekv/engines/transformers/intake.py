@@ -42,6 +42,8 @@ class IntakeLayer(StoredLayer):
         self._undecided = False
         # The prompt as it was coded while it was read, until what is kept was moved.
         self._read: UnfinishedKV | None = None
+        # The same with what came before, until all of it is kept elsewhere.
+        self._whole: Reading | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the geometry of the first entries."""
@@ -78,6 +80,7 @@ class IntakeLayer(StoredLayer):
         self._appended = key_states.shape[-2]
         self._length += self._appended
         with without_autocast(key_states.device):
+            self._come_back(key_states, value_states)
             self.is_decoded_for_call = self._is_read_on(key_states, value_states)
             if self.is_decoded_for_call:
                 key_states, value_states = self._read_on(key_states, value_states)
@@ -87,6 +90,9 @@ class IntakeLayer(StoredLayer):
                 self._store(self.ragged.append(key_states, value_states))
         self.state.awaiting = hand_out(self, key_states, value_states, self.index)
         return key_states, value_states
+
+    def _come_back(self, keys: Tensor, values: Tensor) -> None:
+        """Bring back what is kept elsewhere, before new entries are stored: nothing is."""
 
     def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[:3] != values.shape[:3]:
@@ -158,7 +164,8 @@ class IntakeLayer(StoredLayer):
         last = not joint and not self.state.continues(self._length)
         self._take_over(self.reading.whole_with(keys, values, last=last))
         if last:
-            self._read, self.reading = self._lines_of(self.reading), None
+            self._read = self._lines_of(self.reading)
+            self._whole, self.reading = None if self.state.past is None else self.reading, None
         return (keys, values) if self.ragged is not None else self.dense
 
     def _put_away(self, *, code: bool = True) -> None:
@@ -175,5 +182,8 @@ class IntakeLayer(StoredLayer):
         prompt = reading.prompt
         if self.ladder is None or self.ragged is not None or reading.earlier is not None or not prompt.coded:
             return None
-        forms = self.ladder.forms(prompt.sizes, sorted_keys=self.state.codes_of(self.ordinal) is not None)
+        codes = self.state.codes_of(self.ordinal)
+        if prompt.codes is not codes:  # kept by a process whose model has others
+            return None
+        forms = self.ladder.forms(prompt.sizes, sorted_keys=codes is not None)
         return prompt if prompt.form in forms else None

@@ -16,7 +16,7 @@ from refreekv.core.autocast import without_autocast
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE
-from refreekv.engines.transformers.intake import IntakeLayer
+from refreekv.engines.transformers.remembering import RememberingLayer
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import Decision, KeptRow, decide
@@ -33,7 +33,7 @@ _PRUNED = (
 """Attributes of a layer that carrying out a decision sets."""
 
 
-class ReFreeKVLayer(IntakeLayer):
+class ReFreeKVLayer(RememberingLayer):
     """One full-attention layer's keys and values, pruned when the prompt ends."""
 
     def _clear(self) -> None:
@@ -96,6 +96,8 @@ class ReFreeKVLayer(IntakeLayer):
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         self.state.check_scores(self._length)
         policy, parts = self.state.policy, self._entries(call, after)
+        # Before surrogates are written over what goes.
+        self._keep_all(parts[0].queries, self._length - after)
         self._queries = HeldQueries()
         self._unverified = None
         self.state.changed = True

@@ -16,6 +16,7 @@ from refreekv.engines.transformers.handout import Handout, missing
 from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
 from refreekv.pruning.joint import JointPruning
+from refreekv.storage.past import Past
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.verifying import Verification
@@ -76,6 +77,8 @@ class PromptState:
     verification : Verification or None
         What prunes layers when the prompt has been read, and keeps more where that shows; None: layers prune
         themselves.
+    past : Past or None
+        Where all that prompts held is kept, for the next turn to be read over; None: what is evicted is gone.
     """
 
     policy: Policy
@@ -97,6 +100,7 @@ class PromptState:
     model: weakref.ref[nn.Module] | None = None
     forward: int | None = None
     verification: "Verification | None" = None
+    past: Past | None = None
     _frame: int | None = None
     _pending: list[Callable[[], None]] = field(default_factory=list)
 
@@ -122,6 +126,10 @@ class PromptState:
     def decodes(self, before: int) -> bool:
         """Whether the token at logical length ``before`` is one that `generate` made."""
         return self.generating and self.end is not None and before >= self.end
+
+    def begins_prompt(self, before: int, after: int) -> bool:
+        """Whether a call from logical length ``before`` to ``after`` has tokens of a prompt, given it is no chunk."""
+        return after - before > 1 if self.end is None else before < self.end
 
     def tokens_after_prompt(self, before: int, after: int) -> int | None:
         """Tokens of a call that lie behind the prompt's end; None if it does not end in this call.
@@ -168,6 +176,8 @@ class PromptState:
         self._pending.clear()
         if self.verification is not None:
             self.verification.clear()
+        if self.past is not None:
+            self.past.clear()
 
     def take_changed(self) -> bool:
         """Whether a layer was pruned since this was last asked."""

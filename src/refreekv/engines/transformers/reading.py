@@ -24,6 +24,8 @@ class Reading:
         What earlier prompts and answers left, as it is: nothing of it is coded here.
     prompt : UnfinishedKV
         The prompt's chunks.
+    comes_back : bool
+        Whether its first ones are a conversation's earlier turns, which are kept elsewhere, too.
     """
 
     def __init__(
@@ -37,7 +39,16 @@ class Reading:
     ):
         self.start, self.earlier = start, earlier
         self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes)
+        self.comes_back = False
         self._chunk: Pair | None = None
+
+    @classmethod
+    def of(cls, prompt: UnfinishedKV) -> "Reading":
+        """That of a conversation's next turn, of which everything before came back."""
+        reading = cls.__new__(cls)
+        reading.start, reading.earlier, reading.prompt = 0, None, prompt
+        reading.comes_back, reading._chunk = True, None
+        return reading
 
     @staticmethod
     def form_for(wanted: KVDtype | str | None, like: Pair) -> KVDtype | None:
