@@ -122,7 +122,7 @@ class Returning:
     def arrived(self, rows: Sequence[int] | None) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
         """The entries, of some ``rows`` or of all, and what the layer had added: the device waits for them."""
         layer = self._layer
-        lines, rest = (_of_rows(part.tensors(), rows, layer.batch) for part in (self._lines, self._rest))
+        lines, rest = (of_rows(part.tensors(), rows, layer.batch) for part in (self._lines, self._rest))
         extras = _extras(rest)
         if layer.number is None:
             return (lines[EXACT[0]], lines[EXACT[1]]), extras
@@ -131,7 +131,7 @@ class Returning:
         return UnfinishedKV.back(layer.number, layer.codes, self._columns, layer.in_pieces, lines, rest), extras
 
 
-def _of_rows(tensors: Mapping[str, Tensor], rows: Sequence[int] | None, batch: int) -> dict[str, Tensor]:
+def of_rows(tensors: Mapping[str, Tensor], rows: Sequence[int] | None, batch: int) -> dict[str, Tensor]:
     """Some rows of tensors whose first dimension is the batch; those that all rows share stay."""
     if rows is None or not tensors:
         return dict(tensors)
@@ -176,11 +176,12 @@ class Past:
         self.restored: bool | None = None
         self._layers: dict[int, PastLayer] = {}
         self._coming: dict[int, Returning] = {}
-        # Which of the rows that are kept are those of the cache, in its order; None: all.
         self._rows: list[int] | None = None
         # Logical length at which the turn under way began, and whether it is read over all of this.
         self._turn: int | None = None
         self._open = False
+        # Why the turn under way cannot be kept.
+        self._failed = ""
 
     # -- what it holds ------------------------------------------------------------------------
 
@@ -209,6 +210,11 @@ class Past:
     def layer(self, ordinal: int) -> PastLayer:
         """What is kept of a layer; only where there is something as a whole."""
         return self._layers[ordinal]
+
+    @property
+    def rows(self) -> list[int] | None:
+        """Which of the rows that are kept are those of the cache, in its order; None: all."""
+        return self._rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Past":
         """Another conversation that began alike: what is kept does not change and is shared."""
@@ -246,7 +252,8 @@ class Past:
         continues : bool
             Whether they came back from here, with others behind, so that these alone are to be kept.
         """
-        if self.lost:
+        if self.lost or self._failed:
+            self._end_turn(ordinal)
             return
         earlier = self._layers.get(ordinal) if continues and self._rows is None else None
         start = earlier.in_pieces if earlier is not None else 0
@@ -268,15 +275,25 @@ class Past:
                 pieces = (*pieces, Piece(stored, start, stop))
             kept = self.store.put(self, rest, device)
         except (NoRoomError, OSError) as error:
-            self.drop(str(error))
-            return
-        self._layers[ordinal] = PastLayer(number, codes, pieces, kept, length, batch, device)
-        if ordinal == self._count - 1:
-            self._end_turn()
+            # Layers behind this one may have to come back yet: the turn is read over everything to its end.
+            self._failed = str(error)
+            if not self._open:
+                self.drop(self._failed)
+                return
+        else:
+            self._layers[ordinal] = PastLayer(number, codes, pieces, kept, length, batch, device)
+        self._end_turn(ordinal)
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, ordinal: int) -> None:
+        """Note that a layer has come to its prompt's end; with the last one all have."""
+        if ordinal < self._count - 1:
+            return
+        failed, restored = self._failed, self.restored
         self._coming.clear()
-        self.busy, self._turn, self._open, self._rows = False, None, False, None
+        self.busy, self._turn, self._open, self._rows, self._failed = False, None, False, None, ""
+        if failed:
+            self.drop(failed)
+            self.restored = restored
         self.store.used(self)
 
     def begins(self, before: int) -> bool:
@@ -322,9 +339,13 @@ class Past:
     def extras(self, ordinal: int, device: torch.device) -> dict[str, Tensor]:
         """What was kept with a layer's entries, without these; else as `take`."""
         layer = self._layers[ordinal]
-        return _extras(_of_rows(layer.rest.fetch(device).tensors(), self._rows, layer.batch))
+        return _extras(of_rows(layer.rest.fetch(device).tensors(), self._rows, layer.batch))
 
     # -- what happens to the cache ------------------------------------------------------------
+
+    def adopt(self, ordinal: int, layer: PastLayer) -> None:
+        """Hold what was kept of a layer by another process."""
+        self._layers[ordinal] = layer
 
     def drop(self, reason: str) -> None:
         """Let go of everything, for good: the conversation goes on over what its cache has kept."""

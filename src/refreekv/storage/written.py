@@ -87,17 +87,17 @@ def _read_exact(
     lengths = read_lengths(plain[f"{prefix}lengths"])
     keys, values = tensors[f"{prefix}keys"], tensors[f"{prefix}values"]
     for flat in (keys, values):
-        _check(flat.dim() == 2 and len(flat) == sum(map(sum, lengths)), "entries and lengths do not agree")
-        _check(flat.shape[1] > 0 and flat.dtype in (types or TYPES.values()), "entries are of no type that is stored")
+        check(flat.dim() == 2 and len(flat) == sum(map(sum, lengths)), "entries and lengths do not agree")
+        check(flat.shape[1] > 0 and flat.dtype in (types or TYPES.values()), "entries are of no type that is stored")
     return RaggedKV(keys, values, lengths)
 
 
 def read_lengths(given: Any) -> list[tuple[int, ...]]:
     """Numbers of entries ``[rows][KV heads]``; ValueError if that is not what they are."""
-    _check(isinstance(given, list) and len(given) > 0, "no rows")
+    check(isinstance(given, list) and len(given) > 0, "no rows")
     lengths = [tuple(row) for row in given]
-    _check(all(isinstance(n, int) and n >= 0 for row in lengths for n in row), "lengths are no numbers of entries")
-    _check(len({len(row) for row in lengths}) == 1 and len(lengths[0]) > 0, "rows have different numbers of KV heads")
+    check(all(isinstance(n, int) and n >= 0 for row in lengths for n in row), "lengths are no numbers of entries")
+    check(len({len(row) for row in lengths}) == 1 and len(lengths[0]) > 0, "rows have different numbers of KV heads")
     return lengths
 
 
@@ -125,22 +125,22 @@ def _read_coded(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Leve
     exact, types = _read_exact(plain, tensors), [TYPES[name] for name in _pair(plain["types"], str)]
     sinks, recent, generated = read_lengths(plain["sinks"]), plain["recent"], plain["generated"]
     formats = plain["formats"]
-    _check(isinstance(formats, list) and 1 <= len(formats) <= MOST_RUNGS, "there are no formats of codes")
+    check(isinstance(formats, list) and 1 <= len(formats) <= MOST_RUNGS, "there are no formats of codes")
     shape = (len(exact.lengths), len(exact.lengths[0]))
-    _check((len(sinks), len(sinks[0])) == shape, "parts have different rows or KV heads")
+    check((len(sinks), len(sinks[0])) == shape, "parts have different rows or KV heads")
     for firsts, held in zip(sinks, exact.lengths, strict=True):
-        _check(all(first <= n for first, n in zip(firsts, held, strict=True)), "there are more sinks than entries")
-    _check(type(recent) is int and recent >= 0, "the newest entries are of no number")
-    _check(type(generated) is int and 0 <= generated < len(formats), "generated entries go to no rung")
+        check(all(first <= n for first, n in zip(firsts, held, strict=True)), "there are more sinks than entries")
+    check(type(recent) is int and recent >= 0, "the newest entries are of no number")
+    check(type(generated) is int and 0 <= generated < len(formats), "generated entries go to no rung")
     means = tensors["key_means"], tensors["value_means"]
     for mean, size in zip(means, exact.sizes, strict=True):
-        _check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
+        check(mean.shape == (*shape, size) and mean.dtype == torch.float32, "KV heads have no mean each")
     rungs = [_read_rung(plain, tensors, rung, numbers, exact) for rung, numbers in enumerate(formats)]
     forms, arenas = zip(*rungs, strict=True)
     codes = None
     if f"code_{CODES[0]}" in tensors:
         codes = KeyCodes.known(*(tensors[f"code_{part}"] for part in CODES))
-        _check(codes.order.shape == (shape[1], exact.sizes[0]), "codes of keys are of other heads")
+        check(codes.order.shape == (shape[1], exact.sizes[0]), "codes of keys are of other heads")
     maps = maps_of(means, torch.promote_types(*exact.types), codes)
     coding = Coding(forms, maps, recent, generated, codes)
     members = _read_members(plain, tensors, [arena.lengths for arena in arenas], generated)
@@ -151,17 +151,17 @@ def _read_rung(
     plain: Mapping[str, Any], tensors: Mapping[str, Tensor], rung: int, numbers: Any, exact: RaggedKV
 ) -> tuple[PackedFormat, KVArena]:
     """The format of a rung, and its lines."""
-    _check(
+    check(
         isinstance(numbers, list) and len(numbers) == 10 and all(type(n) is int for n in numbers),
         "the format of codes is none",
     )
     form, lengths = PackedFormat.from_numbers(numbers), read_lengths(plain[f"rung{rung}_lengths"])
     shapes = [(len(rows), len(rows[0])) for rows in (lengths, exact.lengths)]
-    _check(shapes[0] == shapes[1], "parts have different rows or KV heads")
-    _check((form.key_size, form.value_size) == exact.sizes, "exact and coded entries have different head sizes")
+    check(shapes[0] == shapes[1], "parts have different rows or KV heads")
+    check((form.key_size, form.value_size) == exact.sizes, "exact and coded entries have different head sizes")
     count, lines, factors = sum(map(sum, lengths)), tensors[f"rung{rung}_keys"], tensors[f"rung{rung}_values"]
-    _check(lines.dtype == torch.uint8 and lines.shape == (count, form.line_bytes), "codes and lengths do not agree")
-    _check(factors.dtype == torch.float16 and factors.shape == (count, 2), "codes have no scales")
+    check(lines.dtype == torch.uint8 and lines.shape == (count, form.line_bytes), "codes and lengths do not agree")
+    check(factors.dtype == torch.float16 and factors.shape == (count, 2), "codes have no scales")
     return form, KVArena.of(RaggedKV(lines, factors, lengths))
 
 
@@ -171,28 +171,29 @@ def _read_members(
     """Which rung coded entries are in, given how many each rung has; what it does not tell of is in ``rest``."""
     counts, packed = read_lengths(plain["members"]), tensors["members"]
     members = Members(packed, counts)
-    _check(packed.dtype == torch.uint8 and packed.dim() == 1, "nothing says which rung entries are in")
+    check(packed.dtype == torch.uint8 and packed.dim() == 1, "nothing says which rung entries are in")
     expected = sum(members.row_nbytes(row) for row in range(len(counts)))
-    _check((len(counts), len(counts[0])) == (len(lengths[0]), len(lengths[0][0])), "rungs are of other KV heads")
-    _check(len(packed) == expected, "rungs and entries do not agree")
+    check((len(counts), len(counts[0])) == (len(lengths[0]), len(lengths[0][0])), "rungs are of other KV heads")
+    check(len(packed) == expected, "rungs and entries do not agree")
     if len(lengths) > 1:
-        _check(not len(packed) or int(members.rungs().max()) < len(lengths), "entries are in rungs that there are not")
+        check(not len(packed) or int(members.rungs().max()) < len(lengths), "entries are in rungs that there are not")
         told = members.counted(len(lengths))
         for rung, (own, said) in enumerate(zip(lengths, told, strict=True)):
             for held, found in zip(own, said, strict=True):
                 agree = all(a >= b if rung == rest else a == b for a, b in zip(held, found, strict=True))
-                _check(agree, "rungs and entries do not agree")
+                check(agree, "rungs and entries do not agree")
     else:
-        _check(not any(map(any, counts)), "there is one rung only")
+        check(not any(map(any, counts)), "there is one rung only")
     return members
 
 
 def _pair(given: Any, kind: type) -> list[Any]:
-    _check(isinstance(given, list) and len(given) == 2 and all(type(x) is kind for x in given), "a pair is none")
+    check(isinstance(given, list) and len(given) == 2 and all(type(x) is kind for x in given), "a pair is none")
     return list(given)
 
 
-def _check(holds: bool, otherwise: str) -> None:
+def check(holds: bool, otherwise: str) -> None:
+    """Raise ValueError, for this reason, unless what was read holds."""
     if not holds:
         raise ValueError(otherwise)
 

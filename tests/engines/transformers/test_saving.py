@@ -20,6 +20,7 @@ from helpers.driving import POLICIES, RAGGED, Uneven, feed
 from helpers.models import build, prompts
 from refreekv.engines.transformers import saving
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.storage import files
 from refreekv.storage.arena import KVArena
 from refreekv.storage.leveled import LeveledKV
 from refreekv.storage.ragged import RaggedKV
@@ -274,7 +275,7 @@ def rewritten(path, change):
     tensors, description = load_file(path), json.loads(metadata["cache"])
     change(description, tensors)
     text = json.dumps(description)
-    sums = {"": saving.zlib.crc32(text.encode()), **{name: saving._sum(part) for name, part in tensors.items()}}
+    sums = {"": saving.zlib.crc32(text.encode()), **{name: saving.checksum(part) for name, part in tensors.items()}}
     save_file(tensors, path, {"format": saving.FORMAT, "cache": text, "sums": json.dumps(sums)})
 
 
@@ -371,7 +372,7 @@ def test_a_write_that_fails_leaves_what_was_there(saved, llama, monkeypatch):
         Path(target).write_bytes(b"half of it")
         raise OSError("no space left")
 
-    monkeypatch.setattr(saving, "save_file", fails)
+    monkeypatch.setattr(files, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         cache.save(path)
     assert path.read_bytes() == before

@@ -92,6 +92,7 @@ class ReFreeKVCache(PrunedCache):
         policy: str | Policy | None = None,
         *,
         verify: bool | float | str | Recheck = False,
+        keep_evicted: str | HostStore | None = AUTO,
     ) -> Self:
         """Read a cache that `save` wrote, of this process or another, and go on with it.
 
@@ -105,6 +106,8 @@ class ReFreeKVCache(PrunedCache):
             Needed for policies that are not registered; has to be the one that the cache had.
         verify : bool, float, str or Recheck
             As for `compress`: files do not say so.
+        keep_evicted : str, HostStore or None
+            As for `compress`; ``"auto"``: ``"host"`` if the file has what that keeps. None leaves it out.
 
         Raises
         ------
@@ -125,7 +128,9 @@ class ReFreeKVCache(PrunedCache):
         chosen_policy, settings = saved.policy(None if policy is None else resolve(policy)), saved.settings
         if verify is not False:
             settings.pop("prompt_dtype")
-        cache = cls(model, chosen_policy, **settings, verify=verify)
+        if keep_evicted == AUTO:
+            keep_evicted = "host" if saved.remembers else None
+        cache = cls(model, chosen_policy, **settings, verify=verify, keep_evicted=keep_evicted)
         saved.fill(cache, model)
         return cache
 

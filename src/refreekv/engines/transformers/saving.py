@@ -7,7 +7,6 @@ not there.
 
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -28,22 +26,24 @@ from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
 from refreekv.policies.base import AUTO
 from refreekv.report import RowReport
+from refreekv.storage import past_written
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import takes_arena
+from refreekv.storage.files import DamagedError, checksum, write
+from refreekv.storage.host import NoRoomError
+from refreekv.storage.past import PastLayer, Piece
 from refreekv.storage.written import TYPES, Written, read, read_lengths, written
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.cache import PrunedCache
 
 FORMAT = "refreekv-cache"
+PAST = "remembered."
+"""What the names of a layer's tensors begin with that `keep_evicted` keeps."""
 VERSION = 2
 """Of the format: another number is another format."""
-
-
-class DamagedError(ValueError):
-    """Why a file is not what it was written as."""
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -53,17 +53,9 @@ def save(cache: "PrunedCache", model: nn.Module, path: str | os.PathLike[str]) -
     """Write a cache to a file, in place of what may be there; see `PrunedCache.save`."""
     description, tensors = _described(cache, model)
     text = json.dumps(description)
-    sums = {name: _sum(tensor) for name, tensor in tensors.items()}
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "cache": text, "sums": json.dumps({"": zlib.crc32(text.encode()), **sums})}
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(tensors, beside, metadata)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write(Path(path), tensors, metadata)
 
 
 def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,8 +76,15 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
         raise ValueError("the cache holds nothing yet: there is nothing to save")
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
+    past = cache.state.past
+    remembered = past is not None and past.length is not None
     for index, layer in enumerate(cache.layers):
         kind, own = _layer(index, layer)
+        if isinstance(layer, ReFreeKVLayer) and remembered:
+            assert past is not None
+            form = past_written.written(past.layer(layer.ordinal), past.rows)
+            kind["remembered"] = form.plain
+            own |= {PAST + name: part for name, part in form.tensors.items()}
         layers.append(kind)
         tensors |= {f"{index}.{name}": _on_host(part) for name, part in own.items()}
     description = {
@@ -177,12 +176,6 @@ def _policy(policy: Policy) -> dict[str, Any]:
     return {"text": str(policy), "name": policy.name, "parameters": given if known else None}
 
 
-def _sum(tensor: Tensor) -> int:
-    """A checksum of a tensor: of its type, its shape and its bytes."""
-    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, start) if tensor.numel() else start
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -269,6 +262,39 @@ class Saved:
                 batches.add(_fill_layer(layer, plain, tensors, cache.state.arena))
             if len(batches - {0}) != 1:
                 raise DamagedError("its layers have different numbers of rows")
+            if cache.state.past is not None and self.remembers:
+                self._fill_past(cache, devices, max(batches))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has all that prompts held, which ``keep_evicted`` keeps."""
+        with self._reading():
+            return any("remembered" in plain for plain in self.description["layers"])
+
+    def _fill_past(self, cache: "PrunedCache", devices: Mapping[int, torch.device], rows: int) -> None:
+        past, read = cache.state.past, []
+        assert past is not None
+        for layer in cache.pruned_layers:
+            tensors = self._tensors(layer.index, torch.device("cpu"), past=True)
+            found = past_written.read(self.description["layers"][layer.index]["remembered"], tensors)
+            ends = (layer.get_seq_length(), *(() if layer.ragged is None else (layer.marks["pruned"],)))
+            if found.batch != rows or found.length > min(ends) or (len(ends) > 1 and found.length != min(ends)):
+                raise DamagedError("what was kept of earlier turns is of another conversation")
+            read.append((layer.ordinal, found, devices.get(layer.index, torch.device("cpu"))))
+        if len({found.length for _, found, _ in read}) > 1:
+            raise DamagedError("what was kept of earlier turns is not of all layers")
+        try:
+            for ordinal, found, device in read:
+                pieces: tuple[Piece, ...] = ()
+                if found.entries:
+                    stored = past.store.put(past, found.entries, device)
+                    pieces = (Piece(stored, 0, found.in_pieces),)
+                rest = past.store.put(past, found.rest, device)
+                own = PastLayer(found.number, found.codes, pieces, rest, found.length, found.batch, device)
+                past.adopt(ordinal, own)
+        except (NoRoomError, OSError) as error:
+            past.drop(str(error))
+        past.store.used(past)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -278,13 +304,13 @@ class Saved:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{self._path} is damaged: {error}") from error
 
-    def _tensors(self, index: int, device: torch.device) -> dict[str, Tensor]:
-        """A layer's tensors, each compared with its sum."""
-        prefix, found = f"{index}.", {}
+    def _tensors(self, index: int, device: torch.device, *, past: bool = False) -> dict[str, Tensor]:
+        """A layer's tensors, or those that are kept beside it, each compared with its sum."""
+        prefix, found = f"{index}.{PAST if past else ''}", {}
         for name in self._file.keys():  # noqa: SIM118 (no dictionary)
-            if name.startswith(prefix):
+            if name.startswith(prefix) and name.startswith(f"{index}.{PAST}") is past:
                 tensor = self._file.get_tensor(name)
-                if self._sums.get(name) != _sum(tensor):
+                if self._sums.get(name) != checksum(tensor):
                     raise DamagedError(f"the tensor {name} is not what was written")
                 # A copy: the file may be written over.
                 found[name.removeprefix(prefix)] = tensor.to(device, copy=True)
