@@ -27,7 +27,7 @@ BELOW = {
 OUTSIDE = {
     "core": {"torch"},
     "kernels": {"torch", "triton"},
-    "storage": {"torch"},
+    "storage": {"torch", "safetensors"},  # files of what finds no room in memory
     "policies": {"torch"},
     "pruning": {"torch"},
 }

@@ -55,6 +55,9 @@ class Status:
             parts.append(f"budget {self.report.budget:.1%}")
             if (verified := self.report.verified) is not None:
                 parts.append("not verified" if verified.reason else f"step {verified.step + 1} of {verified.steps}")
+            if (whole := self.report.remembered) is not None and (whole.tokens or whole.lost):
+                kept = f"{format_bytes(whole.host_bytes + whole.disk_bytes)} on the host"
+                parts.append("evicted is gone" if whole.lost else kept)
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
         return " · ".join([*parts, *filter(None, [self.note])])

@@ -16,6 +16,7 @@ from refreekv.core.quantisation import Ladder
 from refreekv.policies.base import ladder_for
 from refreekv.serving import answering, templates
 from refreekv.serving.answering import Answering, Listener, length_of
+from refreekv.storage.host_store import HostStore
 
 
 class MessageError(UserError):
@@ -71,6 +72,8 @@ class Conversation:
         How what is kept is stored, as for `compress`.
     verify : bool, float, str or Recheck
         What of each turn is read again over what was kept; see `refreekv.compress`.
+    keep_evicted : HostStore, optional
+        Where all that was read is kept for the next message; None: what is evicted is gone.
     system : str, optional
         A system prompt.
     max_new_tokens : int
@@ -93,6 +96,7 @@ class Conversation:
         *,
         kv_dtype: str | None = "auto",
         verify: Any = False,
+        keep_evicted: HostStore | None = None,
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
@@ -102,6 +106,7 @@ class Conversation:
         self.policy = policy
         self.kv_dtype = kv_dtype
         self.verify = verify
+        self.keep_evicted = keep_evicted
         self.system = system
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -263,6 +268,12 @@ class Conversation:
 
     def _new_cache(self) -> refreekv.ReFreeKVCache:
         try:
-            return refreekv.ReFreeKVCache(self.loaded.model, self.policy, kv_dtype=self.kv_dtype, verify=self.verify)
+            return refreekv.ReFreeKVCache(
+                self.loaded.model,
+                self.policy,
+                kv_dtype=self.kv_dtype,
+                verify=self.verify,
+                keep_evicted=self.keep_evicted,
+            )
         except (ValueError, TypeError) as error:
             raise UserError(one_line(error)) from error

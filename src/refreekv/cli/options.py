@@ -50,6 +50,17 @@ VerifyOption = Annotated[
     ),
 ]
 
+KeepEvictedOption = Annotated[
+    str,
+    typer.Option(
+        "--keep-evicted",
+        metavar="auto|host[:limit=SIZE,folder=DIR]|off",
+        help="host: what is evicted goes to host memory, in 8 bits, and comes back for the next message, which is read "
+        "over everything. At most a quarter of what is free, then DIR if there is one. auto: host on a GPU; off on a "
+        "CPU, where it takes the memory that eviction frees.",
+    ),
+]
+
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="Tokens to generate at most.")]
 
 DtypeOption = Annotated[

@@ -16,7 +16,10 @@ from refreekv.policies import Policy
 from refreekv.policies.base import AUTO, ladder_for
 
 if TYPE_CHECKING:
+    import torch
     from transformers.cache_utils import Cache
+
+    from refreekv.storage.host_store import HostStore
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ def calibrated(
             return chosen_policy, chosen_storage, read or False
     except OSError as error:
         raise UserError(one_line(error)) from error
+
+
+def store_of(keep_evicted: str, device: "torch.device") -> "HostStore | None":
+    """Where conversations on a device keep what is evicted; None: nowhere. `UserError` for a text that is no choice."""
+    from refreekv.storage.host_store import HostStore
+
+    if keep_evicted == "auto":
+        keep_evicted = "off" if device.type == "cpu" else "host"
+    try:
+        return None if keep_evicted == "off" else HostStore.parse(keep_evicted)
+    except ValueError as error:
+        said = one_line(error).replace("keep_evicted must be", "--keep-evicted must be auto, off,")
+        raise UserError(said) from error
 
 
 def generate(

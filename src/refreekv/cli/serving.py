@@ -22,6 +22,7 @@ class ServeOptions:
     kv_dtype: str = "auto"
     calibration: str | None = None
     verify: str | None = None
+    keep_evicted: str = "auto"
     weights: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -147,6 +148,7 @@ def _application(loaded: Loaded, options: ServeOptions, sizes: _Sizes, key: str 
             policy,
             kv_dtype=kv_dtype,
             verify=verify,
+            keep_evicted=running.store_of(options.keep_evicted, loaded.device),
             memory_limit=memory_for_caches(loaded.device) if sizes.memory is None else sizes.memory,
             disk_limit=sizes.disk,
             folder=options.cache_folder,

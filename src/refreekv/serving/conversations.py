@@ -17,6 +17,7 @@ from typing import Any
 from refreekv.engines.transformers import ReFreeKVCache
 from refreekv.policies import Policy
 from refreekv.serving.answering import length_of
+from refreekv.storage.host_store import HostStore
 
 logger = logging.getLogger("refreekv")
 
@@ -48,7 +49,9 @@ class Held:
     def usable(self, prompt: list[int]) -> int:
         """How many tokens of a prompt need not be read, with at least one left to read; 0: none."""
         shared = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
-        return shared if shared >= max(self.floor, LEAST_SHARED if self.branches_at(shared) else 1) else 0
+        # What was evicted comes back where it is kept.
+        floor = 0 if self.cache is not None and self.cache.remembers else self.floor
+        return shared if shared >= max(floor, LEAST_SHARED if self.branches_at(shared) else 1) else 0
 
     def branches_at(self, length: int) -> bool:
         """Whether what goes on from there is another conversation, and not another answer or end of this one."""
@@ -68,6 +71,8 @@ class Conversations:
         How they store it, as for `compress`.
     verify : bool, float, str or Recheck
         What of each request is read again over what is kept, as for `compress`: of prompts only.
+    keep_evicted : HostStore, optional
+        Where all that was read is kept for the next request; None: what is evicted is gone.
     memory_limit : int
         Bytes of caches in memory that no request is using.
     disk_limit : int
@@ -84,11 +89,13 @@ class Conversations:
         *,
         kv_dtype: str | None = "auto",
         verify: Any = False,
+        keep_evicted: HostStore | None = None,
         memory_limit: int,
         disk_limit: int = 0,
         folder: str | os.PathLike[str] | None = None,
     ):
         self._model, self._policy, self._kv_dtype, self._verify = model, policy, kv_dtype, verify
+        self.keep_evicted = keep_evicted
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self._parent = folder
         self._folder: Path | None = None
@@ -163,7 +170,13 @@ class Conversations:
 
     def new_cache(self) -> ReFreeKVCache:
         """A cache that has read nothing."""
-        return ReFreeKVCache(self._model, self._policy, kv_dtype=self._kv_dtype, verify=self._verify)
+        return ReFreeKVCache(
+            self._model,
+            self._policy,
+            kv_dtype=self._kv_dtype,
+            verify=self._verify,
+            keep_evicted=self.keep_evicted,
+        )
 
     def _shrink(self, limit: int) -> None:
         for held in [held for held in self._held if held.cache is not None]:
@@ -196,7 +209,9 @@ class Conversations:
             return copy.deepcopy(held.cache) if copied else held.cache
         assert held.file is not None
         try:
-            return ReFreeKVCache.load(held.file, self._model, self._policy, verify=self._verify)
+            return ReFreeKVCache.load(
+                held.file, self._model, self._policy, verify=self._verify, keep_evicted=self.keep_evicted
+            )
         except (ValueError, OSError) as error:
             logger.warning("a conversation is read again: %s", error)
             if copied:

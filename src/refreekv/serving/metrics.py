@@ -22,6 +22,9 @@ class ServerMetrics(Collector):
         yield _gauge("weight_bytes", "Bytes of the model's weights.", self._weights)
         places = {"memory": held.memory_bytes, "disk": held.disk_bytes}
         yield _by("cache_bytes", "Bytes of caches between requests.", "place", places)
+        if held.keep_evicted is not None:
+            kept = dict(zip(("memory", "disk"), held.keep_evicted.nbytes, strict=True))
+            yield _by("evicted_bytes", "Bytes of what conversations read, kept on the host.", "place", kept)
         numbers = {"memory": held.count(in_memory=True), "disk": held.count(in_memory=False)}
         yield _by("conversations", "Conversations whose cache is kept.", "place", numbers)
         states = {"running": worker.running, "waiting": worker.waiting}
@@ -33,6 +36,10 @@ class ServerMetrics(Collector):
             if latest.verified is not None:
                 yield _gauge(
                     "latest_step", "Step of the latest answer's verification, from 0 on.", latest.verified.step
+                )
+            if latest.remembered is not None and latest.remembered.restored is not None:
+                yield _gauge(
+                    "latest_restored", "Whether the latest turn was read over everything.", latest.remembered.restored
                 )
             yield _gauge("latest_tokens_per_second", "Speed of the latest answer.", counts.tokens_per_second)
         yield _counter("prompt_tokens", "Tokens of prompts.", counts.prompt_tokens)

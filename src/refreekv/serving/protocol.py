@@ -244,6 +244,7 @@ def kept(report: CompressionReport | None) -> dict[str, Any] | None:
         "bytes": report.bytes_after,
         "full_bytes": report.bytes_before,
         "verified": None if report.verified is None else asdict(report.verified),
+        "remembered": None if report.remembered is None else asdict(report.remembered),
     }
 
 

@@ -91,6 +91,10 @@ class Stays(Protocol):
     def parked_bytes(self) -> int:
         """Bytes in host memory."""
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in files."""
+
     def to_files(self, folder: Path) -> None:
         """Move all of it to files."""
 
@@ -182,6 +186,14 @@ class HostStore:
                         if self.folder is None:
                             raise
                         return Filed(self._place(), tensors)
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes that conversations take of host memory and of files; what several of them share may count for each."""
+        with self.lock:
+            pasts = [past for one in self._pasts if (past := one()) is not None]
+            memory = 0 if self._memory is None else self._memory.used
+            return memory, sum(past.file_bytes for past in pasts)
 
     def used(self, past: Stays) -> None:
         """Note that a conversation goes on: it is the last one to go."""

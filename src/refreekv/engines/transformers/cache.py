@@ -212,6 +212,13 @@ class PrunedCache(DynamicCache):
         return all(layer.get_seq_length() == 0 for layer in self.pruned_layers)
 
     @property
+    def remembers(self) -> bool:
+        """Whether a next turn can be read over everything, from any place on: nothing was lost by eviction."""
+        past = self.state.past
+        # Layers with a window do not remember what fell out of it.
+        return past is not None and past.length is not None and len(self.pruned_layers) == len(self.layers)
+
+    @property
     def policy(self) -> Policy:
         """What decides on what to keep."""
         return self.state.policy

@@ -121,12 +121,7 @@ class IntakeLayer(StoredLayer):
         assert self.ladder is not None
         if not trial.due(keys.device):
             return
-        sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
-        if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
-            codes = self.state.codes_of(self.ordinal)
-        # One trial serves all layers that are alike.
-        dtype = torch.promote_types(keys.dtype, values.dtype)
-        wrong = trial.fault(keys.device, dtype, keys.shape[1], sizes, self.ladder, codes)
+        wrong = self._fault(keys, values, self.ladder)
         if wrong is None:
             return
         said = f"K/V cannot be coded on {keys.device}: {wrong}"
@@ -135,6 +130,14 @@ class IntakeLayer(StoredLayer):
         if self.ordinal == 0:
             _log.warning("%s; they stay in the model's precision", said)
         self.ladder = None
+
+    def _fault(self, keys: Tensor, values: Tensor, ladder: Ladder) -> str | None:
+        """What is wrong with entries like these, coded on their device; one trial serves all layers that are alike."""
+        sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
+        if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
+            codes = self.state.codes_of(self.ordinal)
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        return trial.fault(keys.device, dtype, keys.shape[1], sizes, ladder, codes)
 
     # -- a prompt in chunks ----------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class RememberingLayer(IntakeLayer):
         end = past.layer(self.ordinal).length
         generated = self._newest(before - end)
         self.ragged = self.keys = self.values = None
-        self.kept_columns, self.records, self.holds_hidden = [], [], False
+        self.kept_columns, self.reports, self.holds_hidden = [], [], False
         self._pruned_length = self._earlier_length = 0
         held, extras = past.take(self.ordinal, keys.device, max(self.state.end or 0, self._length))
         self._take_up(extras, end)
@@ -126,15 +126,12 @@ class RememberingLayer(IntakeLayer):
             return
         keys, values = (part[:, :, :end] for part in self.dense)
         number = Reading.form_for(past.number, (keys, values))
-        codes = self.state.codes_of(self.ordinal)
-        if number is not None and trial.due(keys):
-            sizes, kind = (keys.shape[3], values.shape[3]), torch.promote_types(keys.dtype, values.dtype)
-            if trial.fault(keys.device, kind, keys.shape[1], sizes, Ladder((number,)), codes) is not None:
-                number = None
+        if number is not None and trial.due(keys.device) and self._fault(keys, values, Ladder((number,))) is not None:
+            number = None
         if number is None:
             past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
         else:
-            whole = UnfinishedKV.of(number, keys, values, self._real(end), codes)
+            whole = UnfinishedKV.of(number, keys, values, self._real(end), self.state.codes_of(self.ordinal))
             past.put(self.ordinal, whole, extras, length=end, continues=False)
 
     def _real(self, end: int) -> Tensor | None:
