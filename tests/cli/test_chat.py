@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import refreekv
 from helpers.command_line import DIALOGUE, assert_refused, runner, save_chat_model, words
-from refreekv.cli import loading
+from refreekv.cli import loading, running
 from refreekv.cli.app import UserError
 from refreekv.cli.chatting import printable, status_of, stop_on_interrupt
 from refreekv.cli.conversation import Conversation, MessageError, Sampling
@@ -214,6 +214,45 @@ def test_quantised_storage(loaded):
     plain.say(words(200, 1))
     assert reports[0].bytes_after < 0.6 * plain.report.bytes_after
     assert reports[1].kv_dtype is not None
+
+
+def test_what_is_evicted_comes_back_for_the_next_message(loaded):
+    """Of answers of one token each: the next message is answered as over the full cache."""
+    store = refreekv.HostStore()
+    talk = Conversation(loaded, PRUNING, max_new_tokens=1, keep_evicted=store)
+    for turn, size in enumerate((60, 20, 10)):
+        done = talk.say(words(size, turn))
+        assert greedy(loaded, talk.tokens[:-1], 1) == talk.tokens[-1:]
+        assert done.report.budget < 1
+        assert done.report.remembered.restored is (True if turn else None)
+    assert "on the host" in str(status_of(done))
+    talk.use(ADAPTIVE)
+    assert talk.say(words(5, 4)).report.remembered.restored is None  # all is read again
+    lost = replace(done.report, remembered=replace(done.report.remembered, lost="no room"))
+    assert "evicted is gone" in str(status_of(replace(done, report=lost)))
+    talk.reset()
+    assert store.nbytes == (0, 0)
+
+
+def test_a_message_that_is_stopped_leaves_everything_there(loaded):
+    talk = Conversation(loaded, PRUNING, max_new_tokens=1, chunk=16, keep_evicted=refreekv.HostStore())
+    talk.say(words(60, 1))
+    reads = []
+    with pytest.raises(MessageError, match="stopped while reading"):
+        talk.say(words(50, 2), Listener(on_read=lambda read, _: reads.append(read), stopped=lambda: len(reads) > 2))
+    talk.say(words(20, 3))
+    assert greedy(loaded, talk.tokens[:-1], 1) == talk.tokens[-1:]
+
+
+def test_where_evicted_entries_go(run, folder, tmp_path):
+    cpu = torch.device("cpu")
+    assert running.store_of("auto", cpu) is None
+    assert running.store_of("off", torch.device("cuda")) is None
+    assert running.store_of("auto", torch.device("cuda")).folder is None
+    assert running.store_of(f"host:limit=1GiB,folder={tmp_path}", cpu).limit == 2**30
+    with pytest.raises(UserError, match=r"--keep-evicted must be auto, off, 'host'"):
+        running.store_of("disk", cpu)
+    assert_refused(run("chat", "--model", str(folder), "--keep-evicted", "host:folder=/no/where"), "is no folder")
 
 
 # -- templates --------------------------------------------------------------------------

@@ -103,6 +103,38 @@ def test_a_pruned_prompt_is_not_cropped_into(llama):
     assert length_of(changed) == 51
 
 
+def test_a_pruned_prompt_is_cropped_into_where_what_was_evicted_is_kept(llama, tmp_path):
+    """An earlier message that was changed, and a branch: all that is shared is read once, and is all there."""
+    held = kept(llama, PRUNING, keep_evicted=refreekv.HostStore())
+    cache = held.new_cache()
+    tokens = answered(llama, cache, prompt())
+    assert cache.report.budget < 1
+    put(held, cache, tokens)
+    changed = [*prompt()[:40], 3, 3, 5]
+    branch = held.take(changed)
+    assert branch is not cache
+    assert length_of(branch) == 40
+    # The first token is read over everything; the others over what is kept then.
+    full = kept(llama, FULL).new_cache()
+    assert answered(llama, branch, changed, 1) == answered(llama, full, changed, 1)
+    assert branch.report.remembered.restored
+    assert length_of(held.take([*tokens, 7])) == len(tokens) - 1
+
+
+def test_what_was_evicted_goes_to_files_and_comes_back_with_its_conversation(llama, tmp_path):
+    held = kept(llama, PRUNING, memory_limit=0, folder=tmp_path, keep_evicted=refreekv.HostStore())
+    cache = held.new_cache()
+    tokens = answered(llama, cache, prompt())
+    put(held, cache, tokens)
+    del cache
+    gc.collect()
+    assert held.keep_evicted.nbytes == (0, 0)
+    again = held.take([*tokens, 7, 8])
+    assert held.keep_evicted.nbytes[0] > 0
+    assert answered(llama, again, [*tokens, 7, 8], 1)
+    assert again.report.remembered.restored
+
+
 def test_another_conversation_that_begins_alike_leaves_the_first_one_as_it_is(llama, tmp_path):
     """Such as one with the same system prompt; a few tokens are read again instead."""
     held = kept(llama, folder=tmp_path)

@@ -598,6 +598,18 @@ def test_metrics(loaded):
         assert found['refreekv_requests{state="running"}'] == 0
 
 
+def test_what_is_evicted_is_kept_and_said(loaded):
+    with served(loaded, PRUNING, keep_evicted=refreekv.HostStore()) as server:
+        past, _ = talk(server, words(40, 1))
+        assert "refreekv_latest_restored" not in metrics(server)
+        talk(server, words(10, 2), past)
+        found, report = metrics(server), server.worker.counts.latest
+        assert report.remembered.restored
+        assert found["refreekv_latest_restored"] == 1
+        assert found['refreekv_evicted_bytes{place="memory"}'] >= report.remembered.host_bytes > 0
+        assert found['refreekv_evicted_bytes{place="disk"}'] == 0
+
+
 def test_fifty_requests_leave_nothing_behind(loaded, tmp_path):
     """Good ones, bad ones and dropped ones: caches, jobs, files and the model are as before."""
     before, own = len(caches()), set(vars(loaded.model))
