@@ -1,7 +1,10 @@
 """Host memory for what leaves a device: what comes back is what went, limits hold, and memory is given back."""
 
+import contextlib
 import copy
 import gc
+import random
+import sys
 import threading
 
 import pytest
@@ -11,18 +14,23 @@ from refreekv.storage import host
 from refreekv.storage.host import HostMemory, NoRoomError, Parked
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PAGED = False
+"""Whether memory is handed out in pages, as pinned memory is."""
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
+@pytest.fixture(params=["cpu", "in pages", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    return torch.device(request.param)
+    monkeypatch.setattr(sys.modules[__name__], "PAGED", request.param != "cpu")
+    if request.param == "in pages":
+        real = host._allocated
+        monkeypatch.setattr(host, "_allocated", lambda size, pinned: real(size, pinned=False))
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 def memory(device, limit=2**30):
-    return HostMemory(limit, pinned=device.type == "cuda")
+    return HostMemory(limit, pinned=PAGED)
 
 
 def some_tensors(device, seed=0):
@@ -41,9 +49,10 @@ def some_tensors(device, seed=0):
     }
 
 
-@pytest.mark.parametrize("slab", [host.SLAB, 48])
-def test_what_comes_back_is_what_went(device, slab, monkeypatch):
-    monkeypatch.setattr(host, "SLAB", slab)  # also where tensors lie across pieces
+@pytest.mark.parametrize("page", [host.PAGE, 48])
+def test_what_comes_back_is_what_went(device, page, monkeypatch):
+    monkeypatch.setattr(host, "PAGE", page)  # also where tensors lie across pieces
+    monkeypatch.setattr(host, "SLAB", max(10 * page, 480))
     tensors = {name: part.to(device) for name, part in some_tensors(device).items()}
     tensors["strided"] = some_tensors(device)["strided"].to(device).repeat(1, 1, 2, 1)[:, :, 3:43]
     parked = Parked.put(memory(device), tensors)
@@ -88,7 +97,7 @@ def test_memory_that_is_used_again_waits_for_copies(device):
 
 
 def test_the_limit_holds_and_memory_is_given_back(device):
-    unit = host.SLAB if device.type == "cuda" else 1000
+    unit = host.PAGE if PAGED else 1000
     pool = memory(device, limit=3 * unit)
     first, second = pool.take(unit), pool.take(2 * unit)
     assert pool.used == 3 * unit
@@ -100,6 +109,39 @@ def test_the_limit_holds_and_memory_is_given_back(device):
     again = pool.take(unit)
     assert pool.used == 2 * unit
     assert first.size == again.size == unit
+
+
+def fill(buffer, value):
+    for part in buffer.spans(0, buffer.size):
+        part.fill_(value)
+
+
+def is_filled(buffer, value):
+    parts = list(buffer.spans(0, buffer.size))
+    return sum(map(len, parts)) == buffer.size and all(bool((part == value).all()) for part in parts)
+
+
+def test_buffers_never_share_bytes(device, monkeypatch):
+    """Many of any size, given back in any order: each has its own, and nothing is pinned that need not be."""
+    monkeypatch.setattr(host, "PAGE", 64)
+    monkeypatch.setattr(host, "SLAB", 1024)
+    pool, held, chance = memory(device, limit=20_000), {}, random.Random(0)
+    most = 0
+    for number in range(1, 400):
+        if held and chance.random() < 0.45:
+            del held[chance.choice(list(held))]
+        else:
+            with contextlib.suppress(NoRoomError):
+                held[number] = pool.take(chance.randrange(0, 3000))
+                fill(held[number], number % 251)
+        most = max(most, pool.used)
+        assert all(is_filled(buffer, key % 251) for key, buffer in held.items())
+        assert pool.used == sum(map(pool.size_of, [held[key].size for key in held])) <= pool.limit
+    assert most > 15_000
+    if PAGED:
+        assert pool.held <= most + 1024
+    held.clear()
+    assert pool.used == 0
 
 
 def test_where_the_system_has_none_nothing_is_counted(device, monkeypatch):

@@ -5,6 +5,7 @@ device's copy stream, and who reads what came waits for it on the device (`Comin
 there is no GPU the same calls copy in ordinary memory.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 
 SLAB = 2**24
-"""Bytes of a piece of pinned memory: pinning is slow, so that pieces of one size are pinned once and used again."""
+"""Bytes that are pinned at a time: pinning is slow, so that what is pinned stays so and is used again."""
+
+PAGE = 2**16
+"""Bytes of pinned memory that a buffer takes at a time."""
 
 SHARE = 0.25
 """Of the host memory that is free, what is used if nobody says otherwise."""
@@ -48,10 +52,24 @@ def available_memory() -> int:
     return min(found, default=2**32)
 
 
-@functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream on which a GPU copies to and from host memory."""
-    return torch.cuda.Stream(device)
+    return _copy_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _copy_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+@dataclass
+class _Extent:
+    """Free pages of a slab, and the copies that were under way when they were given back."""
+
+    slab: int
+    start: int
+    stop: int
+    events: tuple[torch.cuda.Event, ...] = ()
 
 
 class HostMemory:
@@ -62,35 +80,34 @@ class HostMemory:
     limit : int
         Bytes of buffers at most. Lowering it later takes nothing back.
     pinned : bool
-        Whether GPUs copy to and from it while they compute. Such memory is pinned in pieces of `SLAB` bytes, which
-        stay with this object when their buffer is gone; others are given back to the system.
+        Whether GPUs copy to and from it while they compute. Such memory is pinned in slabs of `SLAB` bytes, which stay
+        with this object when their buffers are gone; other memory is given back to the system.
     """
 
     def __init__(self, limit: int, *, pinned: bool):
         self.limit, self.pinned = limit, pinned
         self._lock = threading.Lock()
         self._used = 0
-        # Pinned pieces that no buffer has, each with the copies that were under way when it was given back.
-        self._free: list[tuple[Tensor, tuple[torch.cuda.Event, ...]]] = []
-        self._owned = 0
+        self._slabs: list[Tensor] = []
+        self._free: list[_Extent] = []  # ascending, and those that touch are one
         # What is given back when Python collects a buffer, which may be anywhere, so that no lock can be waited for.
-        self._returned: deque[tuple[list[Tensor], int, list[torch.cuda.Event]]] = deque()
+        self._returned: deque[tuple[list[_Extent], int, list[torch.cuda.Event]]] = deque()
 
     @property
     def used(self) -> int:
-        """Bytes of buffers that are in use; pinned ones in whole pieces."""
+        """Bytes of buffers that are in use; pinned ones in whole pages."""
         with self._lock:
             self._collect()
             return self._used
 
     @property
     def held(self) -> int:
-        """Bytes that are taken from the system: those in use, and pinned pieces that wait for a next buffer."""
-        return max(self.used, self._owned)
+        """Bytes that are taken from the system: those in use, and pinned ones that wait for a next buffer."""
+        return max(self.used, len(self._slabs) * SLAB)
 
     def size_of(self, size: int) -> int:
         """Bytes that a buffer of ``size`` bytes counts."""
-        return -(-size // SLAB) * SLAB if self.pinned else size
+        return -(-size // PAGE) * PAGE if self.pinned else size
 
     def take(self, size: int) -> "Buffer":
         """A buffer of ``size`` bytes, which is given back when nobody refers to it any more.
@@ -106,59 +123,74 @@ class HostMemory:
             if self._used + counted > self.limit:
                 raise NoRoomError(f"{size:,} bytes are wanted, and {self._used:,} of {self.limit:,} are in use")
             self._used += counted
+        taken: list[_Extent] = []
         try:
-            parts = self._pinned(counted // SLAB) if self.pinned else [_allocated(size, pinned=False)]
+            if self.pinned:
+                self._take_pages(counted // PAGE, taken)
+                parts = [self._slabs[one.slab][one.start * PAGE : one.stop * PAGE] for one in taken]
+            else:
+                parts = [_allocated(size, pinned=False)]
         except NoRoomError:
-            with self._lock:
-                self._used -= counted
+            self._returned.append((taken, counted, []))
             raise
-        return Buffer(self, parts, size)
+        return Buffer(parts, size, self._returned, taken, counted)
 
     def prepare(self, size: int) -> None:
-        """Pin pieces for buffers of ``size`` bytes in all that are going to be asked for, in a thread of its own."""
+        """Pin memory for buffers of ``size`` bytes that are going to be asked for, in a thread of its own."""
         if not self.pinned:
             return
+        target = min(self.used + size, self.limit)
 
         def pin() -> None:
-            while True:
-                with self._lock:
-                    wanted = min(size, self.limit - self._used)
-                    if len(self._free) * SLAB >= wanted:
-                        return
-                try:
-                    part = _allocated(SLAB, pinned=True)
-                except NoRoomError:
-                    return  # who asks for it will be told
-                with self._lock:
-                    self._free.append((part, ()))
-                    self._owned += SLAB
+            with contextlib.suppress(NoRoomError):  # who asks for it will be told
+                while len(self._slabs) * SLAB < target:
+                    self._add_slab()
 
-        threading.Thread(target=pin, name="refreekv-pin", daemon=True).start()
+        if len(self._slabs) * SLAB < target:
+            threading.Thread(target=pin, name="refreekv-pin", daemon=True).start()
 
-    def _pinned(self, count: int) -> list[Tensor]:
+    def _add_slab(self) -> None:
+        slab = _allocated(SLAB, pinned=True)
         with self._lock:
-            reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        for _, events in reused:
-            for event in events:
-                event.synchronize()
-        parts = [part for part, _ in reused]
-        try:
-            while len(parts) < count:
-                parts.append(_allocated(SLAB, pinned=True))
-                with self._lock:
-                    self._owned += SLAB
-        except NoRoomError:
+            self._slabs.append(slab)
+            self._free.append(_Extent(len(self._slabs) - 1, 0, SLAB // PAGE))
+
+    def _take_pages(self, count: int, taken: list[_Extent]) -> None:
+        """Take free pages, in as few pieces as may be without a search, and pin more where there are none."""
+        while count:
             with self._lock:
-                self._free += [(part, ()) for part in parts]
-            raise
-        return parts
+                fits = next((one for one in self._free if one.stop - one.start >= count), None)
+                chosen = fits or max(self._free, key=lambda one: one.stop - one.start, default=None)
+                if chosen is not None:
+                    size = min(count, chosen.stop - chosen.start)
+                    taken.append(_Extent(chosen.slab, chosen.start, chosen.start + size))
+                    chosen.start += size
+                    count -= size
+                    if chosen.start == chosen.stop:
+                        self._free.remove(chosen)
+            if chosen is None:
+                self._add_slab()
+                continue
+            for event in chosen.events:
+                event.synchronize()
 
     def _collect(self) -> None:
         while self._returned:
-            parts, counted, events = self._returned.popleft()
+            extents, counted, events = self._returned.popleft()
             self._used -= counted
-            if self.pinned:
-                self._free += [(part, tuple(events)) for part in parts]
+            self._free += [_Extent(one.slab, one.start, one.stop, tuple(events)) for one in extents]
+            joined: list[_Extent] = []
+            for one in sorted(self._free, key=lambda one: (one.slab, one.start)):
+                if joined and (joined[-1].slab, joined[-1].stop) == (one.slab, one.start):
+                    joined[-1].stop = one.stop
+                    joined[-1].events = _under_way((*joined[-1].events, *one.events))
+                else:
+                    joined.append(one)
+            self._free = joined
+
+
+def _under_way(events: tuple[torch.cuda.Event, ...]) -> tuple[torch.cuda.Event, ...]:
+    return tuple(event for event in dict.fromkeys(events) if not event.query())
 
 
 def _allocated(size: int, *, pinned: bool) -> Tensor:
@@ -179,12 +211,18 @@ class Buffer:
         Bytes that were asked for.
     """
 
-    def __init__(self, memory: HostMemory, parts: list[Tensor], size: int):
+    def __init__(
+        self,
+        parts: list[Tensor],
+        size: int,
+        returned: "deque[tuple[list[_Extent], int, list[torch.cuda.Event]]]",
+        extents: list[_Extent],
+        counted: int,
+    ):
         self.size = size
         self._parts = parts
         self._events: list[torch.cuda.Event] = []
-        back = parts, memory.size_of(size), self._events
-        weakref.finalize(self, memory._returned.append, back).atexit = False
+        weakref.finalize(self, returned.append, (extents, counted, self._events)).atexit = False
 
     def spans(self, start: int, stop: int) -> Iterator[Tensor]:
         """The bytes from ``start`` to ``stop`` as parts, uint8, in order."""

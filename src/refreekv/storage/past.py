@@ -62,6 +62,8 @@ class PastLayer:
         Rows.
     device : device
         Where they came from.
+    cropped : bool
+        Whether there was more, of which the rest still tells.
     """
 
     number: KVDtype | None
@@ -71,6 +73,7 @@ class PastLayer:
     length: int
     batch: int
     device: torch.device
+    cropped: bool = False
 
     @property
     def in_pieces(self) -> int:
@@ -85,7 +88,7 @@ class PastLayer:
     def cut(self, length: int) -> "PastLayer":
         """The same without columns from ``length`` on."""
         pieces = tuple(replace(one, stop=min(one.stop, length)) for one in self.pieces if one.start < length)
-        return replace(self, pieces=pieces, length=min(self.length, length))
+        return replace(self, pieces=pieces, length=min(self.length, length), cropped=True)
 
     def moved(self, to: Mapping[int, Stored]) -> "PastLayer":
         """The same, stored elsewhere: by the ``id`` of what it is stored in."""
@@ -225,6 +228,11 @@ class Past:
         copied._rows = None if self._rows is None else list(self._rows)
         self.store.used(copied)
         return copied
+
+    def expect(self, size: int, device: torch.device) -> None:
+        """Get memory ready for so many bytes, while the first layers compute."""
+        if not self.lost:
+            self.store.memory(device).prepare(size)
 
     # -- going and coming back ----------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from refreekv.core.quantisation import Ladder
+from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.intake import IntakeLayer
 from refreekv.engines.transformers.reading import Reading
 from refreekv.pruning.calls import Queries
@@ -18,6 +18,7 @@ from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.storage import trial
 from refreekv.storage.coding import Pair
+from refreekv.storage.past import PastLayer
 from refreekv.storage.unfinished import UnfinishedKV
 
 PROBED_LENGTH = 8192
@@ -35,6 +36,8 @@ class RememberingLayer(IntakeLayer):
     def _come_back(self, keys: Tensor, values: Tensor) -> None:
         """Put all that earlier turns held in the place of what was kept, if a next turn begins with these entries."""
         past, before = self.state.past, self._length - keys.shape[2]
+        if past is not None and not before and self.ordinal == 0:
+            past.expect(self._bytes_to_keep(past.number, keys, values), keys.device)
         if past is None or not before or self.reading is not None or self._padding.start is not None:
             return
         if not self.state.begins_prompt(before, self._length):
@@ -42,7 +45,7 @@ class RememberingLayer(IntakeLayer):
         if self.ragged is None:
             # All is here; what the policy asked through is not.
             if past.begins(before):
-                self._take_up(past.extras(self.ordinal, keys.device), past.layer(self.ordinal).length, padding=False)
+                self._take_up(past.extras(self.ordinal, keys.device), past.layer(self.ordinal), padding=False)
             self._earlier_length = 0
             return
         if any(self.ragged.freed):
@@ -51,13 +54,14 @@ class RememberingLayer(IntakeLayer):
             if not past.lost:
                 past.drop("its first turns were read without keep_evicted")
             return
-        end = past.layer(self.ordinal).length
+        layer = past.layer(self.ordinal)
+        end = layer.length
         generated = self._newest(before - end)
         self.ragged = self.keys = self.values = None
         self.kept_columns, self.reports, self.holds_hidden = [], [], False
         self._pruned_length = self._earlier_length = 0
         held, extras = past.take(self.ordinal, keys.device, max(self.state.end or 0, self._length))
-        self._take_up(extras, end)
+        self._take_up(extras, layer)
         if not isinstance(held, UnfinishedKV):
             parts = [torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(held, generated, strict=True)]
             self.keys, self.values = parts
@@ -85,24 +89,29 @@ class RememberingLayer(IntakeLayer):
         keys, values = (torch.stack([part[:, part.shape[1] - count :] for part in side]) for side in sides_of_rows)
         return keys, values
 
-    def _take_up(self, extras: Mapping[str, Tensor], end: int, *, padding: bool = True) -> None:
-        """Go on with the queries and the padding that were kept with entries up to logical length ``end``."""
+    def _bytes_to_keep(self, wanted: KVDtype | str | None, keys: Tensor, values: Tensor) -> int:
+        """About what all layers' entries of this prompt will take where they are kept."""
+        number = Reading.form_for(wanted, (keys, values))
+        sizes = keys.shape[3], values.shape[3]
+        entry = sum(sizes) * keys.element_size() if number is None else number.entry_bytes(sizes)
+        tokens = max(self.state.end or 0, self._length)
+        return keys.shape[0] * keys.shape[1] * tokens * entry * self.state.layers
+
+    def _take_up(self, extras: Mapping[str, Tensor], layer: PastLayer, *, padding: bool = True) -> None:
+        """Go on with the queries and the padding that were kept with a layer's entries."""
         if padding:
             stored = extras.get("padding")
-            self._padding = Padding(None if stored is None else stored[:, :end])
+            self._padding = Padding(None if stored is None else stored[:, : layer.length])
         if "states" not in extras:
             return
-        columns = extras["columns"]
-        # A conversation that was cropped: queries of what is left.
-        there = (columns < end).all(0).nonzero()[:, 0]
-        if len(there):
-            real = extras.get("real")
-            self._queries = HeldQueries(
-                Queries(
-                    extras["states"][:, :, there], columns[:, there], None if real is None else real[:, there],
-                    extras["ordinals"][:, there],
-                )
-            )  # fmt: skip
+        states, columns, ordinals, real = (extras.get(name) for name in ("states", "columns", "ordinals", "real"))
+        assert states is not None and columns is not None and ordinals is not None  # noqa: PT018
+        if layer.cropped:  # queries of what is left
+            there = (columns < layer.length).all(0).nonzero()[:, 0]
+            states, columns, ordinals = states[:, :, there], columns[:, there], ordinals[:, there]
+            real = None if real is None else real[:, there]
+        if columns.shape[1]:
+            self._queries = HeldQueries(Queries(states, columns, real, ordinals))
 
     def _keep_all(self, queries: Queries, end: int) -> None:
         """At a prompt's end, keep all entries up to logical length ``end`` with those of ``queries`` that are asked."""
