@@ -215,6 +215,12 @@ class Past:
         return self._layers[ordinal]
 
     @property
+    def layers(self) -> dict[int, PastLayer]:
+        """What is kept of each layer; none where it does not hold a conversation as a whole."""
+        with self.store.lock:
+            return dict(self._layers) if self.length is not None else {}
+
+    @property
     def rows(self) -> list[int] | None:
         """Which of the rows that are kept are those of the cache, in its order; None: all."""
         return self._rows

@@ -77,12 +77,12 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     past = cache.state.past
-    remembered = past is not None and past.length is not None
+    # As it is now: another conversation may need the memory meanwhile.
+    layers_of_past = {} if past is None else past.layers
     for index, layer in enumerate(cache.layers):
         kind, own = _layer(index, layer)
-        if isinstance(layer, ReFreeKVLayer) and remembered:
-            assert past is not None
-            form = past_written.written(past.layer(layer.ordinal), past.rows)
+        if isinstance(layer, ReFreeKVLayer) and past is not None and layers_of_past:
+            form = past_written.written(layers_of_past[layer.ordinal], past.rows)
             kind["remembered"] = form.plain
             own |= {PAST + name: part for name, part in form.tensors.items()}
         layers.append(kind)
