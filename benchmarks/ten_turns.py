@@ -78,7 +78,14 @@ def opening(tokenizer: Any, document: str, question: str, tokens: int) -> tuple[
     offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     cut = document[: offsets[min(tokens, len(offsets)) - 1][1]]
     messages = [{"role": "user", "content": f"{cut}\n\n{question}"}]
+    if not tokenizer.chat_template:
+        return messages, templates.tokens_of(tokenizer, cut + plain(question), special=True)
     return messages, templates.tokens_of(tokenizer, templates.render(tokenizer, messages))
+
+
+def plain(question: str) -> str:
+    """A question to a model without a chat template."""
+    return f"\n\nQuestion: {question}\nAnswer:"
 
 
 @torch.no_grad()
@@ -96,7 +103,10 @@ def converse(model: Any, tokenizer: Any, document: str, questions: Sequence[str]
     for number, question in enumerate(questions):
         if number:
             said = {"role": "user", "content": question}
-            new = templates.after_answer(tokenizer, messages[:-1], said)
+            if tokenizer.chat_template:
+                new = templates.after_answer(tokenizer, messages[:-1], said)
+            else:
+                new = templates.tokens_of(tokenizer, plain(question))
             last = turns[-1].answer[-1]
             ids = [last, *(new[1:] if new and new[0] == last else new)]
             messages.append(said)

@@ -60,3 +60,13 @@ def test_what_it_costs_is_measured():
     assert found["decoding"][0] < found["decoding"][1] * 1.5
     assert "over everything" in restore_price.line(found)
     assert torch.is_grad_enabled()
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text(loaded):
+    template, loaded.tokenizer.chat_template = loaded.tokenizer.chat_template, None
+    try:
+        turns = ten_turns.converse(loaded.model, loaded.tokenizer, words(60, 9), [words(6, 1), words(6, 2)], 50, 3)
+    finally:
+        loaded.tokenizer.chat_template = template
+    assert len(turns) == 2
+    assert turns[1].ids[0] == turns[0].answer[-1]

@@ -135,6 +135,29 @@ def test_in_eight_bits_a_turn_is_one_more_chunk_of_one_prompt(case, lengths):
     assert is_evicted(talk.cache)
 
 
+@pytest.mark.parametrize("number", [None, "int8:recent=4"])
+@pytest.mark.parametrize("lengths", [(20,), (20, 7)], ids=["alone", "batch"])
+def test_a_conversation_may_begin_with_little(lengths, number):
+    """With nothing to code, and in a batch with no padding before the second turn brings some."""
+    padded, turns = len(lengths) > 1, turns_of((20,) * len(lengths), question=120, count=4)
+    talk = talk_of(model_of(), "window", padded=padded, prompt_dtype=number)
+    for turn, logits in zip(turns, full(build("llama", attention="sdpa", head_dim=16), turns, padded), strict=True):
+        got = talk.ask(*turn)
+        assert (got - logits).norm() < (0.15 if number else 1e-4) * logits.norm()
+    assert talk.cache.report.remembered.restored
+
+
+def test_in_sixteen_bits():
+    model, turns = build("llama", attention="sdpa", head_dim=16).bfloat16(), turns_of(ALONE, answer=3)
+    talk = talk_of(model, "heavy-hitter", prompt_dtype=None)
+    wide = full(build("llama", attention="sdpa", head_dim=16), turns, False)
+    plain = full(build("llama", attention="sdpa", head_dim=16).bfloat16(), turns, False)
+    for number, turn in enumerate(turns):
+        noise = (plain[number][:, 0] - wide[number][:, 0]).norm()
+        assert (talk.ask(*turn)[:, 0] - plain[number][:, 0]).norm() < 2 * noise
+    assert talk.cache.report.remembered.host_bytes < 4 * 2 * 180 * 2 * 16 * 2 + 4 * 200_000
+
+
 def test_lines_are_coded_once_and_kept_once():
     """A later turn adds its own lines, and its report says what all of them take."""
     talk = talk_of(model_of(), "heavy-hitter", prompt_dtype="int8:recent=4")
