@@ -22,7 +22,7 @@ from helpers.models import build
 from refreekv import HostStore, ReFreeKVCache
 from refreekv.engines.transformers import saving
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.storage import files, host_store
+from refreekv.storage import files, host_store, trial
 from refreekv.storage.host import Parked
 from refreekv.storage.host_store import Filed
 
@@ -414,3 +414,12 @@ def test_a_block_that_was_left_gives_its_memory_back(llama, caplog):
     gc.collect()
     assert store.memory(CPU).used == 0
     assert not caplog.records
+
+
+def test_where_kernels_are_wrong_entries_are_kept_as_they_are(llama, wanted, monkeypatch):
+    monkeypatch.setattr(trial, "due", lambda device: True)
+    monkeypatch.setattr(trial, "fault", lambda *args: "keys differ by 1")
+    talk = talk_of(llama, "host", prompt_dtype="auto", kv_dtype=None)
+    for turn, logits in zip(turns_of(ALONE), wanted, strict=True):
+        torch.testing.assert_close(talk.ask(*turn), logits, rtol=0, atol=2e-4)
+    assert talk.cache.state.past.layer(0).number is None

@@ -135,13 +135,22 @@ class RememberingLayer(IntakeLayer):
             return
         keys, values = (part[:, :, :end] for part in self.dense)
         number = Reading.form_for(past.number, (keys, values))
-        if number is not None and trial.due(keys.device) and self._fault(keys, values, Ladder((number,))) is not None:
+        if number is not None and not self._codes_right(number, keys, values):
             number = None
         if number is None:
             past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
         else:
             whole = UnfinishedKV.of(number, keys, values, self._real(end), self.state.codes_of(self.ordinal))
             past.put(self.ordinal, whole, extras, length=end, continues=False)
+
+    def _codes_right(self, number: KVDtype, keys: Tensor, values: Tensor) -> bool:
+        """Whether entries that are coded so come out as they are to, on their device."""
+        if not trial.due(keys.device):
+            return True
+        # What the cache itself stores in was tried when its first entries came.
+        tried = () if self.ladder is None else self.ladder.rungs
+        known = any(number.widths == rung.widths for rung in tried)
+        return known or self._fault(keys, values, Ladder((number,))) is None
 
     def _real(self, end: int) -> Tensor | None:
         """Boolean ``[B, end]``, False at padding; None: there is none."""
