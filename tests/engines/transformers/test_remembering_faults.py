@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,33 @@ def test_where_kernels_are_wrong_entries_are_kept_as_they_are(llama, wanted, mon
     for turn, logits in zip(turns_of(ALONE), wanted, strict=True):
         torch.testing.assert_close(talk.ask(*turn), logits, rtol=0, atol=2e-4)
     assert talk.cache.state.past.layer(0).number is None
+
+
+@pytest.mark.parametrize("files_too", [False, True], ids=["memory", "files"])
+def test_conversations_in_several_threads_share_a_limit(files_too, llama, wanted, tmp_path):
+    """Whoever finds no room says so; no turn is read over another one's, or over half of its own."""
+    store = HostStore(int(1.5 * bytes_of_one(llama)), tmp_path if files_too else None)
+    wrong, read = [], []
+
+    def talk(seed):
+        model = copy.deepcopy(llama)
+        for _ in range(4):
+            own = talk_of(model, store)
+            for number, turn in enumerate(turns_of(ALONE)):
+                got, report = own.ask(*turn), remembered(own)
+                off = (got - wanted[number]).abs().max() > 2e-4
+                read.append(bool(report.restored))
+                if off and (report.restored or number == 0):
+                    wrong.append((seed, number, report))
+                if files_too and number and not report.restored:
+                    wrong.append((seed, number, report))
+
+    threads = [threading.Thread(target=talk, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert any(read)
+    gc.collect()
+    assert store.memory(CPU).used == 0
