@@ -179,19 +179,21 @@ def numbers(report: refreekv.CompressionReport) -> dict[str, Any]:
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each model and variant, as Markdown."""
     rows = [
-        "| model | tokens | variant | KL, turn 1 | later turns: mean | worst | tokens changed | device | host |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | tokens | variant | KL, turn 1 | later turns: first token | mean | worst turn | tokens changed "
+        "| device | host |",
+        f"|{' --- |' * 10}",
     ]
     for line in lines:
         first, *later = line["turns"]
         answered = sum(turn["answer"] for turn in later)
         kl = sum(turn["kl"] * turn["answer"] for turn in later) / answered
+        start = sum(turn["kl_first"] for turn in later) / len(later)
         changed = 1 - sum(turn["same"] * turn["answer"] for turn in later) / answered
         last = later[-1]
         held, host = (f"{last[name] / last['bytes_full']:.1%}" for name in ("bytes", "bytes_host"))
         rows.append(
             f"| {line['model']} | {first['tokens']:,} to {last['tokens']:,} | `{line['variant']}` | {first['kl']:.2g} "
-            f"| {kl:.2g} | {max(turn['kl'] for turn in later):.2g} | {changed:.1%} | {held} | {host} |"
+            f"| {start:.2g} | {kl:.2g} | {max(turn['kl'] for turn in later):.2g} | {changed:.1%} | {held} | {host} |"
         )
     return rows
 
