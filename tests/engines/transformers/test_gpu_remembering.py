@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 
-import refreekv
 from helpers.conversations import Talk, full, turns_of
 from helpers.models import build
 from refreekv import HostStore, ReFreeKVCache
@@ -150,12 +149,13 @@ def test_a_conversation_saved_on_a_gpu_goes_on_on_both_kinds_of_device(tmp_path,
 
 def test_the_oldest_goes_to_files(tmp_path, models):
     _, model = models
-    store = HostStore(10 * SLAB, tmp_path)  # each conversation takes eight pieces: two for each layer
+    turns, alone = turns_of(ALONE), HostStore()
+    first = talk_of(model, "heavy-hitter", alone, False)
+    first.ask(*turns[0])
+    store = HostStore(int(1.5 * alone.memory(torch.device("cuda")).used), tmp_path)
     one, other = (talk_of(model, "heavy-hitter", store, False) for _ in range(2))
-    turns = turns_of(ALONE)
     one.ask(*turns[0])
     other.ask(*turns[0])
     assert one.cache.report.remembered.disk_bytes > 0 == one.cache.report.remembered.host_bytes
     one.ask(*turns[1])
     assert one.cache.report.remembered.restored
-    assert refreekv.HostStore is HostStore

@@ -13,6 +13,7 @@ from helpers.conversations import Talk, full, turns_of
 from helpers.driving import POLICIES, Uneven
 from helpers.models import build, full_layers
 from refreekv import HostStore, KVDtype, ReFreeKVCache
+from refreekv.storage import host
 
 LOOSE = {"constant": 0.03, "copying": 2.0, "window": 8, "follow": 2, "lost_mass": 0.5}
 CASES = {
@@ -145,6 +146,28 @@ def test_a_conversation_may_begin_with_little(lengths, number):
         got = talk.ask(*turn)
         assert (got - logits).norm() < (0.15 if number else 1e-4) * logits.norm()
     assert talk.cache.report.remembered.restored
+
+
+@pytest.mark.parametrize("number", [None, "int8:recent=4"])
+def test_in_pages_as_a_gpu_s_memory_is_handed_out(number, monkeypatch):
+    """Tensors then lie across pieces that end anywhere, and pieces are used again by the next conversation."""
+    real = host._allocated
+    monkeypatch.setattr(host, "PAGE", 1000)
+    monkeypatch.setattr(host, "SLAB", 17_000)
+    monkeypatch.setattr(host, "_allocated", lambda size, pinned: real(size, pinned=False))
+    store = HostStore(2**24)
+    store._memory = host.HostMemory(2**24, pinned=True)
+    for _ in range(3):
+        talk = talk_of(model_of(), "heavy-hitter", store=store, prompt_dtype=number)
+        for turn, logits in zip(turns_of(ALONE), wanted("llama", ALONE, 0), strict=True):
+            got = talk.ask(*turn)
+            assert (got - logits).norm() < (0.15 if number else 1e-4) * logits.norm()
+        assert talk.cache.report.remembered.restored
+        held = store.memory(torch.device("cpu")).held
+        del talk
+        gc.collect()
+    assert store.memory(torch.device("cpu")).used == 0
+    assert held == store.memory(torch.device("cpu")).held < 3 * 200_000
 
 
 def test_in_sixteen_bits():
