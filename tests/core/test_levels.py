@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from refreekv.core import damage
 from refreekv.core.damage import KEYS_WORTH, coded_errors, plain_damage, rung_damage
 from refreekv.core.needs import Rules, levels
 from refreekv.core.packed_lines import PackedFormat, Side, grid_error, step
@@ -106,6 +107,21 @@ def test_errors_are_those_of_packed_lines(widths):
     for back, found in ((keys, coded_errors(form.keys, KEYS_WORTH)), (values, coded_errors(form.values))):
         quarters = (back - entries).square().mean(0).unflatten(0, (4, -1)).mean(-1)
         assert quarters.tolist() == pytest.approx(list(found), rel=0.1)
+
+
+def test_errors_do_not_depend_on_the_defaults_of_torch():
+    power = torch.tensor([[2.0, 0.3, 0.1, 0.1]])
+    expected = rung_damage(power, FORMS)
+    coded_errors.cache_clear()
+    damage._errors.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = rung_damage(power, FORMS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kinds", [("k4v2", "k6v4"), ("k5v4", "k7v6"), ("int6", "int8")])

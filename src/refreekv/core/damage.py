@@ -32,8 +32,10 @@ def coded_errors(side: Side, worth: tuple[float, ...] | None = None) -> tuple[fl
 
     Measured with the coder on random entries, the same each time. ``worth`` is what an error in each quarter counts.
     """
-    entries = torch.randn(ENTRIES, side.size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    counted = None if worth is None else torch.tensor(worth).repeat_interleave(side.size // 4)
+    # Whatever type and device tensors have by default.
+    entries = torch.empty(ENTRIES, side.size, dtype=torch.float32, device="cpu")
+    entries.normal_(generator=torch.Generator("cpu").manual_seed(0))
+    counted = None if worth is None else entries.new_tensor(worth).repeat_interleave(side.size // 4)
     codes, factors = side.encode(entries, counted)
     lost = side.levels(codes, torch.float32) * factors[:, None].float() - entries
     # [entries, channels] -> [4 quarters]
@@ -73,4 +75,5 @@ def _errors(forms: tuple[PackedFormat, ...], device: torch.device) -> tuple[Tens
     keys = [coded_errors(form.keys, KEYS_WORTH) for form in forms]
     values = [sum(coded_errors(form.values)) / 4 for form in forms]
     with torch.inference_mode(False):
-        return torch.tensor(keys, device=device), torch.tensor(values, device=device)
+        like = torch.empty(0, dtype=torch.float32, device=device)
+        return like.new_tensor(keys), like.new_tensor(values)
