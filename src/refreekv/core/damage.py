@@ -58,21 +58,27 @@ def rung_damage(power: Tensor, forms: tuple[PackedFormat, ...]) -> Tensor:
     Tensor
         ``[..., H_kv, R]`` float32.
     """
-    keys, values = _errors(forms, power.device)
+    return _damage(power, _errors(forms, power.device, KEYS_WORTH))
+
+
+def plain_damage(forms: tuple[PackedFormat, ...], heads: int, device: torch.device) -> Tensor:
+    """What rungs do where nobody knows the size of queries: as if logits had a variance of 1. ``[H_kv, R]``."""
+    return _damage(torch.full((heads, 4), 0.25, device=device), _errors(forms, device, None))
+
+
+def _damage(power: Tensor, errors: tuple[Tensor, Tensor]) -> Tensor:
+    keys, values = errors
     # [..., H_kv, 1, 4] times [R, 4], summed
     shifts = (power[..., None, :] * keys).sum(-1)
     return (shifts.expm1().clamp_max(MOST) + values).sqrt()
 
 
-def plain_damage(forms: tuple[PackedFormat, ...], heads: int, device: torch.device) -> Tensor:
-    """What rungs do where nobody knows the size of queries: as if logits had a variance of 1. ``[H_kv, R]``."""
-    return rung_damage(torch.full((heads, 4), 0.25, device=device), forms)
-
-
 @lru_cache(maxsize=32)
-def _errors(forms: tuple[PackedFormat, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _errors(
+    forms: tuple[PackedFormat, ...], device: torch.device, worth: tuple[float, ...] | None
+) -> tuple[Tensor, Tensor]:
     """Errors of each rung's quarters of keys ``[R, 4]``, and of its values ``[R]``."""
-    keys = [coded_errors(form.keys, KEYS_WORTH) for form in forms]
+    keys = [coded_errors(form.keys, worth) for form in forms]
     values = [sum(coded_errors(form.values)) / 4 for form in forms]
     with torch.inference_mode(False):
         like = torch.empty(0, dtype=torch.float32, device=device)
