@@ -187,7 +187,7 @@ def test_a_policy_is_called_by_what_differs_from_the_defaults(spec):
 
 
 def test_defaults_that_are_written_out_are_not_shown():
-    assert policies.parse("adaptive:constant=0.00015,sinks=4").spec == "adaptive"
+    assert policies.parse("adaptive:constant=0.0002,sinks=4").spec == "adaptive"
 
 
 def test_parse_reads_what_the_command_line_takes():

@@ -13,7 +13,7 @@ from refreekv.core.surrogates import Surrogates
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
-LADDER = Ladder.of("k4v2", "k6v4", "int8")
+LADDER = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6")
 """What entries are stored in: the few that lie on the frontier of bytes and damage."""
 STAND_IN_STEP = 4
 """One in so many of the window's queries makes the surrogates."""
@@ -46,6 +46,8 @@ class Adaptive(Policy):
     And the same peaks say in how many bits each entry is stored: the fewest that change the output by less than
     ``code_unit * u`` would, given what a rung of `LADDER` does to an entry of this head (`refreekv.core.damage`).
     Nothing in a prompt says what copying heads will fetch, so that entries there count ``copying_weight`` times.
+    Evicting may then do ``evict_unit * u`` only: next to few bits it saves little, and it is what a later question
+    that nothing in the prompt foretells suffers from.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
@@ -79,13 +81,13 @@ class Adaptive(Policy):
         ``"auto"``: as many bits for each entry as it is worth. 16: what is kept stays as the model computed it.
     copying_weight : float
         How much more than its peak says an entry of a copying head is worth.
-    code_unit : float
-        What coding may do to an entry, in units ``u``.
+    code_unit, evict_unit : float
+        What coding may do to an entry, and what evicting it may where the rest is coded, in units ``u``.
     frozen_layers : int or "all"
         Leading full-attention layers that are never pruned.
     """
 
-    constant: float = 1.5e-4
+    constant: float = 2e-4
     sinks: int = 4
     window: int = 64
     spread: int = 256
@@ -98,8 +100,9 @@ class Adaptive(Policy):
     min_length: int = 512
     shared: bool = False
     bits: int | Literal["auto"] = "auto"
-    copying_weight: float = 16.0
+    copying_weight: float = 4.0
     code_unit: float = 2.0
+    evict_unit: float = 0.25
     frozen_layers: int | Literal["all"] = 0
 
     reads_copy_scores: ClassVar[bool] = True
@@ -121,6 +124,7 @@ class Adaptive(Policy):
         _check_number("spread_factor", self.spread_factor, float("inf"), "a factor")
         _check_number("copying_weight", self.copying_weight, float("inf"), "a factor")
         _check_number("code_unit", self.code_unit, float("inf"), "a factor")
+        _check_number("evict_unit", self.evict_unit, float("inf"), "a factor")
         if self.bits not in ("auto", 16):
             raise ValueError(f"bits must be 'auto' or 16, got {self.bits!r}: other widths are kv_dtype's")
         check_flag("shared", self.shared)
@@ -171,13 +175,17 @@ class Adaptive(Policy):
         )
         scores = None if view.copy_scores is None else view.copy_scores.to(view.keys.device)
         real = None if view.valid is None else view.real_heads
-        found = kernels.needed(view.window, view.spread, scores, rules, real=real, earlier=view.earlier)
+        damage = view.rungs if by_head else None
+        kept_by = rules
+        if damage is not None:
+            kept_by = rules._replace(unit=unit * self.evict_unit, spread_unit=rules.spread_unit * self.evict_unit)
+        found = kernels.needed(view.window, view.spread, scores, kept_by, real=real, earlier=view.earlier)
         keep = found.keep
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
         found_surrogates = self._surrogates(view, keep) if by_head else None
         rungs = None
-        if by_head and (damage := view.rungs) is not None:
+        if damage is not None:
             rungs = levels(view.window, view.spread, scores, rules, damage, real=real)
         metric = found.lost / view.heads**0.5
         return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=rungs)
