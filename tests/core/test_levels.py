@@ -12,6 +12,7 @@ from refreekv.core.packed_lines import PackedFormat, Side, grid_error, step
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions
 from refreekv.policies import create
+from refreekv.policies.adaptive import LADDER as DEFAULT
 
 LADDER = Ladder.of("k4v2", "k6v4", "int8")
 FORMS = LADDER.forms((64, 64), sorted_keys=True)
@@ -145,7 +146,7 @@ def test_predicted_damage_is_what_coding_does_to_the_output(kinds):
 
 
 def test_what_the_policy_says_of_formats():
-    assert create("adaptive").default_ladder == LADDER
+    assert create("adaptive").default_ladder == DEFAULT
     for changes in ({"bits": 16}, {"shared": True}, {"constant": 0.0}):
         assert create("adaptive", **changes).default_ladder is None
     with pytest.raises(ValueError, match="bits must be 'auto' or 16, got 8"):

@@ -13,6 +13,7 @@ from helpers import models
 from helpers.layers import random_layer, view_of
 from refreekv import policies
 from refreekv.core.neighbours import dilate, following, peak_level_of_share
+from refreekv.core.quantisation import Ladder
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.copy_scores import _KNOWN, copy_scores
 from refreekv.policies import LayerView
@@ -126,6 +127,42 @@ def test_a_stricter_constant_never_keeps_less_and_the_protected_stay(seed, n, co
         short = real.sum(1) < policy.min_length
         assert torch.equal(keep[short], real[short][:, None].expand(-1, 2, -1))
     assert (kept[0] | ~kept[1]).all()
+
+
+CODED = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6").forms((16, 16), sorted_keys=False)
+
+
+def coded_view(policy, seed, n):
+    keys, values, queries, valid = random_layer(seed, n)
+    view = view_of(policy, keys, values, queries, valid, torch.zeros(1, 2))
+    return dataclasses.replace(view, forms=CODED)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(8, 90), constants=st.tuples(st.floats(0.001, 0.5), st.floats(0.001, 0.5))
+)
+def test_a_stricter_constant_never_gives_fewer_bits_and_none_are_the_fewest(seed, n, constants):
+    given_bits = []
+    for constant in sorted(constants):
+        selection = made(constant=constant).select(coded_view(made(constant=constant), seed, n))
+        given_bits.append(torch.where(selection.keep, selection.levels.int() + 1, 0))
+    assert (given_bits[0] >= given_bits[1]).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_entries_are_coded_dropping_one_may_do_less(seed):
+    """As much as a quarter of the constant drops in 16 bits; what codes may do is asked of the constant itself."""
+    coded, sixteen = made(constant=0.2), made(constant=0.05)
+    kept = coded.select(coded_view(coded, seed, 80))
+    plain = sixteen.select(dataclasses.replace(coded_view(sixteen, seed, 80), forms=()))
+    assert torch.equal(kept.keep, plain.keep)
+    assert plain.levels is None
+    looser = made(constant=0.2, evict_unit=1.0)
+    found = looser.select(coded_view(looser, seed, 80))
+    assert torch.equal(found.levels, kept.levels)
+    assert (kept.keep | ~found.keep).all()
+    assert found.keep.sum() < kept.keep.sum()
 
 
 @settings(deadline=None, max_examples=20)

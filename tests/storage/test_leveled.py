@@ -128,9 +128,10 @@ class Twins:
                     mine, want = full.segments(row)[side][head], segment.sides[side]
                     exact = segment.rungs < 0
                     assert torch.equal(mine[exact], want[exact])
-                    # An element half-way between two levels may fall on either side.
+                    # An element half-way between two levels may fall on either side, and one entry to either of two
+                    # sizes that are as good.
                     far = (mine - want).abs() > 1e-3 * (1 + want.abs())
-                    assert far.float().mean() < 0.05 if expected else not far.any()
+                    assert far.float().mean() < 0.05 or far.any(-1).sum() == 1 if expected else not far.any()
             for mine, other in zip(coded.segments(row), full.segments(row), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
         assert at == len(rungs)
