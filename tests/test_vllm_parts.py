@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.command_line import runner
+from refreekv import policies
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.vllm import launch
@@ -155,8 +156,7 @@ def _config(**changes):
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4"}}, "knows no codes"),
         ({"kv_transfer_config__kv_connector_extra_config": {"prefix_hits": True}}, "take no hits"),
         ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int5"}}, "kv_dtype must be"),
-        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "auto"}}, "one width so far"),
-        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4+int8"}}, "one width so far"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "int4+int8"}}, "knows no codes"),
     ],
 )
 def test_configurations_that_cannot_be_served(changes, sentence):
@@ -173,7 +173,7 @@ GPU = {"device_config__device_type": "cuda", "use_v2_model_runner": True}
     [
         ({"device_config__device_type": "xpu"}, "and this is xpu"),
         ({"use_v2_model_runner": False}, "runs on V1"),
-        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallelism on CUDA"),
+        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "k8v6"}}, "values of 8, 4 or 2 bits"),
         ({"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "FULL_AND_PIECEWISE"),
         (
             {"speculative_config": SimpleNamespace(method="ngram", uses_dynamic_speculative_decoding=lambda: True)},
@@ -236,10 +236,13 @@ def test_serve_prints_the_command(capsys):
     assert f'"policy": "{DEFAULT_POLICY}"' in done.out
 
 
-def test_adaptive_makes_surrogates_where_there_is_one_width():
-    policy = PluginOptions("adaptive:constant=0.001").build()
-    assert (policy.constant, policy.bits) == (0.001, 16)
-    assert policy.probe_plan(4000).queries
+def test_the_default_is_that_of_compress():
+    options = PluginOptions()
+    assert options.build() == policies.create(DEFAULT_POLICY)
+    assert str(options.ladder()) == "k4v2+k6v4+int8"
+    assert PluginOptions(kv_dtype="16").ladder() is None
+    assert PluginOptions("snapkv:ratio=0.5").ladder() is None
+    assert str(PluginOptions(kv_dtype="k4v2+int8").ladder()) == "k4v2+int8"
 
 
 def test_serve_refuses(capsys):
@@ -268,7 +271,7 @@ def test_the_command_carries_the_options_as_json():
     assert config["kv_connector_extra_config"] == {
         "policy": "snapkv:ratio=0.5",
         "layers_per_group": 3,
-        "kv_dtype": "16",
+        "kv_dtype": "auto",
         "prefix_hits": False,
         "log_requests": False,
     }

@@ -13,11 +13,14 @@ import torch
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
 from refreekv import policies
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.key_codes import Moments
+from refreekv.core.quantisation import SINKS, Ladder, centre_of
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
 from refreekv.engines.vllm.worker_side.tracked import Layer
+from refreekv.storage.columns import Columns, Levels
+from refreekv.storage.leveled import LeveledKV
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, SLOTS = 3, 2, 2, 16, 16, 96, 4
 ADAPTIVE = "adaptive:min_length=32,constant=0.4,window=4,spread=16,follow=1,lost_mass=0.9"
@@ -48,7 +51,7 @@ class Sequence:
 class Driver:
     """Plays vLLM's scheduler and model runner."""
 
-    def __init__(self, policy, seed=0, number=None):
+    def __init__(self, policy, seed=0, ladder=None):
         self.generator = torch.Generator().manual_seed(seed)
         self.policy = policies.registry.parse(policy)
         memory = torch.zeros(LAYERS, BLOCKS, BLOCK, HEADS, 2 * SIZE)
@@ -60,12 +63,14 @@ class Driver:
         self.caches = [layer.module.kv_cache for layer in layers.values()]
         self.table = torch.zeros(SLOTS, 16, dtype=torch.int32)
         self.state = KeptState(
-            self.policy, layers, SLOTS, 256, number, lambda slot: self.table[slot], lambda part, _: part
+            self.policy, layers, SLOTS, 256, ladder, lambda slot: self.table[slot], lambda part, _: part
         )
         self.state.know_copy_scores([torch.tensor([0.0, 0.5]), *[torch.zeros(HEADS)] * (LAYERS - 1)])
         self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
         self.sequences, self.outcomes, self.orders, self.checked = {}, {}, StepOrders(), 0
         self.error = 2e-5
+        self.ladder, self.coded = ladder, set()
+        """Requests whose codes are compared with those of transformers."""
 
     def add(self, name, prompt, answer=60):
         shape = (LAYERS, prompt + answer, HEADS * (GROUP + 2), SIZE)
@@ -158,13 +163,37 @@ class Driver:
 
     def kept(self, one, layer):
         """By head, entries ``[t, 2 * D]`` that the policy keeps, given all queries of the prompt at once."""
+        heads, keeps, levels = self._kept(one, layer)
+        if one.name not in self.coded:
+            return heads
+        # What transformers' storage makes of them
+        ladder, codes = self.ladder, self.state.layers[f"layer{layer}"].facts.codes
+        entries = one.entries(layer)[: one.prompt].transpose(0, 1)[None]
+        keys, values = entries.split(SIZE, -1)
+        columns = Columns(heads=tuple(keep.nonzero()[:, 0].int() for keep in keeps))
+        rows = None
+        if levels is not None:
+            own = [level[keep] for level, keep in zip(levels, keeps, strict=True)]
+            coded = [part[SINKS : len(part) - ladder.recent] for part in own]
+            counts = tuple(tuple(int((part == rung).sum()) for rung in range(len(ladder.rungs))) for part in coded)
+            rows = [Levels(tuple(own), counts)]
+        stored = LeveledKV.gathered(
+            keys, values, [columns], 0, ladder, (centre_of(keys), centre_of(values)), rows, codes
+        ).full()
+        keys, values = stored.segments(0)
+        return [torch.cat([key, value], -1) for key, value in zip(keys, values, strict=True)]
+
+    def _kept(self, one, layer):
+        """By head, what is kept as it is, where that is among the prompt, and everybody's rung."""
         probes = Probes.for_prompt(self.policy, one.prompt)
         probes.queries = {layer: [one.queries(layer)[probes.positions]]}
         entries = one.entries(layer)[: one.prompt]
         keys, values = entries.split(SIZE, -1)
         facts = self.state.layers[f"layer{layer}"].facts
-        found = select(self.policy, probes, facts, keys, values, lambda part, _: part, surrogates=True)
-        heads = []
+        found = select(
+            self.policy, probes, facts, keys, values, lambda part, _: part, surrogates=True, ladder=self.ladder
+        )
+        heads, keeps = [], []
         for head in range(HEADS):
             own = entries[:, head].clone()
             if found is None:
@@ -178,7 +207,9 @@ class Driver:
                         if real:
                             own[column], keep[column] = torch.cat([key, value]), True
             heads.append(own[keep])
-        return heads
+            keeps.append(keep)
+        levels = getattr(found, "levels", None)
+        return heads, keeps, None if levels is None else levels[0].expand(HEADS, -1)
 
     def _check(self, one, layer, count, output):
         """Queries after the prompt see what is kept and what came after it."""
@@ -224,7 +255,7 @@ def test_prompts_in_chunks_then_lists_then_private_blocks(policy):
 
 @pytest.mark.parametrize("policy", ["full", ADAPTIVE])
 def test_private_entries_may_be_coded(policy):
-    driver = Driver(policy, number=KVDtype("int8", recent=4))
+    driver = Driver(policy, ladder=Ladder.of("int8", recent=4))
     driver.add("a", 133)
     driver.add("b", 90)
     driver.step(a=133)
@@ -234,7 +265,7 @@ def test_private_entries_may_be_coded(policy):
     driver.move("a")
     driver.error = 0.1
     driver.step(a=2, b=1)
-    found = driver.state.table.coded.segments[:, driver.sequences["a"].slot, :, 1]
+    found = driver.state.table.coded.segments[:, driver.sequences["a"].slot, :, 0, 1]
     kept = torch.tensor(driver.outcomes["a"].kept).view(LAYERS, HEADS)
     assert torch.equal(found, kept - 8)
     # A quarter of float32, and factors.
@@ -249,6 +280,49 @@ def test_private_entries_may_be_coded(policy):
     driver.step(a=1)
     driver.move("a")
     driver.error = 0.1
+    driver.step(a=1, b=1)
+
+
+@pytest.mark.parametrize("policy", [ADAPTIVE, "snapkv:ratio=0.7"])
+@pytest.mark.parametrize("own", [False, True], ids=["rotated", "model's"])
+@pytest.mark.parametrize("formats", ["k4v2+k6v4+int8", "k4v2+int8:generated=0", "int4"])
+def test_codes_are_those_of_transformers(policy, own, formats):
+    ladder = Ladder.parse(f"{formats}{',' if ':' in formats else ':'}recent=4")
+    driver = Driver(policy, ladder=ladder)
+    if own:
+        codes = []
+        for _ in range(LAYERS):
+            size = torch.rand(SIZE, generator=driver.generator) + 0.1
+            keys = torch.randn(1, HEADS, 100, SIZE, generator=driver.generator) * size
+            asked = torch.randn(1, HEADS * GROUP, 50, SIZE, generator=driver.generator)
+            codes.append(Moments.of(keys, asked).codes())
+        driver.state.code_by(codes)
+    driver.add("a", 133)
+    driver.add("b", 90)
+    driver.step(a=133)
+    driver.step(a=1, b=90)
+    driver.step(a=1, b=1)
+    driver.move("a")
+    driver.coded = {"a"}
+    driver.step(a=2, b=1)
+    driver.move("b")
+    driver.coded = {"a", "b"}
+    driver.step(a=1, b=3)
+    segments = driver.state.table.coded.segments
+    held = segments[:, [driver.sequences[name].slot for name in "ab"], ..., 1].sum((0, 1, 2))
+    if policy == ADAPTIVE and "+" in formats:
+        assert (held > 0).sum() > 1
+    kept = torch.tensor(driver.outcomes["a"].kept).view(LAYERS, HEADS)
+    assert torch.equal(segments[:, driver.sequences["a"].slot, ..., 1].sum(-1), (kept - 8).clamp(min=0))
+    assert driver.outcomes["a"].bytes_share < kept.sum() / (LAYERS * HEADS * 133)
+    # All is gone, and comes back as it was.
+    driver.preempt("a")
+    driver.outcomes.pop("a")
+    driver.coded = {"b"}
+    driver.step(a=137, b=1)
+    driver.step(a=1)
+    driver.move("a")
+    driver.coded = {"a", "b"}
     driver.step(a=1, b=1)
 
 

@@ -91,14 +91,21 @@ def test_tokens(folder, prompts, reference, policy, feature):
     agree(again, reference(policy))
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "k6v4", "int4"])
-def test_coded_entries(folder, prompts, reference, kv_dtype):
-    with engine(folder, "full", kv_dtype=kv_dtype, skip_tokenizer_init=True) as vllm:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize(
+    ("policy", "kv_dtype"),
+    [("full", "int8"), ("full", "k6v4"), ("full", "int4"), ("full", "k4v2+int8"), (ADAPTIVE, "auto")],
+)
+def test_coded_entries(folder, prompts, reference, policy, kv_dtype, eager):
+    with engine(folder, policy, kv_dtype=kv_dtype, skip_tokenizer_init=True, enforce_eager=eager) as vllm:
         tokens = vllm.generate(prompts, TOKENS)
-        freed = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(len(prompts))]
-    assert max(freed) > 10
+        reports = [vllm.reports[f"r{index}"] for index in range(len(prompts))]
+        widths = vllm.state.table.coded.segments.shape[3]
+    assert widths == {"auto": 3, "k4v2+int8": 2}.get(kv_dtype, 1)
+    assert max(report["blocks_freed"] for report in reports) > 10
+    assert min(report["bytes_share"] / report["kept_share"] for report in reports) < 0.8
     # The first tokens are read as they are, until private blocks are there: codes are a little off in few of them.
-    same = [found[:8] == wanted[:8] for found, (wanted, _) in zip(tokens, reference("full", kv_dtype), strict=True)]
+    same = [found[:8] == wanted[:8] for found, (wanted, _) in zip(tokens, reference(policy, kv_dtype), strict=True)]
     assert sum(same) >= len(same) // 2
 
 

@@ -77,6 +77,10 @@ class KeyCodes:
             digest.update(part.numpy().tobytes())
         return _KNOWN.setdefault(digest.digest(), KeyCodes(order, weight, spread))
 
+    def of_heads(self, heads: slice) -> "KeyCodes":
+        """Those of some KV heads."""
+        return KeyCodes.known(self.order[heads], self.weight[heads], self.spread[heads])
+
     @functools.cached_property
     def matrix(self) -> Tensor:
         """float64 ``[H_kv, D, D]``: takes keys less their mean to code space, from their left."""

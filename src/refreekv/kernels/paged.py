@@ -5,7 +5,8 @@ tokens of a sequence by position, all KV heads of a token together. Private bloc
 one layer and head each, key and value together, packed over all layers and heads: the pages of a sequence's
 private blocks, block by block and layer by layer within a block, are one long list of lines, of which each
 layer and head has a part, its segment. Some pages may hold coded lines (`core.packed_lines`) instead, as many as
-fit, and behind them their factors.
+fit, and behind them their factors: those of each rung of a ladder of number formats have pages of their own, so that
+a layer and head has a segment a rung.
 
 An entry that stays is in a segment, or still listed: a list of positions of ordinary blocks. So a sequence can be
 pruned before there are private blocks for it. A negative number in a list, ``-1 - i``, is line ``i`` of a
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.core.rotation import rotation_like
 
@@ -129,42 +131,72 @@ class Coded:
 
     Attributes
     ----------
-    form : PackedFormat
-        Of the lines; keys and values have one width each, of 8, 6 or 4 bits (values: 8 or 4).
+    forms : tuple of PackedFormat
+        Of the lines of each rung.
     segments : Tensor
-        int64 ``[layers, slots, H_kv, 2]``: first line and lines, counted in coded lines from the first private page.
+        int64 ``[layers, slots, H_kv, R, 2]``: of each rung first line and lines, counted in lines of the rung from the
+        first private page.
     key_means, value_means : Tensor
-        float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were rotated and coded.
+        float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were coded.
+    key_duals : tuple of Tensor
+        Of each layer float32 ``[H_kv, D, D]``: takes queries to code space, from their left.
+    key_bounds : tuple of Tensor
+        Of each layer float32 ``[H_kv]``: as in `core.packed_lines.PackedMaps`.
     rotation : Tensor
-        ``[D, D]``, of the type of the queries: entries times it are in code space.
+        ``[D, D]``, of the type of the queries: values times it are in code space.
     """
 
-    form: PackedFormat
+    forms: tuple[PackedFormat, ...]
     segments: Tensor
     key_means: Tensor
     value_means: Tensor
+    key_duals: tuple[Tensor, ...]
+    key_bounds: tuple[Tensor, ...]
     rotation: Tensor
 
     @classmethod
-    def empty(cls, pool: Pool, slots: int, form: PackedFormat) -> "Coded":
+    def empty(
+        cls, pool: Pool, slots: int, forms: Sequence[PackedFormat], codes: Sequence[KeyCodes] | None = None
+    ) -> "Coded":
         """Of sequences without coded entries.
+
+        Parameters
+        ----------
+        pool, slots : Pool, int
+            The cache, and sequences that there is room for.
+        forms : sequence of PackedFormat
+            The rungs.
+        codes : sequence of KeyCodes, optional
+            Each layer's codes of keys; None: keys are rotated as values are.
 
         Raises
         ------
         ValueError
             Widths that the kernel does not read.
         """
-        keys, values = set(form.key_widths), set(form.value_widths)
-        if len(keys) > 1 or len(values) > 1 or not keys <= {8, 6, 4} or not values <= {8, 4}:
+        if any(len(set(form.value_widths)) > 1 or 6 in form.value_widths for form in forms):
             raise ValueError(
-                f"coded pages hold keys of 8, 6 or 4 bits and values of 8 or 4, one width each; got {form.key_widths} "
-                f"and {form.value_widths}"
+                f"coded pages hold values of 8, 4 or 2 bits, one width a rung; got "
+                f"{' and '.join(str(form.value_widths) for form in forms)}"
             )
-        device = pool.cache.device
+        device, dtype = pool.cache.device, pool.cache.dtype
         shape = pool.layers, slots, pool.heads
         means = [torch.zeros(*shape, pool.size, device=device) for _ in range(2)]
-        segments = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
-        return cls(form, segments, means[0], means[1], rotation_like(pool.size, device, pool.cache.dtype))
+        segments = torch.zeros(*shape, len(forms), 2, dtype=torch.int64, device=device)
+        none = torch.zeros(1, pool.heads, pool.size, device=device)
+        if codes is None:
+            maps = [PackedMaps.rotated(none, none, dtype)] * pool.layers
+        else:
+            maps = [own.maps(none, none, dtype) for own in codes]
+        return cls(
+            tuple(forms),
+            segments,
+            means[0],
+            means[1],
+            tuple(own.key_dual[0] for own in maps),
+            tuple(own.key_bound[0] for own in maps),
+            rotation_like(pool.size, device, dtype),
+        )
 
 
 @dataclass(frozen=True)
@@ -190,14 +222,13 @@ class PagedTable:
     coded: Coded | None = None
 
     @classmethod
-    def empty(cls, pool: Pool, slots: int, most: int, form: PackedFormat | None = None) -> "PagedTable":
-        """Of sequences that are whole; with a format, of such as may have coded entries."""
+    def empty(cls, pool: Pool, slots: int, most: int) -> "PagedTable":
+        """Of sequences that are whole."""
         device = pool.cache.device
         return cls(
             torch.zeros(pool.layers, slots, pool.heads, COLUMNS, dtype=torch.int64, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.zeros(slots, most, dtype=torch.int32, device=device),
-            None if form is None else Coded.empty(pool, slots, form),
         )
 
 
@@ -334,7 +365,7 @@ def code_to_pages(
     maps: PackedMaps,
     keys: Tensor,
     values: Tensor,
-    spans: Tensor,
+    listed: Tensor,
     counts: Sequence[int],
     first: int,
     pages: Tensor,
@@ -349,10 +380,10 @@ def code_to_pages(
         Of the lines, and into code space.
     keys, values : Tensor
         ``[1, H_kv, n, D]``.
-    spans : Tensor
-        int64 ``[H_kv, 3]``: which entries, as in `kernels.gather`.
+    listed : Tensor
+        int32 ``[H_kv, m]``, contiguous: which entries.
     counts : sequence of int
-        How many of each head.
+        How many of each head, the first ones of its list.
     first : int
         The layer's first coded line.
     pages : Tensor
@@ -364,13 +395,19 @@ def code_to_pages(
     device = keys.device
     lines = torch.empty(total, form.line_bytes, dtype=torch.uint8, device=device)
     factors = torch.empty(total, FACTOR_BYTES, dtype=torch.uint8, device=device)
-    at = [sum(counts[:head]) for head in range(len(counts))]
-    table = [
-        [lines.data_ptr() + begin * form.line_bytes, factors.data_ptr() + begin * FACTOR_BYTES, count, count]
-        for begin, count in zip(at, counts, strict=True)
-    ]
+    assert listed.is_contiguous()
+    table, begin = [], 0
+    for head, count in enumerate(counts):
+        line, factor = lines.data_ptr() + begin * form.line_bytes, factors.data_ptr() + begin * FACTOR_BYTES
+        address = listed.data_ptr() + head * listed.shape[1] * listed.element_size()
+        # A segment of the table, and behind it its span of the list.
+        table.append([line, factor, count, count, address, count, 0])
+        begin += count
     there = upload(torch.tensor(table, dtype=torch.int64), device)
-    kernels.pack_lines(keys, values, there, form, maps, spans, end=keys.shape[2], longest=max(counts))
+    kernels.pack_lines(
+        keys, values, there[:, :4].contiguous(), form, maps, there[:, 4:].contiguous(), end=keys.shape[2],
+        longest=max(counts),
+    )  # fmt: skip
     if pool.cache.is_cuda:
         from refreekv.kernels.paged_storage import launch_spread
 

@@ -97,15 +97,17 @@ def _bytes(address: int, count: int) -> Tensor:
 def _decoded(
     pool: Pool, table: PagedTable, coded: Coded, layer: int, slot: int, head: int, wide: torch.dtype
 ) -> Tensor:
-    """Entries ``[t, 2 * D]`` that a head's codes stand for."""
-    first, count = coded.segments[layer, slot, head].tolist()
-    found = [_coded_line(pool, coded.form, table.pages[slot], line) for line in range(first, first + count)]
-    if not found:
-        return torch.zeros(0, 2 * pool.size, dtype=wide)
-    lines, factors = (torch.stack(part) for part in zip(*found, strict=True))
-    back = rotation(pool.size).T.to(wide)
-    keys, values = (part @ back for part in coded.form.unpack(lines, factors.view(torch.float16), wide))
-    return torch.cat([keys + coded.key_means[layer, slot, head], values + coded.value_means[layer, slot, head]], -1)
+    """Entries ``[t, 2 * D]`` that a head's codes stand for, rung by rung."""
+    dual, back = coded.key_duals[layer][head].to(wide), rotation(pool.size).T.to(wide)
+    parts = [torch.zeros(0, 2 * pool.size, dtype=wide)]
+    for form, (first, count) in zip(coded.forms, coded.segments[layer, slot, head].tolist(), strict=True):
+        found = [_coded_line(pool, form, table.pages[slot], line) for line in range(first, first + count)]
+        if found:
+            lines, factors = (torch.stack(part) for part in zip(*found, strict=True))
+            keys, values = form.unpack(lines, factors.view(torch.float16), wide)
+            keys = keys @ dual + coded.key_means[layer, slot, head]
+            parts.append(torch.cat([keys, values @ back + coded.value_means[layer, slot, head]], -1))
+    return torch.cat(parts)
 
 
 def _held(pool: Pool, table: PagedTable, layer: int, slot: int, head: int) -> list[int]:

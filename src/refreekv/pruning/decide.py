@@ -224,7 +224,11 @@ def stored_view(
     codes: KeyCodes | None = None,
 ) -> LayerView:
     """`layer_view`, with what a policy may know of the number formats that what it keeps is stored in."""
-    view = layer_view(plan, call, entries, layer, layers, copy_scores)
+    return stored(layer_view(plan, call, entries, layer, layers, copy_scores), ladder, codes)
+
+
+def stored(view: LayerView, ladder: Ladder | None, codes: KeyCodes | None) -> LayerView:
+    """A view with what a policy may know of the number formats that what it keeps is stored in."""
     if ladder is None:
         return view
     sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device

@@ -165,16 +165,14 @@ def serve(
     for name, option in BOTH.items():
         if name in given:
             more += [option] if context.params[name] is True else [option, str(context.params[name])]
-    # Codes of several widths are not for vLLM yet: what nobody asked for by name stays as the model computes it.
-    stored = kv_dtype if "kv_dtype" in given else "16"
     if calibration is not None:
         if "kv_dtype" in given:
             raise UserError("--calibration says itself how to store: leave --kv-dtype out")
-        policy = _calibrated(model, policy, calibration)
+        policy, kv_dtype = _calibrated(model, policy, calibration)
     with refusals():
         from refreekv.engines.vllm.config import PluginOptions
 
-        settings = PluginOptions(policy, layers_per_group, stored, prefix_hits, log_requests)
+        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests)
     _serve_vllm(model, settings, more, dry_run=dry_run)
 
 
@@ -204,8 +202,8 @@ def _serve_vllm(model: str, settings: "PluginOptions", more: list[str], *, dry_r
     os.execve(sys.executable, [sys.executable, *command], {**os.environ, **variables})
 
 
-def _calibrated(model: str, policy: str, calibration: str) -> str:
-    """The policy of a calibration, whose model's configuration is compared: weights are loaded by the server only."""
+def _calibrated(model: str, policy: str, calibration: str) -> tuple[str, str]:
+    """The policy of a calibration and how it stores; models' configurations are compared, as weights are elsewhere."""
     from transformers import AutoConfig
 
     from refreekv.engines.calibration import Calibration
@@ -220,9 +218,4 @@ def _calibrated(model: str, policy: str, calibration: str) -> str:
         raise UserError(one_line(error)) from error
     with refusals():
         check_shape(made.model, config, f"the calibration {calibration}")
-    if made.stored() not in ("auto", None):
-        raise UserError(
-            f"{calibration} was made with --kv-dtype {made.stored()}, and the plugin for vLLM stores what is kept as "
-            "it is: calibrate without"
-        )
-    return made.steps[made.step]
+    return made.steps[made.step], made.stored() or "16"

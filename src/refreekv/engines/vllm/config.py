@@ -1,14 +1,13 @@
 """The plugin's options: the extra configuration of its KV connector."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import Ladder
 from refreekv.core.spelling import suggestion
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.policies import Policy
-from refreekv.policies.adaptive import Adaptive
-from refreekv.policies.base import AUTO, check_count, check_flag
+from refreekv.policies.base import AUTO, check_count, check_flag, ladder_for
 from refreekv.policies.registry import parse
 
 CONNECTOR = "RefreekvConnector"
@@ -32,8 +31,9 @@ class PluginOptions:
         Consecutive layers that share one block table. They keep the union of what each of
         them would keep. 1 saves most; more layers cost the scheduler less.
     kv_dtype : str
-        How kept entries of prompts are stored, such as ``"int4"`` or ``"k6v4"``, but for sinks and the newest;
-        ``"16"``: as the model computes them. On GPUs only.
+        How kept entries of prompts are stored, but for sinks and the newest: ``"auto"``, in the number formats of the
+        policy's own; ``"16"``, as the model computes them; a format such as ``"int8"`` or ``"k6v4"``, or several,
+        ``"k4v2+int8"``. On CPUs ``"auto"`` means 16.
     prefix_hits : bool
         Whether policies that probe queries all over a prompt, such as `adaptive`, take prefix-cache hits all the
         same, and probe what is left to be computed. On GPUs only.
@@ -43,7 +43,7 @@ class PluginOptions:
 
     policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
-    kv_dtype: str = EXACT
+    kv_dtype: str = AUTO
     prefix_hits: bool = False
     log_requests: bool = False
 
@@ -52,7 +52,7 @@ class PluginOptions:
         check_count("layers_per_group", self.layers_per_group, minimum=1)
         check_flag("prefix_hits", self.prefix_hits)
         check_flag("log_requests", self.log_requests)
-        self.number()
+        self.ladder()
 
     @classmethod
     def of(cls, vllm_config: Any) -> "PluginOptions":
@@ -66,20 +66,12 @@ class PluginOptions:
         return cls(**extra)
 
     def build(self) -> Policy:
-        """The policy; `adaptive` without the choice of widths, which vLLM's blocks do not have so far."""
-        policy = parse(self.policy)
-        return replace(policy, bits=16) if isinstance(policy, Adaptive) else policy
+        """The policy."""
+        return parse(self.policy)
 
-    def number(self) -> KVDtype | None:
-        """How kept entries are stored; None: as they are."""
-        if self.kv_dtype == EXACT:
-            return None
-        if self.kv_dtype == AUTO or "+" in self.kv_dtype:
-            raise ValueError(
-                f"kv_dtype={self.kv_dtype!r}: in vLLM all kept entries have one width so far; choose 16, int8, int4, "
-                f"k8v4 or k6v4"
-            )
-        return KVDtype.parse(self.kv_dtype)
+    def ladder(self) -> Ladder | None:
+        """Number formats that kept entries are stored in; None: as they are."""
+        return ladder_for(self.build(), None if self.kv_dtype == EXACT else self.kv_dtype)
 
     def transfer_config(self) -> dict[str, Any]:
         """The value of ``--kv-transfer-config``."""

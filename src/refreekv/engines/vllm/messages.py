@@ -52,6 +52,8 @@ class PruningOutcome:
         One for each KV cache group.
     altered : bool
         Whether tokens after the prompt see anything else than all of it, as it was computed.
+    bytes_share : float or None
+        Bytes of what is kept, as it is stored, as a share of the whole prompt's; None: as of its entries.
     """
 
     request_id: str
@@ -62,6 +64,7 @@ class PruningOutcome:
     metrics: tuple[float | None, ...]
     groups: tuple[GroupOutcome, ...]
     altered: bool
+    bytes_share: float | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Any
 from refreekv.engines.vllm.config import CONNECTOR, EXACT, PluginOptions
 from refreekv.engines.vllm.launch import installed_version
 from refreekv.policies import Policy
+from refreekv.policies.base import AUTO
 from refreekv.policies.joint import JointPolicy
 
 SUPPORTED = ("0.32",)
@@ -55,13 +56,16 @@ def check_settings(vllm_config: Any) -> PluginOptions:
 
 def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
     """ValueError for options that are the other kind of device's."""
-    if on_cpu and options.kv_dtype != EXACT:
+    if on_cpu and options.kv_dtype not in (EXACT, AUTO):
         raise ValueError(
             f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
             f"leave it out"
         )
     if on_cpu and options.prefix_hits:
         raise ValueError("prefix_hits: on CPUs policies that probe all over the prompt take no hits; leave it out")
+    ladder = None if on_cpu else options.ladder()
+    if ladder is not None and any(rung.widths[1] not in (8, 4, 2) for rung in ladder.rungs):
+        raise ValueError(f"kv_dtype={options.kv_dtype!r}: vLLM's pages hold values of 8, 4 or 2 bits, such as in k6v4")
     if not on_cpu and options.layers_per_group != 1:
         raise ValueError(
             f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head "
@@ -135,10 +139,6 @@ def _on_gpu(config: Any) -> list[tuple[bool, str]]:
             not config.use_v2_model_runner,
             "refreekv supports vLLM's V2 model runner only on CUDA, and this configuration runs on V1: unset "
             "VLLM_USE_V2_MODEL_RUNNER, and leave out what V2 does not know (vLLM's log says what)",
-        ),
-        (
-            config.parallel_config.tensor_parallel_size > 1,
-            "refreekv does not support tensor parallelism on CUDA yet; use one GPU, or --data-parallel-size",
         ),
         (
             mode is not None and mode.name == "FULL",

@@ -6,13 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.kernels import kept_first
 from refreekv.kernels.paged import COLUMNS, LIST, LISTED, REPLACED, UNIT, Pool
 
+AT_ONCE = 1 << 22
+"""Entries whose rungs are counted together: more take a while of their own, but no more memory."""
+
 
 class LayerKept(NamedTuple):
-    """What one layer keeps of a prompt of ``n`` tokens.
+    """What one layer keeps of a prompt of ``n`` tokens, in all heads of all tensor-parallel ranks.
 
     Attributes
     ----------
@@ -24,6 +28,8 @@ class LayerKept(NamedTuple):
         ``[H_kv, m, 2 * D]``: the surrogates' keys and values, of the cache's type.
     metric : Tensor or None
         ``[1]``: the policy's criterion.
+    levels : Tensor or None
+        uint8 ``[H_kv, n]``: the rung of each entry that stays; None: all are in that of what is generated.
     """
 
     keep: Tensor
@@ -31,22 +37,30 @@ class LayerKept(NamedTuple):
     real: Tensor | None
     lines: Tensor | None
     metric: Tensor | None
+    levels: Tensor | None = None
 
 
-def layer_kept(selection: Selection | CutSelection, heads: int, prompt: int, dtype: torch.dtype) -> LayerKept:
+def layer_kept(
+    selection: Selection | CutSelection, heads: int, prompt: int, dtype: torch.dtype, ladder: Ladder | None = None
+) -> LayerKept:
     """Read a selection of batch size 1 for a layer of so many KV heads."""
     if isinstance(selection, CutSelection):
         keep = selection.mask(torch.ones(1, prompt, dtype=torch.bool, device=selection.cut.device))
-    else:
-        keep = selection.keep
-    keep = keep[0].expand(heads, -1)
-    chosen = selection.surrogates if isinstance(selection, Selection) else None
+        return LayerKept(keep[0].expand(heads, -1), None, None, None, selection.metric)
+    keep, levels = selection.keep[0].expand(heads, -1), None
+    if selection.levels is not None and ladder is not None and len(ladder.rungs) > 1:
+        levels = selection.levels[0].expand(heads, -1).clamp_max(len(ladder.rungs) - 1)
+    chosen = selection.surrogates
     if chosen is None:
-        return LayerKept(keep, None, None, None, selection.metric)
+        return LayerKept(keep, None, None, None, selection.metric, levels)
     columns, real = chosen.columns[0].long(), chosen.real[0]
     keep = keep.scatter(-1, columns, keep.gather(-1, columns) | real)
+    if levels is not None and ladder is not None:
+        # Each stands for many.
+        widest = torch.where(real, len(ladder.rungs) - 1, levels.gather(-1, columns)).to(levels.dtype)
+        levels = levels.scatter(-1, columns, widest)
     lines = torch.cat([chosen.keys[0], chosen.values[0]], -1).to(dtype)
-    return LayerKept(keep, columns, real, lines, selection.metric)
+    return LayerKept(keep, columns, real, lines, selection.metric, levels)
 
 
 @dataclass
@@ -57,50 +71,94 @@ class KeptPrompt:
     ----------
     prompt : int
         ``n``.
+    ladder : Ladder or None
+        Number formats of what is kept, once it is in private blocks.
     bits : Tensor
         uint8 ``[L, H_kv, ceil(n / 8)]``: what is kept, eight positions a byte.
+    levels : Tensor or None
+        uint8 ``[L, H_kv, ceil(n / 4)]``: rungs, four positions a byte; None where there is one for all.
     columns, real, lines : Tensor or None
         Of all layers, as in `LayerKept`.
     lists : Tensor or None
         int32 ``[L, H_kv, n]``, see `kernels.paged`; None while the entries are in private blocks.
     counts : Tensor
         int32 ``[L, H_kv]``.
-    metrics : Tensor
-        float64 ``[L]``; not a number where there is none.
+    numbers : Tensor
+        float64: of all ranks' heads how many entries stay ``[L * H]``, the layers' metrics ``[L]``, not a number where
+        there is none, and how many of the entries that are coded are in each rung ``[L * H * R]``.
     """
 
     prompt: int
+    ladder: Ladder | None
     bits: Tensor
+    levels: Tensor | None
     columns: Tensor | None
     real: Tensor | None
     lines: Tensor | None
     lists: Tensor | None
     counts: Tensor
-    metrics: Tensor
+    numbers: Tensor
 
     @classmethod
-    def of(cls, layers: list[LayerKept | None], heads: int, prompt: int, device: torch.device) -> "KeptPrompt":
-        """Put the layers together; None keeps everything."""
+    def of(
+        cls,
+        layers: list[LayerKept | None],
+        heads: int,
+        prompt: int,
+        device: torch.device,
+        ladder: Ladder | None = None,
+        own: slice = slice(None),
+    ) -> "KeptPrompt":
+        """Put the layers together.
+
+        Parameters
+        ----------
+        layers : list of LayerKept or None
+            None keeps everything.
+        heads, prompt, device : int, int, device
+            KV heads of all ranks, tokens, and where all of it is.
+        ladder : Ladder, optional
+            As above.
+        own : slice
+            The heads of this rank.
+        """
         everything = torch.ones(heads, prompt, dtype=torch.bool, device=device)
         keep = torch.stack([everything if one is None else one.keep for one in layers])
-        columns, real, lines = _stacked(layers, heads, prompt)
         nothing = torch.full((1,), float("nan"), dtype=torch.float64, device=device)
         metrics = [nothing if one is None or one.metric is None else one.metric.double().view(1) for one in layers]
+        numbers, levels = [keep.sum(-1).double().flatten(), *metrics], None
+        if ladder is not None:
+            if len(ladder.rungs) > 1:
+                of_generated = torch.full((heads, prompt), ladder.generated, dtype=torch.uint8, device=device)
+                given = [of_generated if one is None or one.levels is None else one.levels for one in layers]
+                levels = torch.stack(given)
+            each = max(1, AT_ONCE // keep[0].numel())
+            parts = [
+                rungs_of(keep[at : at + each], None if levels is None else levels[at : at + each], ladder).sum(-1)
+                for at in range(0, len(keep), each)
+            ]
+            # [layers, R, H_kv] to [layers * H_kv * R]
+            numbers.append(torch.cat(parts).transpose(1, 2).double().flatten())
+        columns, real, lines = _stacked(layers, heads, prompt)
+        keep = keep[:, own]
+        columns, real, lines = (None if part is None else part[:, own].contiguous() for part in (columns, real, lines))
         lists, counts = _lists_of(keep, columns, real)
-        return cls(prompt, _to_bits(keep), columns, real, lines, lists, counts, torch.cat(metrics))
+        packed = None if levels is None else _packed(levels[:, own], 2)
+        return cls(prompt, ladder, _packed(keep, 1), packed, columns, real, lines, lists, counts, torch.cat(numbers))
 
     def list_again(self) -> None:
         """Make the lists, if they are gone."""
         if self.lists is None:
-            self.lists, _ = _lists_of(_from_bits(self.bits, self.prompt), self.columns, self.real)
+            keep = _unpacked(self.bits, 1, self.prompt).bool()
+            self.lists, _ = _lists_of(keep, self.columns, self.real)
 
-    def positions(self) -> Tensor:
-        """The lists with surrogates by their places: int32 ``[L, H_kv, n]``, contiguous."""
-        assert self.lists is not None
-        if self.columns is None:
-            return self.lists
-        places = self.columns.int().gather(-1, (-1 - self.lists).clamp_(min=0, max=self.columns.shape[-1] - 1).long())
-        return torch.where(self.lists < 0, places, self.lists)
+    def coded_lists(self, layer: int) -> Tensor:
+        """Positions of the entries of a layer that are coded: int32 ``[R, H_kv, n]``, in front, of each rung."""
+        assert self.ladder is not None
+        keep = _unpacked(self.bits[layer : layer + 1], 1, self.prompt).bool()
+        levels = None if self.levels is None else _unpacked(self.levels[layer : layer + 1], 2, self.prompt)
+        order, _ = kept_first(rungs_of(keep, levels, self.ladder)[0])
+        return order.contiguous()
 
     def with_surrogates(self, entries: Tensor, layer: int) -> Tensor:
         """A layer's entries ``[H_kv, n, 2 * D]`` with surrogates in their places."""
@@ -157,14 +215,28 @@ def _lists_of(keep: Tensor, columns: Tensor | None, real: Tensor | None) -> tupl
     return numbers.gather(-1, order.long().clamp_(0, prompt - 1)), counts
 
 
-def _to_bits(keep: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    places = torch.arange(8, dtype=torch.uint8, device=keep.device)
-    bits: Tensor = (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
-    return bits
+def rungs_of(keep: Tensor, levels: Tensor | None, ladder: Ladder) -> Tensor:
+    """Which entries are coded in each rung, given what is kept ``[L, H_kv, n]``: boolean ``[L, R, H_kv, n]``.
+
+    First and newest ones of each head stay as they are.
+    """
+    number = keep.cumsum(-1, dtype=torch.int32)
+    coded = keep & (number > SINKS) & (number <= number[..., -1:] - ladder.recent)
+    if levels is None:
+        return coded[:, None]
+    each = torch.arange(len(ladder.rungs), dtype=torch.uint8, device=keep.device)[:, None, None]
+    return coded[:, None] & (levels[:, None] == each)
 
 
-def _from_bits(bits: Tensor, prompt: int) -> Tensor:
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    keep: Tensor = ((bits[..., None] >> places) & 1).flatten(-2)[..., :prompt].bool()
-    return keep
+def _packed(fields: Tensor, bits: int) -> Tensor:
+    """Numbers of so many bits ``[..., n]`` in bytes, the first in the lowest bits."""
+    each = 8 // bits
+    padded = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % each)).unflatten(-1, (-1, each))
+    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
+    found: Tensor = (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
+    return found
+
+
+def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> places) & (2**bits - 1)).flatten(-2)[..., :count]

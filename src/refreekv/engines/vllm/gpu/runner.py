@@ -14,6 +14,9 @@ class KeptModelRunner(GPUModelRunner):
     kept: KeptState | None = None
     """Set by the worker."""
 
+    shift = 0
+    """What is added to the positions that the model is told; slots are where they are. While constants are measured."""
+
     def finish_requests(self, scheduler_output: Any) -> None:
         """First to see a scheduler's output: entries are moved before their ordinary blocks are written anew."""
         if self.kept is not None:
@@ -43,6 +46,8 @@ class KeptModelRunner(GPUModelRunner):
         found: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
         if self.kept is not None:
             self.kept.plan(input_batch)
+        if self.shift:
+            input_batch.positions += self.shift
         return found
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:

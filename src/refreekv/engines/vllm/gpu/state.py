@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedMaps
-from refreekv.core.quantisation import SINKS, KVDtype, centre_of
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.engines.vllm.gpu.held import Held, begins
 from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
@@ -49,12 +51,15 @@ class KeptState:
         Requests that the model runner has room for.
     longest : int
         Tokens of the longest sequence.
-    number : KVDtype or None
-        How kept entries are stored once they are in private blocks; None: as they are.
+    ladder : Ladder or None
+        Number formats of kept entries once they are in private blocks; None: as they are.
     blocks_of : callable
         The ordinary blocks of a slot, int32 on the device, as they were in the step before.
     gather : callable
         Joins tensors of all tensor-parallel ranks along a dimension (heads).
+    rank, ranks : int
+        Which of how many tensor-parallel ranks this is. All decide for all heads, and agree on the blocks that the
+        one needs whose heads keep most.
     """
 
     groups = 1
@@ -66,15 +71,21 @@ class KeptState:
         layers: dict[str, Layer],
         slots: int,
         longest: int,
-        number: KVDtype | None,
+        ladder: Ladder | None,
         blocks_of: Callable[[int], Tensor],
         gather: Callable[[Tensor, int], Tensor],
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
         self.pool = Pool.of([layer.module.kv_cache for layer in layers.values()])
-        self.number, size = number, self.pool.size
-        self.form = None if number is None else number.form((size, size))
-        self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens), self.form)
+        self.ladder, self.rank, self.ranks = ladder, rank, ranks
+        self.heads = ranks * self.pool.heads
+        """KV heads of all ranks."""
+        self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)
+        self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens))
+        self.forms: tuple[PackedFormat, ...] = ()
+        self.code_by(None)
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
         self.group = next(iter(layers.values())).module.impl.num_heads // self.pool.heads
@@ -85,6 +96,23 @@ class KeptState:
         self._prompts = np.zeros(slots, dtype=np.int32)
         self._waiting: list[tuple[str, Tracked]] = []
         self._open = False
+
+    def code_by(self, codes: Sequence[KeyCodes] | None) -> None:
+        """Code keys from now on by codes of the model's own, by layer and of all ranks' heads; None: rotated.
+
+        Before anything is coded, and before graphs are captured: the table is made anew.
+        """
+        if self.ladder is None:
+            return
+        pool = self.pool
+        self.forms = self.ladder.forms((pool.size, pool.size), sorted_keys=codes is not None)
+        mine = None if codes is None else [own.of_heads(self._own) for own in codes]
+        self.table = replace(self.table, coded=Coded.empty(pool, self.table.segments.shape[1], self.forms, mine))
+        self.layers = {
+            name: replace(layer, facts=replace(layer.facts, codes=None if codes is None else codes[layer.facts.index]))
+            for name, layer in self.layers.items()
+        }
+        self._codes = mine
 
     def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
         """Show policies from now on how much each KV head of each layer copies."""
@@ -205,10 +233,13 @@ class KeptState:
                 # [blocks, N, H_kv, 2 * D]
                 entries = cache.transpose(1, 2)[blocks.long()].flatten(0, 1)[: tracked.prompt]
                 keys, values = entries.split(self.pool.size, -1)
-                found = select(self.policy, tracked.probes, layer.facts, keys, values, self.gather, surrogates=True)
+                found = select(
+                    self.policy, tracked.probes, layer.facts, keys, values, self.gather, surrogates=True,
+                    ladder=self.ladder,
+                )  # fmt: skip
                 tracked.probes.queries.pop(index, None)
                 if found is not None:
-                    tracked.layers[index] = layer_kept(found, self.pool.heads, tracked.prompt, cache.dtype)
+                    tracked.layers[index] = layer_kept(found, self.heads, tracked.prompt, cache.dtype, self.ladder)
 
     def attend(self, name: str, query: Tensor, block_table: Tensor, rows: Rows, output: Tensor) -> None:
         """Attend to what is kept and to all that came later, for the queries of some rows."""
@@ -223,16 +254,18 @@ class KeptState:
     def end_step(self) -> WorkerOutcomes | None:
         """After the forward pass: show what was decided, and tell the scheduler what has come to the host."""
         step, self.step, self._open = self.step, None, False
+        known = len(self._waiting)
         for request_id, tracked in step.ended if step is not None else ():
             if not tracked.decided:
                 self._decide(tracked)
             if not tracked.announced:
                 self._waiting.append((request_id, tracked))
         outcomes, waiting = [], []
-        for request_id, tracked in self._waiting:
+        for place, (request_id, tracked) in enumerate(self._waiting):
             if tracked.announced or self.requests.get(request_id) is not tracked:
                 continue
-            if tracked.numbers is not None and not tracked.numbers.arrived:
+            # Several ranks have to tell in the same step: then the step says when, not the clock.
+            if tracked.numbers is not None and not (place < known if self.ranks > 1 else tracked.numbers.arrived):
                 waiting.append((request_id, tracked))
                 continue
             outcome = self._outcome(request_id, tracked)
@@ -249,10 +282,10 @@ class KeptState:
     def _decide(self, tracked: Tracked) -> None:
         layers = [tracked.layers[index] for index in range(len(self.layers))]
         tracked.decided, tracked.probes, tracked.layers = True, None, {}
-        if self.number is None and all(one is None for one in layers):
+        if self.ladder is None and all(one is None for one in layers):
             return
-        tracked.kept = kept = KeptPrompt.of(layers, self.pool.heads, tracked.prompt, self.device)
-        tracked.numbers = HostCopy(torch.cat([kept.counts.double().flatten(), kept.metrics]))
+        tracked.kept = kept = KeptPrompt.of(layers, self.heads, tracked.prompt, self.device, self.ladder, self._own)
+        tracked.numbers = HostCopy(kept.numbers)
         self._show_lists(tracked)
 
     def _show_lists(self, tracked: Tracked) -> None:
@@ -262,36 +295,27 @@ class KeptState:
         self.table.starts[tracked.slot] = tracked.prompt
 
     def _outcome(self, request_id: str, tracked: Tracked) -> PruningOutcome:
-        prompt, layers, heads = tracked.prompt, len(self.layers), self.pool.heads
+        prompt, layers = tracked.prompt, len(self.layers)
         if tracked.numbers is None:
             everything = (prompt,) * layers
             group = GroupOutcome(0, 0)
             return PruningOutcome(
                 request_id, tracked.epoch, prompt, everything, everything, (None,) * layers, (group,), False
             )
-        numbers = tracked.numbers.wait()
-        counts = numbers[: layers * heads].long()
-        metrics = tuple(None if number != number else number for number in numbers[layers * heads :].tolist())
-        pages, _ = self._pages_for(counts)
+        held = self._held(tracked)
+        pages = max(held.of_heads(rank, self.ranks).places(self.pool, self.forms)[1] for rank in range(self.ranks))
         needed, whole = -(-pages // layers), prompt // self.block
         group = GroupOutcome(needed, whole, needed) if needed < whole else GroupOutcome(0, 0)
-        kept = tuple(counts.tolist())
-        altered = min(kept) < prompt or (self.number is not None and group.copies > 0)
-        return PruningOutcome(request_id, tracked.epoch, prompt, kept, kept, metrics, (group,), altered)
+        kept = tuple(held.counts.flatten().tolist())
+        coded = self.ladder is not None and group.copies > 0
+        return PruningOutcome(
+            request_id, tracked.epoch, prompt, kept, kept, held.metrics, (group,), min(kept) < prompt or coded,
+            held.share_of_bytes(self.pool, prompt, self.forms if coded else ()),
+        )  # fmt: skip
 
-    def _coded_of(self, counts: Tensor) -> Tensor:
-        """Of so many entries of each head those that are coded."""
-        if self.number is None:
-            return torch.zeros_like(counts)
-        return (counts - SINKS - self.number.recent).clamp(min=0)
-
-    def _pages_for(self, counts: Tensor) -> tuple[int, int]:
-        """Pages that hold so many entries of each head; and those with entries as they are, which come first."""
-        coded = int(self._coded_of(counts).sum())
-        exact = self.pool.pages_for(int(counts.sum()) - coded)
-        if self.form is None:
-            return exact, exact
-        return exact - (-coded // self.pool.coded_lines(self.form)), exact
+    def _held(self, tracked: Tracked) -> "Held":
+        assert tracked.numbers is not None
+        return Held.of(tracked.numbers.wait(), len(self.layers), self.heads, len(self.forms))
 
     def _move(self, order: CopyOrder) -> None:
         """Copy what a request keeps to the private blocks that the scheduler found for it."""
@@ -300,27 +324,16 @@ class KeptState:
             return
         kept, slot = tracked.kept, tracked.slot
         assert kept is not None
-        assert tracked.numbers is not None
-        counts = tracked.numbers.wait()[: kept.counts.numel()].long().view(kept.counts.shape)
-        coded = self._coded_of(counts)
-        exact = counts - coded
+        held = self._held(tracked).of_heads(self.rank, self.ranks)
+        starts, _ = held.places(self.pool, self.forms)
+        exact = held.counts - held.coded
         # [first line, entries left out, entries] of each layer and head
-        numbers = torch.stack([_begins(exact), coded, exact])
-        places = upload(numbers, self.device)
+        places = upload(torch.stack([begins(exact), held.coded, exact]), self.device)
         pages = upload(torch.tensor(order.blocks, dtype=torch.int32), self.device)
         blocks = self._blocks_of(slot)
         move_to_pages(self.pool, self.table, slot, blocks, places[:2], pages, int(exact.max()), SINKS)
         if self.table.coded is not None:
-            _, before = self._pages_for(counts)
-            self._code(
-                self.table.coded,
-                kept,
-                slot,
-                blocks,
-                coded,
-                before * self.pool.coded_lines(self.table.coded.form),
-                pages,
-            )
+            self._code(self.table.coded, kept, slot, blocks, held.rungs, starts, pages)
         line = torch.zeros_like(self.table.segments[:, slot])
         line[..., FIRST], line[..., HELD] = places[0], places[2]
         self.table.segments[:, slot] = line
@@ -329,30 +342,35 @@ class KeptState:
         kept.lists = None
 
     def _code(
-        self, coded: Coded, kept: KeptPrompt, slot: int, blocks: Tensor, counts: Tensor, first: int, pages: Tensor
+        self,
+        coded: Coded,
+        kept: KeptPrompt,
+        slot: int,
+        blocks: Tensor,
+        counts: Tensor,
+        starts: list[int],
+        pages: Tensor,
     ) -> None:
-        """Code entries between the first and the newest ones of each layer and head, from the line ``first`` on."""
-        firsts = first + _begins(counts)
-        positions = kept.positions()
-        each = torch.arange(counts.numel()).view(counts.shape) * kept.prompt + SINKS
-        address = positions.data_ptr() + each * positions.element_size()
-        spans = upload(torch.stack([address, counts, torch.zeros_like(counts)], -1), self.device)
+        """Code entries of each layer and head: ``counts`` ``[L, H_kv, R]`` of them, those of a rung from a page on."""
+        firsts = torch.stack([begins(own) for own in counts.unbind(-1)], -1)
+        for rung, (start, form) in enumerate(zip(starts, self.forms, strict=True)):
+            firsts[..., rung] += start * self.pool.coded_lines(form)
         used = blocks[: -(-kept.prompt // self.block)].long()
         for layer in self.layers.values():
             index, cache = layer.facts.index, layer.module.kv_cache
+            if not counts[index].any():
+                continue
             # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
             entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
             means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
             entries = kept.with_surrogates(entries, index)
             keys, values = entries[None].split(self.pool.size, -1)
             coded.key_means[index, slot], coded.value_means[index, slot] = means
-            maps = PackedMaps.rotated(means[0][None], means[1][None], cache.dtype)
-            own = counts[index].tolist()
-            code_to_pages(self.pool, coded.form, maps, keys, values, spans[index], own, int(firsts[index, 0]), pages)
+            made = PackedMaps.rotated if self._codes is None else self._codes[index].maps
+            maps, lists = made(means[0][None], means[1][None], cache.dtype), kept.coded_lists(index)
+            for rung, form in enumerate(self.forms):
+                code_to_pages(
+                    self.pool, form, maps, keys, values, lists[rung], counts[index, :, rung].tolist(),
+                    int(firsts[index, 0, rung]), pages,
+                )  # fmt: skip
         coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), self.device)
-
-
-def _begins(counts: Tensor) -> Tensor:
-    """Where each of ``[L, H_kv]`` parts begins that lie one behind the other."""
-    flat = counts.flatten()
-    return (flat.cumsum(0) - flat).view(counts.shape)

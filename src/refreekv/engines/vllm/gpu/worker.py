@@ -3,20 +3,31 @@
 from typing import Any
 
 from torch import Tensor
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
 from vllm.v1.worker.gpu_worker import Worker
 
+from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm import refusals
 from refreekv.engines.vllm.connector import RefreekvConnector
 from refreekv.engines.vllm.gpu import backend
 from refreekv.engines.vllm.gpu.runner import KeptModelRunner
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.spec import PrivateAttentionSpec
-from refreekv.engines.vllm.worker_side.calibration import measure_copy_scores
+from refreekv.engines.vllm.worker_side.calibration import measure_constants, measure_copy_scores
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import MOST_QUERIES
+from refreekv.policies.base import AUTO
+
+# A child of vLLM's logger, for its format and level.
+logger = init_logger(f"vllm.{__name__}")
 
 WIDEST_PLAN = 1 << 20
 """A prompt length at which a policy's probe plan shows all it may ever ask for."""
@@ -44,6 +55,7 @@ class RefreekvGPUWorker(Worker):
         specs = super().get_kv_cache_spec()
         prunable = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec and not spec.sliding_window]
         refusals.check_layers(specs, prunable, 1)
+        refusals.check_heads(self.model_config, get_tensor_model_parallel_world_size())
         plan = self._policy.probe_plan(WIDEST_PLAN)
         return {
             name: replace_as(
@@ -69,6 +81,7 @@ class RefreekvGPUWorker(Worker):
         }
         specs = dict.fromkeys(ordered, group.kv_cache_spec)
         refusals.check_attention(modules, specs, runner.decode_query_len, MOST_QUERIES)
+        ranks = get_tensor_model_parallel_world_size()
         tables = runner.block_tables.block_tables[0]
         builders = [builder for groups in runner.attn_groups for one in groups for builder in one.metadata_builders]
         refusals.check_backends(
@@ -79,21 +92,40 @@ class RefreekvGPUWorker(Worker):
             layers,
             runner.max_num_reqs,
             self.model_config.max_model_len,
-            self._options.number(),
+            self._ladder(group.kv_cache_spec.head_size),
             lambda slot: tables.gpu[slot],
-            _alone,
+            _alone if ranks == 1 else _all_gather,
+            get_tensor_model_parallel_rank(),
+            ranks,
         )
         connector.state = runner.kept = state
         for builder in builders:
             builder.state = state
 
     def compile_or_warm_up_model(self) -> Any:
-        """As vLLM, after measuring the model's copy scores if the policy reads them."""
-        if self._policy.reads_copy_scores:
-            state = self.model_runner.kept
-            state.know_copy_scores(measure_copy_scores(self.model_runner, state, self.vllm_config))
+        """As vLLM, after measuring what the policy reads of the model, and what keys are coded by."""
+        state = self.model_runner.kept
+        measured = self.model_runner, state, self.vllm_config
+        if state.ladder is not None:
+            scores, codes = measure_constants(*measured)
+            state.know_copy_scores(scores)
+            state.code_by(codes)
+        elif self._policy.reads_copy_scores:
+            state.know_copy_scores(measure_copy_scores(*measured))
         return super().compile_or_warm_up_model()
+
+    def _ladder(self, size: int) -> Ladder | None:
+        """Number formats that kept entries are stored in."""
+        if self._options.kv_dtype == AUTO and size % 16:
+            logger.warning("heads of %d elements cannot be coded: what is kept stays as the model computes it", size)
+            return None
+        return self._options.ladder()
 
 
 def _alone(tensor: Tensor, dim: int) -> Tensor:
     return tensor
+
+
+def _all_gather(tensor: Tensor, dim: int) -> Tensor:
+    gathered: Tensor = tensor_model_parallel_all_gather(tensor.contiguous(), dim)
+    return gathered

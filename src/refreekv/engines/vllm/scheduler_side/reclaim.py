@@ -101,9 +101,11 @@ class Reclaimer:
             self._stats.count_refusal("ended")
             return None
         metrics = [metric for metric in outcome.metrics if metric is not None]
+        kept = sum(outcome.kept) / (len(outcome.kept) * outcome.prompt)
         return {
             "prompt_tokens": outcome.prompt,
-            "kept_share": sum(outcome.kept) / (len(outcome.kept) * outcome.prompt),
+            "kept_share": kept,
+            "bytes_share": kept if outcome.bytes_share is None else outcome.bytes_share,
             "selected_share": sum(outcome.selected) / (len(outcome.selected) * outcome.prompt),
             "blocks_freed": entry.freed,
             "metric": max(metrics) if metrics else None,

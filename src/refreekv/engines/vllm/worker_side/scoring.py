@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.quantisation import Ladder
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.policies.base import spread_step
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
-from refreekv.pruning.decide import layer_view
+from refreekv.pruning.decide import layer_view, stored
+from refreekv.pruning.decide import select as select_of
 
 Gather = Callable[[Tensor, int], Tensor]
 """Joins the heads of all tensor-parallel ranks along a dimension."""
@@ -86,6 +89,8 @@ class LayerFacts:
         Learned sink logits ``[H]``, if any.
     copy_scores : Tensor or None
         ``[H_kv]`` over all ranks, where the policy reads them.
+    codes : KeyCodes or None
+        The model's own for keys, of all ranks' heads, where entries are stored in them.
     """
 
     index: int
@@ -94,6 +99,7 @@ class LayerFacts:
     softcap: float | None
     sinks: Tensor | None
     copy_scores: Tensor | None = None
+    codes: KeyCodes | None = None
 
     @classmethod
     def of(cls, impl: Any, index: int, layers: int) -> "LayerFacts":
@@ -110,6 +116,7 @@ def select(
     values: Tensor,
     gather: Gather,
     surrogates: bool = False,
+    ladder: Ladder | None = None,
 ) -> Selection | CutSelection | None:
     """Let the policy decide on one layer of one prompt.
 
@@ -128,6 +135,8 @@ def select(
         the whole layer and decides the same.
     surrogates : bool
         Whether the engine can store entries that are no token's.
+    ladder : Ladder, optional
+        Number formats that what is kept will be stored in.
 
     Returns
     -------
@@ -144,7 +153,8 @@ def select(
     call = AttentionCall(queries.states, None, layer.scale, layer.softcap, layer.sinks)
     scores = None if layer.copy_scores is None else layer.copy_scores[None]
     entries = Entries(keys, values, None, columns, queries, gapless=True)
-    return policy.select(_of_all_ranks(layer_view(plan, call, entries, layer.index, layer.layers, scores), gather))
+    view = _of_all_ranks(layer_view(plan, call, entries, layer.index, layer.layers, scores), gather)
+    return select_of(policy, stored(view, ladder, layer.codes))
 
 
 def _collected(probes: Probes, layer: int, keys: Tensor) -> Queries:

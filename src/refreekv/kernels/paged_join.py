@@ -1,0 +1,177 @@
+"""What is before and after `kernels.paged_decode`: queries into code space, and the parts of the softmax joined."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.kernels.packed_join import LARGEST
+from refreekv.kernels.paged import Coded, Rows
+from refreekv.kernels.probe import LOG2E
+
+QUERIES = 16
+"""Queries of one KV head that a program takes to code space."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What programs left of the softmax: first that over exact entries, then that over each rung, in code space.
+
+    Attributes
+    ----------
+    results, denominators : Tensor
+        float32 ``[R, H_kv, shares, parts, queries of a row by heads of a group, D]``, and the same without ``D``.
+    """
+
+    results: Tensor
+    denominators: Tensor
+
+    @classmethod
+    def empty(
+        cls, rows: int, heads: int, shares: int, parts: int, most: int, size: int, device: torch.device
+    ) -> "Parts":
+        """Room for those of so many programs."""
+        shape = rows, heads, shares, parts, most
+        return cls(
+            torch.empty(*shape, size, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
+
+
+@triton.jit
+def _prepare_kernel(
+    query, begins, ends, slots, means, dual, bounds, out, scales, shifts, rows, group, most, scaling, sq_t, sq_h,
+    dual_stride,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Some queries of one KV head: some of their channels in code space."""
+    head, part, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, m = n // most, n % most
+    there = row < rows
+    begin = tl.load(begins + row, there, 0)
+    asking = there & (m < (tl.load(ends + row, there, 0) - begin) * group)
+    at = (begin + m // group).to(tl.int64) * sq_t + (head * group + m % group) * sq_h
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(query + at[:, None] + d[None, :], asking[:, None] & (d < HEAD)[None, :], 0.0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(q * q, 1))
+    size = tl.maximum(norm * tl.load(bounds + head), 1e-30) * (1.0 / LARGEST)
+    into = (row * heads + head).to(tl.int64) * most + m
+    if part == 0:
+        unit = scaling if HAS_CAP else scaling * LOG2E
+        mean = means + (tl.load(slots + row, there, 0).to(tl.int64) * heads + head)[:, None] * HEAD + d[None, :]
+        mean = tl.load(mean, asking[:, None] & (d < HEAD)[None, :], 0.0)
+        tl.store(scales + into, size * unit, asking)
+        tl.store(shifts + into, tl.sum(q * mean, 1) * unit, asking)
+    o = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    result = tl.zeros([BLOCK, BLOCK_OUT], tl.float32)
+    for start in tl.static_range(0, BLOCK_D, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        some = tl.load(query + at[:, None] + i[None, :], asking[:, None] & (i < HEAD)[None, :], 0.0).to(tl.float32)
+        line = dual + head * dual_stride + o[None, :] * HEAD + i[:, None]
+        matrix = tl.load(line, (o < HEAD)[None, :] & (i < HEAD)[:, None], 0.0)
+        # 16 bits fit tf32 as they are; of the matrix it keeps as much as the result does in float16.
+        result = tl.dot(some, matrix, result, input_precision="ieee" if EXACT else "tf32")
+    tl.store(out + into[:, None] * HEAD + o[None, :], result / size[:, None], asking[:, None] & (o < HEAD)[None, :])
+
+
+def prepare(
+    query: Tensor, rows: Rows, coded: Coded, layer: int, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries in code space: as `kernels.packed_join.launch_prepare`, by row, KV head and query of the row.
+
+    Returns
+    -------
+    query, scales, shifts : Tensor
+        float32 ``[R, H_kv, queries of a row by heads of a group, D]``, and the same without ``D`` twice.
+    """
+    means, dual = coded.key_means[layer], coded.key_duals[layer]
+    count, heads, size = len(rows.begins), means.shape[1], query.shape[2]
+    group = query.shape[1] // heads
+    most = group * rows.longest
+    out = torch.empty(count, heads, most, size, dtype=torch.float32, device=query.device)
+    scales, shifts = (torch.empty(count, heads, most, dtype=torch.float32, device=query.device) for _ in range(2))
+    block_d, block_out = triton.next_power_of_2(size), 32
+    _prepare_kernel[(triton.cdiv(count * most, QUERIES), heads, triton.cdiv(size, block_out))](
+        query, rows.begins, rows.ends, rows.slots, means, dual, coded.key_bounds[layer], out, scales, shifts,
+        count, group, most, scaling, query.stride(0), query.stride(1), dual.stride(0),
+        HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK=QUERIES,
+        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, num_warps=4,
+    )  # fmt: skip
+    return out, scales, shifts
+
+
+@triton.jit
+def _join_kernel(
+    partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
+    group, parts, so_t, so_h,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EACH: tl.constexpr, RUNGS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One query of one query head: its parts, weighted by their shares of the softmax."""
+    row, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads, most = tl.num_programs(1), tl.num_programs(2)
+    begin = tl.load(begins + row)
+    if m < (tl.load(ends + row) - begin) * group:
+        first = (row * heads + head).to(tl.int64) * parts * most + m
+        s = tl.arange(0, BLOCK_S)
+        share = tl.load(denominators + first + s * most, s < parts, float("-inf"))
+        highest = tl.max(share, 0)
+        query_head = head * group + m % group
+        token = (begin + m // group).to(tl.int64)
+        if HAS_SINKS:
+            sink = tl.load(sinks + query_head).to(tl.float32) * LOG2E
+            highest = tl.maximum(highest, sink)
+        safe = tl.where(highest > float("-inf"), highest, 0.0)
+        weight = tl.exp2(share - safe)
+        total = tl.sum(weight, 0)
+        if HAS_SINKS:
+            total += tl.exp2(sink - safe)
+        unit = 1.0 / tl.where(total > 0, total, 1.0)
+        d = tl.arange(0, BLOCK_D)
+        result = tl.zeros([BLOCK_D], tl.float32)
+        coded = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, parts, EACH):
+            s = start + tl.arange(0, EACH)
+            weight = tl.exp2(tl.load(denominators + first + s * most, s < parts, float("-inf")) - safe) * unit
+            wanted = (weight > 0)[:, None] & (d < HEAD)[None, :]
+            part = tl.load(partial + (first + s * most)[:, None] * HEAD + d[None, :], wanted, 0.0)
+            if RUNGS:
+                exact = s % (RUNGS + 1) == 0
+                result += tl.sum(part * tl.where(exact, weight, 0.0)[:, None], 0)
+                coded += tl.sum(part * tl.where(exact, 0.0, weight)[:, None], 0)
+            else:
+                result += tl.sum(part * weight[:, None], 0)
+        if RUNGS:
+            s = tl.arange(0, BLOCK_S)
+            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, tl.exp2(share - safe)), 0) * unit
+            own = tl.load(slots + row).to(tl.int64) * heads + head
+            result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
+            at = coded_out + (token * heads * group + query_head) * HEAD + d
+            tl.store(at, coded.to(coded_out.dtype.element_ty), d < HEAD)
+        at = out + token * so_t + query_head * so_h + d
+        tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
+
+
+def join(
+    parts: Parts, rows: Rows, coded: Coded | None, layer: int, sinks: Tensor | None, output: Tensor, group: int
+) -> None:
+    """Join parts of the softmax into ``output`` ``[T, H, D]``, at the rows' queries."""
+    count, heads, shares, each, most, size = parts.results.shape
+    means = coded_out = parts.denominators
+    if coded is not None:
+        means = coded.value_means[layer]
+        # Of queries that are in no row nothing may be added.
+        coded_out = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+    _join_kernel[(count, heads, most)](
+        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
+        output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
+        HEAD=size, BLOCK_D=max(16, triton.next_power_of_2(size)),
+        BLOCK_S=max(2, triton.next_power_of_2(shares * each)), EACH=min(16, triton.next_power_of_2(shares * each)),
+        RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
+    )  # fmt: skip
+    if coded is not None:
+        output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)
