@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
+
 
 def check(scheduler: Any) -> None:
     """Account for every block of the pool.
@@ -52,7 +54,8 @@ def _check_requests(scheduler: Any, managers: Any) -> None:
         assert len(lengths) == 1, f"{request_id}'s block tables differ in length between groups: {lengths}"
         if entry.outcome is None or ledger.current(entry.outcome) is None:
             continue
-        for index, (one, group) in enumerate(zip(managers, entry.outcome.groups, strict=True)):
+        pruned = [one for one in managers if isinstance(one, PrunedAttentionManager)]
+        for index, (one, group) in enumerate(zip(pruned, entry.outcome.groups, strict=True)):
             blocks = one.req_to_blocks.get(request_id, [])
             if not blocks or index in entry.pending:
                 continue

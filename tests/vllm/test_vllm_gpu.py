@@ -43,34 +43,38 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def reference(folder, prompts):
-    """Of a policy and a number format, tokens by transformers and how far the best was ahead of the next."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    """Of a policy and a number format, what `answers_of` says."""
     known = {}
 
     def answers(policy, kv_dtype="16"):
         if (policy, kv_dtype) not in known:
-            found, number = [], None if kv_dtype == "16" else kv_dtype
-            for ids in prompts:
-                asked = torch.tensor([ids], device="cuda")
-                with refreekv.compress(model, policy=PluginOptions(policy).build(), kv_dtype=number):
-                    out = model.generate(
-                        asked,
-                        attention_mask=torch.ones_like(asked),
-                        max_new_tokens=TOKENS,
-                        min_new_tokens=TOKENS,
-                        do_sample=False,
-                        return_dict_in_generate=True,
-                        output_logits=True,
-                    )
-                best = [logits[0].topk(2).values for logits in out.logits]
-                ahead = [float(first - second) for first, second in best]
-                found.append((out.sequences[0, len(ids) :].tolist(), ahead))
-            known[policy, kv_dtype] = found
+            known[policy, kv_dtype] = answers_of(folder, prompts, policy, None if kv_dtype == "16" else kv_dtype)
         return known[policy, kv_dtype]
 
     return answers
+
+
+def answers_of(folder, prompts, policy, number):
+    """Tokens by transformers, and how far the best was ahead of the next."""
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval(), []
+    for ids in prompts:
+        asked = torch.tensor([ids], device="cuda")
+        with refreekv.compress(model, policy=PluginOptions(policy).build(), kv_dtype=number):
+            out = model.generate(
+                asked,
+                attention_mask=torch.ones_like(asked),
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        best = [logits[0].topk(2).values for logits in out.logits]
+        ahead = [float(first - second) for first, second in best]
+        found.append((out.sequences[0, len(ids) :].tolist(), ahead))
+    return found
 
 
 def agree(tokens, expected):
@@ -107,6 +111,52 @@ def test_coded_entries(folder, prompts, reference, policy, kv_dtype, eager):
     # The first tokens are read as they are, until private blocks are there: codes are a little off in few of them.
     same = [found[:8] == wanted[:8] for found, (wanted, _) in zip(tokens, reference(policy, kv_dtype), strict=True)]
     assert sum(same) >= len(same) // 2
+
+
+@pytest.mark.parametrize("feature", ["eager", "graphs", "chunks", "few-blocks"])
+@pytest.mark.parametrize("policy", ["snapkv:ratio=0.4", ADAPTIVE])
+def test_hybrid(tmp_path_factory, prompts, feature, policy):
+    """Of Gemma 3 the layers with full attention are pruned, those with sliding windows are as they are."""
+    folder = gemma(tmp_path_factory.mktemp("gemma"))
+    expected = answers_of(folder, prompts, policy, None)
+    with engine(folder, policy, skip_tokenizer_init=True, kv_dtype="16", **FEATURES[feature]) as vllm:
+        tokens = vllm.generate(prompts, TOKENS)
+        freed = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(len(prompts))]
+    assert max(freed) > 5
+    agree(tokens, expected)
+
+
+def gemma(folder):
+    """A small random Gemma 3: of six layers two have full attention."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, sliding_window=64, layer_types=kinds,
+        query_pre_attn_scalar=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("policy", "kv_dtype"), [("snapkv:ratio=0.4", "16"), (ADAPTIVE, "auto"), ("full", "int8")])
+def test_two_ranks(folder, prompts, reference, policy, kv_dtype):
+    """Ranks decide for all heads alike, and take as many blocks as the one needs that keeps most."""
+    found = {}
+    for ranks in (1, 2):
+        options = {"tensor_parallel_size": ranks, "skip_tokenizer_init": True, "kv_dtype": kv_dtype}
+        with engine(folder, policy, **options) as vllm:
+            tokens = vllm.generate(prompts, TOKENS)
+            found[ranks] = tokens, [vllm.reports[f"r{index}"] for index in range(len(prompts))]
+    if kv_dtype == "16":
+        agree(found[2][0], reference(policy))
+    for one, two in zip(found[1][1], found[2][1], strict=True):
+        assert one["kept_share"] == pytest.approx(two["kept_share"], abs=2e-3)
+        assert one["bytes_share"] == pytest.approx(two["bytes_share"], abs=2e-3)
+    assert max(report["blocks_freed"] for report in found[2][1]) > 10
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from refreekv.engines.vllm import metrics, refusals
 from refreekv.engines.vllm.messages import StepOrders, WorkerOutcomes
-from refreekv.engines.vllm.scheduler_side.coordinator import LeadingCoordinator
+from refreekv.engines.vllm.scheduler_side.coordinator import HybridCoordinator, LeadingCoordinator
 from refreekv.engines.vllm.scheduler_side.reclaim import Reclaimer
 
 if TYPE_CHECKING:
@@ -44,11 +44,15 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         return self.reclaimer
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """Take hold of the block managers, and let the first group answer for all."""
+        """Take hold of the block managers, and stand before the coordinator of several groups."""
         super().bind_kv_cache_manager(kv_cache_manager)
-        self._scheduler_side().bind(kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool)
-        if len(kv_cache_manager.coordinator.single_type_managers) > 1:
-            kv_cache_manager.coordinator = LeadingCoordinator(kv_cache_manager.coordinator)
+        inner = kv_cache_manager.coordinator
+        managers = inner.single_type_managers
+        pruned = self._scheduler_side().bind(managers, kv_cache_manager.block_pool)
+        if len(pruned) < len(managers):
+            kv_cache_manager.coordinator = HybridCoordinator(inner, pruned[0])
+        elif len(managers) > 1:
+            kv_cache_manager.coordinator = LeadingCoordinator(inner)
 
     def on_new_request(self, request: Any) -> None:
         """Open its account."""

@@ -201,15 +201,30 @@ def check_attention(modules: dict[str, Any], specs: dict[str, Any], queries: int
             )
 
 
-def check_layers(specs: dict[str, Any], prunable: list[str], layers_per_group: int) -> None:
-    """ValueError unless every layer has full attention and the groups come out even."""
+def check_layers(
+    specs: dict[str, Any], prunable: list[str], layers_per_group: int, beside: tuple[type, ...] = ()
+) -> None:
+    """ValueError unless layers have full attention, or are of one of the kinds that may be beside, and groups are even.
+
+    Parameters
+    ----------
+    specs : dict
+        KV cache specs by layer.
+    prunable : list of str
+        Layers with full attention.
+    layers_per_group : int
+        Of those, that share a block table.
+    beside : tuple of type
+        Specs of layers that stay as they are.
+    """
     if not prunable:
         raise ValueError("refreekv found no layer with full attention in this model: there is nothing it could prune")
-    others = [name for name in specs if name not in prunable]
+    others = [name for name in specs if name not in prunable and not isinstance(specs[name], beside)]
     if others:
         kinds = sorted({type(specs[name]).__name__ for name in others})
+        may = "other layers than those with full attention or sliding windows" if beside else "hybrid models"
         raise ValueError(
-            f"refreekv does not prune hybrid models in vLLM yet, and {len(others)} of {len(specs)} layers here have "
+            f"refreekv does not prune {may} in vLLM yet, and {len(others)} of {len(specs)} layers here have "
             f"{' and '.join(kinds)} (first: {others[0]}); transformers models are pruned by refreekv.compress"
         )
     if len(prunable) % layers_per_group:
@@ -217,6 +232,15 @@ def check_layers(specs: dict[str, Any], prunable: list[str], layers_per_group: i
         raise ValueError(
             f"layers_per_group={layers_per_group} does not divide the model's {len(prunable)} layers evenly, which "
             f"would waste memory; choose one of {even}"
+        )
+
+
+def check_groups(pruned: int, layers: int) -> None:
+    """ValueError unless vLLM put all layers that are pruned into one group."""
+    if pruned != 1:
+        raise ValueError(
+            f"refreekv needs this model's {layers} layers with full attention in one KV cache group, and vLLM made "
+            f"{pruned} of them, as there are fewer layers of another kind"
         )
 
 

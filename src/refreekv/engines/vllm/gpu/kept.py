@@ -149,14 +149,14 @@ class KeptPrompt:
     def list_again(self) -> None:
         """Make the lists, if they are gone."""
         if self.lists is None:
-            keep = _unpacked(self.bits, 1, self.prompt).bool()
+            keep = unpacked(self.bits, 1, self.prompt).bool()
             self.lists, _ = _lists_of(keep, self.columns, self.real)
 
     def coded_lists(self, layer: int) -> Tensor:
         """Positions of the entries of a layer that are coded: int32 ``[R, H_kv, n]``, in front, of each rung."""
         assert self.ladder is not None
-        keep = _unpacked(self.bits[layer : layer + 1], 1, self.prompt).bool()
-        levels = None if self.levels is None else _unpacked(self.levels[layer : layer + 1], 2, self.prompt)
+        keep = unpacked(self.bits[layer : layer + 1], 1, self.prompt).bool()
+        levels = None if self.levels is None else unpacked(self.levels[layer : layer + 1], 2, self.prompt)
         order, _ = kept_first(rungs_of(keep, levels, self.ladder)[0])
         return order.contiguous()
 
@@ -237,6 +237,7 @@ def _packed(fields: Tensor, bits: int) -> Tensor:
     return found
 
 
-def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Numbers of so many bits ``[..., count]`` out of bytes."""
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> places) & (2**bits - 1)).flatten(-2)[..., :count]

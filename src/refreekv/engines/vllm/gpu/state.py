@@ -60,10 +60,9 @@ class KeptState:
     rank, ranks : int
         Which of how many tensor-parallel ranks this is. All decide for all heads, and agree on the blocks that the
         one needs whose heads keep most.
+    groups : int
+        KV cache groups that the model has; one of them is pruned.
     """
-
-    groups = 1
-    """KV cache groups that are pruned."""
 
     def __init__(
         self,
@@ -76,10 +75,11 @@ class KeptState:
         gather: Callable[[Tensor, int], Tensor],
         rank: int = 0,
         ranks: int = 1,
+        groups: int = 1,
     ):
         self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
         self.pool = Pool.of([layer.module.kv_cache for layer in layers.values()])
-        self.ladder, self.rank, self.ranks = ladder, rank, ranks
+        self.ladder, self.rank, self.ranks, self.groups = ladder, rank, ranks, groups
         self.heads = ranks * self.pool.heads
         """KV heads of all ranks."""
         self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)

@@ -10,7 +10,7 @@ from vllm.distributed import (
 )
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec, replace_as
 from vllm.v1.worker.gpu_worker import Worker
 
 from refreekv.core.quantisation import Ladder
@@ -51,13 +51,13 @@ class RefreekvGPUWorker(Worker):
         super().load_model(**kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """VLLM's specs; full-attention layers get the plugin's, one for all."""
+        """VLLM's specs; full-attention layers get the plugin's, one for all. Those with sliding windows keep theirs."""
         specs = super().get_kv_cache_spec()
         prunable = [name for name, spec in specs.items() if type(spec) is FullAttentionSpec and not spec.sliding_window]
-        refusals.check_layers(specs, prunable, 1)
+        refusals.check_layers(specs, prunable, 1, beside=(SlidingWindowSpec,))
         refusals.check_heads(self.model_config, get_tensor_model_parallel_world_size())
         plan = self._policy.probe_plan(WIDEST_PLAN)
-        return {
+        ours = {
             name: replace_as(
                 specs[name],
                 PrivateAttentionSpec,
@@ -66,13 +66,17 @@ class RefreekvGPUWorker(Worker):
             )
             for name in prunable
         }
+        return {**specs, **ours}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """As vLLM, then connect state, connector, metadata builders and layers."""
         super().initialize_from_config(kv_cache_config)
         connector, runner = get_kv_transfer_group(), self.model_runner
         assert isinstance(connector, RefreekvConnector)
-        (group,) = kv_cache_config.kv_cache_groups
+        groups = kv_cache_config.kv_cache_groups
+        pruned = [at for at, one in enumerate(groups) if isinstance(one.kv_cache_spec, PrivateAttentionSpec)]
+        refusals.check_groups(len(pruned), sum(len(groups[at].layer_names) for at in pruned))
+        group = groups[pruned[0]]
         modules, names = self.vllm_config.compilation_config.static_forward_context, set(group.layer_names)
         ordered = [name for name in modules if name in names]
         layers = {
@@ -82,8 +86,8 @@ class RefreekvGPUWorker(Worker):
         specs = dict.fromkeys(ordered, group.kv_cache_spec)
         refusals.check_attention(modules, specs, runner.decode_query_len, MOST_QUERIES)
         ranks = get_tensor_model_parallel_world_size()
-        tables = runner.block_tables.block_tables[0]
-        builders = [builder for groups in runner.attn_groups for one in groups for builder in one.metadata_builders]
+        tables = runner.block_tables.block_tables[pruned[0]]
+        builders = [builder for one in runner.attn_groups[pruned[0]] for builder in one.metadata_builders]
         refusals.check_backends(
             [type(builder).__name__ for builder in builders if type(builder) not in backend.BUILDERS]
         )
@@ -97,6 +101,7 @@ class RefreekvGPUWorker(Worker):
             _alone if ranks == 1 else _all_gather,
             get_tensor_model_parallel_rank(),
             ranks,
+            len(groups),
         )
         connector.state = runner.kept = state
         for builder in builders:

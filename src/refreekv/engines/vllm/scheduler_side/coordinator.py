@@ -1,4 +1,4 @@
-"""One answer for all groups: what keeps many groups from costing the scheduler many times as much."""
+"""What stands before vLLM's coordinator where there are several groups of layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,3 +61,28 @@ class LeadingCoordinator:
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: holes come from outcomes, not from a window."""
+
+
+class HybridCoordinator:
+    """Stands before vLLM's coordinator where only one of the groups is pruned.
+
+    What sliding-window layers compute of an answer comes from what the others kept, too: so no group offers more to the
+    prefix cache than was computed without any eviction. Everything else goes to vLLM's coordinator.
+
+    Parameters
+    ----------
+    inner : KVCacheCoordinator
+        vLLM's.
+    pruned : PrunedAttentionManager
+        The manager of the group that is pruned.
+    """
+
+    def __init__(self, inner: Any, pruned: PrunedAttentionManager):
+        self._inner, self._pruned = inner, pruned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        """Offer a request's full blocks to the prefix cache, in all groups."""
+        self._inner.cache_blocks(request, self._pruned.untouched(request, num_computed_tokens))

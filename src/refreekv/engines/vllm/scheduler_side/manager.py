@@ -45,16 +45,17 @@ class PrunedAttentionManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full blocks to the prefix cache, those of generated tokens only if nothing was evicted."""
-        super().cache_blocks(request, self._untouched(request, num_tokens), *args, **kwargs)
+        super().cache_blocks(request, self.untouched(request, num_tokens), *args, **kwargs)
 
     def offers(self, request: Any, num_tokens: int) -> bool:
         """Whether `cache_blocks` would offer a block that is not offered yet."""
         cached: int = self.num_cached_block.get(request.request_id, 0)
         if num_tokens // self.block_size <= cached:
             return False
-        return bool(self._untouched(request, num_tokens) // self.block_size > cached)
+        return bool(self.untouched(request, num_tokens) // self.block_size > cached)
 
-    def _untouched(self, request: Any, num_tokens: int) -> int:
+    def untouched(self, request: Any, num_tokens: int) -> int:
+        """How many of a request's first tokens were computed without any eviction before them."""
         assert self.ledger is not None, "the connector has not bound the block managers yet"
         return self.ledger.untouched(request, num_tokens)
 

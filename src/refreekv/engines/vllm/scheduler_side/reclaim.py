@@ -29,16 +29,24 @@ class Reclaimer:
         self._copies: list[tuple[PruningOutcome, CopyOrder]] = []
         self._stats = PruningStats()
 
-    def bind(self, managers: Sequence[Any], pool: BlockPool) -> None:
-        """Take hold of the managers, one a group, and the pool they share."""
-        for manager in managers:
-            if not isinstance(manager, PrunedAttentionManager):
-                raise ValueError(
-                    f"the workers report KV caches that refreekv does not prune ({type(manager).__name__}): start vLLM "
-                    f"through `refreekv serve`, or with --worker-cls as it prints it"
-                )
+    def bind(self, managers: Sequence[Any], pool: BlockPool) -> tuple[PrunedAttentionManager, ...]:
+        """Take hold of those of the managers, one a group, that prune, and of the pool they share with all others.
+
+        Raises
+        ------
+        ValueError
+            None of them does.
+        """
+        pruned = tuple(manager for manager in managers if isinstance(manager, PrunedAttentionManager))
+        if not pruned:
+            raise ValueError(
+                f"the workers report KV caches that refreekv does not prune ({type(managers[0]).__name__}): start vLLM "
+                f"through `refreekv serve`, or with --worker-cls as it prints it"
+            )
+        for manager in pruned:
             manager.ledger = self.ledger
-        self._managers, self._pool = tuple(managers), pool
+        self._managers, self._pool = pruned, pool
+        return pruned
 
     def receive(self, outcomes: list[PruningOutcome]) -> None:
         """Apply new outcomes, and go on with those that wait for blocks."""
