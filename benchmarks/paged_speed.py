@@ -129,10 +129,8 @@ def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 
     total = (int(exact.sum()) + LAYERS * rows * heads * tail) * 2 * size * item
     total += sum(int(count.sum()) * form.entry_bytes for form, count in zip(forms, rungs, strict=True))
     query = torch.randn(rows * longest, heads * group, size, dtype=DTYPE, device=DEVICE)
-    return Case(
-        pool, table, Rows(begins, begins + longest, length, numbers, numbers, longest), block_table.to(DEVICE), query,
-        total, tail,
-    )  # fmt: skip
+    asked = Rows(begins, begins + longest, length, numbers, numbers, longest, True)
+    return Case(pool, table, asked, block_table.to(DEVICE), query, total, tail)
 
 
 def attend(found: Case, layer: int, **settings: object) -> Tensor:

@@ -1,9 +1,10 @@
 """What the plugin gains in vLLM on a GPU: requests running and tokens a second in a fixed K/V memory, against stock.
 
-    python benchmarks/vllm_gpu.py --shape llama-3-8b --kv-gb 8 --modes stock,stock@fp8,adaptive,adaptive@k6v4
-    python benchmarks/vllm_gpu.py --model FOLDER --kv-gb 0.5 --prompt 2000-7000 --modes stock,adaptive
+    python benchmarks/vllm_gpu.py --shape llama-3-8b --kv-gb 8 --modes "stock stock@fp8 adaptive full@int4"
+    python benchmarks/vllm_gpu.py --model FOLDER --data-dir DATA --kv-gb 1 --prompt 2000-30000 --modes "stock adaptive"
 
-A mode is `stock`, or a policy, and behind @ how K/V is stored: for stock vLLM's --kv-cache-dtype, else --kv-dtype.
+A mode is `stock`, or a policy, and behind @ how K/V is stored: for stock vLLM's --kv-cache-dtype, else --kv-dtype,
+whose default is that of the policy.
 Each mode is an engine in a process of its own, with the same limits. Requests are always waiting; numbers are taken
 from when the first ones have ended until time is up:
 
@@ -12,10 +13,12 @@ from when the first ones have ended until time is up:
     in/s       prompt tokens a second
     step       milliseconds of a step in which no prompt was read, median
     kept       share of the prompts' entries that stay, mean over requests
+    bytes      the same of their bytes
+    same       of real prompts, greedy tokens that are stock's own before the first that is not, mean of 48
     ttft       milliseconds from a prompt of the longest length to its first token on an idle engine, median of five
 
-Prompts are random tokens with --shape, whose weights are random, too; with --model stories of
-tests/helpers/vllm_engine.py. A ratio needs both modes from one run.
+Prompts are random tokens with --shape, whose weights are random, too; with --model the texts of the JSONL files in
+--data-dir, or stories of tests/helpers/vllm_engine.py. A ratio needs both modes from one run.
 """
 
 import argparse
@@ -64,11 +67,13 @@ def engine(options: argparse.Namespace, folder: str, mode: str) -> Any:
         from refreekv.engines.vllm.config import PluginOptions
         from refreekv.engines.vllm.launch import engine_arguments
 
-        more = engine_arguments(PluginOptions(policy, kv_dtype=kind or "16"))
+        more = engine_arguments(PluginOptions(policy, kv_dtype=kind or "auto"))
     elif kind:
         more = {"kv_cache_dtype": kind}
         if "per_token_head" in kind:
             more["attention_backend"] = "TRITON_ATTN"
+        if kind.startswith("turboquant"):
+            more["attention_backend"] = "TURBOQUANT"
     if options.model is None:
         more |= {"load_format": "dummy", "skip_tokenizer_init": True}
     # Prompts are read without graphs and without torch.compile in all modes: they are long, and it starts sooner.
@@ -97,12 +102,40 @@ def prompts(options: argparse.Namespace, folder: str, count: int) -> list[list[i
     if options.model is None:
         rng = random.Random(0)
         return [[rng.randrange(1000, 100_000) for _ in range(length)] for length in lengths]
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if options.data_dir:
+        return real_prompts(tokenizer, Path(options.data_dir), lengths)
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from helpers.vllm_engine import make_prompts
 
-    return make_prompts(AutoTokenizer.from_pretrained(folder), lengths)
+    return make_prompts(tokenizer, lengths)
+
+
+TEXTS = ("pg19.jsonl", "longbench_qasper.jsonl", "longbench_2wikimqa.jsonl", "wikitext2.jsonl")
+"""Files of long texts, of which there have to be some."""
+
+
+def real_prompts(tokenizer: Any, folder: Path, lengths: list[int]) -> list[list[int]]:
+    """Prompts of these many tokens out of texts of the files in turn; short ones are put one after the other."""
+    piles: list[list[str]] = []
+    for name in TEXTS:
+        if (folder / name).is_file():
+            rows = [json.loads(line) for line in (folder / name).read_text().splitlines()[:60]]
+            texts = [row.get("text") or row.get("context") or row.get("page") or "" for row in rows]
+            piles.append([text for text in texts if isinstance(text, str) and len(text) > 500])
+    piles = [pile for pile in piles if pile]
+    if not piles:
+        raise SystemExit(f"{folder} holds none of {', '.join(TEXTS)}")
+    found = []
+    for index, length in enumerate(lengths):
+        pile, at, ids = piles[index % len(piles)], index // len(piles), []
+        while len(ids) < length:
+            ids += tokenizer(pile[at % len(pile)][: 6 * length])["input_ids"]
+            at += 1
+        found.append(ids[:length])
+    return found
 
 
 def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, Any]:
@@ -132,7 +165,18 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
             llm.step()
         first_tokens.append(1000 * (time.perf_counter() - begin))
 
-    running, steps, kept, lengths = [], [], [], {}
+    answers = []
+    if options.model is not None:
+        # Not the longest: stock's answers have to be there in seconds.
+        chosen = sorted(some, key=len)[: options.compared]
+        for ids in chosen:
+            add(ids, 48)
+        names, texts = [f"r{added - len(chosen) + index}" for index in range(len(chosen))], {}
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                texts[output.request_id] = list(output.outputs[0].token_ids)
+        answers = [texts[name] for name in names]
+    running, steps, kept, held, lengths = [], [], [], [], {}
     generated = ended = read = 0
     begin = counted_from = time.perf_counter()
     counting, before = False, {}
@@ -155,6 +199,7 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
                 lengths.pop(output.request_id)
                 report = (output.kv_transfer_params or {}).get("refreekv")
                 kept.append(report["kept_share"] if report else 1.0)
+                held.append(report["bytes_share"] if report else 1.0)
         if counting:
             running.append(len(scheduler.running))
             if not fresh and outputs:
@@ -174,6 +219,8 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
         "in/s": round(read / spent),
         "step": round(statistics.median(steps), 2) if steps else None,
         "kept": round(statistics.mean(kept), 3) if kept else None,
+        "bytes": round(statistics.mean(held), 3) if held else None,
+        "answers": answers,
         "ttft": round(statistics.median(first_tokens[1:]), 1),
         "ended": ended,
         "preempted": preempted,
@@ -181,6 +228,11 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
         "seconds": round(spent, 1),
         "load": round(ready - started, 1),
     }
+
+
+def same(tokens: list[int], wanted: list[int]) -> int:
+    """How many tokens are the wanted ones, up to the first that is not."""
+    return next((at for at, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), len(wanted))
 
 
 def device() -> str:
@@ -201,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder with weights; else random ones of --shape")
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
-    parser.add_argument("--modes", default="stock,stock@fp8,stock@int4_per_token_head,adaptive,adaptive@k6v4")
+    parser.add_argument("--data-dir", help="a folder with JSONL files of texts, for --model")
+    parser.add_argument("--compared", type=int, default=16, help="prompts whose answers are compared with stock's")
+    parser.add_argument("--modes", default="stock stock@fp8 stock@int4_per_token_head adaptive full@int4")
     parser.add_argument("--kv-gb", type=float, default=8.0, help="memory of the K/V pool")
     parser.add_argument("--prompt", type=pair, default=(8192, 8192), metavar="N-M", help="tokens of prompts")
     parser.add_argument("--answer", type=pair, default=(256, 768), metavar="N-M", help="tokens of answers")
@@ -220,7 +274,8 @@ def main() -> None:
         print("RESULT " + json.dumps({"device": device(), **measure(options, folder, options.one)}), flush=True)
         return
     found = []
-    for mode in options.modes.split(","):
+    reference: list[list[int]] = []
+    for mode in options.modes.split():
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
         command = [sys.executable, __file__, *sys.argv[1:], "--one", mode]
         done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
@@ -228,15 +283,21 @@ def main() -> None:
         if not lines:
             print(f"{mode}: failed\n{(done.stdout + done.stderr)[-2500:]}", flush=True)
             continue
-        found.append(json.loads(lines[-1].removeprefix("RESULT ")))
+        row = json.loads(lines[-1].removeprefix("RESULT "))
+        answers = row.pop("answers")
+        reference = reference or answers
+        if reference:
+            alike = [same(one, other) for one, other in zip(answers, reference, strict=True)]
+            row["same"] = round(statistics.mean(alike), 1)
+        found.append(row)
         print(json.dumps(found[-1]), flush=True)
         if options.out:
             with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
-    columns = ("running", "out/s", "in/s", "step", "kept", "ttft", "blocks")
+    columns = ("running", "out/s", "in/s", "step", "kept", "bytes", "same", "ttft", "blocks")
     print("\n| mode | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for row in found:
-        print(f"| {row['mode']} | " + " | ".join(str(row[name]) for name in columns) + " |")
+        print(f"| {row['mode']} | " + " | ".join(str(row.get(name)) for name in columns) + " |")
 
 
 if __name__ == "__main__":

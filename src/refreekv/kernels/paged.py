@@ -247,6 +247,8 @@ class Rows(NamedTuple):
         int32 ``[R]``: the sequence's slot.
     longest : int
         Most queries of a row.
+    whole : bool
+        Whether all queries of the step are in rows, or nobody's.
     """
 
     begins: Tensor
@@ -255,6 +257,7 @@ class Rows(NamedTuple):
     tables: Tensor
     slots: Tensor
     longest: int
+    whole: bool = False
 
 
 def paged_attention(

@@ -164,8 +164,9 @@ def join(
     means = coded_out = parts.denominators
     if coded is not None:
         means = coded.value_means[layer]
-        # Of queries that are in no row nothing may be added.
-        coded_out = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        # To queries of others nothing may be added.
+        make = torch.empty if rows.whole else torch.zeros
+        coded_out = make(output.shape, dtype=output.dtype, device=output.device)
     _join_kernel[(count, heads, most)](
         parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),

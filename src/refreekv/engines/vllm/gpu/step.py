@@ -99,7 +99,7 @@ def whole_rows(starts: Tensor, lengths: Tensor, slots: Tensor, numbered: Tensor,
         Most queries of a row.
     """
     count = len(lengths)
-    return Rows(starts[:count], starts[1 : count + 1], lengths, numbered[:count], slots[:count], longest)
+    return Rows(starts[:count], starts[1 : count + 1], lengths, numbered[:count], slots[:count], longest, whole=True)
 
 
 def split_rows(starts: Ints, counts: Ints, prompts: Ints, most: int) -> tuple[Ints, Ints]:
