@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--wait", type=float, default=80, help="seconds that a server may take to start")
     parser.add_argument("--logs", default=".", help="a folder for the servers' logs")
-    parser.add_argument("more", nargs="*")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
+    options.more = [argument for argument in more if argument != "--"]
     for mode in options.modes.split():
         chat(options.folder, mode, options)
 

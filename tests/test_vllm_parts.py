@@ -96,7 +96,7 @@ def test_options_refuse_what_they_do_not_know():
 
 def test_versions_and_layers():
     check_version(f"{SUPPORTED[0]}.3")
-    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32, and this is 0\.9\.1"):
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32, 0\.33, and this is 0\.9\.1"):
         check_version("0.9.1")
     with pytest.raises(ValueError, match="no layer with full attention"):
         check_layers({"a": object()}, [], 1)

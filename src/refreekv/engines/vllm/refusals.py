@@ -8,7 +8,7 @@ from refreekv.policies import Policy
 from refreekv.policies.base import AUTO
 from refreekv.policies.joint import JointPolicy
 
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 """vLLM releases the plugin is tested with, by major and minor number."""
 
 
