@@ -9,7 +9,8 @@ from refreekv.core.key_codes import Moments
 from refreekv.core.packed_lines import PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.kernels import paged_reference
-from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, code_to_pages, paged_attention
+from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
+from refreekv.kernels.paged_coding import Chosen, code_to_pages
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
@@ -124,24 +125,27 @@ class Case:
                 for rung in range(len(forms)):
                     lists[layer, head, rung] = [entry for entry, own in zip(listed, drawn, strict=True) if own == rung]
         page = self.pool.pages_for(int(exact.sum()))
+        firsts_of, counts_of = [], []
         for rung, form in enumerate(forms):
             own = torch.tensor([[len(lists[layer, head, rung]) for head in range(HEADS)] for layer in range(LAYERS)])
             first = page * self.pool.coded_lines(form) + begins(own)
             coded.segments[:, slot, :, rung] = torch.stack([first, own], -1).to(self.device)
-            for layer in range(LAYERS):
-                everything = torch.stack([self.token(row, layer, p) for p in range(self.prompts[row])], 1)[None]
-                keys, values = everything.split(self.size, -1)
-                means = [part.float().mean(2) for part in (keys, values)]
-                coded.key_means[layer, slot], coded.value_means[layer, slot] = (m[0] for m in means)
-                maps = (PackedMaps.rotated if codes is None else codes[layer].maps)(*means, self.dtype)
-                listed = torch.zeros(HEADS, max(1, int(own[layer].max())), dtype=torch.int32)
-                for head in range(HEADS):
-                    listed[head, : int(own[layer, head])] = torch.tensor(lists[layer, head, rung], dtype=torch.int32)
-                code_to_pages(
-                    self.pool, form, maps, keys, values, listed.to(self.device), own[layer].tolist(),
-                    int(first[layer, 0]), pages,
-                )  # fmt: skip
+            firsts_of.append(first[:, 0])
+            counts_of.append(own)
             page += -(-int(own.sum()) // self.pool.coded_lines(form))
+        own = torch.stack(counts_of, -1)  # [layers, H_kv, R]
+        listed = torch.zeros(LAYERS, len(forms), HEADS, max(1, int(own.max())), dtype=torch.int32)
+        for (layer, head, rung), entries in lists.items():
+            listed[layer, rung, head, : len(entries)] = torch.tensor(entries, dtype=torch.int32)
+        chosen = Chosen.of(listed.to(self.device), own, forms)
+        for layer in range(LAYERS):
+            everything = torch.stack([self.token(row, layer, p) for p in range(self.prompts[row])], 1)[None]
+            keys, values = everything.split(self.size, -1)
+            means = [part.float().mean(2) for part in (keys, values)]
+            coded.key_means[layer, slot], coded.value_means[layer, slot] = (m[0] for m in means)
+            maps = (PackedMaps.rotated if codes is None else codes[layer].maps)(*means, self.dtype)
+            firsts_here = [int(first[layer]) for first in firsts_of]
+            code_to_pages(self.pool, forms, maps, keys, values, chosen, layer, firsts_here, pages)
         assert page <= LAYERS * len(pages)
         self.table.segments[:, slot] = 0
         self.table.segments[:, slot, :, 0], self.table.segments[:, slot, :, 1] = firsts, exact

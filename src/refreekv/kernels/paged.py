@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.rotation import rotation_like
 
 FIRST, HELD, LIST, LISTED, REPLACED = range(5)
@@ -360,65 +359,6 @@ def move_to_pages(
         from refreekv.kernels import paged_reference
 
         paged_reference.move_to_pages(pool, table, slot, blocks, places, pages, opening)
-
-
-def code_to_pages(
-    pool: Pool,
-    form: PackedFormat,
-    maps: PackedMaps,
-    keys: Tensor,
-    values: Tensor,
-    listed: Tensor,
-    counts: Sequence[int],
-    first: int,
-    pages: Tensor,
-) -> None:
-    """Code chosen entries of one layer and write them to coded lines, one head's behind the other's.
-
-    Parameters
-    ----------
-    pool : Pool
-        The cache.
-    form, maps : PackedFormat, PackedMaps
-        Of the lines, and into code space.
-    keys, values : Tensor
-        ``[1, H_kv, n, D]``.
-    listed : Tensor
-        int32 ``[H_kv, m]``, contiguous: which entries.
-    counts : sequence of int
-        How many of each head, the first ones of its list.
-    first : int
-        The layer's first coded line.
-    pages : Tensor
-        int32 ``[.]``: the private blocks.
-    """
-    total = sum(counts)
-    if not total:
-        return
-    device = keys.device
-    lines = torch.empty(total, form.line_bytes, dtype=torch.uint8, device=device)
-    factors = torch.empty(total, FACTOR_BYTES, dtype=torch.uint8, device=device)
-    assert listed.is_contiguous()
-    table, begin = [], 0
-    for head, count in enumerate(counts):
-        line, factor = lines.data_ptr() + begin * form.line_bytes, factors.data_ptr() + begin * FACTOR_BYTES
-        address = listed.data_ptr() + head * listed.shape[1] * listed.element_size()
-        # A segment of the table, and behind it its span of the list.
-        table.append([line, factor, count, count, address, count, 0])
-        begin += count
-    there = upload(torch.tensor(table, dtype=torch.int64), device)
-    kernels.pack_lines(
-        keys, values, there[:, :4].contiguous(), form, maps, there[:, 4:].contiguous(), end=keys.shape[2],
-        longest=max(counts),
-    )  # fmt: skip
-    if pool.cache.is_cuda:
-        from refreekv.kernels.paged_storage import launch_spread
-
-        launch_spread(lines, factors, pool, form, first, pages)
-    else:
-        from refreekv.kernels import paged_reference
-
-        paged_reference.spread(lines, factors, pool, form, first, pages)
 
 
 def upload(numbers: Tensor, device: torch.device) -> Tensor:

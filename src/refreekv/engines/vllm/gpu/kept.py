@@ -12,7 +12,7 @@ from refreekv.kernels import kept_first
 from refreekv.kernels.paged import COLUMNS, LIST, LISTED, REPLACED, UNIT, Pool
 
 AT_ONCE = 1 << 22
-"""Entries whose rungs are counted together: more take a while of their own, but no more memory."""
+"""Entries of layers and heads that are counted or listed together: of long prompts some layers at a time."""
 
 
 class LayerKept(NamedTuple):
@@ -152,13 +152,14 @@ class KeptPrompt:
             keep = unpacked(self.bits, 1, self.prompt).bool()
             self.lists, _ = _lists_of(keep, self.columns, self.real)
 
-    def coded_lists(self, layer: int) -> Tensor:
-        """Positions of the entries of a layer that are coded: int32 ``[R, H_kv, n]``, in front, of each rung."""
+    def coded_lists(self, layers: slice) -> Tensor:
+        """Positions of the entries of some layers that are coded: int32 ``[L, R, H_kv, n]``, in front, of each rung."""
         assert self.ladder is not None
-        keep = unpacked(self.bits[layer : layer + 1], 1, self.prompt).bool()
-        levels = None if self.levels is None else unpacked(self.levels[layer : layer + 1], 2, self.prompt)
-        order, _ = kept_first(rungs_of(keep, levels, self.ladder)[0])
-        return order.contiguous()
+        keep = unpacked(self.bits[layers], 1, self.prompt).bool()
+        levels = None if self.levels is None else unpacked(self.levels[layers], 2, self.prompt)
+        coded = rungs_of(keep, levels, self.ladder)
+        order, _ = kept_first(coded.flatten(0, 1))
+        return order.view(coded.shape).contiguous()
 
     def with_surrogates(self, entries: Tensor, layer: int) -> Tensor:
         """A layer's entries ``[H_kv, n, 2 * D]`` with surrogates in their places."""
@@ -240,4 +241,5 @@ def _packed(fields: Tensor, bits: int) -> Tensor:
 def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
     """Numbers of so many bits ``[..., count]`` out of bytes."""
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> places) & (2**bits - 1)).flatten(-2)[..., :count]
+    found: Tensor = ((packed[..., None] >> places) & (2**bits - 1)).flatten(-2)[..., :count]
+    return found

@@ -12,7 +12,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
 from refreekv.engines.vllm.gpu.held import Held, begins
-from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
+from refreekv.engines.vllm.gpu.kept import AT_ONCE, KeptPrompt, layer_kept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
 from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
@@ -26,11 +26,11 @@ from refreekv.kernels.paged import (
     PagedTable,
     Pool,
     Rows,
-    code_to_pages,
     move_to_pages,
     paged_attention,
     upload,
 )
+from refreekv.kernels.paged_coding import Chosen, code_to_pages
 from refreekv.policies import Policy
 
 
@@ -356,21 +356,38 @@ class KeptState:
         for rung, (start, form) in enumerate(zip(starts, self.forms, strict=True)):
             firsts[..., rung] += start * self.pool.coded_lines(form)
         used = blocks[: -(-kept.prompt // self.block)].long()
-        for layer in self.layers.values():
-            index, cache = layer.facts.index, layer.module.kv_cache
-            if not counts[index].any():
-                continue
-            # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
-            entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
-            means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
-            entries = kept.with_surrogates(entries, index)
-            keys, values = entries[None].split(self.pool.size, -1)
-            coded.key_means[index, slot], coded.value_means[index, slot] = means
-            made = PackedMaps.rotated if self._codes is None else self._codes[index].maps
-            maps, lists = made(means[0][None], means[1][None], cache.dtype), kept.coded_lists(index)
-            for rung, form in enumerate(self.forms):
-                code_to_pages(
-                    self.pool, form, maps, keys, values, lists[rung], counts[index, :, rung].tolist(),
-                    int(firsts[index, 0, rung]), pages,
-                )  # fmt: skip
+        ordered = sorted(self.layers.values(), key=lambda layer: layer.facts.index)
+        # Lists of all layers at once would be larger than what is kept.
+        each = max(1, AT_ONCE // (len(self.forms) * self.pool.heads * kept.prompt))
+        for start in range(0, len(ordered), each):
+            some = slice(start, start + each)
+            chosen = Chosen.of(kept.coded_lists(some), counts[some], self.forms)
+            for layer in ordered[some]:
+                self._code_layer(coded, kept, layer, slot, used, chosen, start, firsts, pages)
         coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), self.device)
+
+    def _code_layer(
+        self,
+        coded: Coded,
+        kept: KeptPrompt,
+        layer: Layer,
+        slot: int,
+        used: Tensor,
+        chosen: Chosen,
+        start: int,
+        firsts: Tensor,
+        pages: Tensor,
+    ) -> None:
+        """Code one layer's entries; ``chosen`` begins with layer ``start``."""
+        index, cache = layer.facts.index, layer.module.kv_cache
+        # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
+        entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
+        means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
+        entries = kept.with_surrogates(entries, index)
+        keys, values = entries[None].split(self.pool.size, -1)
+        coded.key_means[index, slot], coded.value_means[index, slot] = means
+        made = PackedMaps.rotated if self._codes is None else self._codes[index].maps
+        maps = made(means[0][None], means[1][None], cache.dtype)
+        code_to_pages(
+            self.pool, self.forms, maps, keys, values, chosen, index - start, firsts[index, 0].tolist(), pages
+        )
