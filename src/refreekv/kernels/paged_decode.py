@@ -396,7 +396,7 @@ def launch_paged_attention(
         while block > 16 and (2 * (stages - 1) * block + block_m) * block_d * product.itemsize > free:
             block //= 2
     if warps is None:
-        warps = (4 if coded is None else 2) if block_m * block_d <= 8192 else 8
+        warps = (2 if coded is not None and product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
     parts = Parts.empty(count, heads, shares, 1 if coded is None else 1 + len(coded.forms), most, size, query.device)
     asked = scales = shifts = segments = parts.denominators
     options: dict[str, Any] = {"RUNGS": 0, "LEVELS": (), "COST": 1, "CODED_BLOCK": 16, "BLOCK_G": 16}

@@ -40,7 +40,7 @@ class Parts:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _prepare_kernel(
     query, begins, ends, slots, means, dual, bounds, out, scales, shifts, rows, group, most, scaling, sq_t, sq_h,
     dual_stride,
@@ -104,7 +104,7 @@ def prepare(
     return out, scales, shifts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join_kernel(
     partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
     group, parts, so_t, so_h,
