@@ -15,6 +15,7 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 from refreekv import policies
 from refreekv.core.key_codes import Moments
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.engines.vllm.gpu import trial
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
@@ -324,6 +325,30 @@ def test_codes_are_those_of_transformers(policy, own, formats):
     driver.move("a")
     driver.coded = {"a", "b"}
     driver.step(a=1, b=1)
+
+
+def test_wrong_kernels_are_found(monkeypatch):
+    state = Driver("full", ladder=Ladder.parse("k4v2+k6v4+int8")).state
+    assert state.fault() is None
+    attention, calls = trial.paged_attention, []
+
+    def wrong(*arguments, **more):
+        attention(*arguments, **more)
+        calls.append(0)
+        if len(calls) == 1:  # that of the device
+            arguments[6].mul_(1.1)
+
+    monkeypatch.setattr(trial, "paged_attention", wrong)
+    assert "attention differs by 0.1" in state.fault()
+
+    def failing(*arguments, **more):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(trial, "paged_attention", failing)
+    assert state.fault() == "RuntimeError: out of registers"
+    state.code_nothing()
+    assert state.fault() is None
+    assert state.table.coded is None
 
 
 def test_preempted_requests_see_the_same_again():

@@ -11,6 +11,7 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.engines.vllm.gpu import trial
 from refreekv.engines.vllm.gpu.held import Held, begins
 from refreekv.engines.vllm.gpu.kept import AT_ONCE, KeptPrompt, layer_kept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
@@ -85,6 +86,7 @@ class KeptState:
         self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)
         self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens))
         self.forms: tuple[PackedFormat, ...] = ()
+        self._codes: list[KeyCodes] | None = None
         self.code_by(None)
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
@@ -113,6 +115,19 @@ class KeptState:
             for name, layer in self.layers.items()
         }
         self._codes = mine
+
+    def code_nothing(self) -> None:
+        """Store what is kept as it is, from now on."""
+        self.ladder, self.forms, self._codes = None, (), None
+        self.table = replace(self.table, coded=None)
+
+    def fault(self) -> str | None:
+        """What is wrong with coded entries on this device; None if nothing is, or nothing is to be coded."""
+        if self.ladder is None:
+            return None
+        facts = min((layer.facts for layer in self.layers.values()), key=lambda facts: facts.index)
+        codes = None if self._codes is None else self._codes[0]
+        return trial.fault(self.pool, self.group, self.forms, codes, facts.scale, facts.softcap)
 
     def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
         """Show policies from now on how much each KV head of each layer copies."""

@@ -115,9 +115,21 @@ class RefreekvGPUWorker(Worker):
             scores, codes = measure_constants(*measured)
             state.know_copy_scores(scores)
             state.code_by(codes)
+            self._try_codes(state)
         elif self._policy.reads_copy_scores:
             state.know_copy_scores(measure_copy_scores(*measured))
         return super().compile_or_warm_up_model()
+
+    def _try_codes(self, state: KeptState) -> None:
+        """Go without codes, or refuse, if the GPU's kernels for them are wrong."""
+        wrong = state.fault()
+        if wrong is None:
+            return
+        said = f"K/V cannot be coded on {self.device}: {wrong}"
+        if self._options.kv_dtype != AUTO:
+            raise RuntimeError(f"{said}; leave --kv-dtype out, or set it to 16")
+        logger.warning("%s; what is kept stays as the model computes it", said)
+        state.code_nothing()
 
     def _ladder(self, size: int) -> Ladder | None:
         """Number formats that kept entries are stored in."""
