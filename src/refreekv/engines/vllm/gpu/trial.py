@@ -70,26 +70,25 @@ def _attended(
     pool = Pool.of([memory.transpose(1, 2)])
     entries = torch.randn(1, heads, rungs * EACH, 2 * size, generator=generator) + 0.5
     keys, values = entries.to(device, dtype).split(size, -1)
-    means = [part.float().mean(2) for part in (keys, values)]
+    key_mean, value_mean = keys.float().mean(2), values.float().mean(2)
     table = PagedTable.empty(pool, 1, blocks)
     coded = Coded.empty(pool, 1, forms, None if codes is None else [codes])
-    coded.key_means[0, 0], coded.value_means[0, 0] = (mean[0] for mean in means)
+    coded.key_means[0, 0], coded.value_means[0, 0] = key_mean[0], value_mean[0]
     counts = torch.full((1, heads, rungs), EACH)
     # [1, R, H_kv, n]: each rung has every R-th entry
     numbers = torch.arange(rungs * EACH, dtype=torch.int32).view(EACH, rungs).T
     chosen = Chosen.of(numbers[None, :, None].expand(1, -1, heads, -1).contiguous().to(device), counts, forms)
     pages = torch.arange(3, blocks, dtype=torch.int32)
     firsts = [sum(needed[:rung]) * lines[rung] for rung in range(rungs)]
-    maps = (PackedMaps.rotated if codes is None else codes.maps)(*means, dtype)
+    maps = (PackedMaps.rotated if codes is None else codes.maps)(key_mean, value_mean, dtype)
     code_to_pages(pool, forms, maps, keys, values, chosen, 0, firsts, pages.to(device))
     table.pages[0, : len(pages)] = pages.to(device)
     first = torch.tensor(firsts) + EACH * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
-    numbered = [torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, TAIL, 0, 0)]
+    zero, one, length = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, TAIL))
     query = torch.randn(1, heads * group, size, generator=generator).to(device, dtype)
     output = torch.empty_like(query)
-    paged_attention(
-        query, pool, 0, torch.tensor([[1, 2]], dtype=torch.int32, device=device), Rows(*numbered, 1, whole=True),
-        replace(table, coded=coded), output, scaling=scaling, softcap=softcap,
-    )  # fmt: skip
+    block_table, rows = torch.stack([one, 2 * one], 1), Rows(zero, one, length, zero, zero, 1, whole=True)
+    table = replace(table, coded=coded)
+    paged_attention(query, pool, 0, block_table, rows, table, output, scaling=scaling, softcap=softcap)
     return output.float().cpu()
