@@ -135,23 +135,22 @@ def _join_kernel(
         result = tl.zeros([BLOCK_D], tl.float32)
         coded = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, parts, EACH):
-            s = start + tl.arange(0, EACH)
-            weight = tl.exp2(tl.load(denominators + first + s * most, s < parts, float("-inf")) - safe) * unit
-            wanted = (weight > 0)[:, None] & (d < HEAD)[None, :]
-            part = tl.load(partial + (first + s * most)[:, None] * HEAD + d[None, :], wanted, 0.0)
+            some = start + tl.arange(0, EACH)
+            weights = tl.exp2(tl.load(denominators + first + some * most, some < parts, float("-inf")) - safe) * unit
+            wanted = (weights > 0)[:, None] & (d < HEAD)[None, :]
+            part = tl.load(partial + (first + some * most)[:, None] * HEAD + d[None, :], wanted, 0.0)
             if RUNGS:
-                exact = s % (RUNGS + 1) == 0
-                result += tl.sum(part * tl.where(exact, weight, 0.0)[:, None], 0)
-                coded += tl.sum(part * tl.where(exact, 0.0, weight)[:, None], 0)
+                exact = some % (RUNGS + 1) == 0
+                result += tl.sum(part * tl.where(exact, weights, 0.0)[:, None], 0)
+                coded += tl.sum(part * tl.where(exact, 0.0, weights)[:, None], 0)
             else:
-                result += tl.sum(part * weight[:, None], 0)
+                result += tl.sum(part * weights[:, None], 0)
         if RUNGS:
-            s = tl.arange(0, BLOCK_S)
-            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, tl.exp2(share - safe)), 0) * unit
+            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
             own = tl.load(slots + row).to(tl.int64) * heads + head
             result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
-            at = coded_out + (token * heads * group + query_head) * HEAD + d
-            tl.store(at, coded.to(coded_out.dtype.element_ty), d < HEAD)
+            at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
+            tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
 
