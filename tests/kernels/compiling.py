@@ -6,6 +6,7 @@ A process of its own: tests run Triton in its interpreter.
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from refreekv import kernels
 from refreekv.core.needs import Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
@@ -28,6 +30,10 @@ from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
+from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
+from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_storage import launch_move as launch_paged_move
+from refreekv.kernels.paged_storage import launch_spread
 from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.kernels.storage import launch_append, launch_gather, launch_move
 from refreekv.kernels.surrogates import launch_put, launch_surrogates
@@ -155,6 +161,28 @@ def unpack(dtype, heads, head_size, layout):
         launch_unpack(Transfer(entries, entries, target, table, form, maps, spans, 100, 100, None))
 
 
+def paged(dtype, group, head_size, kinds, queries=1):
+    """Attention over pages with rungs of these kinds, if any; and what writes to pages."""
+    pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
+    table, forms = PagedTable.empty(pool, 2, 3), ()
+    if kinds:
+        forms = Ladder.parse(kinds).forms((head_size, head_size), sorted_keys=True)
+        table = replace(table, coded=Coded.empty(pool, 2, forms))
+    query = torch.zeros(3 * queries, 2 * group, head_size, dtype=dtype)
+    zeros, places = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int64)
+    rows = Rows(zeros, zeros, zeros, zeros, zeros, queries)
+    for sinks in (None, torch.zeros(2 * group)):
+        # More parts than are joined at once.
+        launch_paged_attention(
+            query, pool, 0, zeros[None], rows, table, query, 1.0, 30.0 if sinks is None else None, sinks,
+            shares=9, assembly=True,
+        )  # fmt: skip
+    launch_paged_move(zeros, pool, table, 0, zeros, places, 20, 4)
+    for form in forms:
+        lines, factors = (torch.zeros(5, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
+        launch_spread(lines, factors, pool, form, 0, zeros)
+
+
 def in_blocks(dtype, rows, name):
     """A product with weights as a .gguf file has them, and unpacking them."""
     stored = FORMATS[name]
@@ -174,6 +202,8 @@ CASES = [
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),
+    (paged, torch.bfloat16, 4, 128, "k4v2+k6v4+int8"),
+    (paged, torch.bfloat16, 4, 128, ""),
 ]
 # On the smallest of the GPUs alone: what takes long to compile, or little memory.
 ONCE = [
@@ -184,6 +214,8 @@ ONCE = [
     (ladder, torch.bfloat16, 4, 128, "4444/4444"),
     (unpack, torch.float32, 16, 256, "8888/8888"),
     (unpack, torch.bfloat16, 3, 64, "8642/4444"),
+    (paged, torch.float32, 3, 64, "k4v2+int8", 2),
+    (paged, torch.bfloat16, 2, 256, "k4v2+k6v4+int8"),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),
 ]
@@ -209,13 +241,10 @@ def main():
 
 
 def all_kernels():
-    """Names of all kernels of the package, modules of the paged ones left out: vLLM's tests compile those."""
+    """Names of all kernels of the package."""
     for module in pkgutil.iter_modules(kernels.__path__):
-        if not module.name.startswith("paged"):
-            members = vars(importlib.import_module(f"refreekv.kernels.{module.name}"))
-            yield from (
-                name for name, it in members.items() if isinstance(it, JITFunction) and name.endswith("_kernel")
-            )
+        members = vars(importlib.import_module(f"refreekv.kernels.{module.name}"))
+        yield from (name for name, it in members.items() if isinstance(it, JITFunction) and name.endswith("_kernel"))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def _rung(
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _attend_kernel(
+def _paged_attend_kernel(
     query, asked, scales, shifts, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded,
     starts, pages, partial, denominators,
     layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride,
@@ -412,7 +412,7 @@ def launch_paged_attention(
         }  # fmt: skip
         if registers is not None:
             options["maxnreg"] = registers
-    _attend_kernel[(count, heads, shares)](
+    _paged_attend_kernel[(count, heads, shares)](
         query, asked, scales, shifts, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths,
         rows.tables, rows.slots, table.segments[layer], segments, table.starts, table.pages, parts.results,
         parts.denominators,

@@ -41,7 +41,7 @@ class Parts:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _prepare_kernel(
+def _paged_prepare_kernel(
     query, begins, ends, slots, means, dual, bounds, out, scales, shifts, rows, group, most, scaling, sq_t, sq_h,
     dual_stride,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr,
@@ -95,7 +95,7 @@ def prepare(
     out = torch.empty(count, heads, most, size, dtype=torch.float32, device=query.device)
     scales, shifts = (torch.empty(count, heads, most, dtype=torch.float32, device=query.device) for _ in range(2))
     block_d, block_out = triton.next_power_of_2(size), 32
-    _prepare_kernel[(triton.cdiv(count * most, QUERIES), heads, triton.cdiv(size, block_out))](
+    _paged_prepare_kernel[(triton.cdiv(count * most, QUERIES), heads, triton.cdiv(size, block_out))](
         query, rows.begins, rows.ends, rows.slots, means, dual, coded.key_bounds[layer], out, scales, shifts,
         count, group, most, scaling, query.stride(0), query.stride(1), dual.stride(0),
         HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK=QUERIES,
@@ -105,7 +105,7 @@ def prepare(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _join_kernel(
+def _paged_join_kernel(
     partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
     group, parts, so_t, so_h,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EACH: tl.constexpr, RUNGS: tl.constexpr,
@@ -166,7 +166,7 @@ def join(
         # To queries of others nothing may be added.
         make = torch.empty if rows.whole else torch.zeros
         coded_out = make(output.shape, dtype=output.dtype, device=output.device)
-    _join_kernel[(count, heads, most)](
+    _paged_join_kernel[(count, heads, most)](
         parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
         HEAD=size, BLOCK_D=max(16, triton.next_power_of_2(size)),

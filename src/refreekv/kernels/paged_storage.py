@@ -14,7 +14,7 @@ _UNIT = tl.constexpr(UNIT)
 
 
 @triton.jit
-def _move_kernel(
+def _paged_move_kernel(
     pool, offsets, segments, slot, blocks, places, pages, slots, opening,
     block_stride, token_stride, head_stride,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
@@ -41,7 +41,7 @@ def _move_kernel(
 
 
 @triton.jit
-def _spread_kernel(
+def _paged_spread_kernel(
     lines, factors, pool, offsets, pages, first, count, block_stride,
     LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, LAYERS: tl.constexpr,
     ITEM: tl.constexpr,
@@ -79,7 +79,7 @@ def launch_move(
     width = 2 * pool.size
     if not longest:
         return
-    _move_kernel[(triton.cdiv(longest, 16), pool.layers * pool.heads)](
+    _paged_move_kernel[(triton.cdiv(longest, 16), pool.layers * pool.heads)](
         pool.cache, pool.offsets, table.segments, slot, blocks, places, pages, table.segments.shape[1], opening,
         *pool.shared_strides(),
         HEADS=pool.heads, WIDTH=width, BLOCK_W=triton.next_power_of_2(width), BLOCK=16, LINES=pool.lines,
@@ -90,7 +90,7 @@ def launch_move(
 @on_its_device
 def launch_spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
     """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
-    _spread_kernel[(triton.cdiv(len(lines), 32),)](
+    _paged_spread_kernel[(triton.cdiv(len(lines), 32),)](
         lines, factors, pool.cache, pool.offsets, pages, first, len(lines), pool.cache.stride(0),
         LINE=form.line_bytes, BLOCK_W=triton.next_power_of_2(form.line_bytes // 8), BLOCK=32,
         CODED_LINES=pool.coded_lines(form), LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
