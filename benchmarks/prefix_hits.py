@@ -29,7 +29,7 @@ from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
 
 ROOT = Path(__file__).parent.parent
 AFTER = 48
-HITS = (0.0, 0.5, 0.9)
+HITS = (0.0, 0.5, 0.9, 0.97)
 
 
 class Reader:

@@ -1,12 +1,12 @@
 """A chat of several turns with the server that `refreekv serve` starts: what each turn finds in the prefix cache.
 
-    python benchmarks/vllm_chat.py FOLDER --modes "adaptive adaptive+hits full@k6v4"
+    python benchmarks/vllm_chat.py FOLDER --modes "adaptive adaptive+none full@k6v4"
     python benchmarks/vllm_chat.py FOLDER --modes stock -- --max-model-len 8192
 
-A mode is `stock`, or a policy, how it stores what it keeps behind @, and +hits for --prefix-hits. Each starts a server
-as a user does, waits for it, and asks through the `openai` client: the first question comes with a long text, the
-others are short. Of each turn: tokens of the prompt, how many of them were found, milliseconds to the first token and
-between tokens, what is kept; then what /metrics says. Options behind -- go to the server.
+A mode is `stock`, or a policy, how it stores what it keeps behind @, and +none for --no-prefix-hits. Each starts a
+server as a user does, waits for it, and asks through the `openai` client: the first question comes with a long text,
+the others are short. Of each turn: tokens of the prompt, how many of them were found, milliseconds to the first token
+and between tokens, what is kept; then what /metrics says. Options behind -- go to the server.
 """
 
 import argparse
@@ -35,10 +35,12 @@ def command(folder: str, mode: str, port: int, more: list[str]) -> list[str]:
     if mode == "stock":
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--host", "127.0.0.1", *own]
     policy, _, rest = mode.partition("@")
-    policy, hits = policy.removesuffix("+hits"), "+hits" in mode
-    kind = rest.removesuffix("+hits")
+    policy, none = policy.removesuffix("+none"), "+none" in mode
+    kind = rest.removesuffix("+none")
     own += ["--policy", policy, "--log-requests"] + (["--kv-dtype", kind] if kind else [])
-    return [sys.executable, "-m", "refreekv", "serve", folder, "--host", "127.0.0.1", *own] + ["--prefix-hits"] * hits
+    return [sys.executable, "-m", "refreekv", "serve", folder, "--host", "127.0.0.1", *own] + [
+        "--no-prefix-hits"
+    ] * none
 
 
 def wait_for(port: int, process: Any, log: Path, seconds: float) -> None:
@@ -123,7 +125,7 @@ def main() -> None:
     """Talk to the server of each mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the model")
-    parser.add_argument("--modes", default="adaptive adaptive+hits")
+    parser.add_argument("--modes", default="adaptive adaptive+none")
     parser.add_argument("--sentences", type=int, default=120, help="of the text that the first question comes with")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--wait", type=float, default=80, help="seconds that a server may take to start")

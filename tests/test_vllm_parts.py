@@ -272,6 +272,6 @@ def test_the_command_carries_the_options_as_json():
         "policy": "snapkv:ratio=0.5",
         "layers_per_group": 3,
         "kv_dtype": "auto",
-        "prefix_hits": False,
+        "prefix_hits": None,
         "log_requests": False,
     }

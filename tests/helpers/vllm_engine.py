@@ -128,6 +128,7 @@ def engine(
     *,
     layers_per_group=1,
     kv_dtype="16",
+    prefix_hits=False,
     pruned=True,
     kv_mib=512,
     asynchronous=False,
@@ -143,7 +144,9 @@ def engine(
     from refreekv.engines.vllm.config import PluginOptions
     from refreekv.engines.vllm.launch import engine_arguments
 
-    ours = engine_arguments(PluginOptions(policy, layers_per_group, kv_dtype)) if pruned else {}
+    ours = (
+        engine_arguments(PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits=prefix_hits)) if pruned else {}
+    )
     if "kv_transfer_config" in ours:
         from vllm.config import KVTransferConfig
 

@@ -60,13 +60,13 @@ def serve(
         ),
     ] = 1,
     prefix_hits: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--prefix-hits",
-            help="Take prefix-cache hits with policies that probe queries all over the prompt, such as adaptive; they "
-            "probe the rest of it. (vLLM on GPUs)",
+            "--prefix-hits/--no-prefix-hits",
+            help="Take prefix-cache hits also with policies that probe queries all over the prompt, such as adaptive: "
+            "they probe the rest of it then. Default: yes, on GPUs. (vLLM)",
         ),
-    ] = False,
+    ] = None,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt. (vLLM)")
     ] = False,

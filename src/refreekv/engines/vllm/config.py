@@ -34,9 +34,9 @@ class PluginOptions:
         How kept entries of prompts are stored, but for sinks and the newest: ``"auto"``, in the number formats of the
         policy's own; ``"16"``, as the model computes them; a format such as ``"int8"`` or ``"k6v4"``, or several,
         ``"k4v2+int8"``. On CPUs ``"auto"`` means 16.
-    prefix_hits : bool
+    prefix_hits : bool, optional
         Whether policies that probe queries all over a prompt, such as `adaptive`, take prefix-cache hits all the
-        same, and probe what is left to be computed. On GPUs only.
+        same, and probe what is left to be computed. None: on GPUs they do, on CPUs they cannot.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
     """
@@ -44,13 +44,14 @@ class PluginOptions:
     policy: str = DEFAULT_POLICY
     layers_per_group: int = 1
     kv_dtype: str = AUTO
-    prefix_hits: bool = False
+    prefix_hits: bool | None = None
     log_requests: bool = False
 
     def __post_init__(self) -> None:
         parse(self.policy)
         check_count("layers_per_group", self.layers_per_group, minimum=1)
-        check_flag("prefix_hits", self.prefix_hits)
+        if self.prefix_hits is not None:
+            check_flag("prefix_hits", self.prefix_hits)
         check_flag("log_requests", self.log_requests)
         self.ladder()
 

@@ -62,7 +62,7 @@ class RefreekvGPUWorker(Worker):
                 specs[name],
                 PrivateAttentionSpec,
                 probe_tail=max(1, plan.rows),
-                spread_probes=plan.spread > 0 and not self._options.prefix_hits,
+                spread_probes=plan.spread > 0 and self._options.prefix_hits is False,
             )
             for name in prunable
         }
