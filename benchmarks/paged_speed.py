@@ -1,8 +1,12 @@
 """How fast the kernels of the vLLM plugin read what is kept: entries as they are, and coded ones of several widths.
 
-    python benchmarks/paged_speed.py                       # one layer of Llama-3-8B's shape
-    python benchmarks/paged_speed.py --tune                # settings of the attention kernel against each other
+    python benchmarks/paged_speed.py                       # one layer of Llama-3-8B's shape, 80 s
+    python benchmarks/paged_speed.py --tune --rows 32 --formats "k4v2+k4v4+k6v4+k7v6,int4"
     python benchmarks/paged_speed.py --shape qwen2.5-1.5b
+
+Formats with one width are read by both kernels: `kernels.paged_decode` (plain) and `kernels.paged_levels`, which reads
+several widths and was not run on a GPU before 2026-11-27. First run its tests, tests/kernels/test_paged_kernels.py.
+`--tune` compares settings of the second.
 
 Each case has sequences whose heads keep between half and one and a half times as many entries, 68 of each as they are,
 and a tail of ordinary blocks. The bytes of all that is read over the time of a captured graph's replay, which holds
@@ -19,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +32,7 @@ from refreekv.core.quantisation import Ladder
 from refreekv.core.rotation import rotation
 from refreekv.kernels.paged import FIRST, HELD, Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_levels import launch_paged_levels
 
 SHAPES = {"llama-3-8b": (8, 4, 128), "qwen2.5-1.5b": (2, 6, 128), "smollm2": (3, 3, 64)}
 """KV heads, query heads of each, elements of a head."""
@@ -36,7 +42,7 @@ LAYERS, TOKENS, EXACT = 4, 16, 68
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float16)
 """On a CPU, where Triton's interpreter runs the kernels, only `error_of` says something."""
 
-TUNED: list[dict[str, int | None]] = [
+TUNED: list[dict[str, Any]] = [
     {"warps": warps, "coded_block": block, "stages": stages, "registers": registers, "block": exact, "shares": shares}
     for warps, block, stages, registers, exact, shares in (
         (2, 64, 3, None, 32, None), (2, 64, 2, None, 32, None), (2, 64, 4, None, 32, None), (2, 64, 3, 168, 32, None),
@@ -46,7 +52,7 @@ TUNED: list[dict[str, int | None]] = [
         (2, 64, 3, 168, 32, 6), (2, 64, 3, 168, 32, 16), (2, 64, 3, None, 32, 5),
     )
 ]  # fmt: skip
-"""Settings of `launch_paged_attention`."""
+"""Settings of `launch_paged_levels`."""
 
 
 @dataclass
@@ -67,7 +73,7 @@ def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 
     heads, group, size = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     forms = () if kind == "16" else Ladder.parse(kind).forms((size, size), sorted_keys="+" in kind)
-    share = [0.6, 0.25, 0.15][: len(forms)] if len(forms) > 1 else [1.0] * len(forms)
+    share = [0.5, 0.25, 0.15, 0.1][: len(forms)] if len(forms) > 1 else [1.0] * len(forms)
     counts = (kept * (0.5 + torch.rand(LAYERS, rows, heads, generator=generator))).long()
     exact = counts if not forms else torch.full_like(counts, EXACT)
     rungs = [((counts - exact) * part).long() for part in share]
@@ -134,12 +140,14 @@ def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 
     return Case(pool, table, asked, block_table.to(DEVICE), query, total, tail)
 
 
-def attend(found: Case, layer: int, **settings: object) -> Tensor:
-    """The kernels' attention in one layer."""
+def attend(found: Case, layer: int, *, plain: bool = False, **settings: Any) -> Tensor:
+    """The kernels' attention in one layer; ``plain``: of the kernel for one width."""
     out = torch.empty_like(found.query)
-    launch_paged_attention(
-        found.query, found.pool, layer, found.block_table, found.rows, found.table, out, 0.08, None, None, **settings
-    )
+    arguments = found.query, found.pool, layer, found.block_table, found.rows, found.table, out, 0.08, None, None
+    if plain or found.table.coded is None:
+        launch_paged_attention(*arguments)
+    else:
+        launch_paged_levels(*arguments, **settings)
     return out
 
 
@@ -183,7 +191,7 @@ def plain(found: Case, layer: int, row: int, head: int) -> Tensor:
     return (asked @ all_of[:, :size].T * 0.08).softmax(-1) @ all_of[:, size:]
 
 
-def error_of(found: Case, **settings: object) -> float:
+def error_of(found: Case, **settings: Any) -> float:
     """Relative error of a few heads."""
     worst = 0.0
     rows, heads = len(found.rows.begins), found.pool.heads
@@ -195,7 +203,7 @@ def error_of(found: Case, **settings: object) -> float:
     return worst
 
 
-def microseconds(run: object, repeats: int = 20) -> float:
+def microseconds(run: Any, repeats: int = 20) -> float:
     """Of a call that goes through all layers: a layer's time, median of a captured graph's replays."""
     run()
     torch.cuda.synchronize()
@@ -213,7 +221,7 @@ def microseconds(run: object, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def timed(found: Case, **settings: object) -> float:
+def timed(found: Case, **settings: Any) -> float:
     """Microseconds of a layer's attention."""
     return microseconds(lambda: [attend(found, layer, **settings) for layer in range(LAYERS)])
 
@@ -234,7 +242,7 @@ def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
-    parser.add_argument("--formats", default="16,int4,k6v4,int8,k4v2+k6v4+int8")
+    parser.add_argument("--formats", default="16,int4,k6v4,int8,k4v2+k4v4+k6v4+k7v6")
     parser.add_argument("--rows", default="1,8,32,64")
     parser.add_argument("--kept", type=int, default=4000, help="entries of a head, on average")
     parser.add_argument("--tail", type=int, default=128)
@@ -269,7 +277,10 @@ def main() -> None:
             if time.perf_counter() - begin > options.seconds:
                 continue
             found = case(options.shape, kind, count, options.kept, options.tail)
-            all_settings = TUNED if options.tune else [{}]
+            coded = found.table.coded
+            all_settings: list[dict[str, Any]] = list(TUNED) if options.tune else [{}]
+            if coded is not None and coded.plain:
+                all_settings.append({"plain": True})
             lines = []
             for settings in all_settings:
                 try:

@@ -173,7 +173,6 @@ GPU = {"device_config__device_type": "cuda", "use_v2_model_runner": True}
     [
         ({"device_config__device_type": "xpu"}, "and this is xpu"),
         ({"use_v2_model_runner": False}, "runs on V1"),
-        ({"kv_transfer_config__kv_connector_extra_config": {"kv_dtype": "k8v6"}}, "values of 8, 4 or 2 bits"),
         ({"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL")}, "FULL_AND_PIECEWISE"),
         (
             {"speculative_config": SimpleNamespace(method="ngram", uses_dynamic_speculative_decoding=lambda: True)},
@@ -239,7 +238,7 @@ def test_serve_prints_the_command(capsys):
 def test_the_default_is_that_of_compress():
     options = PluginOptions()
     assert options.build() == policies.create(DEFAULT_POLICY)
-    assert str(options.ladder()) == "k4v2+k6v4+int8"
+    assert options.ladder() == policies.create(DEFAULT_POLICY).default_ladder
     assert PluginOptions(kv_dtype="16").ladder() is None
     assert PluginOptions("snapkv:ratio=0.5").ladder() is None
     assert str(PluginOptions(kv_dtype="k4v2+int8").ladder()) == "k4v2+int8"

@@ -32,6 +32,7 @@ from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_spread
 from refreekv.kernels.probe import launch_probe_reductions
@@ -165,15 +166,20 @@ def paged(dtype, group, head_size, kinds, queries=1):
     """Attention over pages with rungs of these kinds, if any; and what writes to pages."""
     pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
     table, forms = PagedTable.empty(pool, 2, 3), ()
+    several = "+" in kinds
     if kinds:
-        forms = Ladder.parse(kinds).forms((head_size, head_size), sorted_keys=True)
+        forms = Ladder.parse(kinds).forms((head_size, head_size), sorted_keys=several)
         table = replace(table, coded=Coded.empty(pool, 2, forms))
     query = torch.zeros(3 * queries, 2 * group, head_size, dtype=dtype)
     zeros, places = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int64)
     rows = Rows(zeros, zeros, zeros, zeros, zeros, queries)
     # More parts than are joined at once.
     cap, sinks = (30.0, None) if dtype == torch.float32 else (None, torch.zeros(2 * group))
-    launch_paged_attention(query, pool, 0, zeros[None], rows, table, query, 1.0, cap, sinks, shares=9, assembly=True)
+    arguments = query, pool, 0, zeros[None], rows, table, query, 1.0, cap, sinks
+    if several:
+        launch_paged_levels(*arguments, shares=9, assembly=True)
+    else:
+        launch_paged_attention(*arguments, shares=9)
     launch_paged_move(zeros, pool, table, 0, zeros, places, 20, 4)
     for form in forms:
         lines, factors = (torch.zeros(5, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
@@ -199,7 +205,7 @@ CASES = [
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),
-    (paged, torch.bfloat16, 4, 128, "k4v2+k6v4+int8"),
+    (paged, torch.bfloat16, 4, 128, "k4v2+k4v4+k6v4+k7v6"),
 ]
 # On the smallest of the GPUs alone: what takes long to compile, or little memory.
 ONCE = [
@@ -211,6 +217,7 @@ ONCE = [
     (unpack, torch.float32, 16, 256, "8888/8888"),
     (unpack, torch.bfloat16, 3, 64, "8642/4444"),
     (paged, torch.bfloat16, 4, 128, ""),
+    (paged, torch.bfloat16, 4, 128, "k6v4"),
     (paged, torch.float32, 3, 64, "k4v2+int8", 2),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import Moments
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
@@ -15,6 +15,7 @@ from refreekv.kernels.paged_coding import Chosen, code_to_pages
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
 from refreekv.kernels.paged_decode import launch_paged_attention
+from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move, launch_spread
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
@@ -261,7 +262,7 @@ def random_codes(case):
     return found
 
 
-ERRORS = {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.02, "k4v2+k6v4+int8": 0.3, "k4v2+int8:generated=0": 0.4}
+ERRORS = {"int4": 0.1, "k6v4": 0.1, "k8v4": 0.1, "int8": 0.02, "k4v2+k4v4+k6v4+k7v6": 0.3, "k4v2+int8:generated=0": 0.4}
 
 
 @pytest.mark.parametrize("kind", ERRORS)
@@ -278,7 +279,12 @@ def test_coded_entries(dtype, device, close, kind, counts, own):
         wide = query.double(), case.pool, 1, case.block_table, rows, case.table, want, 0.2, None, None
         paged_reference.paged_attention(*wide, wide=torch.float64)
     out = torch.full_like(query, float("nan"))
-    launch_paged_attention(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None)
+    arguments = query, case.pool, 1, case.block_table, rows, case.table
+    launch_paged_levels(*arguments, out, 0.2, None, None)
+    if case.table.coded.plain:
+        other = torch.full_like(query, float("nan"))
+        launch_paged_attention(*arguments, other, 0.2, None, None)
+        close(other, out.double())
     # Codes that were made for other queries lose more.
     most = ERRORS[kind] * (4 if own else 1)
     if device == "cpu":
@@ -299,7 +305,7 @@ def test_coded_entries_with_caps_and_sinks(dtype, device, close, more):
     case.code(1, "k8v4+int8", by_kernel, codes=random_codes(case))
     out = torch.full_like(query, float("nan"))
     more = {"softcap": None, "sinks": None, **more}
-    launch_paged_attention(
+    launch_paged_levels(
         query, case.pool, 2, case.block_table, rows_of(case, counts, lengths), case.table, out, 0.2, **more
     )
     assert (out.double().cpu() - want).norm() / want.norm() < 0.1
@@ -311,13 +317,11 @@ def test_shares_and_blocks_change_nothing(dtype, device, close, shares, block):
     """Segments begin anywhere in a page, and a program may have any part of them."""
     case, counts, lengths = Case(dtype, device, size=64, seed=3), (1, 1, 1), [50, 80, 60]
     query = queries(case, counts)
-    case.code(1, "k4v2+k6v4+int8", by_kernel)
+    case.code(1, "k4v2+k4v4+k6v4+k7v6", by_kernel)
     rows, found = rows_of(case, counts, lengths), []
     for settings in ({}, {"shares": shares, "coded_block": block, "block": 16}):
         out = torch.full_like(query, float("nan"))
-        launch_paged_attention(
-            query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None, **settings
-        )
+        launch_paged_levels(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None, **settings)
         found.append(out)
     close(found[1], found[0].double())
 
@@ -346,7 +350,7 @@ def test_coded_lines_are_spread_over_pages(dtype, device, kind):
 def test_widths_that_pages_do_not_hold_are_refused():
     case = Case(torch.float32, "cpu")
     with pytest.raises(ValueError, match="one width a rung"):
-        Coded.empty(case.pool, 4, [KVDtype("int6").form((SIZE, SIZE))])
+        Coded.empty(case.pool, 4, [PackedFormat(SIZE, SIZE, (8,) * 4, (8, 8, 4, 4))])
 
 
 def test_too_many_queries_are_refused():

@@ -143,6 +143,8 @@ class Coded:
         Of each layer float32 ``[H_kv]``: as in `core.packed_lines.PackedMaps`.
     rotation : Tensor
         ``[D, D]``, of the type of the queries: values times it are in code space.
+    own_keys : bool
+        Whether keys are in codes of the model's own.
     """
 
     forms: tuple[PackedFormat, ...]
@@ -152,6 +154,7 @@ class Coded:
     key_duals: tuple[Tensor, ...]
     key_bounds: tuple[Tensor, ...]
     rotation: Tensor
+    own_keys: bool = False
 
     @classmethod
     def empty(
@@ -173,9 +176,9 @@ class Coded:
         ValueError
             Widths that the kernel does not read.
         """
-        if any(len(set(form.value_widths)) > 1 or 6 in form.value_widths for form in forms):
+        if any(len(set(form.value_widths)) > 1 for form in forms):
             raise ValueError(
-                f"coded pages hold values of 8, 4 or 2 bits, one width a rung; got "
+                f"coded pages hold values of one width a rung; got "
                 f"{' and '.join(str(form.value_widths) for form in forms)}"
             )
         device, dtype = pool.cache.device, pool.cache.dtype
@@ -195,7 +198,15 @@ class Coded:
             tuple(own.key_dual[0] for own in maps),
             tuple(own.key_bound[0] for own in maps),
             rotation_like(pool.size, device, dtype),
+            codes is not None,
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether `kernels.paged_decode` reads this: one width, keys rotated as values are."""
+        keys, values = self.forms[0].key_widths, self.forms[0].value_widths
+        simple = len(set(keys)) == 1 and keys[0] in (8, 6, 4) and values[0] in (8, 4)
+        return len(self.forms) == 1 and not self.own_keys and simple
 
 
 @dataclass(frozen=True)
@@ -308,9 +319,14 @@ def paged_attention(
         )
     arguments = query, pool, layer, block_table, rows, table, output, scaling, softcap, sinks
     if query.is_cuda:
-        from refreekv.kernels.paged_decode import launch_paged_attention
+        if table.coded is None or table.coded.plain:
+            from refreekv.kernels.paged_decode import launch_paged_attention
 
-        launch_paged_attention(*arguments)
+            launch_paged_attention(*arguments)
+        else:
+            from refreekv.kernels.paged_levels import launch_paged_levels
+
+            launch_paged_levels(*arguments)
     else:
         from refreekv.kernels import paged_reference
 

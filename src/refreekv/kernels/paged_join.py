@@ -1,4 +1,4 @@
-"""What is before and after `kernels.paged_decode`: queries into code space, and the parts of the softmax joined."""
+"""What is before and after `kernels.paged_levels`: queries into code space, and the parts of the softmax joined."""
 
 from dataclasses import dataclass
 
@@ -108,8 +108,8 @@ def prepare(
 def _paged_join_kernel(
     partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
     group, parts, so_t, so_h,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EACH: tl.constexpr, RUNGS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    HEAD: tl.constexpr, FIELDS: tl.constexpr, SIX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    EACH: tl.constexpr, RUNGS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One query of one query head: its parts, weighted by their shares of the softmax."""
     row, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -138,40 +138,37 @@ def _paged_join_kernel(
             some = start + tl.arange(0, EACH)
             weights = tl.exp2(tl.load(denominators + first + some * most, some < parts, float("-inf")) - safe) * unit
             wanted = (weights > 0)[:, None] & (d < HEAD)[None, :]
-            part = tl.load(partial + (first + some * most)[:, None] * HEAD + d[None, :], wanted, 0.0)
-            if RUNGS:
-                exact = some % (RUNGS + 1) == 0
-                result += tl.sum(part * tl.where(exact, weights, 0.0)[:, None], 0)
-                coded += tl.sum(part * tl.where(exact, 0.0, weights)[:, None], 0)
-            else:
-                result += tl.sum(part * weights[:, None], 0)
-        if RUNGS:
-            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
-            own = tl.load(slots + row).to(tl.int64) * heads + head
-            result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
-            at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
-            tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
+            part_at = partial + (first + some * most)[:, None] * FIELDS + d[None, :]
+            part = tl.load(part_at, wanted, 0.0)
+            if SIX:
+                # Of values of 6 bits the sums of the lower ones lie behind those of the upper ones.
+                six = ((SIX >> (some % (RUNGS + 1))) & 1) == 1
+                part += tl.load(part_at + HEAD, wanted & six[:, None], 0.0)
+            exact = some % (RUNGS + 1) == 0
+            result += tl.sum(part * tl.where(exact, weights, 0.0)[:, None], 0)
+            coded += tl.sum(part * tl.where(exact, 0.0, weights)[:, None], 0)
+        mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
+        own = tl.load(slots + row).to(tl.int64) * heads + head
+        result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
+        at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
+        tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
 
 
-def join(
-    parts: Parts, rows: Rows, coded: Coded | None, layer: int, sinks: Tensor | None, output: Tensor, group: int
-) -> None:
+def join(parts: Parts, rows: Rows, coded: Coded, layer: int, sinks: Tensor | None, output: Tensor, group: int) -> None:
     """Join parts of the softmax into ``output`` ``[T, H, D]``, at the rows' queries."""
-    count, heads, shares, each, most, size = parts.results.shape
-    means = coded_out = parts.denominators
-    if coded is not None:
-        means = coded.value_means[layer]
-        # To queries of others nothing may be added.
-        make = torch.empty if rows.whole else torch.zeros
-        coded_out = make(output.shape, dtype=output.dtype, device=output.device)
+    count, heads, shares, each, most, fields = parts.results.shape
+    size = output.shape[-1]
+    # To queries of others nothing may be added.
+    make = torch.empty if rows.whole else torch.zeros
+    coded_out = make(output.shape, dtype=output.dtype, device=output.device)
+    six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if 6 in form.value_widths)
     _paged_join_kernel[(count, heads, most)](
-        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
+        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, coded.value_means[layer],
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
-        HEAD=size, BLOCK_D=max(16, triton.next_power_of_2(size)),
+        HEAD=size, FIELDS=fields, SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
         BLOCK_S=max(2, triton.next_power_of_2(shares * each)), EACH=min(16, triton.next_power_of_2(shares * each)),
         RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
-    if coded is not None:
-        output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)
+    output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

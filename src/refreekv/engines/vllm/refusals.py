@@ -63,9 +63,6 @@ def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
         )
     if on_cpu and options.prefix_hits:
         raise ValueError("prefix_hits: on CPUs policies that probe all over the prompt take no hits; leave it out")
-    ladder = None if on_cpu else options.ladder()
-    if ladder is not None and any(rung.widths[1] not in (8, 4, 2) for rung in ladder.rungs):
-        raise ValueError(f"kv_dtype={options.kv_dtype!r}: vLLM's pages hold values of 8, 4 or 2 bits, such as in k6v4")
     if not on_cpu and options.layers_per_group != 1:
         raise ValueError(
             f"layers_per_group={options.layers_per_group}: on GPUs all layers share block tables, and each KV head "

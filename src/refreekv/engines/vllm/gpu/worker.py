@@ -111,13 +111,13 @@ class RefreekvGPUWorker(Worker):
         """As vLLM, after measuring what the policy reads of the model, and what keys are coded by."""
         state = self.model_runner.kept
         measured = self.model_runner, state, self.vllm_config
-        if state.ladder is not None:
+        if state.ladder is not None and len(state.ladder.rungs) > 1:
             scores, codes = measure_constants(*measured)
             state.know_copy_scores(scores)
             state.code_by(codes)
-            self._try_codes(state)
         elif self._policy.reads_copy_scores:
             state.know_copy_scores(measure_copy_scores(*measured))
+        self._try_codes(state)
         return super().compile_or_warm_up_model()
 
     def _try_codes(self, state: KeptState) -> None:
