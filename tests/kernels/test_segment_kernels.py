@@ -7,7 +7,7 @@ from helpers.segments import LENGTHS, run
 from refreekv.kernels import ops, reference
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.reference import decode_segment
-from refreekv.kernels.storage import launch_append, launch_gather, launch_move
+from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move
 from refreekv.kernels.table import Format
 
 POISON = float("nan")
@@ -179,6 +179,25 @@ def test_move_copies_what_both_hold(which, device):
         assert torch.equal(new.keys[segment][:length], old.keys[segment][:length])
         assert torch.equal(new.values[segment][:length], old.values[segment][:length])
         assert new.keys[segment][length:].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("programs", [1, 5])
+def test_fetch_copies_what_is_there_by_then(which, programs, device):
+    old = Segments([0, 33, 400, 3000], (80, 2), torch.float16, device, growth=3).fill()
+    new = Segments([7, 7, 7, 7], (80, 2), torch.float16, device, capacities=[5, 40, 300, 3003])
+    extra = (programs,) if which == "kernel" else ()
+    for lengths in ([0, 33, 400, 3000], [0, 30, 5, 2999]):  # and again, with less in it
+        old.table[:, 2] = torch.tensor(lengths, device=device)
+        for parts in (new.keys, new.values):
+            for part in parts:
+                part.fill_(POISON)
+        run(which, device, launch_fetch, reference.fetch, old.table, new.table, 160, 4, *extra)
+        assert new.table[:, 2].tolist() == [min(*pair) for pair in zip(lengths, new.capacities, strict=True)]
+        for segment, length in enumerate(new.table[:, 2].tolist()):
+            assert torch.equal(new.keys[segment][:length], old.keys[segment][:length])
+            assert torch.equal(new.values[segment][:length], old.values[segment][:length])
+            assert new.keys[segment][length:].isnan().all()
 
 
 def test_the_operators_are_what_torch_expects_of_them():

@@ -32,6 +32,7 @@ __all__ = [
     "append",
     "available",
     "block_linear",
+    "fetch",
     "gather",
     "kept_first",
     "make_surrogates",
@@ -255,6 +256,31 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
         Tables of different length or on different devices, or other numbers of bytes.
     """
     (ops.move_on_cuda if _at_once(source) else ops.move)(source, target, key_bytes, value_bytes, longest)
+
+
+def fetch(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int) -> None:
+    """Copy entries segment by segment, as many as the source holds when the device gets there.
+
+    Unlike `move` it depends on nothing that the host knows, so that one launch in a CUDA graph serves all lengths.
+
+    Parameters
+    ----------
+    source, target : Tensor
+        See `kernels.table`. The target's lengths become those of the source, or what it has capacity for.
+    key_bytes, value_bytes : int
+        Of one entry; multiples of 4.
+
+    Raises
+    ------
+    ValueError
+        As `move`.
+    """
+    if _at_once(source):
+        from refreekv.kernels.storage import launch_fetch
+
+        launch_fetch(source, target, key_bytes, value_bytes)
+    else:
+        reference.fetch(source, target, key_bytes, value_bytes)
 
 
 def ragged_decode(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
 from refreekv.kernels.table import (
+    CAPACITY,
     KEY,
     LENGTH,
     VALUE,
@@ -92,6 +93,13 @@ def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> No
         lines = (key_bytes, value_bytes), (torch.uint8,) * 2
         for there, here in zip(entries(line, 0, *lines), entries(line, 1, *lines), strict=True):
             here.copy_(there)
+
+
+def fetch(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:
+    """`kernels.fetch`."""
+    check_move(source, target, key_bytes, value_bytes)
+    target[:, LENGTH] = torch.minimum(source[:, LENGTH], target[:, CAPACITY])
+    move(source, target, key_bytes, value_bytes)
 
 
 @as_written

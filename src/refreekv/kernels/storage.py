@@ -116,6 +116,36 @@ def _move_kernel(source, target, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VA
     _copy(tl.load(source + segment * 4 + 1), tl.load(target + segment * 4 + 1), length, VALUE_BYTES, LANE)
 
 
+@triton.jit
+def _copy_all(old, new, length, BYTES: tl.constexpr, LANE: tl.constexpr):
+    """Copy a program's share of what one segment holds, whatever its length: as `_copy`, again and again."""
+    WORD: tl.constexpr = 8 if BYTES % 8 == 0 else 4
+    ALIGNED: tl.constexpr = 16 if BYTES % 16 == 0 else WORD
+    pointer = tl.pointer_type(tl.int64 if BYTES % 8 == 0 else tl.int32)
+    words = length * BYTES // WORD
+    old_words = tl.multiple_of(old.to(pointer), ALIGNED)
+    new_words = tl.multiple_of(new.to(pointer), ALIGNED)
+    for first in range(tl.program_id(0).to(tl.int64) * LANE, words, tl.num_programs(0) * LANE):
+        word = first + tl.arange(0, LANE)
+        tl.store(new_words + word, tl.load(old_words + word, word < words), word < words)
+
+
+@triton.jit
+def _fetch_kernel(source, target, segments, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr):
+    """Copy what the source's segments hold, by a number of programs that does not depend on how much that is."""
+    for segment in range(segments):
+        line = segment * 4
+        length = tl.minimum(tl.load(source + line + 2), tl.load(target + line + 3))
+        _copy_all(tl.load(source + line), tl.load(target + line), length, KEY_BYTES, LANE)
+        _copy_all(tl.load(source + line + 1), tl.load(target + line + 1), length, VALUE_BYTES, LANE)
+        if tl.program_id(0) == 0:
+            tl.store(target + line + 2, length)
+
+
+FETCHING = 32
+"""Programs that fetch: enough to keep the bus to host memory busy, and few enough to leave the others in peace."""
+
+
 def _sizes(form: Format) -> dict[str, Any]:
     """What kernels that write entries as they are are told of the segments."""
     (head, value), (key_type, value_type) = form.sizes, form.types
@@ -165,4 +195,13 @@ def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int
     blocks = triton.cdiv(max(longest, 1) * words, lane)
     _move_kernel[(blocks, source.shape[0])](
         source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
+    )
+
+
+@on_its_device
+def launch_fetch(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int, programs: int = FETCHING) -> None:
+    """Copy as many entries as the source's table says by then; parameters as in `kernels.fetch`."""
+    check_move(source, target, key_bytes, value_bytes)
+    _fetch_kernel[(programs,)](
+        source, target, source.shape[0], LANE=2048, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
     )
