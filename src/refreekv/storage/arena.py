@@ -56,7 +56,7 @@ class KVArena(KVStorage):
 
     def _ready(self) -> None:
         """Make what belongs to this process and device only."""
-        self.table = on_device(self._lines(), self.keys.device)
+        self.table = on_device(self._lines(), self.device)
         self._lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
 
@@ -79,7 +79,7 @@ class KVArena(KVStorage):
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         rest = growth_for(lengths) if growth is None else growth
         growths = [-1 if gone else rest for gone in freed]
-        storages = [_allocated(lengths, growths, part) for part in (keys, values)]
+        storages = [allocated(lengths, growths, part) for part in (keys, values)]
         return cls(storages[0], storages[1], lengths, growths)
 
     @classmethod
@@ -112,6 +112,11 @@ class KVArena(KVStorage):
         return cls.like(exact.keys, exact.values, exact.lengths)._copied(exact)
 
     # -- what every storage has --------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The device whose kernels read and write the entries, where the table is."""
+        return self.keys.device
 
     @property
     def form(self) -> kernels.Format:
@@ -351,7 +356,7 @@ class KVArena(KVStorage):
                 for rows in zip(self.lengths, counts, strict=True)
             ]
             growths = [-1 if freed else growth for freed in self.freed]
-            self.keys, self.values = (_allocated(lengths, growths, storage) for storage in storages)
+            self.keys, self.values = (self._new(lengths, growths, storage) for storage in storages)
             self._lengths, self._growth, self._appended, self._left = lengths, growths, 0, _least(growths)
             own.copy_(on_device(self._lines(), own.device))
             flat = [[n for row in numbers for n in row] for numbers in (firsts, counts)]
@@ -374,8 +379,8 @@ class KVArena(KVStorage):
         A thread that takes a captured step over gives the table back unasked, and puts its own there.
         """
         with self._lock:
-            if self.keys.is_cuda:
-                stream = torch.cuda.current_stream(self.keys.device)
+            if self.device.type == "cuda":
+                stream = torch.cuda.current_stream(self.device)
                 if self._stream is not None and self._stream != stream:
                     stream.wait_stream(self._stream)
                 self._stream = stream
@@ -398,11 +403,15 @@ class KVArena(KVStorage):
 
     def _move_to(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
-        self.keys, self.values = (_allocated(lengths, growth, storage) for storage in old_storages)
+        self.keys, self.values = (self._new(lengths, growth, storage) for storage in old_storages)
         self._lengths, self._growth, self._appended = list(lengths), list(growth), 0
         self._left = _least(growth)
         self.table.copy_(on_device(self._lines(), self.table.device))
         self._take(old)
+
+    def _new(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for entries like others."""
+        return allocated(lengths, growth, like)
 
     def _take(self, source: Tensor, target: Tensor | None = None) -> None:
         """Copy the entries of a table's segments to this arena's, or to those of ``target``, a part of this arena."""
@@ -461,11 +470,16 @@ def _capacities(lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> li
     ]
 
 
-def _allocated(lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor) -> Tensor:
+def allocated(
+    lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor, *, pinned: bool = False
+) -> Tensor:
+    """Memory for segments of these lengths, with room to grow: on the device of ``like``, or pinned on the host."""
     # Not in inference mode: what is made there cannot be changed in place outside of it.
     with torch.inference_mode(False):
         lines = sum(map(sum, _capacities(lengths, growth)))
-        return torch.empty(lines, like.shape[-1], dtype=like.dtype, device=like.device)
+        return torch.empty(
+            lines, like.shape[-1], dtype=like.dtype, device="cpu" if pinned else like.device, pin_memory=pinned
+        )
 
 
 def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.storage.arena import KVArena, Span, on_device
 from refreekv.storage.coding import Coding
+from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import flat, runs, spread, starts_of
@@ -119,7 +120,7 @@ class CodedLines:
         coded, known = flat(self.lengths), flat(self.members.counts)
         if coded == known:
             return self.members.rungs()
-        device = self.rungs[0].keys.device
+        device = self.rungs[0].device
         found = torch.full((sum(coded),), self.coding.generated, dtype=torch.uint8, device=device)
         found[runs(starts_of(coded), known, device)] = self.members.rungs()
         return found
@@ -156,7 +157,7 @@ class CodedLines:
         if len(by_rung) == 1:
             by_rung = [counts]
         elif counts != held:
-            left = self.rung_of_each()[runs(starts_of(flat(held)), flat(counts), self.rungs[0].keys.device)]
+            left = self.rung_of_each()[runs(starts_of(flat(held)), flat(counts), self.rungs[0].device)]
             by_rung, members = counted(left, counts, len(by_rung)), Members.of(left, counts)
         rungs = [arena.truncate(own) for arena, own in zip(self.rungs, by_rung, strict=True)]
         return type(self)(rungs, members, self.coding)
@@ -169,7 +170,7 @@ class CodedLines:
         """
         if len(self.rungs) == 1:
             return type(self)(
-                [self.rungs[0].taken(stay, counts)], Members.none(counts, self.rungs[0].keys.device), self.coding
+                [self.rungs[0].taken(stay, counts)], Members.none(counts, self.rungs[0].device), self.coding
             )
         old = self.rung_of_each()
         was = old[stay]
@@ -228,6 +229,27 @@ class CodedLines:
                     source.keys, source.values, table, form, coding.maps, on_device(told, device), end=0,
                     longest=max(map(max, own)), starts=starts, source=exact,
                 )  # fmt: skip
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether lines are in host memory, from where kernels of the device read them."""
+        return isinstance(self.rungs[0], HostArena)
+
+    def move_to_host(self) -> None:
+        """Move all lines to host memory.
+
+        Raises
+        ------
+        NoRoomError
+            The system gives no more memory; all are where they were.
+        """
+        if not self.in_host_memory:
+            self.rungs = tuple(HostArena.moved(arena) for arena in self.rungs)
+
+    def move_to_device(self) -> None:
+        """Move all lines from host memory to the device."""
+        if self.in_host_memory:
+            self.rungs = tuple(arena.back() if isinstance(arena, HostArena) else arena for arena in self.rungs)
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back."""

@@ -5,6 +5,7 @@ Nothing was evicted yet, so that all rows and KV heads have the same columns, pa
 at the end, get a decoded copy of one layer at a time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,10 +15,12 @@ from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
-from refreekv.kernels.table import LENGTH
+from refreekv.kernels.table import KEY, LENGTH, VALUE
 from refreekv.storage.arena import KVArena
 from refreekv.storage.coding import Pair, maps_of
+from refreekv.storage.hosted import HostedPrompts, pinned
 from refreekv.storage.runs import flat, spread
+from refreekv.storage.staging import Lines
 
 LINES = ("lines", "factors")
 """Names of the two parts of what is coded."""
@@ -39,14 +42,24 @@ class UnfinishedKV:
         How many of them are coded: the first ones, the sinks among them beside their exact copies.
     """
 
-    def __init__(self, number: KVDtype, like: Pair, columns: int, *, sinks: bool, codes: KeyCodes | None = None):
+    def __init__(
+        self,
+        number: KVDtype,
+        like: Pair,
+        columns: int,
+        *,
+        sinks: bool,
+        codes: KeyCodes | None = None,
+        host: tuple[HostedPrompts, int] | None = None,
+    ):
         """For up to about ``columns`` columns of entries like ``[B, H_kv, q, D]``.
 
         ``sinks``: whether the first entries are the first of a sequence, and stay exact. ``codes`` are the model's own
-        for keys.
+        for keys. ``host``: what brings lines from host memory, and the number of the layer there; None: lines are on
+        the device.
         """
         keys, values = like
-        self.number, self._codes = number, codes
+        self.number, self._codes, self._host = number, codes, host
         self.form = number.form((keys.shape[-1], values.shape[-1]), sorted_keys=codes is not None)
         self._columns, self._wants_sinks = columns, sinks
         self._tail = keys[:, :, :0], values[:, :, :0]
@@ -111,6 +124,11 @@ class UnfinishedKV:
         held = [*self._tail, *(self._lines or ()), *(self._sinks or ()), *means]
         return sum(part.untyped_storage().nbytes() for part in held)
 
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of them that are in host memory."""
+        return 0 if self._host is None else sum(part.nbytes for part in self._lines or ())
+
     def dense(self, new: Pair | None = None, earlier: Pair | None = None) -> Pair:
         """All entries in full precision ``[B, H_kv, n, D]``, between ``earlier`` and ``new`` ones: a copy."""
         sides = []
@@ -136,9 +154,8 @@ class UnfinishedKV:
         assert self._table is not None
         assert self._maps is not None
         spans = torch.zeros(len(self._table), 3, dtype=torch.int64, device=keys.device)
-        kernels.unpack_lines(
-            keys, values, self._table, self.form, self._maps, spans, end=self.coded, longest=self.coded
-        )
+        table = self._table if self._host is None else self._host[0].table(self._host[1])
+        kernels.unpack_lines(keys, values, table, self.form, self._maps, spans, end=self.coded, longest=self.coded)
         for out, sinks in zip((keys, values), self._sinks or (), strict=False):
             if self._sink_columns is None:
                 out[:, :, : sinks.shape[2]] = sinks
@@ -189,12 +206,23 @@ class UnfinishedKV:
         self._table[:, LENGTH] = stop
         spans = torch.zeros(segments, 3, dtype=torch.int64, device=device)
         spans[:, 1] = count
-        starts = torch.full((segments,), self.coded, dtype=torch.int64, device=device)
         maps = self._maps.of_type(kind)
+        table, before = self._table, self.coded
+        if self._host is not None:
+            # Kernels write to the host in whole words, and not byte by byte as they code.
+            new = self._allocated(count, device)
+            table, before = _table_of(new, count), 0
+        starts = torch.full((segments,), before, dtype=torch.int64, device=device)
         kernels.pack_lines(
-            keys.to(kind), values.to(kind), self._table, self.form, maps, spans, end=keys.shape[2], longest=count,
+            keys.to(kind), values.to(kind), table, self.form, maps, spans, end=keys.shape[2], longest=count,
             starts=starts,
         )  # fmt: skip
+        if self._host is not None:
+            there = self._table.clone()
+            there[:, KEY] += self.coded * self.form.line_bytes
+            there[:, VALUE] += self.coded * FACTOR_BYTES
+            there[:, LENGTH] = count
+            kernels.move(table, there, key_bytes=self.form.line_bytes, value_bytes=FACTOR_BYTES, longest=count)
         self.coded = stop
         self._tail = keys[:, :, count:].clone(), values[:, :, count:].clone()
 
@@ -253,31 +281,35 @@ class UnfinishedKV:
         """Allocate lines for ``stop`` columns; at once for as many as the prompt is going to have."""
         if self._lines is not None and self._lines[0].shape[2] >= stop:
             return
-        keys = self._tail[0]
-        shape = *keys.shape[:2], max(stop, self._columns - self.number.recent)
-        # Not in inference mode: what is made there cannot be changed in place outside of it.
-        with torch.inference_mode(False):
-            lines = torch.empty(*shape, self.form.line_bytes, dtype=torch.uint8, device=keys.device)
-            factors = torch.empty(*shape, FACTOR_BYTES // 2, dtype=torch.float16, device=keys.device)
+        capacity, device = max(stop, self._columns - self.number.recent), self._tail[0].device
+        lines, factors = self._allocated(capacity, device, hosted=self._host is not None)
+        self._wait()
         for old, new in zip(self._lines or (), (lines, factors), strict=False):
             new[:, :, : self.coded] = old[:, :, : self.coded]
         self._hold(lines, factors)
 
+    def _allocated(self, capacity: int, device: torch.device, *, hosted: bool = False) -> Pair:
+        """Lines and factors ``[B, H_kv, capacity, ...]``, which are still to be written."""
+        shape = *self.shape, capacity
+        with torch.inference_mode(False):
+            like = (
+                torch.empty(0, self.form.line_bytes, dtype=torch.uint8, device=device),
+                torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device),
+            )
+            if hosted:
+                parts = [pinned([(math.prod(shape),)], [0], part, device) for part in like]
+            else:
+                parts = [part.new_empty(math.prod(shape), part.shape[1]) for part in like]
+        return parts[0].view(*shape, -1), parts[1].view(*shape, -1)
+
     def _hold(self, lines: Tensor, factors: Tensor) -> None:
         """Go on with these lines, and a table of them."""
         self._lines = lines, factors
-        segments, capacity = lines.shape[0] * lines.shape[1], lines.shape[2]
         with torch.inference_mode(False):
-            index = torch.arange(segments, dtype=torch.int64, device=lines.device) * capacity
-            self._table = torch.stack(
-                [
-                    lines.data_ptr() + index * self.form.line_bytes,
-                    factors.data_ptr() + index * FACTOR_BYTES,
-                    torch.full_like(index, self.coded),
-                    torch.full_like(index, capacity),
-                ],
-                1,
-            )
+            self._table = _table_of(self._lines, self.coded).to(self._tail[0].device)
+        if self._host is not None:
+            capacities = [lines.shape[2]] * len(self._table)
+            self._host[0].hold(self._host[1], Lines(self._table, capacities, self.form.line_bytes, FACTOR_BYTES))
 
     # -- leaving the device, and coming back ------------------------------------------------------
 
@@ -375,18 +407,36 @@ class UnfinishedKV:
         if self._stale is not None:
             there = there & ~self._stale.flatten()[at]
         for lines, into in zip(self._lines, (arena.keys, arena.values), strict=True):
+            lines = lines.to(into.device, non_blocking=True)
             into.copy_(torch.where(there[:, None], lines.flatten(0, 2)[at], into))
 
     # -- copies: addresses do not travel --------------------------------------------------------
 
+    def _wait(self) -> None:
+        """Wait until kernels have written what is in host memory, as who copies it there does not wait for them."""
+        if self._host is not None and self._tail[0].is_cuda and self.coded:
+            torch.cuda.current_stream(self._tail[0].device).synchronize()
+
     def __getstate__(self) -> dict[str, object]:
+        self._wait()
         return {name: value for name, value in self.__dict__.items() if name != "_table"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._table = None
         if self._lines is not None:
-            self._hold(*self._lines)
+            lines, factors = self._lines
+            if self._host is not None and self._tail[0].is_cuda:  # copies of tensors are not pinned
+                lines, factors = lines.pin_memory(), factors.pin_memory()
+            self._hold(lines, factors)
+
+
+def _table_of(lines: Pair, length: int) -> Tensor:
+    """A table of segments in lines and factors ``[B, H_kv, capacity, ...]``, each of so many entries."""
+    segments, capacity = lines[0].shape[0] * lines[0].shape[1], lines[0].shape[2]
+    index = torch.arange(segments, dtype=torch.int64, device=lines[0].device) * capacity
+    addresses = [part.data_ptr() + index * part.shape[3] * part.element_size() for part in lines]
+    return torch.stack([*addresses, torch.full_like(index, length), torch.full_like(index, capacity)], 1)
 
 
 def _empty_sinks(like: Tensor) -> Tensor:
