@@ -42,6 +42,7 @@ from decode import Stamps
 from devices import copy_bandwidth
 from random_models import FORMS, SHAPES, build, form_of, weight_bytes
 from refreekv.core.quantisation import KVDtype
+from refreekv.core.units import format_size, parse_bytes
 from refreekv.engines.transformers.attachment import attached
 from refreekv.engines.transformers.naming import NAME, cache_argument
 from refreekv.planner.budgets import expected
@@ -49,7 +50,6 @@ from refreekv.planner.memory import Load
 from refreekv.planner.plan import Row as Scenario
 from refreekv.planner.plan import make
 from refreekv.planner.source import Model
-from refreekv.planner.units import format_size, parse_bytes
 from refreekv.policies.base import AUTO
 
 TABLE = ("llama-3-70b:int4:48GB", "qwen2.5-32b:int4:24GB", "llama-3-8b:int4:8GB", "llama-3-8b:bf16:24GB")

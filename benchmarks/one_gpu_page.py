@@ -14,11 +14,11 @@ import one_gpu
 import refreekv
 from random_models import SHAPES
 from refreekv.core.quantisation import KVDtype
+from refreekv.core.units import format_size, parse_bytes
 from refreekv.planner.budgets import expected
 from refreekv.planner.memory import Load
 from refreekv.planner.plan import RESERVE, Plan, make
 from refreekv.planner.source import Model
-from refreekv.planner.units import format_size, parse_bytes
 
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB", "48GiB")
 MODELS = (("llama-3-8b", "bf16"), ("llama-3-8b", "int4"), ("qwen2.5-32b", "int4"), ("llama-3-70b", "int4"))

@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import refreekv
 from refreekv import KVDtype
 from refreekv.core.footprint import Reader
+from refreekv.core.units import format_size, parse_bytes
 from refreekv.evaluation.tables import markdown_table
 from refreekv.planner.geometry import Geometry, LayerKV
 from refreekv.planner.memory import Load, Machine, Scenario, use
-from refreekv.planner.units import format_size, parse_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

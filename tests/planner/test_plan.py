@@ -14,12 +14,12 @@ from helpers.models import ARCHITECTURES, build
 from helpers.planning import DEEPSEEK_V3, GEMMA_12B, LATENT, LLAMA, measured_on
 from refreekv import KVDtype, ReFreeKVCache, policies
 from refreekv.core.footprint import activation_elements
+from refreekv.core.units import format_size, parse_bytes, parse_tokens
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.planner import budgets, geometry, memory, weights
 from refreekv.planner import plan as plans
 from refreekv.planner.memory import Load, Machine, Scenario
 from refreekv.planner.source import Model, ModelError, find
-from refreekv.planner.units import format_size, parse_bytes, parse_tokens
 
 KIB, GIB = 2**10, 2**30
 

@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from refreekv.cli.views import header, table
+from refreekv.core.units import format_size
 from refreekv.planner.fleet import Result
 from refreekv.planner.plan import Plan, Row
-from refreekv.planner.units import format_size
 
 
 def plan_view(plan: Plan) -> RenderableType:

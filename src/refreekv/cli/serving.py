@@ -99,7 +99,7 @@ class _Sizes:
 
     @classmethod
     def parse(cls, options: ServeOptions) -> "_Sizes":
-        from refreekv.planner.units import parse_bytes, parse_tokens
+        from refreekv.core.units import parse_bytes, parse_tokens
 
         def size(text: str, what: str) -> int:
             return 0 if text == "0" else parse_bytes(text, what)

@@ -7,11 +7,11 @@ from typing import Any
 
 from refreekv.core.footprint import Reader, activation_elements
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
+from refreekv.core.units import format_size
 from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
 from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
 from refreekv.planner.source import Model
-from refreekv.planner.units import format_size
 from refreekv.planner.weights import BITS, Counts, Weights, count, weigh
 
 RESERVE = 3 * 2**28

@@ -125,8 +125,8 @@ def plan(
         _check_plot(plot)
 
     with refusals():
+        from refreekv.core.units import parse_bytes
         from refreekv.planner.fleet import Speed
-        from refreekv.planner.units import parse_bytes
 
         memory, kept_free = parse_bytes(vram, "--vram"), parse_bytes(reserve, "--reserve")
         speed = Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, step_overhead / 1000)
@@ -200,12 +200,12 @@ def _make(
 ) -> "Plan":
     """The plan, from what stands on the command line; what is wrong there is a ValueError."""
     from refreekv.core.quantisation import PROMPT_DTYPE
+    from refreekv.core.units import parse_tokens
     from refreekv.engines.transformers.reading import parse_prompt_dtype
     from refreekv.planner import budgets as measured
     from refreekv.planner import source
     from refreekv.planner.memory import Load
     from refreekv.planner.plan import make
-    from refreekv.planner.units import parse_tokens
 
     parsed = refreekv.policies.parse(policy)
     number = None if kv[0] in (None, "bf16") else refreekv.KVDtype.parse(kv[0])
