@@ -63,6 +63,8 @@ class LayerReport:
     formats : dict
         Number formats to the entries that are stored in them, over all rows and KV heads; ``"exact"`` are those in
         the model's own. Empty where nothing is coded.
+    host_bytes : int
+        Bytes of ``bytes_after`` that are in host memory beside the GPU that reads them.
     """
 
     index: int
@@ -71,6 +73,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     formats: dict[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
 
     @property
     def budget(self) -> float:
@@ -242,6 +245,11 @@ class CompressionReport:
         """K/V bytes held now: the storage of all key and value tensors."""
         return sum(layer.bytes_after for layer in self.layers)
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of them that are in host memory beside the GPU that reads them."""
+        return sum(layer.host_bytes for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and totals as plain types, ready for JSON."""
         return {
@@ -251,6 +259,7 @@ class CompressionReport:
             "budget": self.budget,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "host_bytes": self.host_bytes,
             "index_bytes": self.index_bytes,
             "padded_bytes": self.padded_bytes,
             "reasons": self.reasons,
@@ -279,6 +288,9 @@ class CompressionReport:
             lines.append(f"  verified: {self.verified}")
         if self.remembered is not None:
             lines.append(f"  kept for the next turn: {self.remembered}")
+        if self.host_bytes:
+            count = sum(layer.host_bytes > 0 for layer in self.layers)
+            lines.append(f"  in host memory: {format_bytes(self.host_bytes)}, codes of {count} layers")
         if self.padded_bytes:
             lines.append(
                 f"  heads of different length are padded during attention, one layer at a time: "

@@ -56,20 +56,25 @@ class LayerKV:
         # And each head's mean in float32, as it is and rotated.
         return self.bytes(entries - coded) + coded * self.line_bytes(number) + 8 * self.elements
 
+    def unfinished_lines(self, prompt: int, number: KVDtype | None) -> float:
+        """Bytes of the codes of a prompt that is read in chunks; they are allocated when the first ones are written."""
+        if number is None or self.kind != "full" or not self.takes(number) or prompt < number.recent + FLUSH:
+            return 0
+        return (prompt - number.recent) * self.line_bytes(number)
+
     def unfinished_bytes(self, prompt: int, number: KVDtype | None) -> float:
         """Bytes of a prompt that is read in chunks and held in a number format, when all but its last chunk is read.
 
-        Its lines are allocated when the first ones are written. The newest entries stay as they are, and others until
-        they are worth coding together; the sinks are there twice.
+        The newest entries stay as they are, and others until they are worth coding together; the sinks are there twice.
         """
-        if number is None or self.kind != "full" or not self.takes(number) or prompt < number.recent + FLUSH:
+        lines = self.unfinished_lines(prompt, number)
+        if number is None or not lines:
             return self.bytes(prompt)
-        lines = (prompt - number.recent) * self.line_bytes(number)
         return lines + self.bytes(number.recent + FLUSH + SINKS) + 8 * self.elements
 
 
 def reading_bytes(
-    layers: Sequence[LayerKV], prompt: int, number: KVDtype | None, kept: float, *, copies: int = 2
+    layers: Sequence[LayerKV], prompt: int, number: KVDtype | None, kept: float, *, copies: int = 2, hosted: int = 0
 ) -> float:
     """K/V bytes at the worst moment of reading a prompt in chunks, the chunk itself not among them.
 
@@ -86,13 +91,22 @@ def reading_bytes(
     copies : int
         Layers that are there in full precision at a time, beside that: one while a chunk attends to it; at the
         prompt's end on a GPU a second one, which waits until the host knows what stays.
+    hosted : int
+        Layers whose codes are in host memory.
     """
     coded = sum(layer.unfinished_bytes(prompt, number) for layer in layers)
     if coded >= sum(layer.bytes(prompt) for layer in layers):
         return coded
+    full = [layer for layer in layers if layer.kind == "full"]
+    hosted = min(hosted, len(full))
+    lines = max((layer.unfinished_lines(prompt, number) for layer in full), default=0)
+    coded -= hosted * lines
+    kept -= kept * hosted / max(len(full), 1)
+    # Two layers' codes pass through the device; and once more those of one whose entries move.
+    staged = (min(hosted, 2) + min(hosted, 1)) * lines
     widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0)
     # Layer by layer the one becomes the other.
-    return max(coded, kept) + copies * widest
+    return max(coded, kept) + staged + copies * widest
 
 
 def activation_elements(text: Any) -> int:
@@ -137,7 +151,14 @@ class Reader:
 
 
 def chunked_bytes(
-    layers: Sequence[LayerKV], prompt: int, chunk: int, number: KVDtype, kept: float, reader: Reader
+    layers: Sequence[LayerKV],
+    prompt: int,
+    chunk: int,
+    number: KVDtype,
+    kept: float,
+    reader: Reader,
+    *,
+    hosted: int = 0,
 ) -> float:
     """Bytes of K/V and of all else at the worst moment of reading a prompt that is coded chunk by chunk.
 
@@ -146,7 +167,8 @@ def chunked_bytes(
     """
     itemsize = max((layer.itemsize for layer in layers), default=PLAIN_BYTES)
     widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0.0)
-    within = reading_bytes(layers, prompt, number, kept) + reader.repeated * widest
+    within = reading_bytes(layers, prompt, number, kept, hosted=hosted) + reader.repeated * widest
     within += chunk * (itemsize * reader.attention + MASK_BYTES * prompt)
-    behind = reading_bytes(layers, prompt, number, kept, copies=1) + chunk * (itemsize * reader.activation + prompt)
+    behind = reading_bytes(layers, prompt, number, kept, copies=1, hosted=hosted)
+    behind += chunk * (itemsize * reader.activation + prompt)
     return max(within, behind)

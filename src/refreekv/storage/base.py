@@ -81,6 +81,16 @@ class KVStorage(ABC):
         """How entries behind all tables but the first are coded; None: there is one table at most, of exact entries."""
         return None
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether entries behind all tables but the first are in host memory, where kernels of the device read them."""
+        return False
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of `nbytes` that are in host memory beside the device that reads them."""
+        return 0
+
     # -- all entries in full precision --------------------------------------------------------
 
     @abstractmethod
@@ -161,6 +171,14 @@ class KVStorage(ABC):
     def note_appended(self, tokens: int) -> None:
         """Count entries that somebody wrote through the table."""
         raise NotImplementedError(f"a {type(self).__name__} has no table to write to")
+
+    def move_to_host(self) -> None:
+        """Move what is coded to host memory; the device reads it from there."""
+        raise NotImplementedError(f"a {type(self).__name__} has no codes to move")
+
+    def move_to_device(self) -> None:
+        """Move what is coded back from host memory, if it is there."""
+        raise NotImplementedError(f"a {type(self).__name__} has no codes to move")
 
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back; only where there are `tables`. They stay in the batch, empty."""

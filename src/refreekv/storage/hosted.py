@@ -160,9 +160,7 @@ class HostedPrompts:
         return HostedPrompts(self.device, self._copies)
 
 
-def pinned(
-    lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor, device: torch.device
-) -> Tensor:
+def pinned(lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor, device: torch.device) -> Tensor:
     """Host memory for segments of these lengths, pinned where ``device`` is a GPU.
 
     Raises

@@ -173,6 +173,16 @@ class LeveledKV(KVStorage):
         return self.exact.row_nbytes(row) + self.lines.row_nbytes(row)
 
     @property
+    def in_host_memory(self) -> bool:
+        """Whether lines are in host memory."""
+        return self.lines.in_host_memory
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of lines in host memory."""
+        return sum(arena.nbytes for arena in self.lines.rungs) if self.in_host_memory else 0
+
+    @property
     def tables(self) -> tuple[KVArena, ...]:
         """The exact entries' arena, which takes new ones, and those of the lines of each rung."""
         return self.exact, *self.lines.rungs
@@ -295,7 +305,15 @@ class LeveledKV(KVStorage):
             counts.append(tuple(n + after for n in columns.for_heads(len(lengths))))
         return torch.cat(parts) + spread(shifts, flat(counts), device), counts
 
-    # -- growing and freeing, in place ---------------------------------------------------------
+    # -- growing, moving and freeing, in place ---------------------------------------------------
+
+    def move_to_host(self) -> None:
+        """Move lines to host memory; see `CodedLines.move_to_host`."""
+        self.lines.move_to_host()
+
+    def move_to_device(self) -> None:
+        """Move lines back from host memory, if they are there."""
+        self.lines.move_to_device()
 
     def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
         """Code entries that are no longer among the newest, in place, as generated ones; whether any were.

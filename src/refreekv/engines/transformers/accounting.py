@@ -20,7 +20,7 @@ def layer_report(index: int, kind: str, layer: CacheLayerMixin) -> LayerReport:
         replace(row, bytes_before=full, bytes_after=held)
         for row, held in zip(layer.reports, _row_bytes(layer), strict=False)
     )
-    return LayerReport(index, kind, rows, layer.batch * full, _held_bytes(layer), _formats(layer))
+    return LayerReport(index, kind, rows, layer.batch * full, _held_bytes(layer), _formats(layer), _host_bytes(layer))
 
 
 def entry_bytes(layer: ReFreeKVLayer) -> int:
@@ -81,6 +81,12 @@ def _held_bytes(layer: ReFreeKVLayer) -> int:
     if layer.ragged is not None:
         return layer.ragged.nbytes + coded
     return coded + sum(_storage_bytes(tensor) for tensor in (layer.keys, layer.values))
+
+
+def _host_bytes(layer: ReFreeKVLayer) -> int:
+    """Bytes of them that are in host memory beside the device."""
+    coded = 0 if layer.reading is None else layer.reading.prompt.host_nbytes
+    return coded + (0 if layer.ragged is None else layer.ragged.host_nbytes)
 
 
 def _storage_bytes(tensor: Tensor | None) -> int:

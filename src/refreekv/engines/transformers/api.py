@@ -43,7 +43,7 @@ class ReFreeKVCache(PrunedCache):
     policy : str or Policy
         A policy, the name of one (see ``refreekv.policies.available()``), or a name with parameters as the
         command line takes it: ``"snapkv:ratio=0.5"``.
-    kv_dtype, decode, decode_interval, prompt_dtype, calibration, verify, keep_evicted
+    kv_dtype, decode, decode_interval, prompt_dtype, calibration, verify, keep_evicted, host_memory
         As for `compress`.
     **parameters
         Parameters of a policy given by name.
@@ -73,13 +73,15 @@ class ReFreeKVCache(PrunedCache):
         calibration: str | os.PathLike[str] | Calibration | None = None,
         verify: bool | float | str | Recheck = False,
         keep_evicted: str | HostStore | None = None,
+        host_memory: str | int | None = None,
         **parameters: Any,
     ):
         model = decoder_of(model)
         check_mode(decode)
         resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
         super().__init__(
-            model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted
+            model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted,
+            host_memory,
         )
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
@@ -93,6 +95,7 @@ class ReFreeKVCache(PrunedCache):
         *,
         verify: bool | float | str | Recheck = False,
         keep_evicted: str | HostStore | None = AUTO,
+        host_memory: str | int | None = None,
     ) -> Self:
         """Read a cache that `save` wrote, of this process or another, and go on with it.
 
@@ -104,7 +107,7 @@ class ReFreeKVCache(PrunedCache):
             The model that the cache was made for: its configuration, and a few of its weights, are compared.
         policy : str or Policy, optional
             Needed for policies that are not registered; has to be the one that the cache had.
-        verify : bool, float, str or Recheck
+        verify, host_memory
             As for `compress`: files do not say so.
         keep_evicted : str, HostStore or None
             As for `compress`; ``"auto"``: ``"host"`` if the file has what that keeps. None leaves it out.
@@ -130,8 +133,10 @@ class ReFreeKVCache(PrunedCache):
             settings.pop("prompt_dtype")
         if keep_evicted == AUTO:
             keep_evicted = "host" if saved.remembers else None
-        cache = cls(model, chosen_policy, **settings, verify=verify, keep_evicted=keep_evicted)
+        cache = cls(model, chosen_policy, **settings, verify=verify, keep_evicted=keep_evicted, host_memory=host_memory)
         saved.fill(cache, model)
+        if cache.state.host is not None:
+            cache.state.host.settle(cache.pruned_layers)
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -160,6 +165,8 @@ class CompressionSession:
         What of each request is read again over what was kept.
     keep_evicted : HostStore or None
         Where all that prompts held is kept for the next turn.
+    host_memory : str, int or None
+        Whether codes are in host memory.
     """
 
     def __init__(
@@ -172,11 +179,13 @@ class CompressionSession:
         prompt_dtype: str | KVDtype | None = AUTO,
         verify: bool | float | str | Recheck = False,
         keep_evicted: str | HostStore | None = None,
+        host_memory: str | int | None = None,
     ):
         self.policy = policy
         self.verify = verify
         # One store for all caches of the block.
         self.keep_evicted = HostStore.parse(keep_evicted)
+        self.host_memory = host_memory
         self._decode = decode
         self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
         self.decode_interval = decode_interval
@@ -244,6 +253,7 @@ class CompressionSession:
             self.prompt_dtype,
             self.verify,
             self.keep_evicted,
+            self.host_memory,
         )
         cache.bind(self._model)
         if not nested:
@@ -269,6 +279,7 @@ def compress(
     calibration: str | os.PathLike[str] | Calibration | None = None,
     verify: bool | float | str | Recheck = False,
     keep_evicted: str | HostStore | None = None,
+    host_memory: str | int | None = None,
     **parameters: Any,
 ) -> Iterator[CompressionSession]:
     """Prune the KV cache of everything that ``model`` generates inside the ``with`` block.
@@ -328,6 +339,11 @@ def compress(
         finds no room. Conversations used least recently go first; one that finds no room goes on over what was kept,
         and the report says so. On a CPU it takes the memory that eviction frees, but with a folder. A `HostStore` is
         one limit for the caches of several blocks. None: what is evicted is gone.
+    host_memory : str, int or None
+        ``"auto"``: codes that do not fit on the GPU are in pinned host memory, those of as many layers as it takes,
+        also while a prompt is read in chunks. They come to the GPU layer by layer ahead of their use, so that a token
+        takes as long as the bus takes for them. ``"8GiB"``, or a number of bytes: the codes of as many layers as that
+        holds. For models on one CUDA device, and with ``kv_dtype``.
     **parameters
         Parameters of a policy given by name.
 
@@ -354,7 +370,7 @@ def compress(
     model = decoder_of(model)
     resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
     session = CompressionSession(
-        model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted
+        model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted, host_memory
     )
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)

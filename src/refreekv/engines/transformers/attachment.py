@@ -284,6 +284,8 @@ class Attachment:
                 "refreekv cannot prune it"
             )
         if cache.state.take_changed():
+            if cache.state.host is not None:
+                cache.state.host.settle(cache.pruned_layers)
             cache.tell_owner()
 
 

@@ -11,8 +11,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from refreekv.core.footprint import Reader
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes, remembered
+from refreekv.engines.transformers.host_tier import HostTier, parse_host_memory
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.engines.transformers.read_again import Recheck
@@ -63,6 +65,8 @@ class PrunedCache(DynamicCache):
         `compress`.
     keep_evicted : str, HostStore or None
         Where all that prompts held is kept for the next turn; see `compress`.
+    host_memory : str, int or None
+        Whether codes that do not fit on the GPU, or so many bytes of them, are in host memory. See `compress`.
 
     Raises
     ------
@@ -81,6 +85,7 @@ class PrunedCache(DynamicCache):
         prompt_dtype: str | KVDtype | None = AUTO,
         verify: bool | float | str | Recheck = False,
         keep_evicted: str | HostStore | None = None,
+        host_memory: str | int | None = None,
     ):
         text = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -104,6 +109,14 @@ class PrunedCache(DynamicCache):
             codes_optional=isinstance(kv_dtype, str) and kv_dtype == AUTO,
             prompt_dtype=parse_prompt_dtype(prompt_dtype),
         )
+        wanted = parse_host_memory(host_memory)
+        if wanted is not None:
+            if self.kv_dtype is None:
+                raise ValueError(
+                    f"host_memory holds codes, and policy {policy.name!r} stores what it keeps as the model computes "
+                    "it: pass kv_dtype, such as 'int4', or leave host_memory out"
+                )
+            self.state.host = HostTier(None if isinstance(wanted, str) else wanted, Reader.of(text))
         for index, layer in enumerate(self.layers):
             # Exactly this class: its subclasses hold more than keys and values of all tokens.
             if type(layer) is DynamicLayer and self.kinds[index] != CROSS:
@@ -130,6 +143,11 @@ class PrunedCache(DynamicCache):
                 raise ValueError(
                     "keep_evicted keeps what a prompt's end evicts, and decode_interval evicts tokens of the answer, "
                     "too, which would be missing among them: leave one of them out"
+                )
+            if self.state.host is not None:
+                raise ValueError(
+                    "keep_evicted brings all of a conversation back to the GPU when a turn begins, and host_memory is "
+                    "for what does not fit there: leave one of them out"
                 )
             # All layers hold what they have read anyway under a policy that evicts and codes nothing.
             evicts = policy.frozen_layers != "all" and not isinstance(policy, Full)
@@ -167,7 +185,20 @@ class PrunedCache(DynamicCache):
             self.kv_dtype = None
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Say which model the cache is for, so that another one is refused."""
+        """Say which model the cache is for, so that another one is refused.
+
+        Raises
+        ------
+        ValueError
+            Codes are to be in host memory, and the model is not on one GPU.
+        """
+        if self.state.host is not None:
+            devices = {parameter.device for parameter in model.parameters()}
+            if len(devices) != 1 or next(iter(devices)).type != "cuda":
+                raise ValueError(
+                    "host_memory holds what does not fit on a GPU, and this model is on "
+                    f"{' and '.join(sorted(map(str, devices)))}: put it on one CUDA device, or leave host_memory out"
+                )
         self._model = self.state.model = weakref.ref(model)
 
     def check_model(self, model: torch.nn.Module) -> None:

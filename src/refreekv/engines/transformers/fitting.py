@@ -10,6 +10,7 @@ from torch import Tensor
 from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.device_memory import free_memory
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
 
@@ -116,9 +117,7 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> int | No
     if len(devices) != 1 or next(iter(devices)).type != "cuda" or new <= CHUNKS[-1]:
         return None
     device = next(iter(devices))
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return chunk_for(model, cache, rows, length, int(USABLE * free))
+    return chunk_for(model, cache, rows, length, int(USABLE * free_memory(device)))
 
 
 def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> int | None:

@@ -8,6 +8,7 @@ the model and the batch size alone: not on lengths, not on the cache.
 
 import copy
 import functools
+import itertools
 import logging
 import threading
 import warnings
@@ -22,17 +23,19 @@ from transformers.utils.generic import ModelOutput
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.engines.transformers import fingerprint
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.fusion import fused
 from refreekv.engines.transformers.handout import hand_out
+from refreekv.engines.transformers.host_tier import HostTier
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, cache_given
 from refreekv.kernels import Format
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import maps_of
+from refreekv.storage.staging import Copies, Lines, Staging
 
 logger = logging.getLogger("refreekv")
 
@@ -59,18 +62,19 @@ def check_mode(mode: str) -> None:
 class Form(NamedTuple):
     """What the entries of a layer are: exact ones, and those in the packed lines of each rung, where there are any.
 
-    Codes of the model's own are one object for all caches that have the same.
+    Codes of the model's own are one object for all caches that have the same. ``hosted``: lines are in host memory.
     """
 
     exact: Format
     packed: tuple[PackedFormat, ...] = ()
     codes: KeyCodes | None = None
+    hosted: bool = False
 
     @classmethod
     def of(cls, storage: KVStorage) -> "Form":
         """That of a storage with tables."""
         exact, coding = storage.tables[0].form, storage.coding
-        return cls(exact) if coding is None else cls(exact, coding.forms, coding.codes)
+        return cls(exact) if coding is None else cls(exact, coding.forms, coding.codes, storage.in_host_memory)
 
 
 class Reads(NamedTuple):
@@ -98,13 +102,26 @@ class Reads(NamedTuple):
             self.maps.key_mean.copy_(storage.coding.maps.key_mean)
             self.maps.value_mean.copy_(storage.coding.maps.value_mean)
 
+    @property
+    def lines(self) -> list[Lines]:
+        """The lines behind the tables, of which there are none yet."""
+        segments = [0] * len(self.tables[0])
+        return [
+            Lines(table, segments, form.line_bytes, FACTOR_BYTES)
+            for table, form in zip(self.tables[1:], self.form.packed, strict=True)
+        ]
+
 
 class TableLayer(DynamicLayer):
-    """What stands for a cache layer during a capture: it knows tables and nothing else."""
+    """What stands for a cache layer during a capture: it knows tables and nothing else.
 
-    def __init__(self, reads: Reads):
+    ``brought``: lets what is launched from then on find the lines of a layer in host memory; None: they are where the
+    tables say.
+    """
+
+    def __init__(self, reads: Reads, brought: Callable[[], tuple[Tensor, ...]] | None = None):
         super().__init__()
-        self.reads = reads
+        self.reads, self._brought = reads, brought
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries to wherever the table says."""
@@ -125,6 +142,8 @@ class TableLayer(DynamicLayer):
     ) -> Tensor:
         """Attend to wherever the tables say."""
         form, (exact, *lines), maps = self.reads
+        if self._brought is not None:
+            lines = list(self._brought())
         if maps is None:
             return kernels.ragged_decode(query, exact, form.exact, scaling=scaling, softcap=softcap, sinks=s_aux)
         stored = form.exact.key_type
@@ -147,8 +166,16 @@ class TableLayer(DynamicLayer):
 class TableCache(Cache):
     """The cache that the captured forward sees."""
 
-    def __init__(self, reads: Sequence[Reads]):
-        super().__init__(layers=[TableLayer(layer) for layer in reads])
+    def __init__(self, reads: Sequence[Reads], staging: Staging | None = None):
+        places = itertools.count()
+        super().__init__(
+            layers=[
+                TableLayer(layer, functools.partial(staging.use, next(places)))
+                if layer.form.hosted and staging is not None
+                else TableLayer(layer)
+                for layer in reads
+            ]
+        )
         self.length = 0
         self.length_asked = False
 
@@ -178,6 +205,7 @@ class Step:
         batch: int,
         segments: Sequence[int],
         forms: Sequence[Form],
+        copies: Copies | None = None,
     ):
         self.model, self.batch, self._forward = model, batch, forward
         device = next(model.parameters()).device
@@ -189,6 +217,8 @@ class Step:
                 Reads.nothing(form, batch, count, device) for form, count in zip(forms, segments, strict=True)
             ]
         self.tables = [table for layer in self.reads for table in layer.tables]
+        hosted = [layer.lines for layer in self.reads if layer.form.hosted]
+        self._staging = Staging(device, hosted, copies) if hosted else None
         self.weights = fingerprint.of_addresses(model)
         self.autocast = _autocast(device.type)
         # Weak: a graph must not keep a finished answer's keys and values alive.
@@ -207,12 +237,14 @@ class Step:
                 self._check_length()
 
     def _run(self) -> Any:
-        out = self._once(TableCache(self.reads))
+        out = self._once(TableCache(self.reads, self._staging))
         # The next token's, so that the host need not say them each time.
         self.positions.add_(1)
         return out
 
     def _once(self, cache: TableCache) -> Any:
+        if self._staging is not None:
+            self._staging.begin()
         return self._forward(
             input_ids=self.ids,
             position_ids=self.positions,
@@ -223,7 +255,7 @@ class Step:
 
     def _check_length(self) -> None:
         """Raise UncapturableError if more depends on the length of the cache than masks, such as positions."""
-        cache = TableCache(self.reads)
+        cache = TableCache(self.reads, self._staging)
         out = self._once(cache)
         if cache.length_asked and getattr(out, "logits", None) is not None:
             first, cache.length = out.logits.clone(), 7
@@ -291,6 +323,13 @@ class Step:
             layer.adopt(storage)
         self._owners = [weakref.ref(arena) for storage in storages for arena in storage.tables]
         self._next = -1
+        self.make_room(storages)
+
+    def make_room(self, storages: Sequence[KVStorage]) -> None:
+        """Have room on the device for what the storages have in host memory; asked whenever codes were added."""
+        if self._staging is not None:
+            hosted = [storage.tables[1:] for storage in storages if storage.in_host_memory]
+            self._staging.aim([[Lines.of(arena) for arena in arenas] for arenas in hosted])
 
     def release(self) -> None:
         """Give the tables back to whose they are."""
@@ -390,9 +429,10 @@ class Decoder:
         layers = self._layers(cache)
         storages = _storages(layers)
         with self._lock:
-            for layer in layers:
-                layer.code_older()
-            step = self._step_for(forward, ids.shape[0], storages)
+            coded = [layer.code_older() for layer in layers]
+            step = self._step_for(forward, ids.shape[0], storages, cache.state.host)
+            if any(coded):
+                step.make_room(storages)
             if not step.can_grow(length):
                 for layer in layers:
                     layer.reserve(1)
@@ -418,7 +458,9 @@ class Decoder:
             layers.append(layer)
         return layers
 
-    def _step_for(self, forward: Callable[..., Any], batch: int, storages: Sequence[KVStorage]) -> Step:
+    def _step_for(
+        self, forward: Callable[..., Any], batch: int, storages: Sequence[KVStorage], host: HostTier | None
+    ) -> Step:
         last = self._last
         autocast = _autocast(storages[0].keys.device.type)
         if last is not None and last.batch == batch and last.autocast == autocast and last.owned_by(storages):
@@ -436,7 +478,8 @@ class Decoder:
             step = self._last = None
         if step is None:
             try:
-                step = Step(self._model, forward, batch, key.segments, key.forms)
+                copies = None if host is None else host.copies
+                step = Step(self._model, forward, batch, key.segments, key.forms, copies)
             except torch.OutOfMemoryError:
                 raise
             except UncapturableError as error:

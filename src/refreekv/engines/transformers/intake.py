@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.quantisation import Ladder
+from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.handout import hand_out
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.engines.transformers.reading import LEAST_CHUNK, Reading
 from refreekv.engines.transformers.stored_layer import StoredLayer
 from refreekv.policies.joint import JointPolicy
 from refreekv.storage import trial
+from refreekv.storage.coding import Pair
+from refreekv.storage.hosted import HostedPrompts
 from refreekv.storage.unfinished import UnfinishedKV
 
 _log = logging.getLogger("refreekv")
@@ -151,9 +153,16 @@ class IntakeLayer(StoredLayer):
                 start, end = self._length - self._appended, self.state.end
                 assert end is not None
                 earlier = self.ragged or (self.dense if start else None)
-                codes = self.state.codes_of(self.ordinal)
-                self.reading = Reading(number, start, end, earlier, (keys, values), codes)
+                codes, host = self.state.codes_of(self.ordinal), self._host_for((keys, values), end - start, number)
+                self.reading = Reading(number, start, end, earlier, (keys, values), codes, host)
         return self.reading is not None
+
+    def _host_for(self, like: Pair, prompt: int, number: KVDtype) -> tuple[HostedPrompts, int] | None:
+        """Where in host memory a prompt's codes go; None: they stay on the device."""
+        host = self.state.host
+        if host is not None and self.ordinal == 0:
+            host.begin(like, self.state.layers, prompt, number)
+        return None if host is None else host.place(self.ordinal)
 
     def _is_worth_coding(self) -> bool:
         """Whether the present chunk is long enough, where nobody has asked: each decodes all that was read before."""

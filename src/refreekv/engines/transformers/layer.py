@@ -184,6 +184,8 @@ class ReFreeKVLayer(RememberingLayer):
         self.kept_columns = lasting(columns, self._pruned_length)
         self._padding = Padding()
         self._store(storage)
+        if self.state.host is not None:
+            self.state.host.take(self)
 
     def _in_place(self, chosen: Sequence[KeptRow], after: int) -> bool:
         """Whether all entries stay, and where they are is where they belong."""

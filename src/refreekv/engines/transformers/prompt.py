@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import KVDtype
 from refreekv.engines.transformers.handout import Handout, missing
+from refreekv.engines.transformers.host_tier import HostTier
 from refreekv.engines.transformers.proof import Proof
 from refreekv.policies import Policy
 from refreekv.pruning.joint import JointPruning
@@ -79,6 +80,8 @@ class PromptState:
         themselves.
     past : Past or None
         Where all that prompts held is kept, for the next turn to be read over; None: what is evicted is gone.
+    host : HostTier or None
+        Decides which layers' codes are in host memory; None: none are.
     """
 
     policy: Policy
@@ -101,6 +104,7 @@ class PromptState:
     forward: int | None = None
     verification: "Verification | None" = None
     past: Past | None = None
+    host: HostTier | None = None
     _frame: int | None = None
     _pending: list[Callable[[], None]] = field(default_factory=list)
 
@@ -178,6 +182,8 @@ class PromptState:
             self.verification.clear()
         if self.past is not None:
             self.past.clear()
+        if self.host is not None:
+            self.host.clear()
 
     def take_changed(self) -> bool:
         """Whether a layer was pruned since this was last asked."""

@@ -7,6 +7,7 @@ from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.policies.base import AUTO
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import Pair
+from refreekv.storage.hosted import HostedPrompts
 from refreekv.storage.unfinished import UnfinishedKV
 
 LEAST_CHUNK = 64
@@ -36,9 +37,10 @@ class Reading:
         earlier: KVStorage | Pair | None,
         like: Pair,
         codes: KeyCodes | None = None,
+        host: tuple[HostedPrompts, int] | None = None,
     ):
         self.start, self.earlier = start, earlier
-        self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes)
+        self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes, host=host)
         self.comes_back = False
         self._chunk: Pair | None = None
 

@@ -160,11 +160,13 @@ class StoredLayer(DynamicLayer):
         if self.ragged.reserve(tokens):
             self._store(self.ragged)
 
-    def code_older(self) -> None:
-        """Code generated entries that are no longer among the newest, where entries are coded."""
+    def code_older(self) -> bool:
+        """Code generated entries that are no longer among the newest, where entries are coded; whether any were."""
         assert self.ragged is not None
-        if self.ragged.code_older():
+        coded = self.ragged.code_older()
+        if coded:
             self._store(self.ragged)
+        return coded
 
     def note_appended(self, tokens: int) -> None:
         """Count entries that a captured forward wrote to the arena."""
