@@ -74,6 +74,8 @@ class Conversation:
         What of each turn is read again over what was kept; see `refreekv.compress`.
     keep_evicted : HostStore, optional
         Where all that was read is kept for the next message; None: what is evicted is gone.
+    host_memory : str or int, optional
+        Whether codes are in host memory; see `refreekv.compress`.
     system : str, optional
         A system prompt.
     max_new_tokens : int
@@ -97,6 +99,7 @@ class Conversation:
         kv_dtype: str | None = "auto",
         verify: Any = False,
         keep_evicted: HostStore | None = None,
+        host_memory: str | int | None = None,
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
@@ -107,6 +110,7 @@ class Conversation:
         self.kv_dtype = kv_dtype
         self.verify = verify
         self.keep_evicted = keep_evicted
+        self.host_memory = host_memory
         self.system = system
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -274,6 +278,7 @@ class Conversation:
                 kv_dtype=self.kv_dtype,
                 verify=self.verify,
                 keep_evicted=self.keep_evicted,
+                host_memory=self.host_memory,
             )
         except (ValueError, TypeError) as error:
             raise UserError(one_line(error)) from error

@@ -57,7 +57,17 @@ KeepEvictedOption = Annotated[
         metavar="auto|host[:limit=SIZE,folder=DIR]|off",
         help="host: what is evicted goes to host memory, in 8 bits, and comes back for the next message, which is read "
         "over everything. At most a quarter of what is free, then DIR if there is one. auto: host on a GPU; off on a "
-        "CPU, where it takes the memory that eviction frees.",
+        "CPU, where it takes the memory that eviction frees, and with --host-memory.",
+    ),
+]
+
+HostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host-memory",
+        metavar="auto|SIZE",
+        help="Hold codes that do not fit on the GPU in the host's memory: those of as many layers as it takes, or as "
+        "SIZE (8GiB) holds.",
     ),
 ]
 

@@ -71,12 +71,15 @@ def calibrated(
         raise UserError(one_line(error)) from error
 
 
-def store_of(keep_evicted: str, device: "torch.device") -> "HostStore | None":
-    """Where conversations on a device keep what is evicted; None: nowhere. `UserError` for a text that is no choice."""
+def store_of(keep_evicted: str, device: "torch.device", host_memory: str | None = None) -> "HostStore | None":
+    """Where conversations on a device keep what is evicted; None: nowhere. `UserError` for a text that is no choice.
+
+    With ``host_memory``, which is for what does not fit on the device, nothing is kept that nobody asked for.
+    """
     from refreekv.storage.host_store import HostStore
 
     if keep_evicted == "auto":
-        keep_evicted = "off" if device.type == "cpu" else "host"
+        keep_evicted = "off" if device.type == "cpu" or host_memory is not None else "host"
     try:
         return None if keep_evicted == "off" else HostStore.parse(keep_evicted)
     except ValueError as error:

@@ -23,6 +23,7 @@ class ServeOptions:
     calibration: str | None = None
     verify: str | None = None
     keep_evicted: str = "auto"
+    host_memory: str | None = None
     weights: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -148,7 +149,8 @@ def _application(loaded: Loaded, options: ServeOptions, sizes: _Sizes, key: str 
             policy,
             kv_dtype=kv_dtype,
             verify=verify,
-            keep_evicted=running.store_of(options.keep_evicted, loaded.device),
+            keep_evicted=running.store_of(options.keep_evicted, loaded.device, options.host_memory),
+            host_memory=options.host_memory,
             memory_limit=memory_for_caches(loaded.device) if sizes.memory is None else sizes.memory,
             disk_limit=sizes.disk,
             folder=options.cache_folder,

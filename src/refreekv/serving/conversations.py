@@ -73,6 +73,8 @@ class Conversations:
         What of each request is read again over what is kept, as for `compress`: of prompts only.
     keep_evicted : HostStore, optional
         Where all that was read is kept for the next request; None: what is evicted is gone.
+    host_memory : str or int, optional
+        Whether codes are in host memory, as for `compress`.
     memory_limit : int
         Bytes of caches in memory that no request is using.
     disk_limit : int
@@ -90,11 +92,13 @@ class Conversations:
         kv_dtype: str | None = "auto",
         verify: Any = False,
         keep_evicted: HostStore | None = None,
+        host_memory: str | int | None = None,
         memory_limit: int,
         disk_limit: int = 0,
         folder: str | os.PathLike[str] | None = None,
     ):
-        self._model, self._policy, self._kv_dtype, self._verify = model, policy, kv_dtype, verify
+        self._model, self._policy, self._kv_dtype = model, policy, kv_dtype
+        self._verify, self._host_memory = verify, host_memory
         self.keep_evicted = keep_evicted
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self._parent = folder
@@ -176,6 +180,7 @@ class Conversations:
             kv_dtype=self._kv_dtype,
             verify=self._verify,
             keep_evicted=self.keep_evicted,
+            host_memory=self._host_memory,
         )
 
     def _shrink(self, limit: int) -> None:
@@ -210,7 +215,12 @@ class Conversations:
         assert held.file is not None
         try:
             return ReFreeKVCache.load(
-                held.file, self._model, self._policy, verify=self._verify, keep_evicted=self.keep_evicted
+                held.file,
+                self._model,
+                self._policy,
+                verify=self._verify,
+                keep_evicted=self.keep_evicted,
+                host_memory=self._host_memory,
             )
         except (ValueError, OSError) as error:
             logger.warning("a conversation is read again: %s", error)

@@ -229,6 +229,11 @@ def test_what_cannot_be_is_refused(llama):
         pass
     with pytest.raises(ValueError, match="host_memory '8' has no unit"):
         ReFreeKVCache(llama, "full", kv_dtype="int4", host_memory="8")
+    odd = build("llama", attention="sdpa", head_dim=8)
+    cache = ReFreeKVCache(odd, "adaptive")
+    cache.state.host = HostTier(None, READER)
+    with pytest.raises(ValueError, match="packs heads of a multiple of 16 elements"), torch.no_grad():
+        odd(prompts((20,), seed=1)[0], past_key_values=cache)
     assert parse_host_memory("8GiB") == 2**33
     assert parse_host_memory(5) == 5
     for wrong in (0, -3):

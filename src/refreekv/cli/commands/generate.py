@@ -21,6 +21,7 @@ def generate(
     kv_dtype: options.KVDtypeOption = "auto",
     calibration: options.CalibrationOption = None,
     verify: options.VerifyOption = None,
+    host_memory: options.HostMemoryOption = None,
     max_new_tokens: options.MaxNewTokensOption = 128,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
@@ -49,7 +50,9 @@ def generate(
     streaming = sys.stdout.isatty() and not as_json
     with contextlib.ExitStack() as stack:
         with refusals():
-            session = stack.enter_context(refreekv.compress(loaded.model, parsed, kv_dtype=stored, verify=verifying))
+            session = stack.enter_context(
+                refreekv.compress(loaded.model, parsed, kv_dtype=stored, verify=verifying, host_memory=host_memory)
+            )
         stream = None
         if streaming:
             from transformers import TextStreamer

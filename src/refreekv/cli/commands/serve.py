@@ -23,7 +23,7 @@ BOTH = {"host": "--host", "port": "--port", "api_key": "--api-key", "dtype": "--
 LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-map",
          "api_key_file": "--api-key-file", "allow_origin": "--allow-origin", "max_context": "--max-context",
          "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder",
-         "verify": "--verify", "keep_evicted": "--keep-evicted"}  # fmt: skip
+         "verify": "--verify", "keep_evicted": "--keep-evicted", "host_memory": "--host-memory"}  # fmt: skip
 VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests",
         "dry_run": "--dry-run"}  # fmt: skip
 
@@ -51,6 +51,7 @@ def serve(
     calibration: CalibrationOption = None,
     verify: VerifyOption = None,
     keep_evicted: options.KeepEvictedOption = "auto",
+    host_memory: options.HostMemoryOption = None,
     layers_per_group: Annotated[
         int,
         typer.Option(

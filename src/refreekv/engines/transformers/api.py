@@ -80,7 +80,14 @@ class ReFreeKVCache(PrunedCache):
         check_mode(decode)
         resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
         super().__init__(
-            model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted,
+            model.config,
+            resolved,
+            stored,
+            decode,
+            decode_interval,
+            prompt_dtype,
+            reading or False,
+            keep_evicted,
             host_memory,
         )
         self.bind(model)

@@ -104,7 +104,9 @@ class IntakeLayer(StoredLayer):
             )
         if self._length == 0:
             sizes = keys.shape[3], values.shape[3]
-            if self.ladder is not None and not (self.state.codes_optional and any(size % 16 for size in sizes)):
+            # Nobody asked for codes; who asks for them in host memory did.
+            spared = self.state.codes_optional and self.state.host is None and any(size % 16 for size in sizes)
+            if self.ladder is not None and not spared:
                 self.ladder.forms(sizes)
                 self._try_codes(keys, values)
             else:
