@@ -44,7 +44,22 @@ def _facts(plan: Plan) -> dict[str, str]:
     }
     if plan.expected is not None and plan.geometry.prunable:
         facts["Expected from"] = plan.expected.source
+    if plan.stored_source:
+        facts["Widths"] = plan.stored_source
+    if machine.host and len(plan.rows) > 1:
+        facts |= {f"Host memory, {row.scenario}": _hosted(plan, row) for row in plan.rows[1:]}
     return facts
+
+
+def _hosted(plan: Plan, row: Row) -> str:
+    layers = len(plan.geometry.prunable)
+    if not row.host_bytes:
+        return "not needed"
+    step = "" if row.step_seconds is None else f"; a step takes at least {1e3 * row.step_seconds:.0f} ms"
+    return (
+        f"codes of {row.host_reading_layers} of {layers} layers while a prompt is read, of {row.host_layers} while "
+        f"tokens are generated: {format_size(row.host_bytes)} at most{step}"
+    )
 
 
 def _scenarios(plan: Plan) -> Table:

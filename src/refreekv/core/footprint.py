@@ -1,14 +1,61 @@
 """What keys and values take while a prompt is read and once it is: the arithmetic of plans and of forecasts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from refreekv.core.quantisation import FLUSH, SINKS, KVDtype
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.quantisation import FLUSH, SINKS, Count, KVDtype, Ladder
 
 LayerKind = Literal["full", "window", "latent", "state"]
 PLAIN_BYTES = 2
 """Bytes of an element in bfloat16 or float16, the precision that K/V is computed in."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Entries in several number formats, such a share of the coded ones in each.
+
+    Attributes
+    ----------
+    ladder : Ladder
+        The formats.
+    shares : tuple of float
+        Of each, from 0 to 1; 1 in all.
+
+    Raises
+    ------
+    ValueError
+        Shares that are not one for each format, or are not 1 in all.
+    """
+
+    ladder: Ladder
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.ladder.rungs) or abs(sum(self.shares) - 1) > 1e-3:
+            raise ValueError(f"expected a share for each of {self.ladder}, 1 in all, got {self.shares}")
+
+    def __str__(self) -> str:
+        return str(self.ladder)
+
+    @property
+    def recent(self) -> int:
+        """The newest entries that stay as they are."""
+        return self.ladder.recent
+
+    def form(self, sizes: Sequence[int]) -> PackedFormat:
+        """The lines of the widest format; see `KVDtype.form`."""
+        return self.ladder.rungs[-1].form(sizes)
+
+    def coded(self, entries: Count) -> Count:
+        """How many of a KV head's entries are coded."""
+        return self.ladder.coded(entries)
+
+    def entry_bytes(self, sizes: Sequence[int]) -> float:
+        """Bytes of a coded entry on average, and the two bits that say which format it is in."""
+        each = zip(self.ladder.rungs, self.shares, strict=True)
+        return sum(rung.entry_bytes(sizes) * share for rung, share in each) + 0.25 * (len(self.shares) > 1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +83,7 @@ class LayerKV:
         held = min(tokens, self.window) if self.window is not None else tokens
         return held * self.elements * self.itemsize + self.state_bytes
 
-    def takes(self, number: KVDtype) -> bool:
+    def takes(self, number: "KVDtype | Mix") -> bool:
         """Whether entries of these sizes can be stored in a number format."""
         try:
             number.form((self.key_size, self.value_size))
@@ -44,11 +91,11 @@ class LayerKV:
             return False
         return True
 
-    def line_bytes(self, number: KVDtype) -> int:
+    def line_bytes(self, number: "KVDtype | Mix") -> float:
         """Bytes of one token stored in a number format, scales included."""
         return self.heads * number.entry_bytes((self.key_size, self.value_size))
 
-    def stored_bytes(self, entries: float, number: KVDtype | None) -> float:
+    def stored_bytes(self, entries: float, number: "KVDtype | Mix | None") -> float:
         """Bytes of so many tokens in a number format, which leaves the first and the newest as they are."""
         if number is None:
             return self.bytes(entries)
@@ -107,6 +154,20 @@ def reading_bytes(
     widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0)
     # Layer by layer the one becomes the other.
     return max(coded, kept) + staged + copies * widest
+
+
+def least_hosted(fits: Callable[[int], bool], most: int) -> int:
+    """The fewest layers whose codes have to be in host memory so that something fits; ``most`` if none do.
+
+    Beyond the first one each further layer there makes it fit better.
+    """
+    if most <= 0 or fits(0):
+        return 0
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
 
 
 def activation_elements(text: Any) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from refreekv.core.footprint import PLAIN_BYTES, LayerKind, LayerKV
+from refreekv.core.footprint import PLAIN_BYTES, LayerKind, LayerKV, Mix
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.source import Model, ModelError
 
@@ -42,21 +42,23 @@ class Geometry:
             int(layer.bytes(layer.window or 0)) for layer in self.layers if layer.kind not in ("full", "latent")
         ) + sum(layer.state_bytes for layer in self.layers if layer.kind in ("full", "latent"))
 
-    def stored_per_token(self, number: KVDtype | None) -> int:
+    def stored_per_token(self, number: KVDtype | Mix | None) -> int:
         """`bytes_per_token` with the prunable layers in a number format."""
         if number is None:
             return self.bytes_per_token
-        return sum(
-            layer.line_bytes(number) if layer.kind == "full" else layer.elements * PLAIN_BYTES
-            for layer in self.layers
-            if layer.kind in ("full", "latent")
+        return round(
+            sum(
+                layer.line_bytes(number) if layer.kind == "full" else layer.elements * PLAIN_BYTES
+                for layer in self.layers
+                if layer.kind in ("full", "latent")
+            )
         )
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes of a full cache of ``tokens`` tokens."""
         return int(sum(layer.bytes(tokens) for layer in self.layers))
 
-    def kept_bytes(self, prompt: int, output: int, budget: float, number: KVDtype | None) -> int:
+    def kept_bytes(self, prompt: int, output: int, budget: float, number: KVDtype | Mix | None) -> int:
         """Bytes of a request of which the share ``budget`` of the prompt is kept, and all of the output.
 
         The first and the newest entries stay in the precision of the model, as `refreekv.KVDtype` says.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from refreekv.core.footprint import PLAIN_BYTES, Reader, chunked_bytes
+from refreekv.core.footprint import PLAIN_BYTES, Mix, Reader, chunked_bytes, least_hosted
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.geometry import Geometry
 
@@ -25,6 +25,7 @@ class Machine:
     logit_bytes: int  # bytes of one token's logits; one line for each request
     chunk: int | None = None  # prompt tokens read in one call; None: the whole prompt
     reader: Reader | None = None  # the model's, where prompts that are coded chunk by chunk are asked about
+    host: int = 0  # bytes of host memory for codes that do not fit
 
     @property
     def available(self) -> int:
@@ -38,7 +39,7 @@ class Scenario:
 
     name: str  # what to call it
     budget: Callable[[int], float]  # prompt tokens to the share of them that is kept
-    number: KVDtype | None = None  # how kept entries are stored
+    number: KVDtype | Mix | None = None  # how kept entries are stored
     compacts: bool = True  # whether the prompt is held in full before it is compacted
     # how a prompt that is read in chunks is held until its end; None: in the model's precision
     prompt_number: KVDtype | None = None
@@ -70,6 +71,11 @@ class Use:
     # K/V and activations at the worse of two moments: when the last request's prompt is read beside the others, and at
     # the end
     peak: int
+    # layers whose codes are in host memory, while a prompt is read and while tokens are generated
+    reading_layers: int = 0
+    layers: int = 0
+    host: int = 0  # bytes of what is there while tokens are generated, of all requests
+    most_host: int = 0  # and at most
 
 
 def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
@@ -79,26 +85,64 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     scenario's format or in the model's precision; see `chunked_bytes`. Read in one call, each layer is compacted when
     the next one is done, so two layers are full at a time.
 
-    K/V in a number format is decoded in place.
+    K/V in a number format is decoded in place. Codes that do not fit are in host memory, if the machine has some for
+    them: those of as many full-attention layers as it takes, and two layers' pass through the device.
     """
     budget = scenario.budget(load.prompt)
     one = geometry.kept_bytes(load.prompt, load.output, budget, scenario.number)
     before = geometry.kept_bytes(load.prompt, 0, budget, scenario.number)
-    full = geometry.full_bytes(load.prompt)
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
-    beside = called * machine.activation_bytes
-    if called < load.prompt and scenario.prompt_number is not None:
-        reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
-        number, layers = scenario.prompt_number, geometry.layers
-        reading, beside = int(chunked_bytes(layers, load.prompt, called, number, before, reader)), 0
-    elif scenario.compacts:
-        widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
-        reading = full if called < load.prompt else min(full, int(before + 2 * widest))
-    else:
-        reading = before
-    prefill = (load.requests - 1) * one + reading + beside
-    decode = load.requests * (one + machine.activation_bytes)
-    return Use(load.requests * one, max(prefill, decode) + load.requests * machine.logit_bytes)
+    kept_codes = _codes(geometry, scenario.number, budget * load.prompt)
+    read = scenario.prompt_number if called < load.prompt else None
+    read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in geometry.prunable), default=0)
+    logits = load.requests * machine.logit_bytes
+
+    def at_the_end(hosted: int) -> float:
+        staged = min(hosted, 2) * load.requests * kept_codes
+        own = load.requests * (one - hosted * kept_codes + machine.activation_bytes)
+        return own + staged + logits
+
+    def while_reading(hosted: int) -> float:
+        beside = called * machine.activation_bytes
+        if read is not None:
+            reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
+            reading = chunked_bytes(geometry.layers, load.prompt, called, read, before, reader, hosted=hosted)
+            beside = 0
+        elif scenario.compacts:
+            full = geometry.full_bytes(load.prompt)
+            widest = max((layer.bytes(load.prompt) for layer in geometry.prunable), default=0)
+            reading = full if called < load.prompt else min(full, int(before + 2 * widest))
+        else:
+            reading = before
+        return (load.requests - 1) * (one - layers * kept_codes) + int(reading) + beside + logits
+
+    def most(codes: float, room: float) -> int:
+        return min(len(geometry.prunable), int(room // codes)) if codes else 0
+
+    layers = least_hosted(
+        lambda hosted: at_the_end(hosted) <= machine.available, most(load.requests * kept_codes, machine.host)
+    )
+    others = (load.requests - 1) * layers * kept_codes
+    reading_layers = least_hosted(
+        lambda hosted: while_reading(hosted) <= machine.available, most(read_codes, machine.host - others)
+    )
+    host = int(load.requests * layers * kept_codes)
+    return Use(
+        load.requests * one,
+        int(max(while_reading(reading_layers), at_the_end(layers))),
+        reading_layers,
+        layers,
+        host,
+        max(host, int(others + reading_layers * read_codes)),
+    )
+
+
+def _codes(geometry: Geometry, number: KVDtype | Mix | None, entries: float) -> float:
+    """Bytes of the codes of one full-attention layer that keeps so many entries: the largest one's."""
+    if number is None:
+        return 0
+    sizes = (layer.line_bytes(number) * number.coded(entries) for layer in geometry.prunable if layer.takes(number))
+    return max(sizes, default=0.0)
 
 
 def fits(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> bool:

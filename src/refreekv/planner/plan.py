@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from refreekv.core.footprint import Reader, activation_elements
+from refreekv.core.footprint import Mix, Reader, activation_elements
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.core.units import format_size
 from refreekv.planner.budgets import Expected
@@ -21,6 +21,18 @@ CHUNK = 2048
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """Bytes a second that memories give in practice."""
+
+    memory: float  # the GPU's own
+    bus: float  # the host's, over the bus
+
+    def step(self, here: float, there: float) -> float:
+        """Seconds of a step that reads so many bytes of each: they come beside each other."""
+        return max(here / self.memory, there / self.bus)
+
+
+@dataclass(frozen=True)
 class Row:
     """One scenario."""
 
@@ -33,6 +45,12 @@ class Row:
     fits: bool  # whether that is in the machine's memory
     longest_context: int  # for the asked number of requests
     requests: int  # that fit at once, of the asked context
+    # layers whose codes are in host memory: while a prompt is read, and while tokens are generated
+    host_reading_layers: int = 0
+    host_layers: int = 0
+    host_bytes: int = 0  # of host memory at most
+    # a step at least: all that it reads, of the GPU's memory and over the bus beside it; None: nobody said how fast
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +64,13 @@ class Plan:
     machine: Machine
     load: Load
     policy: str
-    number: KVDtype | None
+    number: KVDtype | Mix | None
     expected: Expected | None
     scenarios: tuple[Scenario, ...]
     rows: tuple[Row, ...]
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    stored_source: str = ""  # where the shares of several number formats are from
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, ready for JSON."""
@@ -66,6 +85,8 @@ class Plan:
                 "stored_bytes_per_token": geometry.stored_per_token(self.number),
                 "bounded_bytes": geometry.bounded_bytes,
                 "dtype": "bf16" if self.number is None else str(self.number),
+                "shares": list(self.number.shares) if isinstance(self.number, Mix) else None,
+                "shares_from": self.stored_source or None,
             },
             "weights": asdict(self.weights),
             "machine": asdict(self.machine),
@@ -84,12 +105,16 @@ def make(
     memory: int,
     load: Load,
     weights: str | None = None,
-    number: KVDtype | None = None,
+    number: KVDtype | Mix | None = None,
+    worst: KVDtype | Mix | None = None,
+    stored_source: str = "",
     policy: str = "",
     expected: Expected | None = None,
     reserve: int = RESERVE,
     chunk: int | None = CHUNK,
     prompt_number: KVDtype | None = PROMPT_DTYPE,
+    host: int = 0,
+    speeds: Speeds | None = None,
 ) -> Plan:
     """Work out what a model takes.
 
@@ -103,8 +128,12 @@ def make(
         What is asked for.
     weights : str, optional
         ``"bf16"``, ``"int8"`` or ``"int4"``; None: as the checkpoint is.
-    number : KVDtype, optional
+    number : KVDtype or Mix, optional
         How kept K/V is stored.
+    worst : KVDtype or Mix, optional
+        How it is stored where the policy keeps everything; as ``number`` if nobody says.
+    stored_source : str
+        Where the shares of a `Mix` are from, in words.
     policy : str
         Name of the policy, for the record.
     expected : Expected, optional
@@ -115,6 +144,10 @@ def make(
         Prompt tokens in one call; None: all.
     prompt_number : KVDtype or None
         How a prompt that is read in chunks is held until its end; None: in the model's precision.
+    host : int
+        Bytes of host memory for codes that do not fit on the GPU.
+    speeds : Speeds, optional
+        What memories give, to say what a step takes.
 
     Raises
     ------
@@ -140,14 +173,20 @@ def make(
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,
         reader=Reader.of(model.text),
+        host=host,
     )
+    if host and number is None:
+        raise ValueError("host memory holds codes, and K/V is to be stored as it is computed: choose --kv auto or int4")
     scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:
         held = prompt_number
-        scenarios.append(Scenario("worst case", lambda _: 1.0, number, compacts=number is not None, prompt_number=held))
+        at_worst = number if worst is None else worst
+        scenarios.append(
+            Scenario("worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held)
+        )
         if expected is not None:
             scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held))
-    rows = tuple(_row(geometry, machine, scenario, load, model.context) for scenario in scenarios)
+    rows = tuple(_row(geometry, machine, scenario, load, model.context, speeds) for scenario in scenarios)
     return Plan(
         model,
         geometry,
@@ -162,10 +201,13 @@ def make(
         rows,
         tuple(_advice(model, counts, geometry, machine, scenarios[-1], load, rows)) if not rows[-1].fits else (),
         tuple(_notes(geometry, expected, load, number, rows)),
+        stored_source,
     )
 
 
-def _row(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, limit: int | None) -> Row:
+def _row(
+    geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, limit: int | None, speeds: Speeds | None
+) -> Row:
     taken = use(geometry, machine, scenario, load)
     budget = scenario.budget(load.prompt)
     latent = sum(2 * layer.elements for layer in geometry.layers if layer.kind == "latent")
@@ -180,6 +222,10 @@ def _row(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, l
         taken.peak <= machine.available,
         longest_context(geometry, machine, scenario, load, limit),
         most_requests(geometry, machine, scenario, load),
+        taken.reading_layers,
+        taken.layers,
+        taken.most_host,
+        None if speeds is None else speeds.step(machine.weights + taken.kv - taken.host, taken.host),
     )
 
 
@@ -219,6 +265,14 @@ def _advice(
         both = (pair for pair in pairs if fits(replace(machine, weights=sizes[pair[0]]), _stored(scenario, pair[1])))
         for form, kind in itertools.islice(both, 1):
             advice.append(f"{_weight_advice(form, sizes[form])}, and {_kv_advice(kind)}")
+    if not machine.host and scenario.number is not None:
+        there = use(geometry, replace(machine, host=2**50), scenario, load)
+        if there.peak <= machine.available:
+            count, size = max(there.layers, there.reading_layers), format_size(there.most_host)
+            advice.append(
+                f"hold codes of {count} layers in {size} of host memory: --host-memory auto (compress(model, "
+                "host_memory='auto'))"
+            )
     if row.requests >= 1:
         advice.append(f"at most {row.requests:,} of these requests at once: --concurrency {row.requests}")
     if row.longest_context >= 1:
@@ -227,7 +281,7 @@ def _advice(
     return advice
 
 
-def _stored(scenario: Scenario, number: KVDtype | None) -> Scenario:
+def _stored(scenario: Scenario, number: KVDtype | Mix | None) -> Scenario:
     return replace(scenario, number=number, compacts=True)
 
 
@@ -240,7 +294,7 @@ def _weight_advice(form: str, size: int) -> str:
 
 
 def _notes(
-    geometry: Geometry, expected: Expected | None, load: Load, number: KVDtype | None, rows: Sequence[Row]
+    geometry: Geometry, expected: Expected | None, load: Load, number: KVDtype | Mix | None, rows: Sequence[Row]
 ) -> list[str]:
     notes = []
     kinds = {layer.kind for layer in geometry.layers}

@@ -13,10 +13,14 @@ from refreekv.cli.options import DEFAULT_POLICY, JsonOption, PolicyOption
 
 if TYPE_CHECKING:
     from refreekv.planner.fleet import Result, Speed
-    from refreekv.planner.plan import Plan
+    from refreekv.planner.plan import Plan, Speeds
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_OUTPUT = 512
+BUS = "50GB"
+"""PCIe 5.0 x16 in practice; 4.0 gives half of it."""
+UNLIMITED = 2**50
+"""Bytes of host memory, where as much as it takes is asked for."""
 
 LEFT_OUT = (
     "The simulation leaves out prefix caching, speculative decoding, swapping, priorities, tensor parallelism inside "
@@ -52,7 +56,13 @@ def plan(
         ),
     ] = None,
     kv: Annotated[
-        str | None, typer.Option("--kv", metavar="bf16|int8|int4|k6v4", help="How kept K/V is stored. Default: bf16.")
+        str | None,
+        typer.Option(
+            "--kv",
+            metavar="bf16|int8|int4|k6v4|auto",
+            help="How kept K/V is stored; auto: in the policy's own widths, as compress does, in measured shares. "
+            "Default: bf16.",
+        ),
     ] = None,
     prompt_kv: Annotated[
         str,
@@ -62,6 +72,17 @@ def plan(
             help="How a prompt read in chunks is held until its end (compress: prompt_dtype; in vLLM: bf16).",
         ),
     ] = "int8",
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory",
+            metavar="auto|SIZE",
+            help="Host memory for codes that do not fit on the GPU, with --kv; auto: as much as it takes.",
+        ),
+    ] = None,
+    bus: Annotated[
+        str, typer.Option("--bus", metavar="SIZE", help="Bytes a second that come from host memory in practice.")
+    ] = BUS,
     policy: PolicyOption = DEFAULT_POLICY,
     prefill_chunk: Annotated[
         str, typer.Option("--prefill-chunk", metavar="TOKENS", help="Prompt tokens read in one call, or all.")
@@ -127,13 +148,21 @@ def plan(
     with refusals():
         from refreekv.core.units import parse_bytes
         from refreekv.planner.fleet import Speed
+        from refreekv.planner.plan import Speeds
 
         memory, kept_free = parse_bytes(vram, "--vram"), parse_bytes(reserve, "--reserve")
         speed = Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, step_overhead / 1000)
-        stored = kv, prompt_kv
+        host = 0
+        if host_memory is not None:
+            host = UNLIMITED if host_memory == "auto" else parse_bytes(host_memory, "--host-memory")
+            if trace is not None:
+                raise UserError(
+                    "--host-memory is for compress, and a simulated load is one of an engine: leave one out"
+                )
         made = _make(
-            model, memory, kept_free, context, output, concurrency, weights, stored, policy, prefill_chunk, budgets
-        )
+            model, memory, kept_free, context, output, concurrency, weights, (kv, prompt_kv), policy, prefill_chunk,
+            budgets, host, Speeds(speed.bandwidth, parse_bytes(bus, "--bus")),
+        )  # fmt: skip
     load = None
     if trace is not None:
         load = _simulate(made, trace, gpus, speed, price, target, block_size, max_running)
@@ -197,18 +226,19 @@ def _make(
     policy: str,
     prefill_chunk: str,
     budgets: Path | None,
+    host: int,
+    speeds: "Speeds",
 ) -> "Plan":
     """The plan, from what stands on the command line; what is wrong there is a ValueError."""
     from refreekv.core.quantisation import PROMPT_DTYPE
     from refreekv.core.units import parse_tokens
     from refreekv.engines.transformers.reading import parse_prompt_dtype
     from refreekv.planner import budgets as measured
-    from refreekv.planner import source
+    from refreekv.planner import source, widths
     from refreekv.planner.memory import Load
     from refreekv.planner.plan import make
 
     parsed = refreekv.policies.parse(policy)
-    number = None if kv[0] in (None, "bf16") else refreekv.KVDtype.parse(kv[0])
     held = None if kv[1] == "bf16" else parse_prompt_dtype(kv[1])
     prompt_number = PROMPT_DTYPE if isinstance(held, str) else held
     chunk = None if prefill_chunk == "all" else parse_tokens(prefill_chunk, "--prefill-chunk")
@@ -227,17 +257,22 @@ def _make(
         tokens = min(DEFAULT_CONTEXT, found.context or DEFAULT_CONTEXT)
     if generated is None:
         generated = min(DEFAULT_OUTPUT, tokens // 2)
+    stored = widths.stored(parsed, kv[0] or "bf16", found.name)
     return make(
         found,
         memory=memory,
         load=Load(tokens, generated, concurrency),
         weights=weights,
-        number=number,
+        number=stored.expected,
+        worst=stored.worst,
+        stored_source=stored.source,
         policy=policy,
         expected=measured.expected(parsed, found.name, own),
         reserve=reserve,
         chunk=chunk,
         prompt_number=prompt_number,
+        host=host,
+        speeds=speeds,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from refreekv.core.footprint import LayerKV, Reader, chunked_bytes
+from refreekv.core.footprint import LayerKV, Reader, chunked_bytes, least_hosted
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.units import parse_bytes
 from refreekv.engines.transformers.device_memory import free_memory
@@ -75,14 +75,14 @@ class HostTier:
         device, (rows, heads, tokens) = keys.device, keys.shape[:3]
         itemsize = max(keys.element_size(), values.element_size())
         layer = LayerKV("full", rows * heads, keys.shape[3], values.shape[3], itemsize=itemsize)
-        count = most = self.most(layer, layers, prompt, number, device)
+        count = self.most(layer, layers, prompt, number, device)
         if self.limit is None:
-            free = self._free(device) - MARGIN
-            for hosted in range(most):
-                needed = chunked_bytes([layer] * layers, prompt, rows * tokens, number, 0, self._reader, hosted=hosted)
-                if needed <= free:
-                    count = hosted
-                    break
+            free, kinds = self._free(device) - MARGIN, [layer] * layers
+
+            def fits(hosted: int) -> bool:
+                return chunked_bytes(kinds, prompt, rows * tokens, number, 0, self._reader, hosted=hosted) <= free
+
+            count = least_hosted(fits, count)
         self._reading = spread(count, layers)
         self._prompts = HostedPrompts(device, self.copies)
 
