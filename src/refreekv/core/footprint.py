@@ -1,5 +1,6 @@
 """What keys and values take while a prompt is read and once it is: the arithmetic of plans and of forecasts."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,14 +142,15 @@ def reading_bytes(
     hosted : int
         Layers whose codes are in host memory.
     """
-    coded = sum(layer.unfinished_bytes(prompt, number) for layer in layers)
-    if coded >= sum(layer.bytes(prompt) for layer in layers):
+    counts = Counter(layers)
+    coded = sum(count * layer.unfinished_bytes(prompt, number) for layer, count in counts.items())
+    if coded >= sum(count * layer.bytes(prompt) for layer, count in counts.items()):
         return coded
-    full = [layer for layer in layers if layer.kind == "full"]
-    hosted = min(hosted, len(full))
-    lines = max((layer.unfinished_lines(prompt, number) for layer in full), default=0)
+    full = sum(count for layer, count in counts.items() if layer.kind == "full")
+    hosted = min(hosted, full)
+    lines = max(layer.unfinished_lines(prompt, number) for layer in counts)
     coded -= hosted * lines
-    kept -= kept * hosted / max(len(full), 1)
+    kept -= kept * hosted / max(full, 1)
     # Two layers' codes pass through the device; and once more those of one whose entries move.
     staged = (min(hosted, 2) + min(hosted, 1)) * lines
     widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0)

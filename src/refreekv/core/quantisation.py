@@ -12,6 +12,7 @@ The mean, of the prompt, is fixed for each row and KV head when its first entrie
 ones, so that lines are picked, moved and dropped as they are: nothing is ever coded twice.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -131,8 +132,7 @@ class KVDtype:
                 f"and its values {sizes[1]}; leave kv_dtype out"
             )
         keys, values = self.widths
-        widths = LAYOUTS[keys] if sorted_keys or keys % 2 else (keys,) * 4
-        return PackedFormat(sizes[0], sizes[1], widths, (values,) * 4)
+        return _lines_of(sizes[0], sizes[1], LAYOUTS[keys] if sorted_keys or keys % 2 else (keys,) * 4, values)
 
     def entry_bytes(self, sizes: Sequence[int]) -> int:
         """Bytes of one coded entry, a key and a value of ``sizes`` elements, scales included.
@@ -144,6 +144,11 @@ class KVDtype:
     def coded(self, entries: Count) -> Count:
         """How many of a KV head's entries are coded at the end of a prompt."""
         return max(entries - SINKS - self.recent, type(entries)(0))
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_of(key_size: int, value_size: int, keys: tuple[int, int, int, int], values: int) -> PackedFormat:
+    return PackedFormat(key_size, value_size, keys, (values,) * 4)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
     kept_codes = _codes(geometry, scenario.number, budget * load.prompt)
     read = scenario.prompt_number if called < load.prompt else None
-    read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in geometry.prunable), default=0)
+    read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in set(geometry.layers)), default=0)
     logits = load.requests * machine.logit_bytes
 
     def at_the_end(hosted: int) -> float:
@@ -141,8 +141,8 @@ def _codes(geometry: Geometry, number: KVDtype | Mix | None, entries: float) -> 
     """Bytes of the codes of one full-attention layer that keeps so many entries: the largest one's."""
     if number is None:
         return 0
-    sizes = (layer.line_bytes(number) * number.coded(entries) for layer in geometry.prunable if layer.takes(number))
-    return max(sizes, default=0.0)
+    full = (layer for layer in set(geometry.layers) if layer.kind == "full")
+    return max((layer.line_bytes(number) * number.coded(entries) for layer in full if layer.takes(number)), default=0.0)
 
 
 def fits(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> bool:
