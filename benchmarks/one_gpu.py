@@ -3,22 +3,24 @@
     python benchmarks/one_gpu.py --rows all --out rows.jsonl                  # the whole table, on CUDA
     python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --kv int4         # one row of it
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --at 32768      # no search: time and memory there
+    python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --ours "adaptive@auto;adaptive@auto@auto@auto"
     python benchmarks/one_gpu.py --table rows.jsonl                           # as a table
 
 A row is SHAPE:WEIGHTS:MEMORY, of a shape in `random_models.SHAPES` and weights of its `FORMS` (int4: bitsandbytes' NF4,
 int4-blocks: our own). Weights are random and made directly in the form that they have, so that what a policy keeps of
 such a prompt says nothing: give one that keeps a fixed share, the share that real models keep at the fidelity in
-question.
+question, or `adaptive-as-measured`, which costs what `adaptive` does and keeps what that kept of real text.
 
     limit     the process may hold MEMORY, the driver's context included (torch.cuda.set_per_process_memory_fraction)
     longest   the longest prompt that is read in chunks and answered with --new tokens, found by bisection; the
               first try is what `plan` forecasts
     peak      the most that was held, by the allocator and by the driver's context, beside `plan`'s forecast for
               that very length
-    floor     (weights that a token reads + what the cache holds) / bandwidth of a copy on the same device
+    floor     (weights that a token reads + what the cache holds) / bandwidth of a copy on the same device; or what it
+              holds in host memory / bandwidth of a copy from there, if that is more
 
-Kinds: ``full`` is transformers' DynamicCache, decoded by transformers; ``ours`` a ReFreeKVCache of --policy, --kv and
---prompt.
+Kinds: ``full`` is transformers' DynamicCache, decoded by transformers; ``ours`` a ReFreeKVCache of --policy, --kv,
+--prompt and --host, or one for each of --ours: POLICY@KV@PROMPT@HOST, what is left out is as these options say.
 On a CPU, where no limit can be set, weights and cache are counted instead: for tests.
 """
 
@@ -29,7 +31,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,19 +40,26 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 import refreekv
+from as_measured import AsMeasured, expected
+from as_measured import parse as parse_policy
 from decode import Stamps
-from devices import copy_bandwidth
+from devices import bus_bandwidth, copy_bandwidth
 from random_models import FORMS, SHAPES, build, form_of, weight_bytes
+from refreekv.core.footprint import Mix
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.units import format_size, parse_bytes
 from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.host_tier import parse_host_memory
+from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.naming import NAME, cache_argument
-from refreekv.planner.budgets import expected
+from refreekv.engines.transformers.reading import parse_prompt_dtype
+from refreekv.planner import widths
 from refreekv.planner.memory import Load
 from refreekv.planner.plan import Row as Scenario
 from refreekv.planner.plan import make
 from refreekv.planner.source import Model
-from refreekv.policies.base import AUTO
+from refreekv.policies.base import AUTO, ladder_for
 
 TABLE = ("llama-3-70b:int4:48GB", "qwen2.5-32b:int4:24GB", "llama-3-8b:int4:8GB", "llama-3-8b:bf16:24GB")
 KINDS = ("full", "ours")
@@ -90,6 +99,8 @@ class Try:
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
     cache_bytes: int = 0
+    host_bytes: int = 0  # of the cache, in host memory
+    host_layers: int = 0
     kept_share: float = 1.0
 
 
@@ -108,9 +119,12 @@ class Result:
     new: int
     about: str
     weight_bytes: int
+    host: str | None = None
+    constants_seconds: float = 0.0  # what is measured once of a model: copy scores and codes for its keys
     longest: int = 0
     forecast_longest: int | None = None
     forecast_peak: int | None = None
+    forecast_host: int | None = None
     floor_seconds: float | None = None
     at: Try | None = None
     tries: list[Try] = field(default_factory=list)
@@ -161,21 +175,72 @@ class Memory:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a cache of ours is made."""
+
+    policy: str
+    kv: str
+    prompt: str
+    host: str | None
+
+    @classmethod
+    def parse(cls, text: str, default: "Variant") -> "Variant":
+        """``"adaptive@auto@int8@8GiB"``: what is left out is the default's; ValueError for what cannot be."""
+        parts = text.split("@")
+        if len(parts) > 4:
+            raise ValueError(f"a cache is POLICY@KV@PROMPT@HOST, got {text!r}")
+        given = [part or None for part in (*parts, *[""] * (4 - len(parts)))]
+        found = cls(
+            given[0] or default.policy, given[1] or default.kv, given[2] or default.prompt, given[3] or default.host
+        )
+        ladder_for(parse_policy(found.policy), None if found.kv == "bf16" else found.kv)
+        parse_prompt_dtype(none_for_16(found.prompt))
+        parse_host_memory(found.host)
+        return found
+
+    @property
+    def stored(self) -> widths.Stored:
+        """How `plan` says that it stores what it keeps."""
+        policy = parse_policy(self.policy)
+        found = widths.stored(policy, self.kv, "")
+        if isinstance(policy, AsMeasured) and isinstance(found.expected, Mix):
+            return replace(found, expected=Mix(found.expected.ladder, policy.shares))
+        return found
+
+    def cache(self, model: Any) -> refreekv.ReFreeKVCache:
+        """A cache."""
+        return refreekv.ReFreeKVCache(
+            model,
+            parse_policy(self.policy),
+            kv_dtype=None if self.kv == "bf16" else self.kv,
+            prompt_dtype=none_for_16(self.prompt),
+            host_memory=self.host,
+        )
+
+
 class Bench:
     """Reads and answers prompts with one model under one limit."""
 
-    def __init__(
-        self, model: Any, memory: Memory, *, policy: str, kv: str | None, prompt: str | None, chunk: int, new: int
-    ):
-        self.model, self.memory = model, memory
-        self._policy, self._kv, self._prompt, self._chunk, self._new = policy, kv, prompt, chunk, new
+    def __init__(self, model: Any, memory: Memory, *, variant: Variant, chunk: int, new: int):
+        self.model, self.memory, self.variant = model, memory, variant
+        self._chunk, self._new = chunk, new
         self._weights = weight_bytes(model)
 
     def cache(self, kind: str) -> Any:
         """A cache of a kind."""
-        if kind == "full":
-            return DynamicCache(config=self.model.config)
-        return refreekv.ReFreeKVCache(self.model, self._policy, kv_dtype=self._kv, prompt_dtype=self._prompt)
+        return DynamicCache(config=self.model.config) if kind == "full" else self.variant.cache(self.model)
+
+    def measure_constants(self) -> float:
+        """Measure what is measured once of a model, as the first prompt would; the seconds that it took."""
+        cache, begin = self.variant.cache(self.model), time.perf_counter()
+        if cache.state.codes_wanted:
+            key_codes(self.model)
+        if cache.policy.reads_copy_scores:
+            copy_scores(self.model)
+        if self.memory.device.type == "cuda":
+            torch.cuda.synchronize(self.memory.device)
+        return time.perf_counter() - begin
 
     def attempt(self, kind: str, length: int) -> Try:
         """Read a prompt of a length and answer it, or run out of memory."""
@@ -214,7 +279,10 @@ class Bench:
         )  # fmt: skip
         self.memory.count(self._weights + held(cache))
         tried.cache_bytes = held(cache)
-        tried.kept_share = 1.0 if kind == "full" else cache.report.budget
+        if kind != "full":
+            report = cache.report
+            tried.kept_share, tried.host_bytes = report.budget, report.host_bytes
+            tried.host_layers = sum(layer.host_bytes > 0 for layer in report.layers)
         tried.prefill_seconds = stamps.times[1] - begin
         steps = [after - before for before, after in zip(stamps.times[1:], stamps.times[2:], strict=False)]
         tried.token_seconds = statistics.median(steps[len(steps) // 3 :]) if steps else 0.0
@@ -254,37 +322,41 @@ def _rounded(length: float) -> int:
     return max(int(length) // STEP, 1) * STEP
 
 
-def forecast(row: Row, kind: str, length: int, bench: "Settings") -> Scenario | None:
-    """What `refreekv plan` says of the row at a length; None where it does not know the number format."""
-    config = SHAPES[row.shape]
-    try:
-        number = KVDtype.parse(bench.kv)
-    except ValueError:  # several widths
-        if kind != "full":
-            return None
-        number = None
-    policy = refreekv.policies.parse(bench.policy)
-    prompt = {} if bench.prompt == AUTO else {"prompt_number": KVDtype.parse(bench.prompt)}
+def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario:
+    """What `refreekv plan` says of the row at a length."""
+    variant = settings.variant
+    policy, stored = parse_policy(variant.policy), variant.stored
+    prompt = {} if variant.prompt == AUTO else {"prompt_number": KVDtype.parse(none_for_16(variant.prompt))}
+    host = parse_host_memory(variant.host)
     made = make(
-        Model(row.shape, config),
+        Model(row.shape, SHAPES[row.shape]),
         memory=row.limit,
-        load=Load(length + bench.new, bench.new),
+        load=Load(length + settings.new, settings.new),
         weights=row.weights.partition("-")[0],
-        number=number,
+        number=stored.expected,
+        worst=stored.worst,
         expected=expected(policy, row.shape),
-        chunk=bench.chunk,
+        chunk=settings.chunk,
+        host=0 if host is None else UNLIMITED if isinstance(host, str) else host,
         **prompt,
     )
     return made.rows[0 if kind == "full" else -1]
+
+
+def none_for_16(text: str) -> str | None:
+    """How a prompt is held, by its name."""
+    return None if text == "16" else text
+
+
+UNLIMITED = 2**50
+"""Bytes of host memory, where nobody says how many."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What holds for all rows."""
 
-    policy: str
-    kv: str | None
-    prompt: str | None
+    variant: Variant
     chunk: int
     new: int
     resolution: float
@@ -292,40 +364,43 @@ class Settings:
     seconds: float
 
 
-def measure(row: Row, kinds: list[str], settings: Settings, device: torch.device, at: list[int]) -> Iterator[Result]:
-    """One result a kind, or a kind and length where lengths are given."""
+def measure(
+    row: Row, kinds: list[str], variants: list[Variant], settings: Settings, device: torch.device, at: list[int]
+) -> Iterator[Result]:
+    """One result a kind and variant, or one for each length where lengths are given."""
     memory = Memory(device, row.limit)
     model = build(SHAPES[row.shape], row.weights, device)
-    bench = Bench(
-        model, memory, policy=settings.policy, kv=settings.kv, prompt=settings.prompt, chunk=settings.chunk,
-        new=settings.new,
-    )  # fmt: skip
-    bandwidth = None
+    speeds: tuple[float, float] | None = None
     if at and device.type == "cuda":
         memory.close()
-        bandwidth = copy_bandwidth()
-        memory = bench.memory = Memory(device, row.limit)
-    for kind in kinds:
+        speeds = copy_bandwidth(), bus_bandwidth()
+        memory = Memory(device, row.limit)
+    tasks = [("full", variants[0])] if "full" in kinds else []
+    tasks += [("ours", variant) for variant in variants] if "ours" in kinds else []
+    for kind, variant in tasks:
+        own = replace(settings, variant=variant)
+        bench = Bench(model, memory, variant=variant, chunk=settings.chunk, new=settings.new)
         # Captured steps outlive the caches they are made for, as in a server.
         with attached(model) if kind != "full" else contextlib.nullcontext():
+            constants = 0.0 if kind == "full" else bench.measure_constants()
             for length in at or [0]:
+                full = kind == "full"
                 result = Result(
-                    row.shape, form_of(model), row.limit, kind,
-                    "full" if kind == "full" else settings.policy, "bf16" if kind == "full" else settings.kv or "bf16",
-                    "bf16" if kind == "full" else settings.prompt or "bf16",
-                    settings.chunk, settings.new, about(device), weight_bytes(model),
+                    row.shape, form_of(model), row.limit, kind, "full" if full else variant.policy,
+                    "bf16" if full else variant.kv, "bf16" if full else variant.prompt, settings.chunk, settings.new,
+                    about(device), weight_bytes(model), None if full else variant.host, constants,
                 )  # fmt: skip
                 if length:
                     result.at = bench.attempt(kind, length)
                     result.tries = [result.at]
                     result.longest = length if result.at.fits else 0
-                    if bandwidth is not None:
-                        read = weight_bytes(model, read=True) + result.at.cache_bytes
-                        result.floor_seconds = read / bandwidth
+                    if speeds is not None:
+                        read = weight_bytes(model, read=True) + result.at.cache_bytes - result.at.host_bytes
+                        result.floor_seconds = max(read / speeds[0], result.at.host_bytes / speeds[1])
                 else:
-                    search(bench, row, result, settings)
-                planned = forecast(row, kind, max(result.longest, length, 2), settings)
-                result.forecast_peak = None if planned is None else planned.peak_bytes
+                    search(bench, row, result, own)
+                planned = forecast(row, kind, max(result.longest, length, 2), own)
+                result.forecast_peak, result.forecast_host = planned.peak_bytes, planned.host_bytes
                 yield result
     memory.close()
 
@@ -333,8 +408,7 @@ def measure(row: Row, kinds: list[str], settings: Settings, device: torch.device
 def search(bench: Bench, row: Row, result: Result, settings: Settings) -> None:
     """Find the longest prompt that fits, and put all tries into the result."""
     planned = forecast(row, result.kind, 2, settings)
-    if planned is not None:
-        result.forecast_longest = max(planned.longest_context - settings.new, 0)
+    result.forecast_longest = max(planned.longest_context - settings.new, 0)
     begin = time.monotonic()
 
     def fits(length: int) -> bool:
@@ -361,7 +435,8 @@ def line(result: Result) -> str:
     """A result for people."""
     parts = [f"{result.shape} {result.weights}, {format_size(result.limit)}, {result.kind}"]
     if result.kind != "full":
-        parts[0] += f" ({result.policy}, {result.kv}; prompts {result.prompt})"
+        parts[0] += f" ({result.policy}, {result.kv}; prompts {result.prompt}"
+        parts[0] += ")" if result.host is None else f"; host memory {result.host})"
     if result.at is None or not result.at.fits:
         return f"{parts[0]}: nothing fits"
     at = result.at
@@ -379,6 +454,10 @@ def line(result: Result) -> str:
             f"{at.token_seconds / result.floor_seconds:.2f} x the floor of {result.floor_seconds * 1e3:.1f} ms"
         )
     parts.append(f"K/V {format_size(at.cache_bytes)}, {at.kept_share:.0%} kept")
+    if result.host is not None:
+        parts.append(f"{format_size(at.host_bytes)} of it in host memory, codes of {at.host_layers} layers")
+    if result.constants_seconds:
+        parts.append(f"constants of the model {result.constants_seconds:.1f} s")
     return ": ".join([parts[0], "; ".join(parts[1:])])
 
 
@@ -394,6 +473,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         off = f"{r['forecast_peak'] / at['peak'] - 1:+.1%}" if r["forecast_peak"] and at.get("peak") else "–"
         speed = f"{1 / at['token_seconds']:.1f}" if at.get("token_seconds") else "–"
         cache = "full" if r["kind"] == "full" else f"{r['policy']}, {r['kv']}"
+        cache += f", prompts {r['prompt']}" if r["kind"] != "full" and r["prompt"] != AUTO else ""
+        cache += f", host {r['host']}: {format_size(at.get('host_bytes', 0))}" if r.get("host") else ""
         lines.append(
             f"| {r['shape']} | {r['weights']} | {format_size(r['limit'])} | {cache} | {r['longest']:,} | {ratio} | "
             f"{planned} | {format_size(at.get('peak', 0))} | {off} | {speed} |"
@@ -407,10 +488,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="all", help="SHAPE:WEIGHTS:MEMORY, separated by commas, or all")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of full, ours")
     parser.add_argument("--policy", default="streaming-llm:ratio=0.4", help="of ours")
-    parser.add_argument("--kv", help="how ours stores what it keeps, such as int4; default: as computed")
+    parser.add_argument("--kv", default="bf16", help="how ours stores what it keeps: int4, auto …; bf16: as computed")
     parser.add_argument(
         "--prompt", default=AUTO, help="how ours holds a prompt that is not read to its end: 16, int8, auto …"
     )
+    parser.add_argument("--host", help="host memory of ours: auto, 8GiB …; default: none")
+    parser.add_argument("--ours", help="several caches of ours, POLICY@KV@PROMPT@HOST, with semicolons between them")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt that are read at a time")
     parser.add_argument("--new", type=int, default=24, help="tokens of the answer")
     parser.add_argument("--at", default="", help="lengths to measure, separated by commas; no search")
@@ -426,13 +509,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         rows = [Row.parse(text) for text in (TABLE if given.rows == "all" else given.rows.split(","))]
-        refreekv.policies.parse(given.policy)
+        default = Variant.parse(given.policy, Variant(given.policy, given.kv, given.prompt, given.host))
+        variants = [Variant.parse(one, default) for one in given.ours.split(";")] if given.ours else [default]
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     settings = Settings(
-        policy=given.policy,
-        kv=given.kv,
-        prompt=None if given.prompt == "16" else given.prompt,
+        variant=default,
         chunk=given.chunk,
         new=given.new,
         resolution=given.resolution,
@@ -441,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for row in rows:
         at = [int(one) for one in given.at.split(",") if one]
-        for result in measure(row, given.kinds.split(","), settings, torch.device(given.device), at):
+        for result in measure(row, given.kinds.split(","), variants, settings, torch.device(given.device), at):
             print(line(result), flush=True)
             if given.out:
                 with given.out.open("a", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
 """The page docs/one-gpu.md: which model reads how long a prompt on cards of which size, from `plan`.
 
-    python benchmarks/one_gpu_page.py --kv int4 benchmarks/runs/one-gpu.jsonl > docs/one-gpu.md
+    python benchmarks/one_gpu_page.py benchmarks/runs/one-gpu.jsonl > docs/one-gpu.md
 
-Files are results of `benchmarks/one_gpu.py`: what was measured stands in the page's second table, beside the forecast.
+Files are results of `benchmarks/one_gpu.py` and `benchmarks/chat_speed.py`: what was measured stands in tables of its
+own, beside the forecast.
 """
 
 import argparse
@@ -10,14 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chat_speed
 import one_gpu
 import refreekv
 from random_models import SHAPES
-from refreekv.core.quantisation import KVDtype
 from refreekv.core.units import format_size, parse_bytes
+from refreekv.planner import widths
 from refreekv.planner.budgets import expected
 from refreekv.planner.memory import Load
-from refreekv.planner.plan import RESERVE, Plan, make
+from refreekv.planner.plan import RESERVE, Plan, Speeds, make
 from refreekv.planner.source import Model
 
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB", "48GiB")
@@ -26,6 +28,12 @@ OUTPUT = 512
 """Tokens of the answer that a prompt leaves room for."""
 LONGEST = 128 * 1024
 """Tokens that these models are made for, at most."""
+HOST = 2**50
+"""Bytes of host memory: as much as it takes."""
+BUS = 50e9
+"""Bytes a second from host memory: PCIe 5.0 x16 in practice."""
+MEMORY = 2.7e12
+"""Bytes a second of the GPU's own memory."""
 
 INTRO = """# One GPU
 
@@ -34,18 +42,30 @@ with `--kv {kv}`. From `refreekv plan`, which reserves {reserve} for the driver 
 chunks of 2,048 tokens; {longest:,} is where these models end. `int4`: 4-bit weights (4.5 bits with their scales) beside
 embeddings in 16. A dash: the weights alone do not fit.
 """
+SHARES = """Entries are taken to be stored in these shares: {source}.
+"""
+WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
+prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,
+PCIe 5.0 x16, and twice as long at PCIe 4.0). What a card then still limits is one layer in full precision, and a
+chunk's masks.
+"""
 
 
-def planned(shape: str, weights: str, memory: int, *, policy: str, kv: str | None) -> Plan:
-    """What `plan` says of a model on a card."""
-    model = Model(shape, SHAPES[shape])
+def planned(shape: str, weights: str, memory: int, *, policy: str, kv: str, host: int = 0, tokens: int = 0) -> Plan:
+    """What `plan` says of a model on a card; ``tokens``: of a context that is asked for."""
+    model, parsed = Model(shape, SHAPES[shape]), refreekv.policies.parse(policy)
+    stored = widths.stored(parsed, kv, shape)
     return make(
         model,
         memory=memory,
-        load=Load(LONGEST, OUTPUT),
+        load=Load(tokens or LONGEST, OUTPUT),
         weights=weights,
-        number=KVDtype.parse(kv),
-        expected=expected(refreekv.policies.parse(policy), shape),
+        number=stored.expected,
+        worst=stored.worst,
+        stored_source=stored.source,
+        expected=expected(parsed, shape),
+        host=host,
+        speeds=Speeds(MEMORY, BUS),
     )
 
 
@@ -57,17 +77,36 @@ def cell(plan: Plan) -> str:
     return " \\| ".join(f"{max(length, 0):,}" for length in lengths)
 
 
-def page(policy: str, kv: str | None, rows: list[dict[str, Any]]) -> str:
+def hosted_cell(shape: str, weights: str, memory: int, *, policy: str, kv: str) -> str:
+    """The longest prompt with host memory, how much that is, and what a token takes."""
+    plan = planned(shape, weights, memory, policy=policy, kv=kv, host=HOST)
+    context = min(plan.rows[-1].longest_context, LONGEST)
+    if plan.machine.available <= 0 or context <= OUTPUT:
+        return "–"
+    row = planned(shape, weights, memory, policy=policy, kv=kv, host=HOST, tokens=context).rows[-1]
+    size = "none" if not row.host_bytes else format_size(row.host_bytes)
+    return f"{context - OUTPUT:,} ({size}; {1e3 * (row.step_seconds or 0):.0f} ms)"
+
+
+def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
     """The whole page."""
-    intro = INTRO.format(output=OUTPUT, policy=policy, kv=kv or "bf16", reserve=format_size(RESERVE), longest=LONGEST)
-    lines = [intro, f"| model | {' | '.join(CARDS)} |", "|---" * (len(CARDS) + 1) + "|"]
+    intro = INTRO.format(output=OUTPUT, policy=policy, kv=kv, reserve=format_size(RESERVE), longest=LONGEST)
+    head = [f"| model | {' | '.join(CARDS)} |", "|---" * (len(CARDS) + 1) + "|"]
+    lines, hosted, source = [intro, *head], [WITH_HOST.format(bus=BUS / 1e9), *head], ""
     for shape, weights in MODELS:
         plans = [planned(shape, weights, parse_bytes(card), policy=policy, kv=kv) for card in CARDS]
         lines.append(f"| {shape}, {weights} | {' | '.join(map(cell, plans))} |")
-    if rows:
-        abouts = sorted({row["about"] for row in rows})
+        cells = [hosted_cell(shape, weights, parse_bytes(card), policy=policy, kv=kv) for card in CARDS]
+        hosted.append(f"| {shape}, {weights} | {' | '.join(cells)} |")
+        source = plans[0].stored_source
+    lines += ["", *([SHARES.format(source=source)] if source else []), *hosted]
+    gpu, chats = [row for row in rows if "limit" in row], [row for row in rows if "limit" not in row]
+    if gpu:
+        abouts = sorted({row["about"] for row in gpu})
         lines += ["", f"Measured within a limit ({'; '.join(abouts)}; random weights, n = 1 each):", ""]
-        lines.append(one_gpu.table(rows))
+        lines.append(one_gpu.table(gpu))
+    if chats:
+        lines += ["", chat_speed.table(chats)]
     lines += ["", "`plan` takes your own model, card, context and number of requests: [plan.md](plan.md)."]
     return "\n".join(lines) + "\n"
 
@@ -75,9 +114,9 @@ def page(policy: str, kv: str | None, rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="results of one_gpu.py")
+    parser.add_argument("files", nargs="*", type=Path, help="results of one_gpu.py and chat_speed.py")
     parser.add_argument("--policy", default="adaptive")
-    parser.add_argument("--kv", help="how what is kept is stored; default: as computed")
+    parser.add_argument("--kv", default="auto", help="how what is kept is stored")
     given = parser.parse_args(arguments)
     rows = [json.loads(line) for path in given.files for line in path.read_text(encoding="utf-8").splitlines()]
     print(page(given.policy, given.kv, rows), end="")

@@ -1,13 +1,18 @@
 """The search for the longest prompt on one GPU, on a tiny shape whose memory is counted."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+import as_measured
+import chat_speed
 import one_gpu
 import random_models
-from one_gpu import STEP, Row, longest, main
+import refreekv
+from helpers.command_line import save_chat_model
+from one_gpu import STEP, Row, Variant, longest, main
 from random_models import SHAPES, build, weight_bytes
 from refreekv.core.weight_blocks import unpacked
 from refreekv.engines.transformers.packed_weights import is_packed
@@ -98,6 +103,62 @@ def test_lengths_without_a_search(capsys, tmp_path):
     assert "200 tokens" in said
 
 
+def test_several_caches_of_ours(capsys, tmp_path):
+    given = "adaptive:min_length=16@auto;adaptive-as-measured:ratio=0.6@auto;full@int4@int4:recent=16"
+    arguments = ["--rows", "tiny:bf16:1GB", "--at", "400", "--kinds", "ours", "--ours", given]
+    said, rows = run(capsys, tmp_path, *arguments)
+    assert [row["policy"] for row in rows] == [one.split("@")[0] for one in given.split(";")]
+    assert [row["prompt"] for row in rows] == ["auto", "auto", "int4:recent=16"]
+    assert all(row["constants_seconds"] > 0 for row in rows)
+    assert rows[1]["at"]["kept_share"] == pytest.approx(0.6 + 0.4 * 68 / 400, abs=0.02)
+    assert "constants of the model" in said
+    for wrong in ("full@int9", "nothing", "full@int4@auto@8", "full@int4@auto@1GiB@more"):
+        with pytest.raises(SystemExit):
+            main(["--rows", "tiny:bf16:1GB", "--ours", wrong])
+        capsys.readouterr()
+    with pytest.raises(ValueError, match="this model is on cpu"):  # said, and not left out
+        run(
+            capsys,
+            tmp_path,
+            "--rows",
+            "tiny:bf16:1GB",
+            "--at",
+            "400",
+            "--kinds",
+            "ours",
+            "--host",
+            "auto",
+            "--kv",
+            "int4",
+        )
+
+
+def test_what_adaptive_kept_of_real_text_is_stored_alike():
+    policy = as_measured.parse("adaptive-as-measured:ratio=0.5")
+    assert sum(policy.shares) == pytest.approx(1)
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu")).float()
+    cache = refreekv.ReFreeKVCache(model, policy)
+    with torch.no_grad():
+        model(torch.randint(1, 128, (1, 3000)), past_key_values=cache)
+    report = cache.report
+    assert report.budget == pytest.approx(0.5, abs=0.02)
+    coded = {name: share for name, share in report.formats.items() if name != "exact"}
+    for share, wanted in zip(coded.values(), policy.shares, strict=True):
+        assert share / sum(coded.values()) == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_chat_is_measured(capsys, tmp_path):
+    folder, out = save_chat_model(tmp_path / "tiny"), tmp_path / "chat.jsonl"
+    common = [str(folder), "--tokens", "150", "--new", "4", "--threads", "1"]
+    chat_speed.main([*common, "--out", str(out), "--rounds", "2"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["policy"], row["n"], row["new"]) for row in rows] == [("full", 2, 4), ("adaptive", 2, 4)]
+    assert all(row["tokens_per_second"] > 0 and row["first_token_seconds"] > 0 for row in rows)
+    assert rows[0]["kv_bytes"] == rows[0]["full_bytes"] == rows[1]["full_bytes"]
+    chat_speed.main(["--table", str(out)])
+    assert "1 threads" in capsys.readouterr().out
+
+
 def test_what_fits_nothing_is_said(capsys, tmp_path):
     said, rows = run(capsys, tmp_path, "--rows", "tiny:bf16:1KB", "--kinds", "full")
     assert rows[0]["longest"] == 0
@@ -112,7 +173,7 @@ def test_memory_is_free_after_it_ran_out():
 
     model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
     memory = one_gpu.Memory(torch.device("cpu"), weight_bytes(model) + 10_000)
-    bench = one_gpu.Bench(model, memory, policy="full", kv=None, prompt=None, chunk=64, new=2)
+    bench = one_gpu.Bench(model, memory, variant=Variant("full", "bf16", "16", None), chunk=64, new=2)
     made, original = [], bench.cache
     bench.cache = lambda kind: made.append(weakref.ref(cache := original(kind))) or cache
     for kind in one_gpu.KINDS:
@@ -138,30 +199,41 @@ def test_the_table_is_that_of_the_issue():
         ("llama-3-8b", "bf16", 24 * 10**9),
     ]
     for row in rows:
-        settings = one_gpu.Settings("streaming-llm:ratio=0.4", "int4", "auto", 2048, 24, 0.02, 2**19, 1e9)
+        variant = Variant("streaming-llm:ratio=0.4", "int4", "auto", None)
+        settings = one_gpu.Settings(variant, 2048, 24, 0.02, 2**19, 1e9)
         for kind in one_gpu.KINDS:
             planned = one_gpu.forecast(row, kind, 8000, settings)
             assert planned.longest_context > 4000
         full, ours = (one_gpu.forecast(row, kind, 8000, settings).longest_context for kind in one_gpu.KINDS)
         assert ours > 1.3 * full
+        hosted = replace(settings, variant=replace(variant, host="auto"))
+        assert one_gpu.forecast(row, "ours", 8000, hosted).longest_context > 2 * ours
 
 
-def test_the_page(tmp_path, capsys):
+def test_the_page(tmp_path, capsys, monkeypatch):
     import one_gpu_page
 
+    monkeypatch.setattr(one_gpu_page, "MODELS", (("llama-3-8b", "bf16"), ("llama-3-8b", "int4")))
+    monkeypatch.setattr(one_gpu_page, "CARDS", ("8GiB", "24GiB"))
     out = tmp_path / "rows.jsonl"
     main(["--device", "cpu", "--rows", "tiny:bf16:1GB", "--at", "100", "--out", str(out)])
     capsys.readouterr()
-    one_gpu_page.main(["--kv", "int4", str(out)])
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps(asdict(chat_speed.Chat("m", "full", "bf16", 9, 3, 1.0, 2.0, 8, 8, 1.0, 1, "here"))))
+    one_gpu_page.main([str(out), str(chats)])
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    # Weights in 16 bits take 15 GiB, and 70 billion of them in 4 bits 40.
-    (plain,) = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
-    assert plain[1:3] == ["–", "–"]
-    assert plain[4].count("\\|") == 1
-    lengths = [int(part.strip(" |\\").replace(",", "")) for part in plain[4].split("\\|")]
-    made = one_gpu_page.planned("llama-3-8b", "bf16", 24 * 2**30, policy="adaptive", kv="int4")
+    assert "| m | 9 | full | 100% | 8 B | 1.0 s | 2.0 |" in rows
+    assert "measured on" in text
+    # Weights in 16 bits take 15 GiB.
+    plain, hosted = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
+    assert plain[1] == hosted[1] == "–"
+    assert plain[2].count("\\|") == 1
+    lengths = [int(part.strip(" |\\").replace(",", "")) for part in plain[2].split("\\|")]
+    made = one_gpu_page.planned("llama-3-8b", "bf16", 24 * 2**30, policy="adaptive", kv="auto")
     longest_of = [min(made.rows[place].longest_context, one_gpu_page.LONGEST) for place in (0, -1)]
     assert lengths == [length - one_gpu_page.OUTPUT for length in longest_of]
+    assert int(hosted[2].split(" ")[0].replace(",", "")) > lengths[1] > lengths[0]
+    assert "GiB; " in hosted[2]
     assert sum(row.startswith("| tiny |") for row in rows) == 2
     assert "CPU, counted and not measured" in text

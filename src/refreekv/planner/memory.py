@@ -12,6 +12,9 @@ LONGEST = 2**24
 MOST = 100_000
 """Requests beyond this are not looked for."""
 
+SPARE = 2**28
+"""Bytes of the GPU that stay free beyond the reserve where codes can go to host memory instead."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -119,13 +122,10 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     def most(codes: float, room: float) -> int:
         return min(len(geometry.prunable), int(room // codes)) if codes else 0
 
-    layers = least_hosted(
-        lambda hosted: at_the_end(hosted) <= machine.available, most(load.requests * kept_codes, machine.host)
-    )
+    room = machine.available - (SPARE if machine.host else 0)
+    layers = least_hosted(lambda hosted: at_the_end(hosted) <= room, most(load.requests * kept_codes, machine.host))
     others = (load.requests - 1) * layers * kept_codes
-    reading_layers = least_hosted(
-        lambda hosted: while_reading(hosted) <= machine.available, most(read_codes, machine.host - others)
-    )
+    reading_layers = least_hosted(lambda hosted: while_reading(hosted) <= room, most(read_codes, machine.host - others))
     host = int(load.requests * layers * kept_codes)
     return Use(
         load.requests * one,
