@@ -1,5 +1,6 @@
 """``refreekv serve --engine transformers`` as a command: it starts, answers and ends, and refuses what cannot be."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -10,8 +11,11 @@ import sys
 
 import httpx
 import pytest
+from transformers import AutoModelForCausalLM
 
-from helpers.command_line import assert_refused, runner, save_chat_model
+import refreekv
+from helpers.command_line import assert_refused, runner, save_chat_model, words
+from refreekv.engines.transformers import identity
 
 SERVE = ("serve", "--engine", "transformers")
 
@@ -26,12 +30,14 @@ def run(capsys):
     return runner(capsys)
 
 
-def test_it_serves_until_it_is_interrupted(folder, tmp_path):
+@contextlib.contextmanager
+def server(folder, *options):
+    """Run the command; what it said until it serves, its URL, and what it says in the end."""
     for name in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
-    options = ["--port", "0", "--policy", "snapkv:ratio=0.5", "--cache-memory", "0", "--cache-folder", str(tmp_path)]
-    command = [sys.executable, "-m", "refreekv", *SERVE, str(folder), *options]
+    command = [sys.executable, "-m", "refreekv", *SERVE, str(folder), "--port", "0", *options]
+    rest = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
         try:
             said = []
@@ -39,20 +45,43 @@ def test_it_serves_until_it_is_interrupted(folder, tmp_path):
                 said.append(line)
                 if "Serving at" in line:
                     break
-            url = re.search(r"http://127\.0\.0\.1:\d+/v1", said[-1]).group()
-            assert "snapkv:ratio=0.5" in "".join(said)
-            body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 3}
-            answer = httpx.post(f"{url}/chat/completions", json=body, timeout=60).json()
-            assert answer["model"] == "chatty"
-            assert answer["usage"]["completion_tokens"] == 3
-            assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+            yield "".join(said), re.search(r"http://127\.0\.0\.1:\d+/v1", said[-1]).group(), rest
             process.send_signal(signal.SIGINT)
-            _, rest = process.communicate(timeout=60)
+            rest.append(process.communicate(timeout=60)[1])
         finally:
             process.kill()
     assert process.returncode == 0
-    assert "Traceback" not in rest
+    assert "Traceback" not in rest[0]
+
+
+def test_it_serves_until_it_is_interrupted(folder, tmp_path):
+    options = ["--policy", "snapkv:ratio=0.5", "--cache-memory", "0", "--cache-folder", str(tmp_path)]
+    with server(folder, *options) as (said, url, _):
+        assert "snapkv:ratio=0.5" in said
+        body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 3}
+        answer = httpx.post(f"{url}/chat/completions", json=body, timeout=60).json()
+        assert answer["model"] == "chatty"
+        assert answer["usage"]["completion_tokens"] == 3
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_serves_with_a_calibration_and_verifies(folder, tmp_path):
+    given = {"min_length": 8, "window": 4, "constant": 0.2, "hit": 0.9, "follow": 1, "lost_mass": 0.6, "copying": 0.9}
+    steps = ("full", refreekv.policies.create("adaptive", **given).spec)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    made = refreekv.Calibration(
+        model=identity.described(model), steps=steps, losses=((0.0, 0.001),) * 38, shares=(1.0, 0.5), risk=0.05,
+        damage=7.5, kv_dtype=None,
+    )  # fmt: skip
+    made.save(tmp_path / "made.json")
+    with server(folder, "--calibration", str(tmp_path / "made.json"), "--verify", "prompt") as (_, url, _):
+        body = {"messages": [{"role": "user", "content": words(60, 1)}], "max_tokens": 3, "temperature": 0}
+        said = httpx.post(f"{url}/chat/completions", json=body, timeout=120).json()["refreekv"]
+    assert said["policy"] == said["verified"]["policy"] == steps[1]
+    assert (said["verified"]["allowed"], said["verified"]["where"], said["verified"]["step"]) == (7.5, "prompt", 0)
+    assert len(said["verified"]["tried"]) == 1
+    assert said["bytes"] < said["full_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +99,9 @@ def test_it_serves_until_it_is_interrupted(folder, tmp_path):
         (["--cache-disk", "lots"], ["--cache-disk 'lots'"]),
         (["--port", "0", "--policy", "refrekv"], ["did you mean 'refreekv'"]),
         (["--port", "0", "--kv-dtype", "int9"], ["kv_dtype must be"]),
+        (["--port", "0", "--verify", "sometimes"], ["verify"]),
+        (["--port", "0", "--calibration", "/no/such/file"], ["/no/such/file"]),
+        (["--port", "0", "--host-memory", "auto"], ["this model is on cpu"]),
         (["--max-model-len", "5"], ["--engine transformers does not know --max-model-len 5"]),
         (["--dry-run"], ["--dry-run: for --engine vllm only"]),
         (["--layers-per-group", "2"], ["--layers-per-group: for --engine vllm only"]),

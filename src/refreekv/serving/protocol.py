@@ -242,6 +242,7 @@ def kept(report: CompressionReport | None) -> dict[str, Any] | None:
         "kv_dtype": report.kv_dtype,
         "kept_share": report.budget,
         "bytes": report.bytes_after,
+        "host_bytes": report.host_bytes,
         "full_bytes": report.bytes_before,
         "verified": None if report.verified is None else asdict(report.verified),
         "remembered": None if report.remembered is None else asdict(report.remembered),
