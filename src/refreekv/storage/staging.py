@@ -34,16 +34,19 @@ class Copies(Protocol):
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that nothing else copies on: what does in the course of a capture would be captured."""
+def _stream(device: torch.device, *, captured: bool) -> torch.cuda.Stream:
+    """A stream that nothing else copies on: what another thread launches on it during a capture would be captured."""
     return torch.cuda.Stream(device)
 
 
 class StreamCopies:
-    """Copies on a stream of their own; in a capture they become a branch of the graph."""
+    """Copies on a stream of their own; in a capture they become a branch of the graph.
 
-    def __init__(self, device: torch.device):
-        self._device, self._stream = device, _stream(device)
+    ``captured``: whether they are for captures, which have a stream to themselves.
+    """
+
+    def __init__(self, device: torch.device, *, captured: bool = False):
+        self._device, self._stream = device, _stream(device, captured=captured)
 
     def start(self, work: Callable[[], None]) -> torch.cuda.Event:
         """See `Copies`."""
@@ -77,9 +80,9 @@ class DirectCopies:
         """See `Copies`."""
 
 
-def copies_on(device: torch.device) -> Copies:
-    """What copies run on for a device."""
-    return StreamCopies(device) if device.type == "cuda" else DirectCopies()
+def copies_on(device: torch.device, *, captured: bool = False) -> Copies:
+    """What copies run on for a device; ``captured`` as in `StreamCopies`."""
+    return StreamCopies(device, captured=captured) if device.type == "cuda" else DirectCopies()
 
 
 class Lines(NamedTuple):
@@ -127,7 +130,7 @@ class Staging:
     layers : sequence of sequence of Lines
         Of each layer, in the order of their use, the segments to bring. Nothing comes before `aim` made room for it.
     copies : Copies, optional
-        What copies run on; by default the copy stream of the device.
+        What copies run on; by default a stream of the device.
 
     Attributes
     ----------

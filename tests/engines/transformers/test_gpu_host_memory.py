@@ -10,6 +10,7 @@ import refreekv
 from helpers.models import build
 from refreekv.engines.transformers.attachment import attached
 from refreekv.engines.transformers.host_tier import MARGIN
+from refreekv.engines.transformers.prompt import ATTACHMENT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,6 +49,10 @@ def answer(model, ids, host, *, decode="graph", chunk=None, kv_dtype=LADDER, pol
     model.generate(out.sequences, past_key_values=cache, max_new_tokens=24, min_new_tokens=24, pad_token_id=0)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / 24
+    if decode == "graph":
+        steps = vars(model)[ATTACHMENT]._decoder
+        assert not steps._refused, steps._refused
+        assert steps._last._graph is not None
     report = cache.report
     hosted = [layer.index for layer in report.layers if layer.host_bytes]
     return torch.stack(out.logits), hosted, report.bytes_after - report.host_bytes, report.host_bytes, peak, seconds
