@@ -164,7 +164,7 @@ def test_a_cpu_reads_a_prompt_in_one_call(model, calls):
 def test_chunks_that_fit():
     """Of Llama-3-8B's shape in bfloat16: 128 KiB of K/V and 116 KiB of activations a token."""
     config = LlamaConfig(**{name: LLAMA[name] for name in SHAPE})
-    model, length = SimpleNamespace(config=config, dtype=torch.bfloat16), 131_072
+    model, length = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu")), 131_072
     layer, token = length * 4096, 2 * (4 * 4096 + 3 * 14336)
 
     def chunk(free, rows=1, **settings):
@@ -189,6 +189,10 @@ def test_chunks_that_fit():
     assert chunk(coded, kv_dtype="int4") == chunk(coded, kv_dtype="int8") == 2048
     assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == 8192
     assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == chunk(coded) == 512
+    # With codes of all layers in host memory: two and one more pass through.
+    there = taken(2048, 0, held=0.52 * 3 * layer)
+    assert chunk(there, kv_dtype="int4") == 512
+    assert chunk(there, kv_dtype="int4", host_memory=2**50) == 2048
 
 
 @torch.no_grad()

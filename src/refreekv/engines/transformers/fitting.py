@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,14 +133,23 @@ def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int)
         return None
     wanted = cache.state.prompt_dtype
     number = PROMPT_DTYPE if isinstance(wanted, str) else wanted
+    hosted = _hosted(layers, cache, model, rows, new, number)
     for chunk in CHUNKS:
         if number is None:
             taken = full + chunk * (token + MASK_BYTES * length)
         else:
-            taken = chunked_bytes(layers, length, chunk, number, kept, reader)
+            taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted)
         if rows * taken <= free:
             return chunk
     return CHUNKS[-1]
+
+
+def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype | None) -> int:
+    """How many layers' codes of a prompt of ``new`` tokens may be in host memory."""
+    host, full = cache.state.host, [layer for layer in layers if layer.kind == "full"]
+    if host is None or number is None:
+        return 0
+    return host.most(replace(full[0], heads=rows * full[0].heads), len(full), new, number, model.device)
 
 
 def _format(layer: LayerKV, ladder: Ladder | None) -> KVDtype | None:
