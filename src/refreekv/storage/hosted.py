@@ -78,7 +78,7 @@ class HostArena(KVArena):
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]``: a copy on the device; only where `uniform`."""
-        return self.back().stacked()
+        return self.full().stacked()
 
     def _alike(self, lengths: Sequence[tuple[int, ...]], freed: Sequence[bool]) -> Self:
         left = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
