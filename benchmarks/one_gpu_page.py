@@ -15,6 +15,7 @@ import chat_speed
 import one_gpu
 import refreekv
 from random_models import SHAPES
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.core.units import format_size, parse_bytes
 from refreekv.planner import widths
 from refreekv.planner.budgets import expected
@@ -38,9 +39,11 @@ MEMORY = 2.7e12
 INTRO = """# One GPU
 
 Which model reads how long a prompt on one card, and still answers with {output} tokens: the full cache | `{policy}`
-with `--kv {kv}`. From `refreekv plan`, which reserves {reserve} for the driver and fragmentation and reads prompts in
-chunks of 2,048 tokens; {longest:,} is where these models end. `int4`: 4-bit weights (4.5 bits with their scales) beside
-embeddings in 16. A dash: the weights alone do not fit.
+with `--kv {kv}` | the same with `--kv int4 --prompt-kv int4`, which reads prompts over 4 bits and loses more
+([lab/quantisation.md](../lab/quantisation.md#prompts-read-over-their-own-codes)). From `refreekv plan`, which reserves
+{reserve} for the driver and fragmentation and reads prompts in chunks of 2,048 tokens; {longest:,} is where these
+models end. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
+fit.
 """
 SHARES = """Entries are taken to be stored in these shares: {source}.
 """
@@ -51,7 +54,17 @@ chunk's masks.
 """
 
 
-def planned(shape: str, weights: str, memory: int, *, policy: str, kv: str, host: int = 0, tokens: int = 0) -> Plan:
+def planned(
+    shape: str,
+    weights: str,
+    memory: int,
+    *,
+    policy: str,
+    kv: str,
+    prompt: KVDtype = PROMPT_DTYPE,
+    host: int = 0,
+    tokens: int = 0,
+) -> Plan:
     """What `plan` says of a model on a card; ``tokens``: of a context that is asked for."""
     model, parsed = Model(shape, SHAPES[shape]), refreekv.policies.parse(policy)
     stored = widths.stored(parsed, kv, shape)
@@ -64,14 +77,16 @@ def planned(shape: str, weights: str, memory: int, *, policy: str, kv: str, host
         worst=stored.worst,
         stored_source=stored.source,
         expected=expected(parsed, shape),
+        prompt_number=prompt,
         host=host,
         speeds=Speeds(MEMORY, BUS),
     )
 
 
-def cell(plan: Plan) -> str:
-    """The longest prompts, full and ours."""
-    lengths = [min(plan.rows[place].longest_context, LONGEST) - OUTPUT for place in (0, -1)]
+def cell(plan: Plan, loosest: Plan) -> str:
+    """The longest prompts: full, ours, and ours at its loosest."""
+    rows = plan.rows[0], plan.rows[-1], loosest.rows[-1]
+    lengths = [min(row.longest_context, LONGEST) - OUTPUT for row in rows]
     if plan.machine.available <= 0 or max(lengths) < 1:
         return "–"
     return " \\| ".join(f"{max(length, 0):,}" for length in lengths)
@@ -95,7 +110,11 @@ def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
     lines, hosted, source = [intro, *head], [WITH_HOST.format(bus=BUS / 1e9), *head], ""
     for shape, weights in MODELS:
         plans = [planned(shape, weights, parse_bytes(card), policy=policy, kv=kv) for card in CARDS]
-        lines.append(f"| {shape}, {weights} | {' | '.join(map(cell, plans))} |")
+        four = KVDtype("int4")
+        loosest = [
+            planned(shape, weights, parse_bytes(card), policy=policy, kv=str(four), prompt=four) for card in CARDS
+        ]
+        lines.append(f"| {shape}, {weights} | {' | '.join(map(cell, plans, loosest))} |")
         cells = [hosted_cell(shape, weights, parse_bytes(card), policy=policy, kv=kv) for card in CARDS]
         hosted.append(f"| {shape}, {weights} | {' | '.join(cells)} |")
         source = plans[0].stored_source

@@ -228,12 +228,12 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     # Weights in 16 bits take 15 GiB.
     plain, hosted = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
     assert plain[1] == hosted[1] == "–"
-    assert plain[2].count("\\|") == 1
+    assert plain[2].count("\\|") == 2
     lengths = [int(part.strip(" |\\").replace(",", "")) for part in plain[2].split("\\|")]
     made = one_gpu_page.planned("llama-3-8b", "bf16", 24 * 2**30, policy="adaptive", kv="auto")
     longest_of = [min(made.rows[place].longest_context, one_gpu_page.LONGEST) for place in (0, -1)]
-    assert lengths == [length - one_gpu_page.OUTPUT for length in longest_of]
-    assert int(hosted[2].split(" ")[0].replace(",", "")) > lengths[1] > lengths[0]
+    assert lengths[:2] == [length - one_gpu_page.OUTPUT for length in longest_of]
+    assert int(hosted[2].split(" ")[0].replace(",", "")) >= lengths[2] > lengths[1] > lengths[0]
     assert "GiB; " in hosted[2]
     assert sum(row.startswith("| tiny |") for row in rows) == 2
     assert "CPU, counted and not measured" in text

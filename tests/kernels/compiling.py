@@ -36,7 +36,7 @@ from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_spread
 from refreekv.kernels.probe import launch_probe_reductions
-from refreekv.kernels.storage import launch_append, launch_gather, launch_move
+from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move
 from refreekv.kernels.surrogates import launch_put, launch_surrogates
 from refreekv.kernels.table import Format
 
@@ -101,6 +101,7 @@ def storage(dtype, tokens, head_size):
     launch_append(entries, entries, table, form)
     launch_gather(entries, entries, table, spans, tokens, tokens, form)
     launch_move(table, table, head_size * dtype.itemsize, head_size * dtype.itemsize, tokens)
+    launch_fetch(table, table, head_size * dtype.itemsize, 4)
     one, places = entries[:, :, :1], torch.zeros(1, 1, 1, dtype=torch.int64)
     launch_put(Surrogates(places, one, one, places == 0), entries, entries, torch.ones(1, 1, tokens, dtype=torch.bool))
 
