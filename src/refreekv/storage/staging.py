@@ -179,9 +179,10 @@ class Staging:
                 at += each.nbytes
 
     def begin(self, place: int = 0) -> None:
-        """Begin to bring a layer's entries; what was brought before may have changed meanwhile."""
+        """Begin to bring two layers' entries; what was brought before may have changed meanwhile."""
         self.rest()
-        self._start(place)
+        for number in (place, place + 1):
+            self._start(number)
 
     def rest(self) -> None:
         """Wait for what is under way, on the device, and forget what was brought."""
@@ -193,13 +194,15 @@ class Staging:
         """The tables of a layer's entries, for what is launched until the next layer is used."""
         # The next one's buffer was that of the layer before, with which all that was launched so far is done.
         for number in (place, place + 1):
-            if number < len(self._layers) and self._brought[number % 2] != number:
-                self._start(number)
+            self._start(number)
         if place in self._under_way:
             self._copies.finish(self._under_way.pop(place))
         return self.tables[place]
 
     def _start(self, place: int) -> None:
+        """Begin to bring a layer's entries, if there is such a layer and they are not there or under way."""
+        if place >= len(self._layers) or self._brought[place % 2] == place:
+            return
         lines, tables = self._layers[place], self.tables[place]
 
         def work() -> None:
