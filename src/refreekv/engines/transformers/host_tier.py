@@ -65,8 +65,8 @@ class HostTier:
         self._reading: frozenset[int] = frozenset()
         self._prompts: HostedPrompts | None = None
 
-    def begin(self, chunk: Pair, layers: int, prompt: int, number: KVDtype) -> None:
-        """Decide for a prompt of so many tokens that is going to be read in chunks.
+    def begin(self, chunk: Pair, layers: int, prompt: int, number: KVDtype, earlier: int = 0) -> None:
+        """Decide for a prompt of so many tokens, behind ``earlier`` ones, that is going to be read in chunks.
 
         ``chunk`` are the first one's keys and values in the first of the ``layers``, ``[B, H_kv, q, D]``.
         """
@@ -77,7 +77,9 @@ class HostTier:
         layer = LayerKV("full", rows * heads, keys.shape[3], values.shape[3], itemsize=itemsize)
         count = self.most(layer, layers, prompt, number, device)
         if self.limit is None:
-            free, kinds = self._free(device) - MARGIN, [layer] * layers
+            # What was there before is in the copies that attention reads, too.
+            copies = (2 + self._reader.repeated) * layer.bytes(earlier)
+            free, kinds = self._free(device) - MARGIN - copies, [layer] * layers
 
             def fits(hosted: int) -> bool:
                 return chunked_bytes(kinds, prompt, rows * tokens, number, 0, self._reader, hosted=hosted) <= free

@@ -155,15 +155,15 @@ class IntakeLayer(StoredLayer):
                 start, end = self._length - self._appended, self.state.end
                 assert end is not None
                 earlier = self.ragged or (self.dense if start else None)
-                codes, host = self.state.codes_of(self.ordinal), self._host_for((keys, values), end - start, number)
+                codes, host = self.state.codes_of(self.ordinal), self._host_for((keys, values), start, end, number)
                 self.reading = Reading(number, start, end, earlier, (keys, values), codes, host)
         return self.reading is not None
 
-    def _host_for(self, like: Pair, prompt: int, number: KVDtype) -> tuple[HostedPrompts, int] | None:
+    def _host_for(self, like: Pair, start: int, end: int, number: KVDtype) -> tuple[HostedPrompts, int] | None:
         """Where in host memory a prompt's codes go; None: they stay on the device."""
         host = self.state.host
         if host is not None and self.ordinal == 0:
-            host.begin(like, self.state.layers, prompt, number)
+            host.begin(like, self.state.layers, end - start, number, start)
         return None if host is None else host.place(self.ordinal)
 
     def _is_worth_coding(self) -> bool:
