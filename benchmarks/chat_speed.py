@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import refreekv
-from refreekv.cli.conversation import Conversation, Sampling
+from refreekv.cli.conversation import Conversation, Sampling, Turn
 from refreekv.cli.loading import load
 from refreekv.core.units import format_size
 from refreekv.evaluation.data import families
@@ -70,30 +70,36 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     loaded = load(given.model, device=given.device)
     text = message(given.tokens)
+    where = torch.cuda.get_device_name() if loaded.device.type == "cuda" else f"CPU, {given.threads} threads"
+    about = f"{given.machine or where}; torch {torch.__version__}; {date.today()}"
     ways = [way.split("@") for way in given.policies.split(";")]
-    turns: dict[tuple[str, str], list[Any]] = {(policy, kv): [] for policy, kv in ways}
-    for _ in range(given.rounds):
-        for policy, kv in turns:
+    turns: dict[tuple[str, str], list[Turn]] = {(policy, kv): [] for policy, kv in ways}
+    for number in range(given.rounds):
+        for (policy, kv), said in turns.items():
             conversation = Conversation(
                 loaded, refreekv.policies.parse(policy), kv_dtype=None if kv == "bf16" else kv,
                 max_new_tokens=given.new, sampling=Sampling(temperature=0),
             )  # fmt: skip
-            turns[policy, kv].append(conversation.say(text))
-            print(f"{policy}: {turns[policy, kv][-1].prefill_seconds:.1f} s to the first token", flush=True)
-    where = torch.cuda.get_device_name() if loaded.device.type == "cuda" else f"CPU, {given.threads} threads"
-    about = f"{given.machine or where}; torch {torch.__version__}; {date.today()}"
-    for (policy, kv), said in turns.items():
-        report = said[-1].report
-        found = Chat(
-            loaded.name, policy, kv, said[-1].prompt_tokens, said[-1].answer_tokens,
-            statistics.median(turn.prefill_seconds for turn in said),
-            statistics.median(turn.tokens_per_second or 0 for turn in said),
-            report.bytes_after, report.bytes_before, report.budget, len(said), about,
-        )  # fmt: skip
-        print(found, flush=True)
-        if given.out:
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
+            said.append(conversation.say(text))
+            print(f"{policy}: {said[-1].prefill_seconds:.1f} s to the first token", flush=True)
+            if number < given.rounds - 1:
+                continue
+            found = result(loaded.name, policy, kv, said, about)
+            print(found, flush=True)
+            if given.out:
+                with given.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
+
+
+def result(model: str, policy: str, kv: str, said: list[Turn], about: str) -> Chat:
+    """Medians over the same message, said several times."""
+    report = said[-1].report
+    return Chat(
+        model, policy, kv, said[-1].prompt_tokens, said[-1].answer_tokens,
+        statistics.median(turn.prefill_seconds for turn in said),
+        statistics.median(turn.tokens_per_second or 0 for turn in said),
+        report.bytes_after, report.bytes_before, report.budget, len(said), about,
+    )  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
