@@ -10,6 +10,7 @@ from helpers.copies import COPIES
 from helpers.driving import POLICIES, Uneven, feed, prefill
 from helpers.models import build, prompts
 from refreekv import ReFreeKVCache
+from refreekv.cli.running import store_of
 from refreekv.core.footprint import LayerKV, Reader, chunked_bytes
 from refreekv.core.quantisation import FLUSH, KVDtype
 from refreekv.engines.transformers.host_tier import MARGIN, HostTier, parse_host_memory, spread
@@ -232,6 +233,11 @@ def test_what_cannot_be_is_refused(llama):
         refreekv.compress(llama, "full", host_memory="8GiB"),
     ):
         pass
+    with pytest.raises(ValueError, match="keep_evicted brings all of a conversation back to the GPU"):
+        ReFreeKVCache(llama, "full", kv_dtype="int4", host_memory="auto", keep_evicted="host")
+    assert store_of("auto", torch.device("cuda")) is not None
+    assert store_of("auto", torch.device("cuda"), "8GiB") is None
+    assert store_of("host", torch.device("cuda"), "8GiB") is not None
     with pytest.raises(ValueError, match="host_memory '8' has no unit"):
         ReFreeKVCache(llama, "full", kv_dtype="int4", host_memory="8")
     odd = build("llama", attention="sdpa", head_dim=8)
