@@ -224,7 +224,7 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert "| m | 9 | full | 100% | 8 B | 1.0 s | 2.0 |" in rows
-    assert "measured on" in text
+    assert "measured" in text
     # Weights in 16 bits take 15 GiB.
     plain, hosted = [row.split(" | ") for row in rows if row.startswith("| llama-3-8b, bf16")]
     assert plain[1] == hosted[1] == "–"

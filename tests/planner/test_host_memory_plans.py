@@ -49,14 +49,16 @@ def test_shares_of_formats_are_what_is_held():
 
 def test_what_kv_means():
     adaptive, snapkv = policies.parse("adaptive"), policies.parse("snapkv:ratio=0.5")
-    found = widths.stored(adaptive, "auto", "other", [MEASURED])
+    found = widths.stored(adaptive, str(LADDER), "other", [MEASURED])
     assert found.expected == Mix(LADDER, (0.5, 0.3, 0.2))
     assert found.worst == Mix(LADDER, (0, 0, 1))
     assert found.source == "k4v2 50%, k6v4 30%, int8 20%: measured on one (n=5, 900 to 2,000 tokens, a GPU, None)"
     other = widths.Measured(**{**asdict(MEASURED), "model": "two", "shares": (0.7, 0.1, 0.2)})
     both = widths.stored(adaptive, str(LADDER), "x", [MEASURED, other]).expected
     assert both.shares == pytest.approx((0.6, 0.2, 0.2))
-    assert widths.stored(adaptive, "auto", "org/Two", [MEASURED, other]).expected.shares == (0.7, 0.1, 0.2)
+    assert widths.stored(adaptive, str(LADDER), "org/Two", [MEASURED, other]).expected.shares == (0.7, 0.1, 0.2)
+    own = adaptive.default_ladder
+    assert widths.stored(adaptive, "auto", "x", []).worst == Mix(own, (0,) * (len(own.rungs) - 1) + (1,))
     unknown = widths.stored(adaptive, "k4v2+int8", "x", [MEASURED])
     assert unknown.expected == unknown.worst == Mix(Ladder.of("k4v2", "int8"), (0, 1))
     assert "nobody measured" in unknown.source
@@ -175,9 +177,9 @@ def test_the_command_line(capsys, tmp_path):
     file.write_text(json.dumps({**LLAMA, "max_position_embeddings": 131072}))
     arguments = ["plan", str(file), "--vram", "8GiB", "--weights", "int4", "--context", "48k", "--kv", "auto"]
     result = json.loads(run(*arguments, "--json").out)
-    assert result["kv"]["dtype"] == str(LADDER)
+    assert result["kv"]["dtype"] == str(policies.parse("adaptive").default_ladder)
     assert sum(result["kv"]["shares"]) == pytest.approx(1, abs=1e-3)
-    assert "measured on" in result["kv"]["shares_from"]
+    assert "measured" in result["kv"]["shares_from"]
     assert not result["scenarios"][-1]["fits"]
     hosted = json.loads(run(*arguments, "--host-memory", "auto", "--bus", "25GB", "--json").out)["scenarios"]
     assert hosted[-1]["fits"]
