@@ -21,7 +21,7 @@ from refreekv.serving.answering import Listener
 
 FULL = refreekv.policies.create("full")
 ADAPTIVE = refreekv.policies.create(
-    "adaptive", min_length=8, window=4, constant=0.2, hit=0.9, follow=1, lost_mass=0.6, copying=0.9
+    "adaptive", min_length=8, window=4, constant=0.2, hit=0.9, follow=1, lost_mass=0.6, copying=0.9, evict_unit=1.0
 )
 PRUNING = refreekv.policies.create("refreekv", threshold=0.1, frozen_layers=1, probe_rows=4)
 

@@ -11,7 +11,8 @@ from refreekv import ReFreeKVCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME
 
-ENGINE = {f"engines/transformers/{name}.py" for name in ("intake", "attention", "handout", "layer", "stored_layer")}
+NAMES = ("intake", "attention", "handout", "layer", "remembering", "stored_layer")
+ENGINE = {f"engines/transformers/{name}.py" for name in NAMES}
 TO_STORAGE = {*ENGINE, "pruning/calls.py", "pruning/decide.py", "storage/compaction.py"}
 WALKS = {
     "exact": ({"policy": "snapkv", "ratio": 0.5, "kv_dtype": None}, {*TO_STORAGE, "storage/ragged.py"}),

@@ -121,7 +121,7 @@ def test_bench_equals_runs_of_each_policy_alone(smollm2, prompt):
     """On real weights and text, in float32: what the bench reads through masks is what pruned caches give."""
     model, tokenizer = smollm2
     ids, steps = prompt["input_ids"][:, :320], 6
-    specs = ["refreekv:threshold=0.05", "adaptive:constant=0.003,min_length=64", "cake:ratio=0.3", "gvote:p=0.9"]
+    specs = ["refreekv:threshold=0.05", "adaptive:constant=0.012,min_length=64", "cake:ratio=0.3", "gvote:p=0.9"]
     chosen = sweeps.choose(specs)
     one = Job(Sample("1", "text", ""), Encoded(ids[0].tolist(), [], [], ""), {"full": None, **chosen})
     (records,) = Bench(model, tokenizer, "SmolLM2", continuation=steps).measure([one])
