@@ -275,7 +275,9 @@ def test_serve_refuses_another_models_and_coded_calibrations(refree, folder, lla
     from transformers import AutoModelForCausalLM
 
     made(AutoModelForCausalLM.from_pretrained(folder), QUIET, kv_dtype="int8").save(out)
-    assert_refused(refree("serve", str(folder), "--calibration", str(out), "--dry-run"), "--kv-dtype int8")
+    assert_refused(
+        refree("serve", str(folder), "--calibration", str(out), "--dry-run"), "kv_dtype='int8'", "--kv-dtype 16"
+    )
 
 
 def test_the_default_is_the_one_default():

@@ -59,7 +59,7 @@ def check_options(options: PluginOptions, *, on_cpu: bool) -> None:
     if on_cpu and options.kv_dtype not in (EXACT, AUTO):
         raise ValueError(
             f"kv_dtype={options.kv_dtype!r}: on CPUs vLLM's own kernel reads the KV cache, which knows no codes; "
-            f"leave it out"
+            f"leave it out, and calibrations that were made with it (calibrate --kv-dtype 16)"
         )
     if on_cpu and options.prefix_hits:
         raise ValueError("prefix_hits: on CPUs policies that probe all over the prompt take no hits; leave it out")
