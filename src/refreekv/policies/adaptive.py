@@ -46,8 +46,8 @@ class Adaptive(Policy):
     And the same peaks say in how many bits each entry is stored: the fewest that change the output by less than
     ``code_unit * u`` would, given what a rung of `LADDER` does to an entry of this head (`refreekv.core.damage`).
     Nothing in a prompt says what copying heads will fetch, so that entries there count ``copying_weight`` times.
-    Evicting may then do ``evict_unit * u`` only: next to few bits it saves little, and it is what a later question
-    that nothing in the prompt foretells suffers from.
+    With formats to choose from evicting may do ``evict_unit * u`` only: next to few bits it saves little, and it is
+    what a later question that nothing in the prompt foretells suffers from.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
@@ -82,7 +82,7 @@ class Adaptive(Policy):
     copying_weight : float
         How much more than its peak says an entry of a copying head is worth.
     code_unit, evict_unit : float
-        What coding may do to an entry, and what evicting it may where the rest is coded, in units ``u``.
+        What coding may do to an entry, and what evicting it may where there are several formats, in units ``u``.
     frozen_layers : int or "all"
         Leading full-attention layers that are never pruned.
     """
