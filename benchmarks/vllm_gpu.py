@@ -86,7 +86,7 @@ def engine(options: argparse.Namespace, folder: str, mode: str) -> Any:
         max_num_seqs=options.most,
         max_num_batched_tokens=8192,
         kv_cache_memory_bytes=int(options.kv_gb * 2**30),
-        gpu_memory_utilization=0.85,
+        gpu_memory_utilization=0.3,  # K/V has its own limit; vLLM only asks that so much is free
         compilation_config=graphs,
         enable_prefix_caching=False,
         seed=0,

@@ -142,7 +142,7 @@ def engine(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from refreekv.engines.vllm.config import PluginOptions
-    from refreekv.engines.vllm.launch import engine_arguments
+    from refreekv.engines.vllm.launch import engine_arguments, on_cpu
 
     ours = (
         engine_arguments(PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits=prefix_hits)) if pruned else {}
@@ -159,6 +159,9 @@ def engine(
         "enforce_eager": True,
         "seed": 0,
     }
+    if not on_cpu():
+        # Others may use the GPU, too, and what K/V may take is given above.
+        defaults["gpu_memory_utilization"] = 0.1
     config = EngineArgs(str(folder), **{**defaults, **ours, **arguments}).create_engine_config()
     if asynchronous:
         # vLLM switches it off on CPUs as not worth it; it works there all the same.
@@ -191,7 +194,7 @@ def tiny_model(folder, *, layers=6, heads=4, kv_heads=2):
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         bos_token_id=1,
         eos_token_id=2,
     )

@@ -134,7 +134,7 @@ def gemma(folder):
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     config = Gemma3TextConfig(
         vocab_size=512, hidden_size=128, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, sliding_window=64, layer_types=kinds,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=8192, sliding_window=64, layer_types=kinds,
         query_pre_attn_scalar=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     Gemma3ForCausalLM(config).float().save_pretrained(folder)
