@@ -15,6 +15,7 @@ from when the first ones have ended until time is up:
     kept       share of the prompts' entries that stay, mean over requests
     bytes      the same of their bytes
     same       of real prompts, greedy tokens that are stock's own before the first that is not, mean of 48
+    score      of samples of --tasks, all asked at once: their own metric, mean
     ttft       milliseconds from a prompt of the longest length to its first token on an idle engine, median of five
 
 Prompts are random tokens with --shape, whose weights are random, too; with --model the texts of the JSONL files in
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,26 @@ def real_prompts(tokenizer: Any, folder: Path, lengths: list[int]) -> list[list[
     return found
 
 
+def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[list[int]]], list[list[int]]]) -> float:
+    """Mean score of the tasks' samples, each by its own metric."""
+    from transformers import AutoTokenizer
+
+    from refreekv.evaluation.data.encoding import encode
+    from refreekv.evaluation.data.families import load
+    from refreekv.evaluation.tasks.scoring import score
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    directory = Path(options.data_dir) if options.data_dir else None
+    samples = [
+        sample for name in options.tasks.split(";") for sample in load(name, data_dir=directory, limit=options.samples)
+    ]
+    encoded = [encode(tokenizer, sample) for sample in samples]
+    texts = [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in answer([e.context + e.question for e in encoded])
+    ]
+    return statistics.mean(score(sample, text)["score"] for sample, text in zip(samples, texts, strict=True))
+
+
 def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, Any]:
     """Run one mode and count."""
     from vllm import SamplingParams
@@ -149,6 +171,16 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
     some = prompts(options, folder, 48)
     rng = random.Random(1)
     added = 0
+
+    def answer(asked: list[list[int]]) -> list[list[int]]:
+        """48 greedy tokens of each prompt, all asked at once."""
+        first, found = added, {}
+        for ids in asked:
+            add(ids, 48)
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                found[output.request_id] = list(output.outputs[0].token_ids)
+        return [found[f"r{first + index}"] for index in range(len(asked))]
 
     def add(ids: list[int], tokens: int) -> None:
         nonlocal added
@@ -168,18 +200,12 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
     answers = []
     if options.model is not None:
         # Not the longest: stock's answers have to be there in seconds.
-        chosen = sorted(some, key=len)[: options.compared]
-        for ids in chosen:
-            add(ids, 48)
-        names, texts = [f"r{added - len(chosen) + index}" for index in range(len(chosen))], {}
-        while llm.has_unfinished_requests():
-            for output in llm.step():
-                texts[output.request_id] = list(output.outputs[0].token_ids)
-        answers = [texts[name] for name in names]
+        answers = answer(sorted(some, key=len)[: options.compared])
+    scored = round(task_score(options, folder, answer), 3) if options.tasks else None
     running, steps, kept, held, lengths = [], [], [], [], {}
     generated = ended = read = 0
     begin = counted_from = time.perf_counter()
-    counting, before = False, {}
+    counting = False
     while (now := time.perf_counter()) - begin < options.seconds:
         while len(scheduler.waiting) < 8:
             add(some[added % len(some)], rng.randint(*options.answer))
@@ -211,7 +237,6 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
     pool = scheduler.kv_cache_manager.block_pool
     if not counting:
         raise SystemExit("no request ended in time: more --seconds, or shorter answers")
-    del before
     return {
         "mode": mode,
         "running": round(statistics.mean(running), 1),
@@ -221,6 +246,7 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
         "kept": round(statistics.mean(kept), 3) if kept else None,
         "bytes": round(statistics.mean(held), 3) if held else None,
         "answers": answers,
+        "score": scored,
         "ttft": round(statistics.median(first_tokens[1:]), 1),
         "ended": ended,
         "preempted": preempted,
@@ -255,6 +281,8 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
     parser.add_argument("--data-dir", help="a folder with JSONL files of texts, for --model")
     parser.add_argument("--compared", type=int, default=16, help="prompts whose answers are compared with stock's")
+    parser.add_argument("--tasks", help="families of prompts with answers, by semicolons, for --model")
+    parser.add_argument("--samples", type=int, default=20, help="of each of --tasks")
     parser.add_argument("--modes", default="stock stock@fp8 stock@int4_per_token_head adaptive full@int4")
     parser.add_argument("--kv-gb", type=float, default=8.0, help="memory of the K/V pool")
     parser.add_argument("--prompt", type=pair, default=(8192, 8192), metavar="N-M", help="tokens of prompts")
@@ -294,7 +322,7 @@ def main() -> None:
         if options.out:
             with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
-    columns = ("running", "out/s", "in/s", "step", "kept", "bytes", "same", "ttft", "blocks")
+    columns = ("running", "out/s", "in/s", "step", "kept", "bytes", "same", "score", "ttft", "blocks")
     print("\n| mode | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for row in found:
         print(f"| {row['mode']} | " + " | ".join(str(row.get(name)) for name in columns) + " |")
