@@ -7,6 +7,9 @@ number of running requests and each setting, prompts are prefilled and pruned, t
 are timed one by one: `schedule()`, the attention metadata of all layers, block tables and slot
 mappings (`prepare`), and the scheduler's `update_from_output`. Medians over the steps, in
 milliseconds. Settings take turns, so that a busy machine is unfair to none of them.
+
+On a GPU, whose model runner is another, `metadata` is that of all layers, `tables` the block tables with what the
+plugin plans for a step, `requests` which of them are in it, and `prepare` the inputs. Times are the host's.
 """
 
 import argparse
@@ -19,20 +22,30 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from helpers.vllm_engine import engine, tiny_model
+from refreekv.engines.vllm.launch import environment, on_cpu
+
 os.environ.update(
+    environment(),
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_USE_V2_MODEL_RUNNER="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_LOGGING_LEVEL="ERROR",
     OMP_NUM_THREADS="1",
 )
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from helpers.vllm_engine import engine, tiny_model
 
 LAYERS = 30
 PROMPT = 384
-PARTS = ("schedule", "metadata", "prepare", "update")
+CPU_PARTS = {"metadata": "_build_attention_metadata", "prepare": "_prepare_inputs"}
+GPU_PARTS = {
+    "metadata": "model_state.prepare_attn",
+    "tables": "prepare_attn",
+    "requests": "gather_batch_req_state",
+    "prepare": "prepare_inputs",
+}
+RUNNER_PARTS = CPU_PARTS if on_cpu() else GPU_PARTS
+PARTS = ("schedule", *RUNNER_PARTS, "update")
 
 
 def timed(owner, name, into):
@@ -49,14 +62,14 @@ def timed(owner, name, into):
     setattr(owner, name, call)
 
 
-def measure(folder, running, steps, *, pruned, layers_per_group=1, policy="refreekv:threshold=0.5,frozen_layers=0"):
+def measure(folder, running, steps, *, policy="refreekv:threshold=0.5,frozen_layers=0", **setting):
     """Median milliseconds of each part over the decode steps of ``running`` requests."""
     kv_mib = 16 + running * LAYERS * (PROMPT + steps + 128) * 2 * 2 * 32 * 4 // 2**20
     with engine(
         folder,
         policy,
-        pruned=pruned,
-        layers_per_group=layers_per_group,
+        **setting,
+        enforce_eager=on_cpu(),
         kv_mib=kv_mib,
         max_model_len=1024,
         max_num_seqs=running,
@@ -70,13 +83,14 @@ def measure(folder, running, steps, *, pruned, layers_per_group=1, policy="refre
         times = {part: [] for part in PARTS}
         timed(vllm.scheduler, "schedule", times["schedule"])
         timed(vllm.scheduler, "update_from_output", times["update"])
-        timed(runner, "_build_attention_metadata", times["metadata"])
-        timed(runner, "_prepare_inputs", times["prepare"])
+        for part, path in RUNNER_PARTS.items():
+            *owner, name = path.split(".")
+            timed(getattr(runner, owner[0]) if owner else runner, name, times[part])
         assert len(vllm.scheduler.running) == running
         for _ in range(steps):
             vllm.step(check=False)
         assert len(vllm.scheduler.running) == running, "a request ended or was preempted while being timed"
-        if pruned:
+        if setting.get("pruned"):
             freed = [entry.freed for entry in vllm.scheduler.connector.reclaimer.ledger.entries.values()]
             assert min(freed) > 0, "nothing was pruned: this would measure the wrong thing"
     return {part: values[-steps:] for part, values in times.items()}
@@ -92,7 +106,10 @@ def main():
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     settings = {"stock": {"pruned": False}}
-    settings |= {f"{n} a group": {"pruned": True, "layers_per_group": n} for n in arguments.layers_per_group}
+    if on_cpu():
+        settings |= {f"{n} a group": {"pruned": True, "layers_per_group": n} for n in arguments.layers_per_group}
+    else:
+        settings |= {kind: {"pruned": True, "kv_dtype": kind} for kind in ("16", "int4", "k4v2+k4v4+k6v4+k7v6")}
 
     results = []
     with tempfile.TemporaryDirectory() as place:
@@ -108,8 +125,8 @@ def main():
                 medians = {part: statistics.median(values) for part, values in parts.items()}
                 results.append({"running": running, "setting": name, "n": len(parts["schedule"]), **medians})
                 columns = "  ".join(f"{part} {medians[part]:6.3f}" for part in PARTS)
-                both = medians["schedule"] + medians["metadata"]
-                print(f"{running:3d} running  {name:10s}  {columns}  schedule+metadata {both:6.3f} ms", flush=True)
+                both = sum(medians.get(part, 0) for part in ("schedule", "metadata", "tables", "requests"))
+                print(f"{running:3d} running  {name:20s}  {columns}  all but the last two {both:6.3f} ms", flush=True)
     if arguments.json:
         about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
         Path(arguments.json).write_text(json.dumps({**about, "layers": LAYERS, "results": results}, indent=1))
