@@ -259,6 +259,24 @@ def test_a_cropped_conversation_goes_on_over_all_that_is_left(left, number):
     assert talk.cache.report.remembered.tokens == left + 18
 
 
+@pytest.mark.parametrize("of_layers", [False, True], ids=["cache", "layers"])
+def test_a_tensor_says_how_many_tokens_are_cropped(of_layers):
+    """As some versions of transformers have it that verify drafts: lengths are numbers, and nothing is lost."""
+    talk = talk_of(model_of(), "heavy-hitter", prompt_dtype=None)
+    turns = turns_of(ALONE, answer=4)
+    for number, turn in enumerate(turns):
+        talk.ask(*turn)
+        report = talk.cache.report.remembered
+        assert report.tokens == talk.total.shape[1] - 4
+        assert report.restored is (True if number else None)
+        assert not report.lost
+        for part in talk.cache.layers if of_layers else [talk.cache]:
+            part.crop(torch.tensor(-3))
+        talk.total = talk.total[:, :-3]
+        assert {type(layer.get_seq_length()) for layer in talk.cache.layers} == {int}
+        assert {type(layer.length) for layer in talk.cache.state.past.layers.values()} == {int}
+
+
 def test_rows_are_selected_reordered_and_repeated():
     model, turns = model_of(), turns_of(BATCH, count=2)
     order = [2, 0, 0, 3, 1]
@@ -311,6 +329,11 @@ def test_beams_and_drafts():
         report = cache.report.remembered
         assert report.restored
         assert report.tokens == more.shape[1]
+        assert not report.lost
+        longer = torch.cat([out, turns_of(ALONE)[2][0]], 1)
+        model.generate(longer, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        assert cache.report.remembered.tokens == longer.shape[1]
+        assert not cache.report.remembered.lost
 
 
 @pytest.mark.parametrize("verify", [True, "answer:tokens=3"])

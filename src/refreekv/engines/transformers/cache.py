@@ -331,7 +331,8 @@ class PrunedCache(DynamicCache):
 
         With ``keep_evicted`` all of what is left comes back when a next turn begins.
         """
-        super().crop(tokens_to_remove)
+        # Where drafts are verified some versions of transformers count by tensors.
+        super().crop(int(tokens_to_remove))
         if self.state.past is not None:
             self.state.past.crop(self.first.get_seq_length())
 

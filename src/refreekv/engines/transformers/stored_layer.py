@@ -196,6 +196,7 @@ class StoredLayer(DynamicLayer):
         before that point does not come back.
         """
         self.state.finish()
+        tokens_to_remove = int(tokens_to_remove)  # a tensor would make one of every length
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         remove = min(-tokens_to_remove, self._length)
