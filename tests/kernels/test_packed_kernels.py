@@ -238,13 +238,25 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
     for (side, start), entries, factor in zip(sides, coded, factors.T, strict=True):
         codes = side.unpack(lines[:, start : start + side.bytes]).int()
         best, _ = side.encode(entries)
-        wrong = (codes != best.int()).double()
-        assert (codes - best.int()).abs().max() <= 1
-        assert wrong.mean() <= 2e-3
+        # Of two sizes that are equally good in float32 an entry may have either: one in 4000, at 8 bits and 256 channels.
+        other = ((codes - best.int()).abs() > 1).any(-1)
+        assert other.sum() <= 2
+        assert (codes != best.int())[~other].sum() <= 2e-3 * codes.numel()
         # By least squares for the codes that were written, of which a tie may be another than the reference's.
-        levels = side.levels(codes, torch.float64)
-        best_factors = (entries * levels).sum(-1) / levels.square().sum(-1)
+        best_factors, lost = least_squares(side, codes, entries)
         torch.testing.assert_close(factor.double(), best_factors, rtol=2e-3, atol=0)
+        assert (lost <= least_squares(side, best, entries)[1] + AS_GOOD)[other].all()
+
+
+AS_GOOD = 5e-6
+"""Of an entry's squares: more than float32 makes of equal losses (3e-7), less than sizes differ by at 8 bits (2e-5)."""
+
+
+def least_squares(side, codes, entries):
+    """The best factors for codes of entries, and the share of each entry's squares that is lost with them."""
+    levels = side.levels(codes, torch.float64)
+    factors = (entries * levels).sum(-1) / levels.square().sum(-1)
+    return factors, (entries - factors[:, None] * levels).square().sum(-1) / entries.square().sum(-1)
 
 
 @pytest.mark.parametrize("which", ["kernel", "reference"])
