@@ -57,10 +57,9 @@ def main() -> None:
         form, (count, size) = FORMATS[name].form, SHAPES[shape]
         tilings = [Tiling()]
         if given.tune:
-            tilings = [
-                Tiling(n, j, w) for n, j, w in itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8))
-            ]
-            tilings = [one for one in tilings if one.block_n * one.block_j <= 8192]
+            tilings = [Tiling(*one) for one in itertools.product((1, 2, 4, 8, 16), (8, 16, 32, 64), (2, 4, 8))]
+            # Codes that a program has at a time, two in each element of a block.
+            tilings = [one for one in tilings if one.block_n * one.block_g * form.group // 2 <= 8192]
         timed = {tiling: seconds(form, count, size, tiling) for tiling in tilings}
         best = min(timed, key=lambda tiling: timed[tiling][0])
         taken, one = timed[best]

@@ -111,6 +111,18 @@ def assert_same(got: list[Turn], wanted: list[Turn]) -> None:
         assert torch.equal(left.tokens, right.tokens), f"turn {turn}"
 
 
+def same_steps(one, other, start: int, close: float) -> int:
+    """How many tokens from column ``start`` on two answers of one prompt share, checking the logits that gave them.
+
+    Steps are compared as long as the tokens before them are the same: near-ties may fall to either side.
+    """
+    same = int((one.sequences == other.sequences)[0, start:].long().cumprod(0).sum())
+    for mine, theirs in list(zip(one.logits, other.logits, strict=True))[: same + 1]:
+        assert torch.isfinite(theirs).all()
+        assert (mine - theirs).norm() <= close * mine.norm()
+    return same
+
+
 def check_nothing_evicted(name, attention, lengths, second, policy, parameters):
     model = model_of(name, attention)
     turns = turns_of(lengths, second)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import refreekv
+from helpers.equivalence import same_steps
 from helpers.models import prompts
 from refreekv.engines.transformers import fingerprint, graph, model_constants
 from refreekv.engines.transformers.naming import NAME
@@ -129,11 +130,7 @@ def test_each_runs_captured_or_eagerly_for_one_logged_reason(folder, kind, monke
         assert len(graphs) == 1
     else:
         assert len(reasons) == 1 or (len(graphs) == 1 and not reasons)
-    same = int((eager.sequences == captured.sequences)[0, LENGTH:].long().cumprod(0).sum())
-    # Steps are compared as long as the tokens are the same: near-ties may fall to either side.
-    for one, other in list(zip(eager.logits, captured.logits, strict=True))[: same + 1]:
-        assert torch.isfinite(other).all()
-        assert (one - other).norm() <= 5e-2 * one.norm()
+    same_steps(eager, captured, LENGTH, 5e-2)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
@@ -177,20 +174,18 @@ def test_blocks_of_gguf_files(kind, tmp_path, monkeypatch, caplog):
     path = write_model(
         tmp_path / "a.gguf", kind, hidden=1024, inner=2048, heads=16, kv_heads=4, layers=4, vocabulary=128
     )
-    model = weights.packed_model(path, "auto", torch.device("cuda"), torch.bfloat16)
+    model = weights.packed_model(path, "packed", torch.device("cuda"), torch.bfloat16)
+    assert not isinstance(model, str), model  # why not
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    assert weights.weight_bytes(model) <= 1.1 * path.stat().st_size
+    assert weights.weight_bytes(model) <= 1.125 * path.stat().st_size
     with caplog.at_level(logging.WARNING, "refreekv"):
         eager, slow = answer(model, "eager")
         answer(model, "graph")
         captured, quick = answer(model, "graph")
     print(f"{kind}: eager {slow:.3f} s, captured {quick:.3f} s")
-    assert not caplog.records
+    assert [record.message for record in caplog.records] == []
     assert len([step for step in made if getattr(step, "_graph", None) is not None]) == 1
-    same = int((eager.sequences == captured.sequences)[0, LENGTH:].long().cumprod(0).sum())
-    for one, other in list(zip(eager.logits, captured.logits, strict=True))[: same + 1]:
-        assert torch.isfinite(other).all()
-        assert (one - other).norm() <= 5e-2 * one.norm()
+    same_steps(eager, captured, LENGTH, 5e-2)
     # And as on the CPU, where weights are unpacked by plain code.
     judge = weights.packed_model(path, "packed", torch.device("cpu"), torch.float32)
     ids, _ = prompts((40,), seed=3)
@@ -203,7 +198,9 @@ def test_blocks_of_gguf_files(kind, tmp_path, monkeypatch, caplog):
 
 def test_compressed_tensors_are_unpacked_by_their_library_and_then_captured(folder, tmp_path, monkeypatch, caplog):
     """It unpacks a model in 4 bits at its first forward; what follows is a plain model."""
-    needs("compressed_tensors", "loguru", "accelerate")
+    needs("accelerate")
+    # It may be there without what it needs itself.
+    pytest.importorskip("compressed_tensors.compressors", exc_type=ImportError)
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
