@@ -14,6 +14,7 @@ import torch
 
 from devices import header
 from packed_speed import EXACT, Level, form_of, maps
+from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.storage import launch_fetch, launch_move
 from refreekv.storage.arena import KVArena
@@ -68,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     exact.keys.normal_()
     exact.values.normal_()
     for name, lines in (("attention over them here", here), ("attention over them there", there)):
-        call = (query, exact.table, [lines.table], [form], own, SIZE**-0.5, None, None)
-        say(name, lambda call=call: launch_packed_attention(*call))
+        held = PackedKV(exact.table, [lines.table], [form], own)
+        say(name, lambda held=held: launch_packed_attention(query, held, SIZE**-0.5, None, None))
 
 
 if __name__ == "__main__":

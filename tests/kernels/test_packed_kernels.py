@@ -238,7 +238,7 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
     for (side, start), entries, factor in zip(sides, coded, factors.T, strict=True):
         codes = side.unpack(lines[:, start : start + side.bytes]).int()
         best, _ = side.encode(entries)
-        # Of two sizes that are equally good in float32 an entry may have either: one in 4000, at 8 bits and 256 channels.
+        # Of two sizes as good in float32 an entry may have either: at 8 bits and 256 channels one in 4000 does.
         other = ((codes - best.int()).abs() > 1).any(-1)
         assert other.sum() <= 2
         assert (codes != best.int())[~other].sum() <= 2e-3 * codes.numel()

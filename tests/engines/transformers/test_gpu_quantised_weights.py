@@ -236,8 +236,3 @@ def test_compressed_tensors_are_unpacked_by_their_library_and_then_captured(fold
     assert [record.message for record in caplog.records if "without a CUDA graph" in record.message] == []
     assert len(made) == 1
     assert (eager.logits[0] - captured.logits[0]).norm() <= 5e-2 * eager.logits[0].norm()
-
-
-def test_gptq_and_awq():
-    needs("gptqmodel", "optimum")
-    pytest.skip("needs a checkpoint that gptqmodel made")
