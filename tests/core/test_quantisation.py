@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from helpers.live_bytes import LiveBytes
 from refreekv.core.packed_lines import grid_error, step
-from refreekv.core.quantisation import KVDtype, centre_of, round_trip
+from refreekv.core.quantisation import BLOCK, PIECE, KVDtype, centre_of, round_trip
 from refreekv.core.rotation import rotate, rotation
 
 SIZES = [1, 7, 8, 64, 80, 96, 128, 256]
@@ -91,6 +92,21 @@ def test_mean_of_real_entries_behind_the_sinks():
     few = entries[0, :, :3]
     assert torch.allclose(centre_of(few), few.mean(1), atol=1e-6)
     assert torch.allclose(centre_of(few, torch.ones(1, 3, dtype=torch.bool)), few.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [4 * PIECE, 4 * PIECE + BLOCK + 5])
+def test_the_mean_of_many_entries_takes_no_copy_of_them(length):
+    """In blocks: on CUDA PyTorch adds up many numbers for few sums in memory of their own size and more."""
+    entries = torch.randn(1, 2, length, 16).bfloat16()
+    real = torch.ones(1, length, dtype=torch.bool)
+    real[0, :9] = False
+    entries[:, :, :9] = float("nan")
+    with LiveBytes() as bytes_of:
+        found = centre_of(entries, real[:, None])
+    assert bytes_of.peak < 1.5 * entries[:, :, :PIECE].numel() * 2 + 24 * length < 0.8 * entries.nbytes
+    wanted = entries[:, :, 13:].double().mean(2)
+    assert torch.equal(found, wanted.bfloat16()) or (found - wanted).abs().max() < 1e-4
+    assert (centre_of(entries[:, :, 9:]) - wanted).abs().max() < 1e-4
 
 
 def test_bytes_of_entries():

@@ -1,21 +1,22 @@
 """What plans say about prompts that are read in chunks, against what caches hold."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from helpers.driving import storage_bytes, tensors_of
+from helpers.live_bytes import LiveBytes
 from helpers.models import build
 from helpers.planning import LLAMA
 from planner.test_plan import GIB, model_of
 from refreekv import KVDtype, ReFreeKVCache
 from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes, reading_bytes
 from refreekv.core.quantisation import FLUSH
+from refreekv.engines.transformers import layer as layers_of_caches
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.planner import geometry, memory
 from refreekv.planner import plan as plans
 from refreekv.planner.memory import Load, Machine, Scenario
+from refreekv.storage import unfinished as unfinished_prompts
 from refreekv.storage.arena import LEAST_GROWTH
 
 LAYERS, PROMPT, CHUNK = 10, 2400, 240
@@ -82,14 +83,36 @@ def test_a_forecast_is_what_is_held(model, number, kv_dtype, ratio):
     # What is coded has room for entries that are not yet, which plans leave out: of a real prompt it is little.
     room = 0 if kv_dtype is None else LAYERS * 2 * 256 * (FLUSH + LEAST_GROWTH)
     assert after[-1] == pytest.approx(kept + room, rel=0.05)
-    forecast = reading_bytes(layers, PROMPT, number, kept, copies=1)
+    forecast = reading_bytes(layers, PROMPT, number, kept)
     if number is None:
         # Each layer's own part is there once more while it is moved, and layers behind it lack the last chunk.
         forecast += layers[0].stored_bytes(ratio * PROMPT, None) - (LAYERS - 1) * layers[0].bytes(CHUNK)
     assert most == pytest.approx(forecast, rel=0.05)
 
 
-def test_use_counts_two_layers_in_full():
+@pytest.mark.parametrize(("kv_dtype", "ratio"), [(None, 0.25), ("int4", 1.0), ("int8", 1.0), (None, 0.8)])
+@torch.no_grad()
+def test_the_peak_is_the_forecast(kv_dtype, ratio, monkeypatch):
+    """All that is alive while a prompt is read as on a GPU: decisions are carried out late, masks are there, too."""
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    small = build("llama", attention="sdpa", num_hidden_layers=LAYERS, initializer_range=0.02, **shape).bfloat16()
+    monkeypatch.setattr(layers_of_caches, "is_late", lambda device: True)
+    monkeypatch.setattr(unfinished_prompts, "MOVED", 256)  # of a prompt as short as this
+    layers, number = (LayerKV("full", 4, 64, 64),) * LAYERS, KVDtype("int8")
+    kept = sum(layer.stored_bytes(ratio * PROMPT, KVDtype.parse(kv_dtype)) for layer in layers)
+    pieces = torch.randint(2, 90, (1, PROMPT)).split(CHUNK, 1)
+    for _ in range(2):  # the first one measures the model's own codes
+        cache = ReFreeKVCache(small, "streaming-llm", ratio=ratio, kv_dtype=kv_dtype, prompt_dtype=number)
+        cache.state.arena = True
+        with LiveBytes() as bytes_of, cache.prompt_until(PROMPT):
+            for piece in pieces:
+                small(piece, past_key_values=cache, logits_to_keep=1)
+    room = 0 if kv_dtype is None else LAYERS * 4 * 256 * (FLUSH + LEAST_GROWTH)
+    forecast = chunked_bytes(layers, PROMPT, CHUNK, number, kept + room, Reader.of(small.config))
+    assert bytes_of.peak == pytest.approx(forecast, rel=0.05)
+
+
+def test_use_counts_one_layer_in_full():
     measured = geometry.measure(model_of(LLAMA))
     machine = Machine(24 * GIB, 0, 0, activation_bytes=0, logit_bytes=0, chunk=2048)
     load, layer = Load(32768, 0), 32768 * 4096
@@ -101,8 +124,8 @@ def test_use_counts_two_layers_in_full():
         return memory.use(measured, machine, scenario, load).peak
 
     masks = 2048 * 32768 * MASK_BYTES
-    assert peak(0.2) == int(coded + 2 * layer) + masks
-    assert peak(0.9) == int(0.9 * 32 * layer + 2 * layer) + masks
+    assert peak(0.2) == int(coded + layer) + masks
+    assert peak(0.9) == int(0.9 * 32 * layer + layer) + masks
     assert peak(0.2, prompt_number=None) == 32 * layer
     assert peak(1.0, KVDtype("int4"), "int4") < 0.4 * 32 * layer
     # A prompt that comes in one call is not coded on the way.
@@ -115,19 +138,24 @@ def test_use_counts_two_layers_in_full():
 
 
 def test_what_reads_a_chunk_counts():
-    """Llama-3-8B at 32k in chunks of 2k: the copies and masks of attention, or the feed-forward part behind it."""
+    """Llama-3-8B at 32k in chunks of 2k: the masks of attention, or the feed-forward part behind it."""
     model = model_of(LLAMA)
     measured, reader = geometry.measure(model), Reader.of(model.text)
-    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096, 32 / 64)
+    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096)
     layers, layer, number = measured.layers, 32768 * 4096, KVDtype("int8")
     coded = sum(one.unfinished_bytes(32768, number) for one in layers)
-    within = coded + 2.5 * layer + 2048 * (8 * 4096 + 3 * 32768)
-    assert chunked_bytes(layers, 32768, 2048, number, 0, reader) == within
-    behind = coded + layer + 8192 * (2 * reader.activation + 32768)
-    assert chunked_bytes(layers, 32768, 8192, number, 0, replace(reader, attention=0, repeated=0)) == behind
+    behind = coded + layer + 2048 * (2 * reader.activation + 32768)
+    assert chunked_bytes(layers, 32768, 2048, number, 0, reader) == behind
     machine = Machine(24 * GIB, 0, 0, activation_bytes=2 * reader.activation, logit_bytes=0, chunk=2048, reader=reader)
     taken = memory.use(measured, machine, Scenario("", lambda _: 0.1, prompt_number=number), Load(32768, 0))
-    assert taken.peak == int(within)
+    assert taken.peak == int(behind)
+    coded = sum(one.unfinished_bytes(65536, number) for one in layers)
+    within = coded + 2 * layer + 2048 * (8 * 4096 + 3 * 65536)
+    assert chunked_bytes(layers, 65536, 2048, number, 0, reader) == within
+    # What is kept in the prompt's own format is there beside its codes.
+    kept = sum(one.stored_bytes(65536, number) for one in layers)
+    moving = coded + 2 * layer + layers[0].unfinished_lines(65536, number) + 64 * (8 * 4096 + 65536)
+    assert chunked_bytes(layers, 65536, 64, number, kept, reader) == pytest.approx(moving, rel=1e-4)
 
 
 def test_longer_prompts_fit():

@@ -104,7 +104,7 @@ def test_a_forecast_with_host_memory_is_what_the_device_holds(hosted):
             model(piece, past_key_values=cache)
             if piece is pieces[-2]:
                 assert sum(one.reading.prompt.host_nbytes > 0 for one in cache.pruned_layers) == hosted
-    forecast = reading_bytes([layer] * LAYERS, PROMPT, number, 0, copies=1, hosted=hosted)
+    forecast = reading_bytes([layer] * LAYERS, PROMPT, number, 0, hosted=hosted)
     # On a GPU lines of the layer that is compacted come once more.
     assert most == pytest.approx(forecast - lines, rel=0.05)
 

@@ -122,9 +122,12 @@ class LayerKV:
 
 
 def reading_bytes(
-    layers: Sequence[LayerKV], prompt: int, number: KVDtype | None, kept: float, *, copies: int = 2, hosted: int = 0
+    layers: Sequence[LayerKV], prompt: int, number: KVDtype | None, kept: float, *, hosted: int = 0
 ) -> float:
     """K/V bytes at the worst moment of reading a prompt in chunks, the chunk itself not among them.
+
+    One layer at a time is there in full precision beside what is coded: while a chunk attends to it, and at the
+    prompt's end until what is kept of it has moved, which is before the next layer is decoded.
 
     Parameters
     ----------
@@ -136,9 +139,6 @@ def reading_bytes(
         How what was read is held until the end; None: in the model's precision.
     kept : float
         Bytes of all layers once the policy has decided.
-    copies : int
-        Layers that are there in full precision at a time, beside that: one while a chunk attends to it; at the
-        prompt's end on a GPU a second one, which waits until the host knows what stays.
     hosted : int
         Layers whose codes are in host memory.
     """
@@ -155,7 +155,7 @@ def reading_bytes(
     staged = (min(hosted, 2) + min(hosted, 1)) * lines
     widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0)
     # Layer by layer the one becomes the other.
-    return max(coded, kept) + staged + copies * widest
+    return max(coded, kept) + staged + widest
 
 
 def least_hosted(fits: Callable[[int], bool], most: int) -> int:
@@ -201,16 +201,11 @@ class Reader:
 
     activation: int  # elements that a token takes at the widest point, see `activation_elements`
     attention: int = 0  # elements that it takes while attention runs: residual, queries, output, and one copy
-    # share of a layer's K/V that sdpa copies behind a mask: one KV head's, for each query head that shares it
-    repeated: float = 0.0
 
     @classmethod
     def of(cls, text: Any) -> "Reader":
         """Of a language model's configuration."""
-        heads = int(getattr(text, "num_attention_heads", 1))
-        shared = int(getattr(text, "num_key_value_heads", None) or heads)
-        repeated = 0.0 if shared == heads else heads / shared**2
-        return cls(activation_elements(text), 4 * int(text.hidden_size), repeated)
+        return cls(activation_elements(text), 4 * int(text.hidden_size))
 
 
 def chunked_bytes(
@@ -225,13 +220,14 @@ def chunked_bytes(
 ) -> float:
     """Bytes of K/V and of all else at the worst moment of reading a prompt that is coded chunk by chunk.
 
-    Either while a layer attends to its copy in full precision, or in the feed-forward part behind it. Parameters
-    beside the chunk's tokens and the reader are those of `reading_bytes`.
+    The worst of three: while a layer attends to its copy in full precision, KV head by KV head, so that nothing is
+    repeated for query heads; in the feed-forward part behind it; and at the prompt's end, when what is kept of a layer
+    is made while its codes are there. Parameters beside the chunk's tokens and the reader are those of `reading_bytes`.
     """
     itemsize = max((layer.itemsize for layer in layers), default=PLAIN_BYTES)
-    widest = max((layer.bytes(prompt) for layer in layers if layer.kind == "full"), default=0.0)
-    within = reading_bytes(layers, prompt, number, kept, hosted=hosted) + reader.repeated * widest
-    within += chunk * (itemsize * reader.attention + MASK_BYTES * prompt)
-    behind = reading_bytes(layers, prompt, number, kept, copies=1, hosted=hosted)
-    behind += chunk * (itemsize * reader.activation + prompt)
-    return max(within, behind)
+    within = itemsize * reader.attention + MASK_BYTES * prompt
+    behind = itemsize * reader.activation + prompt
+    full = sum(layer.kind == "full" for layer in layers)
+    lines = max((layer.unfinished_lines(prompt, number) for layer in layers), default=0.0)
+    moving = min(kept / max(full, 1), lines) + chunk * (itemsize * reader.attention + prompt)
+    return reading_bytes(layers, prompt, number, kept, hosted=hosted) + max(chunk * max(within, behind), moving)

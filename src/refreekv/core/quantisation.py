@@ -256,15 +256,36 @@ def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:
     Tensor
         ``[..., D]`` in the precision of the entries. Of a head that has sinks alone, their mean.
     """
-    wide = torch.promote_types(entries.dtype, torch.float32)
     if real is None:
         behind = entries[..., SINKS:, :] if entries.shape[-2] > SINKS else entries
-        return behind.mean(-2, dtype=wide).to(entries.dtype)
+        return (_total(behind) / behind.shape[-2]).to(entries.dtype)
     counted = real & (real.cumsum(-1) > SINKS)
     counted = torch.where(counted.any(-1, keepdim=True), counted, real)
-    # Padding may hold anything, also what is no number.
-    total = entries.masked_fill(~counted[..., None], 0).sum(-2, dtype=wide)
-    return (total / counted.sum(-1, keepdim=True).clamp_min(1)).to(entries.dtype)
+    return (_total(entries, counted) / counted.sum(-1, keepdim=True).clamp_min(1)).to(entries.dtype)
+
+
+PIECE, BLOCK = 4096, 64
+"""Entries of which a masked copy is made at a time, and those that are added up first."""
+
+
+def _total(entries: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The sum ``[..., D]`` of entries ``[..., n, D]``, of those that are ``counted``; in float32 at least.
+
+    A copy of all of them would be as large as what a prompt is coded for. On CUDA so is the memory that PyTorch takes
+    to add up many numbers for few sums; it takes none for many sums of few numbers.
+    """
+    wide = torch.promote_types(entries.dtype, torch.float32)
+    total = entries.new_zeros(*entries.shape[:-2], entries.shape[-1], dtype=wide)
+    for start in range(0, entries.shape[-2], PIECE):
+        part = entries[..., start : start + PIECE, :]
+        if counted is not None:
+            # Padding may hold anything, also what is no number.
+            part = part.masked_fill(~counted[..., start : start + PIECE, None], 0)
+        even = part.shape[-2] // BLOCK * BLOCK
+        # [..., n, D] -> [..., n / BLOCK, BLOCK, D]
+        total += part[..., :even, :].unflatten(-2, (-1, BLOCK)).sum(-2, dtype=wide).sum(-2)
+        total += part[..., even:, :].sum(-2, dtype=wide)
+    return total
 
 
 def round_trip(entries: Tensor, bits: int, centre: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from refreekv.storage.hosted import HostedPrompts, pinned
 from refreekv.storage.runs import flat, spread
 from refreekv.storage.staging import Lines
 
+MOVED = 16384
+"""Lines that are moved at a time."""
 LINES = ("lines", "factors")
 """Names of the two parts of what is coded."""
 
@@ -407,8 +409,11 @@ class UnfinishedKV:
         if self._stale is not None:
             there = there & ~self._stale.flatten()[at]
         for lines, into in zip(self._lines, (arena.keys, arena.values), strict=True):
-            lines = lines.to(into.device, non_blocking=True)
-            into.copy_(torch.where(there[:, None], lines.flatten(0, 2)[at], into))
+            lines = lines.to(into.device, non_blocking=True).flatten(0, 2)
+            # Two copies of all lines would be more than a layer's entries in full precision.
+            for start in range(0, len(at), MOVED):
+                some = slice(start, start + MOVED)
+                into[some] = torch.where(there[some, None], lines[at[some]], into[some])
 
     # -- copies: addresses do not travel --------------------------------------------------------
 

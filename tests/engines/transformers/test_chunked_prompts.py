@@ -471,12 +471,12 @@ def test_between_calls_nothing_is_held_in_full_precision(case, second):
 @torch.no_grad()
 @pytest.mark.parametrize("second", [False, True])
 def test_a_chunk_behind_a_mask_repeats_one_kv_head_at_a_time(monkeypatch, second):
-    """What sdpa copies for query heads that share a KV head is of one of these, and not of all."""
+    """Query heads that share a KV head see one view of it: behind a mask sdpa would copy all of them for each."""
     model = model_of()
     seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
 
     def watched(query, key, *args, **kwargs):
-        seen.append((key.shape[1], query.shape[2]))
+        seen.append((key.shape[1], key.stride(1) == 0))
         return sdpa(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
@@ -489,7 +489,7 @@ def test_a_chunk_behind_a_mask_repeats_one_kv_head_at_a_time(monkeypatch, second
         for piece in ids[:, before:].split(30, 1):
             model(piece, past_key_values=cache)
     masked = seen[0 if second else LAYERS :]
-    assert {heads for heads, _ in masked} == {4}  # of 8 query heads
+    assert set(masked) == {(4, True)}  # of 8 query heads
     assert len(masked) == 2 * LAYERS * (3 if second else 4)
 
 

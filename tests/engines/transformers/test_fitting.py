@@ -178,8 +178,8 @@ def test_chunks_that_fit():
     assert chunk(whole - 1) == 8192
 
     def taken(tokens, kept, held=32 * layer):
-        # Within attention: two layers in full, masks, and half a layer of repeated heads; 4 hidden elements a token.
-        return max(held, kept) + 2.5 * layer + tokens * (2 * 4 * 4096 + 3 * length)
+        # Within attention, a layer in full and masks; or in the feed-forward part behind it.
+        return max(held, kept) + layer + tokens * max(2 * 4 * 4096 + 3 * length, token + length)
 
     assert chunk(taken(4096, 32 * layer)) == 4096
     assert chunk(taken(4096, 32 * layer) - 1) == 2048

@@ -77,9 +77,8 @@ class HostTier:
         layer = LayerKV("full", rows * heads, keys.shape[3], values.shape[3], itemsize=itemsize)
         count = self.most(layer, layers, prompt, number, device)
         if self.limit is None:
-            # What was there before is in the copies that attention reads, too.
-            copies = (2 + self._reader.repeated) * layer.bytes(earlier)
-            free, kinds = self._free(device) - MARGIN - copies, [layer] * layers
+            # What was there before is in the copy that attention reads, too.
+            free, kinds = self._free(device) - MARGIN - layer.bytes(earlier), [layer] * layers
 
             def fits(hosted: int) -> bool:
                 return chunked_bytes(kinds, prompt, rows * tokens, number, 0, self._reader, hosted=hosted) <= free

@@ -176,6 +176,9 @@ class IntakeLayer(StoredLayer):
         # A policy that looks at all layers before it decides leaves this one's prompt coded until then.
         joint = isinstance(self.state.policy, JointPolicy) and not self.state.policy.freezes(self.ordinal)
         last = not joint and not self.state.continues(self._length)
+        # The layer before this one is compacted first, so that never two are there in full. The device has that
+        # layer's other half to compute while the host waits for the numbers.
+        self.state.finish()
         self._take_over(self.reading.whole_with(keys, values, last=last))
         if last:
             self._read = self._lines_of(self.reading)

@@ -33,6 +33,11 @@ _PRUNED = (
 """Attributes of a layer that carrying out a decision sets."""
 
 
+def is_late(device: torch.device) -> bool:
+    """Whether a device is behind the host, which had to wait for what a policy decides on it."""
+    return device.type == "cuda"
+
+
 class ReFreeKVLayer(RememberingLayer):
     """One full-attention layer's keys and values, pruned when the prompt ends."""
 
@@ -127,7 +132,7 @@ class ReFreeKVLayer(RememberingLayer):
         def carry_out() -> None:
             self._carry_out(decisions, after)
 
-        if call.query.is_cuda:
+        if is_late(call.query.device):
             self._undecided = True
             self.state.later(carry_out)
         else:
