@@ -145,7 +145,8 @@ def _pack_side(
     return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
 
 
-@triton.jit
+# Another prompt's length, and more rows, are no reason to compile for seconds.
+@triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps"])
 def _pack_kernel(
     keys, values, arena, table, starts, spans, end, kv_heads,
     key_offset, key_matrix, key_worth, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,

@@ -65,7 +65,8 @@ def _unpack_side(
     tl.store(at, (decoded * factor[:, None] + centre[None, :]).to(TYPE), real[:, None] & (d < SIZE)[None, :])
 
 
-@triton.jit
+# Another prompt's length, and more rows, are no reason to compile for seconds.
+@triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps"])
 def _unpack_kernel(
     keys, values, arena, table, starts, spans, end, kv_heads,
     key_mean, key_dual, value_mean, value_back, row_of_means, row_of_maps,

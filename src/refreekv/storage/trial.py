@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.storage import warm_up
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
 
@@ -43,6 +44,8 @@ def fault(
         How they will be coded.
     """
     try:
+        if due(device):
+            warm_up.warm_up(device, dtype, heads, sizes, ladder, codes)
         with torch.inference_mode(False), torch.no_grad():
             tried, plain = (
                 _outcome(place, dtype, heads, sizes, ladder, codes) for place in (device, torch.device("cpu"))
@@ -61,10 +64,7 @@ def _outcome(
 ) -> tuple[Tensor, ...]:
     """Decoded keys and values, and attention over them, of made-up entries that are coded on a device: on the CPU."""
     length, rungs = SINKS + MORE + ladder.recent, len(ladder.rungs)
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(1, heads, length, size, generator=generator) for size in sizes)
-    query = torch.randn(1, 2 * heads, 1, sizes[0], generator=generator).to(device, dtype)
-    keys, values = ((part + 0.5).to(device, dtype) for part in (keys, values))
+    keys, values, query = warm_up.made_up(device, dtype, heads, sizes, length)
     rung = (torch.arange(length) % rungs).to(torch.uint8)
     counts = tuple(int((rung[SINKS : SINKS + MORE] == number).sum()) for number in range(rungs))
     storage = LeveledKV.gathered(

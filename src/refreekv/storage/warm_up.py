@@ -1,0 +1,87 @@
+"""Kernels over the formats of a ladder, compiled side by side before they are used one after the other.
+
+Each format has kernels of its own, which take seconds to compile, and attention over several formats one of its own
+again. Triton and its compilers let other threads run meanwhile: on a machine with some cores all are there when the
+slowest one is. They are compiled by being launched on made-up entries, in the ways in which storages launch them. What
+Triton has on disk takes milliseconds.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
+from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
+from refreekv.storage.coding import Pair
+from refreekv.storage.columns import Columns
+from refreekv.storage.leveled import LeveledKV
+
+SOME = 32
+"""Entries of a head that are coded."""
+
+_log = logging.getLogger("refreekv")
+
+
+def available_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def made_up(
+    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[1, H_kv, n, D]``, and a query ``[1, H, 1, D]`` of two heads for each of theirs."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, heads, length, size, generator=generator) for size in sizes)
+    query = torch.randn(1, 2 * heads, 1, sizes[0], generator=generator)
+    return (keys + 0.5).to(device, dtype), (values + 0.5).to(device, dtype), query.to(device, dtype)
+
+
+def warm_up(
+    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], ladder: Ladder, codes: KeyCodes | None
+) -> None:
+    """Compile what coding, decoding and attention need, parameters as for `trial.fault`.
+
+    Nothing is changed and nothing is raised: what fails here is found where it is used.
+    """
+    if (cores := available_cores()) < 2:
+        return
+
+    def storage(rungs: Ladder, length: int) -> tuple[LeveledKV, Pair]:
+        keys, values, _ = made_up(device, dtype, heads, sizes, length)
+        kept = [Columns.of_ranges((0, length))]
+        own = LeveledKV.gathered(keys, values, kept, 0, rungs, (centre_of(keys), centre_of(values)), None, codes)
+        return own, (keys, values)
+
+    def code_and_decode(rungs: Ladder) -> None:
+        storage(rungs, SINKS + SOME + ladder.recent)[0].full()
+
+    def code_generated() -> None:
+        rungs = Ladder((ladder.rungs[ladder.generated],))
+        own, (keys, values) = storage(rungs, SINKS + ladder.recent)
+        own.append(keys[:, :, : 2 * FLUSH], values[:, :, : 2 * FLUSH]).code_older()
+
+    def attend() -> None:
+        own, _ = storage(ladder, SINKS + 1)
+        query = made_up(device, dtype, heads, sizes, 1)[2]
+        tables = [arena.table for arena in own.tables]
+        kernels.packed_attention(query, tables[0], tables[1:], own.coding.forms, own.coding.maps)
+
+    def tried(job: Callable[[], None]) -> None:
+        try:
+            # Both are settings of a thread.
+            with torch.inference_mode(False), torch.no_grad():
+                job()
+        except Exception as error:
+            _log.debug("a kernel could not be compiled ahead: %s", error)
+
+    # The longest one first.
+    jobs: list[Callable[[], None]] = [attend, code_generated]
+    jobs += [lambda rung=rung: code_and_decode(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
+    with ThreadPoolExecutor(min(cores, len(jobs)), thread_name_prefix="refreekv-compile") as pool:
+        list(pool.map(tried, jobs))

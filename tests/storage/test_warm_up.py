@@ -1,0 +1,93 @@
+"""What is compiled ahead is what is used, and nothing that goes wrong there shows."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from refreekv import kernels
+from refreekv.core.quantisation import Ladder
+from refreekv.storage import trial, warm_up
+
+CPU = torch.device("cpu")
+LADDER = Ladder.of("k4v2", "k6v4", "int8")
+GIVEN = CPU, torch.bfloat16, 2, (64, 64), LADDER, None
+SLOW = ("_pack_kernel", "_unpack_kernel", "_packed_decode_kernel", "_packed_join_kernel")
+"""Kernels that take long to compile."""
+
+
+def test_what_is_compiled_ahead_is_what_is_used(tmp_path):
+    """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).parents[1] / "kernels" / "specialising.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    ahead = [name for name in printed["ahead"] if name.split()[0] in SLOW]
+    assert len(ahead) == 5 + 4 + 1 + 1  # packing in four formats and of generated entries, unpacking, attention
+    for use, found in printed["uses"].items():
+        kinds = SLOW if use.startswith("1 x") else SLOW[:2]
+        used = {name for name in found if name.split()[0] in kinds}
+        assert len(used) >= 9, use
+        assert used <= set(ahead), use
+
+
+def test_each_format_in_a_thread_of_its_own(monkeypatch):
+    """All begin before any has ended."""
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
+    together = threading.Barrier(4, timeout=30)  # three formats, and that of what is generated
+    real, packed = kernels.pack_lines, []
+
+    def waiting(*args, **kwargs):
+        together.wait()
+        packed.append((args[3].key_widths, "source" in kwargs))
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "pack_lines", waiting)
+    warm_up.warm_up(*GIVEN)
+    assert not together.broken
+    assert sorted(packed) == [((4,) * 4, False), ((6,) * 4, False), ((8,) * 4, False), ((8,) * 4, True)]
+
+
+def test_one_core_has_nothing_to_share(monkeypatch):
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 1)
+    monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
+    warm_up.warm_up(*GIVEN)
+
+
+def test_what_fails_is_for_the_trial_to_say(monkeypatch, caplog):
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 4)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    trial.fault.cache_clear()
+    monkeypatch.setattr(trial, "due", lambda device: True)
+    with caplog.at_level(logging.DEBUG, "refreekv"), monkeypatch.context() as patch:
+        patch.setattr(warm_up.LeveledKV, "full", fails)
+        patch.setattr(trial, "LeveledKV", type("Whole", (trial.LeveledKV,), {"full": REAL_FULL}))
+        assert trial.fault(*GIVEN) is None
+    assert caplog.text.count("a kernel could not be compiled ahead: no compiler") == 3
+    trial.fault.cache_clear()
+    monkeypatch.setattr(kernels, "pack_lines", fails)
+    assert trial.fault(*GIVEN) == "RuntimeError: no compiler"
+    trial.fault.cache_clear()
+
+
+REAL_FULL = warm_up.LeveledKV.full
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_cores(monkeypatch, available):
+    if available:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3}, raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert warm_up.available_cores() == 2
