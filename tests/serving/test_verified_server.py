@@ -75,6 +75,22 @@ def test_each_answer_says_what_was_verified(loaded):
     assert texts["strict"] == texts["full"]
 
 
+def test_a_step_that_keeps_all_as_it_is_passes_whatever_is_allowed(loaded):
+    """`adaptive` a sixteenth as loose keeps a short prompt, none of which is coded: nothing differs. The next is."""
+    with served(loaded, ADAPTIVE, verify=1e-9) as server:
+        past, first = talk(server, 60)
+        _, second = talk(server, 40, past)
+    assert first["verified"]["steps"] == second["verified"]["steps"] == 4
+    assert first["verified"]["step"] == 2
+    assert first["verified"]["tried"][-1] == 0
+    assert first["kept_share"] == 1
+    # Some of what the next turn brings would be coded: the last step stores it as the model computed it.
+    assert second["verified"]["step"] == 3
+    assert min(second["verified"]["tried"]) > 1e-9
+    assert second["kv_dtype"] is None
+    assert second["kept_share"] == 1
+
+
 def test_a_stream_says_it_too(loaded):
     with served(loaded, ADAPTIVE, verify=1e9) as server:
         body = {"messages": [{"role": "user", "content": words(60, 1)}], "max_tokens": 4, "temperature": 0}

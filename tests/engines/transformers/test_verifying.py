@@ -11,7 +11,7 @@ import refreekv
 from helpers.models import ARCHITECTURES, HAS_SDPA, VOCAB, build, build_mllama, prompts
 from refreekv import ReFreeKVCache, policies
 from refreekv.engines.transformers import verifying
-from refreekv.engines.transformers.read_again import ANSWER, DAMAGE, PROMPT, Recheck
+from refreekv.engines.transformers.read_again import ANSWER, DAMAGE, PROMPT, Recheck, divergence
 from refreekv.engines.transformers.read_again import TOKENS as COUNTS
 from refreekv.engines.transformers.verifying import steps_of
 from refreekv.policies.base import ladder_for
@@ -249,6 +249,56 @@ def test_turns(policy, kv_dtype, arena):
     kept = turns(1e-9)
     assert kept.report.verified.step == kept.report.verified.steps - 1
     assert all(head == ((0, LENGTH + 45),) for layer in kept.kept_ranges() for head in layer)
+
+
+@pytest.mark.parametrize("size", [3e-5, 1e-3, 1.0])
+def test_a_small_divergence_is_not_lost_in_rounding(size):
+    logits = 3 * torch.randn(1, 20, 50_000)
+    other = logits + size * torch.randn_like(logits)
+    logits[..., :10] = float("-inf")  # ruled out: on one side, and on both
+    other[..., :5] = float("-inf")
+    exact = [part.double().log_softmax(-1) for part in (logits, other)]
+    wanted = (exact[0].exp() * (exact[0] - exact[1])).nan_to_num(0.0).sum(-1)
+    found = divergence(logits, other)
+    torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0)
+    assert torch.equal(divergence(logits, logits), torch.zeros(1, 20))
+
+
+@pytest.mark.parametrize("arena", [False, True])
+@pytest.mark.parametrize("first", [20, LENGTH])
+def test_the_last_rung_codes_nothing_on_later_turns(first, arena):
+    """A first prompt that its first step serves, as nothing goes; the next one is the full cache's, to the bit.
+
+    Of a short first prompt nothing is coded: then everything before is the full cache's, too.
+    """
+    model = build("llama", attention="sdpa", hidden_size=128)
+    kept = ReFreeKVCache(model, "snapkv", ratio=1.0, window=4, kv_dtype="int8:recent=16", verify=1e9)
+    full = ReFreeKVCache(model, "full")
+    kept.state.arena = arena
+    for one in (kept, full):
+        read(model, one, (first,))
+    assert kept.report.verified.step == 0
+    assert (kept.report.formats["int8"] > 0) == (first == LENGTH)
+    before = [layer.ragged.full().stacked() for layer in kept.pruned_layers]
+    kept.state.verification.reading = Recheck(damage=1e-9)
+    for one in (kept, full):
+        with torch.no_grad():
+            model(prompts((40,), seed=3)[0], past_key_values=one)
+    verified = kept.report.verified
+    assert verified.step == verified.steps - 1
+    assert min(verified.tried) > 1e-9
+    assert kept.kv_dtype is kept.report.kv_dtype is None
+    assert not kept.report.formats
+    for layer, plain, old in zip(kept.pruned_layers, full.pruned_layers, before, strict=True):
+        assert layer.ragged.coding is None
+        for part, whole, earlier in zip(layer.ragged.full().stacked(), plain.dense, old, strict=True):
+            assert torch.equal(part[:, :, :first], earlier)
+            if first == 20:
+                torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+    if first == 20:
+        torch.testing.assert_close(following(model, kept), following(model, full), atol=1e-5, rtol=1e-4)
+    else:
+        following(model, kept)
 
 
 def test_generate_prunes_where_the_prompt_ends(llama):

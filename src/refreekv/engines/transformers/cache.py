@@ -178,11 +178,10 @@ class PrunedCache(DynamicCache):
                 )
 
     def store_exactly(self) -> None:
-        """Code nothing that is not coded yet, of this prompt and from now on: the last step of a verification."""
+        """Code nothing, of this prompt and from now on: the last step of a verification."""
         for layer in self.pruned_layers:
             layer.code_nothing()
-        if all(layer.ladder is None for layer in self.pruned_layers):
-            self.kv_dtype = None
+        self.kv_dtype = None
 
     def bind(self, model: torch.nn.Module) -> None:
         """Say which model the cache is for, so that another one is refused.

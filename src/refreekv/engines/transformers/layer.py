@@ -24,6 +24,7 @@ from refreekv.pruning.masks import visible_columns
 from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import after_pruning
+from refreekv.storage.arena import KVArena
 from refreekv.storage.columns import lasting
 from refreekv.storage.compaction import compacted, takes_arena
 
@@ -209,9 +210,11 @@ class ReFreeKVLayer(RememberingLayer):
         return {name: getattr(self, name) for name in _PRUNED}
 
     def code_nothing(self) -> None:
-        """Store what is held as it is, unless it is coded already."""
-        if self.ragged is None:
-            self.ladder = self._coded = None
+        """Store what is held in full precision: what is coded already as what its code stands for."""
+        if self.ragged is not None and self.ragged.coding is not None:
+            exact = self.ragged.full()
+            self._store(KVArena.of(exact) if takes_arena(self.state.arena, exact.keys, exact.values) else exact)
+        self.ladder = self._coded = None
 
     def _take_rows(self, indices: Sequence[int]) -> None:
         super()._take_rows(indices)

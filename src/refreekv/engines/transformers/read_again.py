@@ -92,11 +92,15 @@ class Recheck:
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || logits) of each token ``[B, q]``, in nats, of ``[B, q, V]``."""
+    """KL(reference || logits) of each token ``[B, q]``, in nats, of ``[B, q, V]``.
+
+    As a sum of ``p log(p/q) - p + q``, which is the same, as both add up to 1, and of which no term is negative:
+    roundings of large terms that cancel would be larger than a small divergence, and hide it.
+    """
     expected, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    weight = expected.exp()
+    weight, apart = expected.exp(), expected - found
     # A token ruled out on both sides (-inf) would be 0 * nan.
-    return ((expected - found).masked_fill(weight == 0, 0.0) * weight).sum(-1).clamp_min(0.0)
+    return torch.where(weight == 0, found.exp(), (apart + torch.expm1(-apart)) * weight).sum(-1).clamp_min(0.0)
 
 
 class ReadingCache(DynamicCache):
