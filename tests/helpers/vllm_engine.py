@@ -60,6 +60,10 @@ class Engine:
     reports: dict = field(default_factory=dict)
     cached: int = 0
     """Prompt tokens that came out of the prefix cache, over all finished requests."""
+    preempted: int = 0
+    """Most preemptions of requests that were there at once."""
+    logprobs: dict = field(default_factory=dict)
+    """By request, of each of its tokens those asked for."""
 
     @property
     def core(self):
@@ -80,10 +84,10 @@ class Engine:
 
         return get_kv_transfer_group().state
 
-    def add(self, request_id, ids, tokens):
+    def add(self, request_id, ids, tokens, logprobs=None):
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
         self.llm.add_request(request_id, {"prompt_token_ids": ids}, params)
 
     def step(self, check=True):
@@ -91,6 +95,8 @@ class Engine:
         from helpers import vllm_invariants as invariants
 
         outputs = self.llm.step()
+        here = self.scheduler.requests.values()
+        self.preempted = max(self.preempted, sum(request.num_preemptions for request in here))
         if self.pruned and check:
             invariants.check(self.scheduler)
         for output in outputs:
@@ -99,15 +105,16 @@ class Engine:
                 self.reports[output.request_id] = (output.kv_transfer_params or {}).get("refreekv")
         return outputs
 
-    def generate(self, prompts, tokens=16, on_step=None):
+    def generate(self, prompts, tokens=16, on_step=None, logprobs=None):
         """Greedy tokens of prompts that all arrive at once, in their order."""
         done = {}
         for index, ids in enumerate(prompts):
-            self.add(f"r{index}", ids, tokens)
+            self.add(f"r{index}", ids, tokens, logprobs)
         while self.llm.has_unfinished_requests():
             for output in self.step():
                 if output.finished:
                     done[output.request_id] = list(output.outputs[0].token_ids)
+                    self.logprobs[output.request_id] = output.outputs[0].logprobs
             if on_step is not None:
                 on_step(self)
         self.finish()

@@ -1,6 +1,7 @@
 """On a GPU: greedy tokens equal those of transformers with the same evictions, in float32; no block is lost."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 
 import refreekv
 from helpers.vllm_engine import engine, tiny_model
+from refreekv.core.quantisation import RECENT, SINKS
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.launch import on_cpu
 
 pytestmark = pytest.mark.skipif(on_cpu(), reason="needs a GPU and vLLM for it")
 
 TOKENS, NEAR = 24, 2e-2
-LENGTHS = [300, 90, 700, 517, 1000, 40]
-ADAPTIVE = "adaptive:min_length=256,constant=0.02"
+BEST, SETTLED = 20, 8
+"""Tokens whose log-probabilities are compared, and tokens after which all that will be coded is."""
+LENGTHS = [64, 320, 704, 517, 1000, 40]
+ADAPTIVE = "adaptive:min_length=256,constant=0.1,hit=0.9,lost_mass=0.5"
+"""Keeps about half of what the random models below read."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FEATURES = {
     "eager": {},
@@ -26,8 +31,11 @@ FEATURES = {
     "no-async": {"async_scheduling": False},
     "drafts": {"speculative_config": NGRAM},
     "drafts-graphs": {"speculative_config": NGRAM, "enforce_eager": False},
-    "few-blocks": {"kv_mib": 3},
+    "few-blocks": {"max_model_len": 1056, "max_num_batched_tokens": 2048},
 }
+FEW, HYBRID_FEW = 36 * 64 << 10, 104 * 32 << 10
+"""Bytes of just so many blocks that the first three prompts fill all but at most two of each group's: their next
+tokens have no block, whatever the policy. (The first prompt is no longer than a sliding window.)"""
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +51,35 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def reference(folder, prompts):
-    """Of a policy and a number format, what `answers_of` says."""
+    """Of a policy, what `answers_of` says."""
     known = {}
 
-    def answers(policy, kv_dtype="16"):
-        if (policy, kv_dtype) not in known:
-            known[policy, kv_dtype] = answers_of(folder, prompts, policy, None if kv_dtype == "16" else kv_dtype)
-        return known[policy, kv_dtype]
+    def answers(policy):
+        if policy not in known:
+            known[policy] = answers_of(folder, prompts, policy)
+        return known[policy]
 
     return answers
 
 
-def answers_of(folder, prompts, policy, number):
+def answers_of(folder, prompts, policy):
     """Tokens by transformers, and how far the best was ahead of the next."""
+    found = []
+    for tokens, logits in generated(folder, prompts, policy, None):
+        best, next_best = logits.topk(2).values.T
+        found.append((tokens, (best - next_best).tolist()))
+    return found
+
+
+def generated(folder, prompts, policy, number, given=None):
+    """Greedy tokens by transformers, or the ``given`` ones, and the logits ``[TOKENS, V]`` that were before them."""
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval(), []
-    for ids in prompts:
-        asked = torch.tensor([ids], device="cuda")
+    for index, ids in enumerate(prompts):
+        asked, allowed = torch.tensor([ids], device="cuda"), None
+        if given is not None:
+            allowed = partial(next_of, [*ids, *given[index]])
         with refreekv.compress(model, policy=PluginOptions(policy).build(), kv_dtype=number):
             out = model.generate(
                 asked,
@@ -68,13 +87,17 @@ def answers_of(folder, prompts, policy, number):
                 max_new_tokens=TOKENS,
                 min_new_tokens=TOKENS,
                 do_sample=False,
+                prefix_allowed_tokens_fn=allowed,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        best = [logits[0].topk(2).values for logits in out.logits]
-        ahead = [float(first - second) for first, second in best]
-        found.append((out.sequences[0, len(ids) :].tolist(), ahead))
+        found.append((out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits).cpu()))
     return found
+
+
+def next_of(tokens, _, before):
+    """The only token that may come next."""
+    return [tokens[len(before)]]
 
 
 def agree(tokens, expected):
@@ -87,10 +110,14 @@ def agree(tokens, expected):
 @pytest.mark.parametrize("policy", [ADAPTIVE, "snapkv:ratio=0.4", "refreekv:threshold=0.2", "streaming-llm:size=80"])
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES.keys())
 def test_tokens(folder, prompts, reference, policy, feature):
-    with engine(folder, policy, skip_tokenizer_init=True, **feature) as vllm:
+    few = {"kv_cache_memory_bytes": FEW} if feature is FEATURES["few-blocks"] else {}
+    with engine(folder, policy, skip_tokenizer_init=True, **feature, **few) as vllm:
         together = vllm.generate(prompts, TOKENS)
+        freed = sum(vllm.reports[f"r{index}"]["blocks_freed"] for index in range(len(prompts)))
+        assert bool(vllm.preempted) == bool(few)
         # With prefix caching these find their prompts in the cache, where the policy allows it.
         again = [vllm.generate([ids], TOKENS)[0] for ids in prompts]
+    assert few or freed > 5
     agree(together, reference(policy))
     agree(again, reference(policy))
 
@@ -100,17 +127,42 @@ def test_tokens(folder, prompts, reference, policy, feature):
     ("policy", "kv_dtype"),
     [("full", "int8"), ("full", "k6v4"), ("full", "int4"), ("full", "k4v2+int8"), (ADAPTIVE, "auto")],
 )
-def test_coded_entries(folder, prompts, reference, policy, kv_dtype, eager):
+def test_coded_entries(folder, prompts, policy, kv_dtype, eager):
+    """What is said of the same tokens is what transformers says with the same codes, once all is coded."""
     with engine(folder, policy, kv_dtype=kv_dtype, skip_tokenizer_init=True, enforce_eager=eager) as vllm:
-        tokens = vllm.generate(prompts, TOKENS)
+        tokens = vllm.generate(prompts, TOKENS, logprobs=BEST)
         reports = [vllm.reports[f"r{index}"] for index in range(len(prompts))]
+        said = [vllm.logprobs[f"r{index}"] for index in range(len(prompts))]
         widths = vllm.state.table.coded.segments.shape[3]
     assert widths == {"auto": 4, "k4v2+int8": 2}.get(kv_dtype, 1)
     assert max(report["blocks_freed"] for report in reports) > 10
     assert min(report["bytes_share"] / report["kept_share"] for report in reports) < 0.8
-    # The first tokens are read as they are, until private blocks are there: codes are a little off in few of them.
-    same = [found[:8] == wanted[:8] for found, (wanted, _) in zip(tokens, reference(policy, kv_dtype), strict=True)]
-    assert sum(same) >= len(same) // 2
+    coded = generated(folder, prompts, policy, kv_dtype, tokens)
+    plain = generated(folder, prompts, policy, None, tokens)
+    for length, own, (_, wanted), (_, uncoded) in zip(LENGTHS, said, coded, plain, strict=True):
+        off, effect = distance(own, wanted), distance(own, uncoded, wanted)
+        print(f"{policy} {kv_dtype}: {length} tokens, off by {off:.2g} where codes change {effect:.2g}")
+        if length <= SINKS + RECENT:
+            # Nothing is coded.
+            assert off < 1e-3
+        else:
+            # The first tokens were read as they are, until private blocks were there: that has an after-effect of up
+            # to .14 of what codes do. Other codes as good as these are off by 1.4.
+            assert off < 0.4 * effect, f"{length} tokens: off by {off:.2g} where codes change {effect:.2g}"
+
+
+def distance(said, logits, others=None):
+    """Between log-probabilities of vLLM's best tokens, from the `SETTLED`-th on, and those of logits; or of two."""
+    logprobs = logits.log_softmax(-1)
+    total = 0.0
+    for place, best in list(enumerate(said))[SETTLED:]:
+        ids = list(best)
+        if others is None:
+            reference = torch.tensor([best[token].logprob for token in ids])
+        else:
+            reference = others[place].log_softmax(-1)[ids]
+        total += float((logprobs[place, ids] - reference).square().sum())
+    return total**0.5
 
 
 @pytest.mark.parametrize("feature", ["eager", "graphs", "chunks", "few-blocks"])
@@ -118,16 +170,18 @@ def test_coded_entries(folder, prompts, reference, policy, kv_dtype, eager):
 def test_hybrid(tmp_path_factory, prompts, feature, policy):
     """Of Gemma 3 the layers with full attention are pruned, those with sliding windows are as they are."""
     folder = gemma(tmp_path_factory.mktemp("gemma"))
-    expected = answers_of(folder, prompts, policy, None)
-    with engine(folder, policy, skip_tokenizer_init=True, kv_dtype="16", **FEATURES[feature]) as vllm:
+    expected = answers_of(folder, prompts, policy)
+    few = {"kv_cache_memory_bytes": HYBRID_FEW} if feature == "few-blocks" else {}
+    with engine(folder, policy, skip_tokenizer_init=True, kv_dtype="16", **FEATURES[feature], **few) as vllm:
         tokens = vllm.generate(prompts, TOKENS)
-        freed = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(len(prompts))]
-    assert max(freed) > 5
+        freed = sum(vllm.reports[f"r{index}"]["blocks_freed"] for index in range(len(prompts)))
+        assert bool(vllm.preempted) == bool(few)
+    assert few or freed > 5
     agree(tokens, expected)
 
 
 def gemma(folder):
-    """A small random Gemma 3: of six layers two have full attention."""
+    """A small random Gemma 3 with sharper attention than random ones have: of six layers two have full attention."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -137,7 +191,13 @@ def gemma(folder):
         num_key_value_heads=2, head_dim=32, max_position_embeddings=8192, sliding_window=64, layer_types=kinds,
         query_pre_attn_scalar=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    Gemma3ForCausalLM(config).float().save_pretrained(folder)
+    model = Gemma3ForCausalLM(config).float()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Of its norms 0 is once the input.
+            layer.self_attn.q_norm.weight.fill_(0.4)
+            layer.self_attn.k_norm.weight.fill_(0.4)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -166,7 +226,7 @@ def test_500_random_requests(folder, asynchronous):
     shared = [rng.randrange(512) for _ in range(300)]
     limits = {"max_model_len": 640, "max_num_seqs": 24, "max_num_batched_tokens": 640, "kv_mib": 3}
     with engine(folder, "snapkv:ratio=0.4", skip_tokenizer_init=True, async_scheduling=asynchronous, **limits) as vllm:
-        added, live, preempted = 0, set(), 0
+        added, live = 0, set()
         while added < 500 or vllm.llm.has_unfinished_requests():
             for _ in range(rng.randrange(4) if added < 500 else 0):
                 own = [rng.randrange(512) for _ in range(rng.randrange(1, 270))]
@@ -177,9 +237,8 @@ def test_500_random_requests(folder, asynchronous):
                 gone = rng.choice(sorted(live))
                 vllm.llm.abort_request([gone])
                 live.discard(gone)
-            preempted = max(preempted, sum(request.num_preemptions for request in vllm.scheduler.requests.values()))
             live -= {output.request_id for output in vllm.step() if output.finished}
         vllm.finish()
         freed = sum(report["blocks_freed"] for report in vllm.reports.values() if report)
-    assert preempted > 0
+        assert vllm.preempted > 0
     assert freed > 500
