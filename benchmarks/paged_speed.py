@@ -4,9 +4,8 @@
     python benchmarks/paged_speed.py --tune --rows 32 --formats "k4v2+k4v4+k6v4+k7v6,int4"
     python benchmarks/paged_speed.py --shape qwen2.5-1.5b
 
-Formats with one width are read by both kernels: `kernels.paged_decode` (plain) and `kernels.paged_levels`, which reads
-several widths and was not run on a GPU before 2026-11-27. First run its tests, tests/kernels/test_paged_kernels.py.
-`--tune` compares settings of the second.
+Formats with one width, and entries as they are, are read by both kernels: `kernels.paged_levels` and, as ``plain``, the
+older `kernels.paged_decode`. `--tune` compares settings of the first.
 
 Each case has sequences whose heads keep between half and one and a half times as many entries, 68 of each as they are,
 and a tail of ordinary blocks. The bytes of all that is read over the time of a captured graph's replay, which holds
@@ -68,11 +67,11 @@ class Case:
     tail: int
 
 
-def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 1) -> Case:
-    """Make one: a format or a ladder, ``16`` for entries as they are."""
+def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 1, sorted_keys: bool = True) -> Case:
+    """Make one: a format or a ladder, ``16`` for entries as they are; keys in codes of the model's own, or rotated."""
     heads, group, size = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    forms = () if kind == "16" else Ladder.parse(kind).forms((size, size), sorted_keys="+" in kind)
+    forms = () if kind == "16" else Ladder.parse(kind).forms((size, size), sorted_keys=sorted_keys)
     share = [0.5, 0.25, 0.15, 0.1][: len(forms)] if len(forms) > 1 else [1.0] * len(forms)
     counts = (kept * (0.5 + torch.rand(LAYERS, rows, heads, generator=generator))).long()
     exact = counts if not forms else torch.full_like(counts, EXACT)
@@ -144,7 +143,7 @@ def attend(found: Case, layer: int, *, plain: bool = False, **settings: Any) -> 
     """The kernels' attention in one layer; ``plain``: of the kernel for one width."""
     out = torch.empty_like(found.query)
     arguments = found.query, found.pool, layer, found.block_table, found.rows, found.table, out, 0.08, None, None
-    if plain or found.table.coded is None:
+    if plain:
         launch_paged_attention(*arguments)
     else:
         launch_paged_levels(*arguments, **settings)
@@ -277,14 +276,15 @@ def main() -> None:
             if time.perf_counter() - begin > options.seconds:
                 continue
             found = case(options.shape, kind, count, options.kept, options.tail)
-            coded = found.table.coded
+            older = case(options.shape, kind, count, options.kept, options.tail, sorted_keys=False)
             all_settings: list[dict[str, Any]] = list(TUNED) if options.tune else [{}]
-            if coded is not None and coded.plain:
+            if older.table.coded is None or older.table.coded.plain:
                 all_settings.append({"plain": True})
             lines = []
             for settings in all_settings:
+                of = older if settings.get("plain") else found
                 try:
-                    error, took = error_of(found, **settings), timed(found, **settings)
+                    error, took = error_of(of, **settings), timed(of, **settings)
                 except Exception as failure:
                     print(f"{kind} {count} {settings}: {type(failure).__name__} {str(failure)[:300]}", flush=True)
                     continue
@@ -296,7 +296,7 @@ def main() -> None:
                 print(f"{kind:16} {count:3} rows {took:8.1f} us {speed:5.2f} TB/s, off {error:.4f} {shown}", flush=True)
             if not options.tune and count == rows[-1]:
                 print("   " + "  ".join(f"{name} {took:.1f}" for name, took in split(found).items()), flush=True)
-            del found
+            del found, older
             torch.cuda.empty_cache()
     if options.out:
         Path(options.out).write_text("".join(json.dumps(line) + "\n" for line in said))

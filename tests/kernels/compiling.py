@@ -163,13 +163,20 @@ def unpack(dtype, heads, head_size, layout):
         launch_unpack(Transfer(entries, entries, target, table, form, maps, spans, 100, 100, None))
 
 
+def paged_one_width(dtype, group, head_size, kind):
+    pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
+    coded = Coded.empty(pool, 2, Ladder.parse(kind).forms((head_size, head_size)))
+    table = replace(PagedTable.empty(pool, 2, 3), coded=coded)
+    query, zeros = torch.zeros(3, 2 * group, head_size, dtype=dtype), torch.zeros(3, dtype=torch.int32)
+    launch_paged_attention(query, pool, 0, zeros[None], Rows(*[zeros] * 5, 1), table, query, 1.0, None, None)
+
+
 def paged(dtype, group, head_size, kinds, queries=1):
     """Attention over pages with rungs of these kinds, if any; and what writes to pages."""
     pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
     table, forms = PagedTable.empty(pool, 2, 3), ()
-    several = "+" in kinds
     if kinds:
-        forms = Ladder.parse(kinds).forms((head_size, head_size), sorted_keys=several)
+        forms = Ladder.parse(kinds).forms((head_size, head_size), sorted_keys=True)
         table = replace(table, coded=Coded.empty(pool, 2, forms))
     query = torch.zeros(3 * queries, 2 * group, head_size, dtype=dtype)
     zeros, places = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int64)
@@ -177,10 +184,7 @@ def paged(dtype, group, head_size, kinds, queries=1):
     # More parts than are joined at once.
     cap, sinks = (30.0, None) if dtype == torch.float32 else (None, torch.zeros(2 * group))
     arguments = query, pool, 0, zeros[None], rows, table, query, 1.0, cap, sinks
-    if several:
-        launch_paged_levels(*arguments, shares=9, assembly=True)
-    else:
-        launch_paged_attention(*arguments, shares=9)
+    launch_paged_levels(*arguments, shares=9, assembly=True)
     launch_paged_move(zeros, pool, table, 0, zeros, places, 20, 4)
     for form in forms:
         lines, factors = (torch.zeros(5, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
@@ -219,6 +223,7 @@ ONCE = [
     (unpack, torch.bfloat16, 3, 64, "8642/4444"),
     (paged, torch.bfloat16, 4, 128, ""),
     (paged, torch.bfloat16, 4, 128, "k6v4"),
+    (paged_one_width, torch.bfloat16, 4, 128, "k6v4"),
     (paged, torch.float32, 3, 64, "k4v2+int8", 2),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),

@@ -216,7 +216,7 @@ def test_attention(dtype, device, close, counts, more, moved):
         case.move(2, by_kernel)
     out = torch.full_like(query, float("nan"))
     more = {"softcap": None, "sinks": None, **more}
-    launch_paged_attention(
+    launch_paged_levels(
         query, case.pool, 1, case.block_table, rows_of(case, counts, lengths, padded=2), case.table, out, 0.3, **more,
         shares=5,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def test_layouts(dtype, device, close, by_head, size):
     want = dense(case, query, 2, counts, lengths, 0.2)
     case.move(1, by_kernel)
     out = torch.empty_like(query)
-    launch_paged_attention(
+    launch_paged_levels(
         query, case.pool, 2, case.block_table, rows_of(case, counts, lengths), case.table, out, 0.2, None, None
     )
     close(out, want)

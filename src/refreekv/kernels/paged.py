@@ -319,14 +319,9 @@ def paged_attention(
         )
     arguments = query, pool, layer, block_table, rows, table, output, scaling, softcap, sinks
     if query.is_cuda:
-        if table.coded is None or table.coded.plain:
-            from refreekv.kernels.paged_decode import launch_paged_attention
+        from refreekv.kernels.paged_levels import launch_paged_levels
 
-            launch_paged_attention(*arguments)
-        else:
-            from refreekv.kernels.paged_levels import launch_paged_levels
-
-            launch_paged_levels(*arguments)
+        launch_paged_levels(*arguments)
     else:
         from refreekv.kernels import paged_reference
 

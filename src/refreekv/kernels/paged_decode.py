@@ -22,6 +22,7 @@ from refreekv.kernels import shared_memory
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows
+from refreekv.kernels.paged_exact import line_at, listed_at, taken_on, token_at
 from refreekv.kernels.probe import LOG2E, _capped
 from refreekv.kernels.storage import TYPES
 
@@ -39,27 +40,6 @@ _UNIT = tl.constexpr(UNIT)
 
 
 @triton.jit
-def _taken_on(
-    q, pool, at, seen, inside, highest, total, result, scaling, softcap,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, PRODUCT: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """A softmax taken on over some entries, whose first elements are ``at``."""
-    d = tl.arange(0, BLOCK_D)
-    k = tl.load(pool + at[None, :] + d[:, None], inside[None, :] & (d < HEAD)[:, None], 0.0)
-    v = tl.load(pool + HEAD + at[:, None] + d[None, :], inside[:, None] & (d < HEAD)[None, :], 0.0)
-    logits = _capped(tl.dot(q, k.to(PRODUCT), input_precision="ieee") * scaling, softcap, HAS_CAP)
-    logits = tl.where(seen, logits, float("-inf"))
-    higher = tl.maximum(highest, tl.max(logits, 1))
-    # Nothing was seen yet where this is infinite.
-    safe = tl.where(higher > float("-inf"), higher, 0.0)
-    p = tl.exp2(logits - safe[:, None])
-    shrink = tl.exp2(highest - safe)
-    total = total * shrink + tl.sum(p, 1)
-    result = result * shrink[:, None] + tl.dot(p.to(PRODUCT), v.to(PRODUCT), input_precision="ieee")
-    return higher, total, result
-
-
-@triton.jit
 def _field(byte, shift: tl.constexpr, mask: tl.constexpr, LIFT: tl.constexpr, PRODUCT: tl.constexpr):
     """A field of bytes as a number: its bits in the mantissa of ``LIFT``, a power of two, where they fit there.
 
@@ -73,34 +53,6 @@ def _field(byte, shift: tl.constexpr, mask: tl.constexpr, LIFT: tl.constexpr, PR
     else:
         number = x.to(tl.float32).to(PRODUCT)
     return number
-
-
-@triton.jit
-def line_at(line, pages, offsets, inside, block_stride, LINES: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr):
-    """First elements of lines in private pages, from the pool's beginning."""
-    page = line // LINES
-    block = tl.load(pages + page // LAYERS, inside, 0).to(tl.int64)
-    return tl.load(offsets + page % LAYERS, inside, 0) * _UNIT + block * block_stride + (line % LINES) * WIDTH
-
-
-@triton.jit
-def _token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS: tl.constexpr):
-    """First elements of tokens in ordinary blocks."""
-    block = tl.load(blocks + position // TOKENS, inside, 0).to(tl.int64)
-    return own * _UNIT + block * block_stride + (position % TOKENS) * token_stride + head * head_stride
-
-
-@triton.jit
-def listed_at(
-    position, blocks, own, replaced, head, inside, block_stride, token_stride, head_stride,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """First elements of listed entries: tokens, or lines of a tensor beside the pool."""
-    there = position >= 0
-    token = _token_at(
-        tl.maximum(position, 0), blocks, own, head, inside & there, block_stride, token_stride, head_stride, TOKENS
-    )
-    return tl.where(there, token, replaced * _UNIT + (-1 - position) * WIDTH)
 
 
 @triton.jit
@@ -267,7 +219,7 @@ def _attend_kernel(
             at = line_at(
                 first + entry, pages + slot * page_stride, offsets, inside, block_stride, LINES, LAYERS, 2 * HEAD
             )
-            highest, total, result = _taken_on(
+            highest, total, result = taken_on(
                 q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
                 HEAD, BLOCK_D, PRODUCT, HAS_CAP,
             )  # fmt: skip
@@ -281,17 +233,17 @@ def _attend_kernel(
                     tl.load(positions + entry, inside, 0), blocks, own, replaced, head, inside,
                     block_stride, token_stride, head_stride, TOKENS, 2 * HEAD,
                 )  # fmt: skip
-                highest, total, result = _taken_on(
+                highest, total, result = taken_on(
                     q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
                     HEAD, BLOCK_D, PRODUCT, HAS_CAP,
                 )  # fmt: skip
         for block in range(tl.maximum(low, tail), high):
             position = start + (block - tail) * BLOCK + n
             inside = position < length
-            at = _token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
+            at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
             # Of several queries the earlier ones do not see the later.
             seen = position[None, :] <= (length - count + m // group)[:, None]
-            highest, total, result = _taken_on(
+            highest, total, result = taken_on(
                 q, pool, at, seen & inside[None, :], inside, highest, total, result, scaling, softcap,
                 HEAD, BLOCK_D, PRODUCT, HAS_CAP,
             )  # fmt: skip

@@ -147,28 +147,38 @@ def _paged_join_kernel(
             exact = some % (RUNGS + 1) == 0
             result += tl.sum(part * tl.where(exact, weights, 0.0)[:, None], 0)
             coded += tl.sum(part * tl.where(exact, 0.0, weights)[:, None], 0)
-        mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
-        own = tl.load(slots + row).to(tl.int64) * heads + head
-        result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
-        at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
-        tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
+        if RUNGS:
+            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
+            own = tl.load(slots + row).to(tl.int64) * heads + head
+            result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
+            at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
+            tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
 
 
-def join(parts: Parts, rows: Rows, coded: Coded, layer: int, sinks: Tensor | None, output: Tensor, group: int) -> None:
+def join(
+    parts: Parts, rows: Rows, coded: Coded | None, layer: int, sinks: Tensor | None, output: Tensor, group: int
+) -> None:
     """Join parts of the softmax into ``output`` ``[T, H, D]``, at the rows' queries."""
     count, heads, shares, each, most, fields = parts.results.shape
     size = output.shape[-1]
-    # To queries of others nothing may be added.
-    make = torch.empty if rows.whole else torch.zeros
-    coded_out = make(output.shape, dtype=output.dtype, device=output.device)
-    six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if 6 in form.value_widths)
+    coded_out, means, six = output, parts.denominators, 0
+    # So many at once as there are registers for.
+    at_once = 64
+    if coded is not None:
+        # To queries of others nothing may be added.
+        make = torch.empty if rows.whole else torch.zeros
+        coded_out = make(output.shape, dtype=output.dtype, device=output.device)
+        means, at_once = coded.value_means[layer], 16
+        six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if 6 in form.value_widths)
     _paged_join_kernel[(count, heads, most)](
-        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, coded.value_means[layer],
+        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
         HEAD=size, FIELDS=fields, SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
-        BLOCK_S=max(2, triton.next_power_of_2(shares * each)), EACH=min(16, triton.next_power_of_2(shares * each)),
+        BLOCK_S=max(2, triton.next_power_of_2(shares * each)),
+        EACH=min(at_once, max(2, triton.next_power_of_2(shares * each))),
         RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
-    output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)
+    if coded is not None:
+        output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

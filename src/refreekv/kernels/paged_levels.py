@@ -1,6 +1,5 @@
-"""`kernels.paged` in Triton where entries are coded in several widths, or keys in codes of the model's own.
+"""`kernels.paged` in Triton: attention of a few queries a sequence over its kept entries, coded or not, and its tail.
 
-As `kernels.paged_decode`, which reads one width and what is not coded, with these differences.
 What a sequence has of one KV head, in blocks one after the other (the lines of each rung, segment, list, tail), is
 shared out by bytes to a fixed number of programs, whatever it holds: the grid depends on the number of rows alone, and
 one CUDA graph serves any table. A program leaves a part of the softmax for each rung, in code space, and one for all
@@ -26,13 +25,13 @@ from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import LEAST_FACTOR, _fields, _where, _words, chunks, constant
 from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows
-from refreekv.kernels.paged_decode import _taken_on, _token_at, line_at, listed_at
+from refreekv.kernels.paged_exact import line_at, listed_at, taken_on, token_at
 from refreekv.kernels.paged_join import Parts, join, prepare
 from refreekv.kernels.probe import _capped
 from refreekv.kernels.storage import TYPES
 
-EXACT_BLOCK = 32
-"""Entries of a block, where there is the shared memory."""
+EXACT_BLOCK, BESIDE_CODES = 128, 32
+"""Entries of a block, where there is the shared memory: where nothing is coded, and where something may be."""
 
 CODED_BLOCK = 64
 """Lines of a block, at most."""
@@ -247,7 +246,7 @@ def _paged_levels_kernel(
             entry = block * BLOCK + n
             inside = entry < held
             at = line_at(first + entry, own_pages, offsets, inside, block_stride, LINES, LAYERS, 2 * HEAD)
-            highest, total, result = _taken_on(
+            highest, total, result = taken_on(
                 q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
                 HEAD, BLOCK_D, PRODUCT, HAS_CAP,
             )  # fmt: skip
@@ -262,7 +261,7 @@ def _paged_levels_kernel(
                     tl.load(positions + entry, inside, 0), blocks, own, replaced, head, inside,
                     block_stride, token_stride, head_stride, TOKENS, 2 * HEAD,
                 )  # fmt: skip
-                highest, total, result = _taken_on(
+                highest, total, result = taken_on(
                     q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
                     HEAD, BLOCK_D, PRODUCT, HAS_CAP,
                 )  # fmt: skip
@@ -270,10 +269,10 @@ def _paged_levels_kernel(
         for block in range(some, stop):
             position = start + block * BLOCK + n
             inside = position < length
-            at = _token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
+            at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
             # Of several queries the earlier ones do not see the later.
             seen = position[None, :] <= (length - count + m // group)[:, None]
-            highest, total, result = _taken_on(
+            highest, total, result = taken_on(
                 q, pool, at, seen & inside[None, :], inside, highest, total, result, scaling, softcap,
                 HEAD, BLOCK_D, PRODUCT, HAS_CAP,
             )  # fmt: skip
@@ -320,7 +319,7 @@ def launch_paged_levels(
     shares: int | None = None,
     block: int | None = None,
     warps: int | None = None,
-    stages: int = 3,
+    stages: int | None = None,
     coded_block: int | None = None,
     registers: int | None = None,
     assembly: bool | None = None,
@@ -330,30 +329,36 @@ def launch_paged_levels(
     if not count:
         return
     coded, group = table.coded, query.shape[1] // heads
-    assert coded is not None
+    forms = () if coded is None else coded.forms
     most = group * rows.longest
     block_m = max(16, triton.next_power_of_2(most))
     block_d = max(16, triton.next_power_of_2(size))
     product, item = torch.promote_types(query.dtype, pool.cache.dtype), pool.cache.element_size()
     if shares is None:
         shares = _shares(count, heads, query.device)
+    if stages is None:
+        stages = 3 if forms else 2
     if block is None:
-        block = EXACT_BLOCK
+        block = BESIDE_CODES if forms else EXACT_BLOCK
         # Of each stage but one a block's keys and values; and the queries.
         free = shared_memory.for_tiles(query.device)
         while block > 16 and (2 * (stages - 1) * block + block_m) * block_d * product.itemsize > free:
             block //= 2
     if warps is None:
-        warps = (2 if product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
+        warps = (2 if forms and product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
     if coded_block is None:
         coded_block = CODED_BLOCK if product.itemsize == 2 and most <= 16 else 16
-    fields = size * (2 if any(6 in form.value_widths for form in coded.forms) else 1)
-    parts = Parts.empty(count, heads, shares, 1 + len(coded.forms), most, fields, query.device)
-    asked, scales, shifts = prepare(query, rows, coded, layer, scaling, softcap)
+    fields = size * (2 if any(6 in form.value_widths for form in forms) else 1)
+    parts = Parts.empty(count, heads, shares, 1 + len(forms), most, fields, query.device)
+    asked = scales = shifts = query
+    segments = table.segments[layer]
+    if coded is not None:
+        asked, scales, shifts = prepare(query, rows, coded, layer, scaling, softcap)
+        segments = coded.segments[layer]
     options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
     _paged_levels_kernel[(count, heads, shares)](
         query, asked, scales, shifts, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths,
-        rows.tables, rows.slots, table.segments[layer], coded.segments[layer], table.starts, table.pages, parts.results,
+        rows.tables, rows.slots, table.segments[layer], segments, table.starts, table.pages, parts.results,
         parts.denominators,
         layer, group, most, scaling, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         block_table.stride(0), table.pages.stride(0), *pool.shared_strides(),
@@ -361,7 +366,7 @@ def launch_paged_levels(
         LINES=pool.lines, LAYERS=pool.layers, TOKENS=pool.tokens, PRODUCT=TYPES[product],
         HAS_CAP=softcap is not None, ITEM=item,
         HALF=product.itemsize == 2, ASSEMBLY=query.is_cuda if assembly is None else assembly,
-        RUNGS=len(coded.forms), LEVELS=_levels(coded.forms, pool.lines * 2 * size * item, coded_block),
+        RUNGS=len(forms), LEVELS=_levels(forms, pool.lines * 2 * size * item, coded_block),
         COST=max(1, block * 2 * size * item // COST), CODED_BLOCK=coded_block,
         BLOCK_G=max(8, triton.next_power_of_2(most)), **options,
         num_warps=warps, num_stages=stages,

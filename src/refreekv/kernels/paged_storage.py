@@ -7,7 +7,7 @@ from torch import Tensor
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool
-from refreekv.kernels.paged_decode import line_at, listed_at
+from refreekv.kernels.paged_exact import line_at, listed_at
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _UNIT = tl.constexpr(UNIT)

@@ -111,7 +111,7 @@ class RefreekvGPUWorker(Worker):
         """As vLLM, after measuring what the policy reads of the model, and what keys are coded by."""
         state = self.model_runner.kept
         measured = self.model_runner, state, self.vllm_config
-        if state.ladder is not None and len(state.ladder.rungs) > 1:
+        if state.ladder is not None:
             scores, codes = measure_constants(*measured)
             state.know_copy_scores(scores)
             state.code_by(codes)
