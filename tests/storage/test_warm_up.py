@@ -91,3 +91,27 @@ def test_cores(monkeypatch, available):
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert warm_up.available_cores() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cores", [2, 8])
+def test_on_a_gpu_nothing_is_left_to_compile(monkeypatch, cores):
+    from triton import knobs
+
+    ladder = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6")
+    given = torch.device("cuda", torch.cuda.current_device()), torch.float16, 4, (128, 128), ladder, None
+    monkeypatch.setattr(warm_up, "available_cores", lambda: cores)
+    warm_up.warm_up(*given)
+    compiled = []
+
+    def noting(*, src, cache_hit, **about):
+        if not cache_hit:
+            compiled.append(src.name)
+
+    monkeypatch.setattr(knobs.compilation, "listener", noting)
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 1)
+    trial.fault.cache_clear()
+    assert trial.fault(*given) is None
+    trial.fault.cache_clear()
+    assert not set(compiled) & set(SLOW)

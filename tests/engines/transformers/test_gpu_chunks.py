@@ -9,6 +9,7 @@ import refreekv
 from helpers.models import build, prompts
 from refreekv import KVDtype
 from refreekv.core.footprint import LayerKV, Reader, chunked_bytes
+from refreekv.core.quantisation import centre_of
 from refreekv.engines.transformers import fitting
 
 pytestmark = [
@@ -101,3 +102,15 @@ def test_what_does_not_fit_is_read_in_chunks(monkeypatch):
         assert read() == prompt + 1  # after an out-of-memory error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_means_take_little_memory():
+    """PyTorch's own sum over so many tokens takes 128 MiB, and a copy without padding 32."""
+    entries = torch.randn(1, 4, 32768, 128, device="cuda", dtype=torch.bfloat16)
+    real = torch.ones(1, 1, 32768, dtype=torch.bool, device="cuda")
+    for counted in (None, real):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = centre_of(entries, counted)
+        assert torch.cuda.max_memory_allocated() - before < 2**24
+        assert torch.allclose(found.double(), entries[:, :, 4:].double().mean(2), atol=1e-4)
