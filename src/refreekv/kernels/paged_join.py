@@ -14,6 +14,12 @@ from refreekv.kernels.probe import LOG2E
 QUERIES = 16
 """Queries of one KV head that a program takes to code space."""
 
+MOST_SHARES = 64
+"""Programs for the entries of one row and head."""
+
+TOLD = ("begins", "ends", "lengths", "tables", "slots", "block_table")
+"""Arguments that tell of a step's rows: kernels are compiled once, however what they point to is aligned."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -40,7 +46,7 @@ class Parts:
         )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["begins", "ends", "slots", "rows"])
 def _paged_prepare_kernel(
     query, begins, ends, slots, means, dual, bounds, out, scales, shifts, rows, group, most, scaling, sq_t, sq_h,
     dual_stride,
@@ -104,7 +110,7 @@ def prepare(
     return out, scales, shifts
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["begins", "ends", "slots", "parts"])
 def _paged_join_kernel(
     partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
     group, parts, so_t, so_h,
@@ -164,21 +170,20 @@ def join(
     count, heads, shares, each, most, fields = parts.results.shape
     size = output.shape[-1]
     coded_out, means, six = output, parts.denominators, 0
-    # So many at once as there are registers for.
-    at_once = 64
+    block = at_once = max(2, triton.next_power_of_2(shares))
     if coded is not None:
         # To queries of others nothing may be added.
         make = torch.empty if rows.whole else torch.zeros
         coded_out = make(output.shape, dtype=output.dtype, device=output.device)
-        means, at_once = coded.value_means[layer], 16
+        means = coded.value_means[layer]
+        # Compiled once, for however many rows; and no more at once than there are registers for.
+        block, at_once = triton.next_power_of_2(max(shares, MOST_SHARES) * each), 16
         six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if 6 in form.value_widths)
     _paged_join_kernel[(count, heads, most)](
         parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
         HEAD=size, FIELDS=fields, SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
-        BLOCK_S=max(2, triton.next_power_of_2(shares * each)),
-        EACH=min(at_once, max(2, triton.next_power_of_2(shares * each))),
-        RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
+        BLOCK_S=block, EACH=at_once, RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     if coded is not None:
         output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

@@ -26,7 +26,7 @@ from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_decode import LEAST_FACTOR, _fields, _where, _words, chunks, constant
 from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows
 from refreekv.kernels.paged_exact import line_at, listed_at, taken_on, token_at
-from refreekv.kernels.paged_join import Parts, join, prepare
+from refreekv.kernels.paged_join import MOST_SHARES, TOLD, Parts, join, prepare
 from refreekv.kernels.probe import _capped
 from refreekv.kernels.storage import TYPES
 
@@ -164,7 +164,7 @@ def _rung(
             )
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=[*TOLD, "layer", "table_stride", "page_stride"])
 def _paged_levels_kernel(
     query, asked, scales, shifts, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded,
     starts, pages, partial, denominators,
@@ -290,7 +290,7 @@ def _paged_levels_kernel(
 def _shares(rows: int, heads: int, device: torch.device) -> int:
     """Programs for the entries of one row and head."""
     wanted = PROGRAMS * multiprocessors(device)
-    return max(4, min(64, -(-wanted // (rows * heads))))
+    return max(4, min(MOST_SHARES, -(-wanted // (rows * heads))))
 
 
 @functools.cache

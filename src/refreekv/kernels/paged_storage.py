@@ -13,7 +13,7 @@ _COLUMNS = tl.constexpr(COLUMNS)
 _UNIT = tl.constexpr(UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot", "blocks", "slots", "opening"])
 def _paged_move_kernel(
     pool, offsets, segments, slot, blocks, places, pages, slots, opening,
     block_stride, token_stride, head_stride,
@@ -40,7 +40,7 @@ def _paged_move_kernel(
         tl.store(pool + target[:, None] + w[None, :], tl.load(pool + source[:, None] + w[None, :], real), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _paged_spread_kernel(
     lines, factors, pool, offsets, pages, first, count, block_stride,
     LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, LAYERS: tl.constexpr,

@@ -1,11 +1,15 @@
 """Whether a device's kernels code entries into pages and attend to them as their plain versions do.
 
 Kernels are compiled for each card, by the Triton that is installed. So they are tried on some made-up entries before
-anything relies on them, as in `refreekv.storage.trial`.
+anything relies on them, as in `refreekv.storage.trial`: in pages like the model's own, so that what is compiled for
+the trial is what is used.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +20,8 @@ from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows, paged_attentio
 from refreekv.kernels.paged_coding import Chosen, code_to_pages
 from refreekv.storage.trial import CLOSE
 
-EACH, TAIL, TOKENS = 48, 20, 16
-"""Entries of a head in each rung, tokens behind them, and tokens of a block."""
+EACH, TAIL = 48, 20
+"""Entries of a head in each rung, and tokens behind them."""
 
 
 def fault(
@@ -28,7 +32,7 @@ def fault(
     Parameters
     ----------
     pool : Pool
-        The cache, for its heads, type and device; nothing of it is read or written.
+        The cache, for what its pages are like and where; nothing of it is read or written.
     group : int
         Query heads of a KV head.
     forms, codes : sequence of PackedFormat, KeyCodes or None
@@ -36,12 +40,13 @@ def fault(
     scaling, softcap
         Of the model's attention.
     """
-    cache = pool.cache
+    device, told = pool.cache.device, (pool, forms, codes)
     try:
+        if device.type == "cuda":
+            _compile(device, *told, group, scaling, softcap)
         with torch.inference_mode(False), torch.no_grad():
             tried, plain = (
-                _attended(place, cache.dtype, pool.heads, pool.size, group, forms, codes, scaling, softcap)
-                for place in (cache.device, torch.device("cpu"))
+                _attended(_coded(place, *told), group, scaling, softcap) for place in (device, torch.device("cpu"))
             )
     except Exception as error:  # a compiler's, a driver's, whatever keeps kernels from running
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -49,46 +54,73 @@ def fault(
     return None if off <= CLOSE else f"attention differs by {off:.2g} of its size from what it is to be"
 
 
-def _attended(
+def _compile(
     device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    size: int,
-    group: int,
+    like: Pool,
     forms: Sequence[PackedFormat],
     codes: KeyCodes | None,
+    group: int,
     scaling: float,
     softcap: float | None,
-) -> Tensor:
-    """Attention over made-up entries that are coded on a device: on the CPU."""
+) -> None:
+    """Have attention and the coding of each rung compiled side by side: one after the other takes twice as long."""
+
+    def attend() -> None:
+        _attended(_coded(device, like, forms, codes, each=0), group, scaling, softcap)
+
+    def code(form: PackedFormat) -> None:
+        _coded(device, like, [form], codes)
+
+    def run(job: Callable[[], None]) -> None:
+        # Both are settings of a thread.
+        with torch.inference_mode(False), torch.no_grad():
+            job()
+
+    jobs = [attend, *(partial(code, form) for form in forms)]
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), thread_name_prefix="refreekv-compile") as threads:
+        list(threads.map(run, jobs))
+
+
+def _coded(
+    device: torch.device, like: Pool, forms: Sequence[PackedFormat], codes: KeyCodes | None, each: int = EACH
+) -> tuple[Pool, PagedTable]:
+    """Pages with ``each`` made-up entries of a head in each rung; the sequence's tail is in the blocks from 1 on."""
     generator = torch.Generator().manual_seed(0)
-    rungs, line = len(forms), 2 * size * dtype.itemsize
-    lines = [heads * TOKENS * line // form.entry_bytes for form in forms]
-    needed = [-(-heads * EACH // each) for each in lines]
-    blocks = sum(needed) + 3
-    memory = torch.randn(blocks, TOKENS, heads, 2 * size, generator=generator).to(device, dtype)
-    pool = Pool.of([memory.transpose(1, 2)])
+    rungs, heads, size, dtype = len(forms), like.heads, like.size, like.cache.dtype
+    lines = [like.coded_lines(form) for form in forms]
+    needed = [-(-heads * each // own) for own in lines]
+    ordinary = -(-TAIL // like.tokens)
+    blocks = 1 + ordinary - (-sum(needed) // like.layers)
+    memory = torch.randn(like.layers, blocks, like.tokens, heads, 2 * size, generator=generator).to(device, dtype)
+    pool = Pool.of([part.transpose(1, 2) for part in memory])
     entries = torch.randn(1, heads, rungs * EACH, 2 * size, generator=generator) + 0.5
     keys, values = entries.to(device, dtype).split(size, -1)
     key_mean, value_mean = keys.float().mean(2), values.float().mean(2)
     table = PagedTable.empty(pool, 1, blocks)
-    coded = Coded.empty(pool, 1, forms, None if codes is None else [codes])
+    coded = Coded.empty(pool, 1, forms, None if codes is None else [codes] * pool.layers)
     coded.key_means[0, 0], coded.value_means[0, 0] = key_mean[0], value_mean[0]
-    counts = torch.full((1, heads, rungs), EACH)
+    counts = torch.full((1, heads, rungs), each)
     # [1, R, H_kv, n]: each rung has every R-th entry
     numbers = torch.arange(rungs * EACH, dtype=torch.int32).view(EACH, rungs).T
     chosen = Chosen.of(numbers[None, :, None].expand(1, -1, heads, -1).contiguous().to(device), counts, forms)
-    pages = torch.arange(3, blocks, dtype=torch.int32)
+    pages = torch.arange(1 + ordinary, blocks, dtype=torch.int32)
     firsts = [sum(needed[:rung]) * lines[rung] for rung in range(rungs)]
     maps = (PackedMaps.rotated if codes is None else codes.maps)(key_mean, value_mean, dtype)
     code_to_pages(pool, forms, maps, keys, values, chosen, 0, firsts, pages.to(device))
     table.pages[0, : len(pages)] = pages.to(device)
-    first = torch.tensor(firsts) + EACH * torch.arange(heads)[:, None]
+    first = torch.tensor(firsts) + each * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
+    return pool, replace(table, coded=coded)
+
+
+def _attended(of: tuple[Pool, PagedTable], group: int, scaling: float, softcap: float | None) -> Tensor:
+    """Attention over such entries: on the CPU."""
+    pool, table = of
+    generator, device, dtype = torch.Generator().manual_seed(1), pool.cache.device, pool.cache.dtype
     zero, one, length = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, TAIL))
-    query = torch.randn(1, heads * group, size, generator=generator).to(device, dtype)
+    block_table = torch.arange(1, 1 - (-TAIL // pool.tokens), dtype=torch.int32, device=device)[None]
+    query = torch.randn(1, pool.heads * group, pool.size, generator=generator).to(device, dtype)
     output = torch.empty_like(query)
-    block_table, rows = torch.stack([one, 2 * one], 1), Rows(zero, one, length, zero, zero, 1, whole=True)
-    table = replace(table, coded=coded)
+    rows = Rows(zero, one, length, zero, zero, 1, whole=True)
     paged_attention(query, pool, 0, block_table, rows, table, output, scaling=scaling, softcap=softcap)
     return output.float().cpu()
