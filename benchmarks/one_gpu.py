@@ -500,7 +500,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=float, default=0.02, help="of the search")
     parser.add_argument("--most", type=int, default=2**19, help="longest prompt that is tried")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new try of a search after so long")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="add the results to this file, a JSON object a line")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print results as a table and end")
     given = parser.parse_args(arguments)
