@@ -5,7 +5,6 @@ anything relies on them, as in `refreekv.storage.trial`: in pages like the model
 the trial is what is used.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows, paged_attention
 from refreekv.kernels.paged_coding import Chosen, code_to_pages
 from refreekv.storage.trial import CLOSE
+from refreekv.storage.warm_up import available_cores
 
 EACH, TAIL = 48, 20
 """Entries of a head in each rung, and tokens behind them."""
@@ -77,7 +77,7 @@ def _compile(
             job()
 
     jobs = [attend, *(partial(code, form) for form in forms)]
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), thread_name_prefix="refreekv-compile") as threads:
+    with ThreadPoolExecutor(min(len(jobs), available_cores()), thread_name_prefix="refreekv-compile") as threads:
         list(threads.map(run, jobs))
 
 
