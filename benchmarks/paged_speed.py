@@ -4,8 +4,7 @@
     python benchmarks/paged_speed.py --tune --rows 32 --formats "k4v2+k4v4+k6v4+k7v6,int4"
     python benchmarks/paged_speed.py --shape qwen2.5-1.5b
 
-Formats with one width, and entries as they are, are read by both kernels: `kernels.paged_levels` and, as ``plain``, the
-older `kernels.paged_decode`. `--tune` compares settings of the first.
+`--tune` compares settings of the kernel.
 
 Each case has sequences whose heads keep between half and one and a half times as many entries, 68 of each as they are,
 and a tail of ordinary blocks. The bytes of all that is read over the time of a captured graph's replay, which holds
@@ -30,7 +29,6 @@ from torch import Tensor
 from refreekv.core.quantisation import Ladder
 from refreekv.core.rotation import rotation
 from refreekv.kernels.paged import FIRST, HELD, Coded, PagedTable, Pool, Rows
-from refreekv.kernels.paged_decode import launch_paged_attention
 from refreekv.kernels.paged_levels import launch_paged_levels
 
 SHAPES = {"llama-3-8b": (8, 4, 128), "qwen2.5-1.5b": (2, 6, 128), "smollm2": (3, 3, 64)}
@@ -67,11 +65,11 @@ class Case:
     tail: int
 
 
-def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 1, sorted_keys: bool = True) -> Case:
-    """Make one: a format or a ladder, ``16`` for entries as they are; keys in codes of the model's own, or rotated."""
+def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 1) -> Case:
+    """Make one: a format or a ladder, ``16`` for entries as they are."""
     heads, group, size = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    forms = () if kind == "16" else Ladder.parse(kind).forms((size, size), sorted_keys=sorted_keys)
+    forms = () if kind == "16" else Ladder.parse(kind).forms((size, size), sorted_keys=True)
     share = [0.5, 0.25, 0.15, 0.1][: len(forms)] if len(forms) > 1 else [1.0] * len(forms)
     counts = (kept * (0.5 + torch.rand(LAYERS, rows, heads, generator=generator))).long()
     exact = counts if not forms else torch.full_like(counts, EXACT)
@@ -139,14 +137,11 @@ def case(shape: str, kind: str, rows: int, kept: int, tail: int, longest: int = 
     return Case(pool, table, asked, block_table.to(DEVICE), query, total, tail)
 
 
-def attend(found: Case, layer: int, *, plain: bool = False, **settings: Any) -> Tensor:
-    """The kernels' attention in one layer; ``plain``: of the kernel for one width."""
+def attend(found: Case, layer: int, **settings: Any) -> Tensor:
+    """The kernel's attention in one layer."""
     out = torch.empty_like(found.query)
     arguments = found.query, found.pool, layer, found.block_table, found.rows, found.table, out, 0.08, None, None
-    if plain:
-        launch_paged_attention(*arguments)
-    else:
-        launch_paged_levels(*arguments, **settings)
+    launch_paged_levels(*arguments, **settings)
     return out
 
 
@@ -276,15 +271,11 @@ def main() -> None:
             if time.perf_counter() - begin > options.seconds:
                 continue
             found = case(options.shape, kind, count, options.kept, options.tail)
-            older = case(options.shape, kind, count, options.kept, options.tail, sorted_keys=False)
             all_settings: list[dict[str, Any]] = list(TUNED) if options.tune else [{}]
-            if older.table.coded is None or older.table.coded.plain:
-                all_settings.append({"plain": True})
             lines = []
             for settings in all_settings:
-                of = older if settings.get("plain") else found
                 try:
-                    error, took = error_of(of, **settings), timed(of, **settings)
+                    error, took = error_of(found, **settings), timed(found, **settings)
                 except Exception as failure:
                     print(f"{kind} {count} {settings}: {type(failure).__name__} {str(failure)[:300]}", flush=True)
                     continue
@@ -296,7 +287,7 @@ def main() -> None:
                 print(f"{kind:16} {count:3} rows {took:8.1f} us {speed:5.2f} TB/s, off {error:.4f} {shown}", flush=True)
             if not options.tune and count == rows[-1]:
                 print("   " + "  ".join(f"{name} {took:.1f}" for name, took in split(found).items()), flush=True)
-            del found, older
+            del found
             torch.cuda.empty_cache()
     if options.out:
         Path(options.out).write_text("".join(json.dumps(line) + "\n" for line in said))

@@ -31,7 +31,6 @@ from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
-from refreekv.kernels.paged_decode import launch_paged_attention
 from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_spread
@@ -163,14 +162,6 @@ def unpack(dtype, heads, head_size, layout):
         launch_unpack(Transfer(entries, entries, target, table, form, maps, spans, 100, 100, None))
 
 
-def paged_one_width(dtype, group, head_size, kind):
-    pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
-    coded = Coded.empty(pool, 2, Ladder.parse(kind).forms((head_size, head_size)))
-    table = replace(PagedTable.empty(pool, 2, 3), coded=coded)
-    query, zeros = torch.zeros(3, 2 * group, head_size, dtype=dtype), torch.zeros(3, dtype=torch.int32)
-    launch_paged_attention(query, pool, 0, zeros[None], Rows(*[zeros] * 5, 1), table, query, 1.0, None, None)
-
-
 def paged(dtype, group, head_size, kinds, queries=1):
     """Attention over pages with rungs of these kinds, if any; and what writes to pages."""
     pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
@@ -223,7 +214,6 @@ ONCE = [
     (unpack, torch.bfloat16, 3, 64, "8642/4444"),
     (paged, torch.bfloat16, 4, 128, ""),
     (paged, torch.bfloat16, 4, 128, "k6v4"),
-    (paged_one_width, torch.bfloat16, 4, 128, "k6v4"),
     (paged, torch.float32, 3, 64, "k4v2+int8", 2),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),

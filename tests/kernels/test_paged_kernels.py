@@ -14,7 +14,6 @@ from refreekv.kernels.paged_coding import Chosen, code_to_pages
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
-from refreekv.kernels.paged_decode import launch_paged_attention
 from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move, launch_spread
 
@@ -279,12 +278,7 @@ def test_coded_entries(dtype, device, close, kind, counts, own):
         wide = query.double(), case.pool, 1, case.block_table, rows, case.table, want, 0.2, None, None
         paged_reference.paged_attention(*wide, wide=torch.float64)
     out = torch.full_like(query, float("nan"))
-    arguments = query, case.pool, 1, case.block_table, rows, case.table
-    launch_paged_levels(*arguments, out, 0.2, None, None)
-    if case.table.coded.plain:
-        other = torch.full_like(query, float("nan"))
-        launch_paged_attention(*arguments, other, 0.2, None, None)
-        close(other, out.double())
+    launch_paged_levels(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None)
     # Codes that were made for other queries lose more.
     most = ERRORS[kind] * (4 if own else 1)
     if device == "cpu":

@@ -201,13 +201,6 @@ class Coded:
             codes is not None,
         )
 
-    @property
-    def plain(self) -> bool:
-        """Whether `kernels.paged_decode` reads this: one width, keys rotated as values are."""
-        keys, values = self.forms[0].key_widths, self.forms[0].value_widths
-        simple = len(set(keys)) == 1 and keys[0] in (8, 6, 4) and values[0] in (8, 4)
-        return len(self.forms) == 1 and not self.own_keys and simple
-
 
 @dataclass(frozen=True)
 class PagedTable:
