@@ -1,20 +1,13 @@
-"""Moving what a policy keeps to the storage that suits the device and the precision."""
+"""Moving what a policy keeps, in the precision it has, to the storage that suits the device."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.key_codes import KeyCodes
-from refreekv.core.quantisation import Ladder
 from refreekv.storage.arena import KVArena, Span
-from refreekv.storage.base import KVStorage
-from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.leveled import LeveledKV
-from refreekv.storage.ragged import kept_of_rows
-from refreekv.storage.unfinished import UnfinishedKV
-
-Dense = tuple[Tensor, Tensor]
+from refreekv.storage.columns import Columns
+from refreekv.storage.ragged import RaggedKV, kept_of_rows
 
 
 def takes_arena(arena: bool | None, keys: Tensor, values: Tensor) -> bool:
@@ -27,15 +20,12 @@ def takes_arena(arena: bool | None, keys: Tensor, values: Tensor) -> bool:
 
 
 def compacted(
-    dense: Dense,
+    dense: tuple[Tensor, Tensor],
     columns: Sequence[Columns],
     after: int,
     arena: bool | None,
-    coded: tuple[Ladder, Dense, KeyCodes | None] | None = None,
-    levels: Sequence[Levels] | None = None,
-    read: UnfinishedKV | None = None,
-) -> KVStorage:
-    """What is kept of a dense layer, and the last ``after`` entries, in the storage that suits device and precision.
+) -> KVArena | RaggedKV:
+    """What is kept of a dense layer, and the last ``after`` entries, as they are, in storage that suits the device.
 
     Parameters
     ----------
@@ -43,20 +33,11 @@ def compacted(
         Keys and values ``[B, H_kv, n, D]``.
     columns : sequence of Columns
         What stays of each row, in tensors of their own that stay alive.
-    behind : int
+    after : int
         Entries behind the prompt.
     arena : bool or None
         Whether to use storage that can grow; None: on CUDA.
-    coded : tuple of Ladder, Dense and KeyCodes or None, optional
-        The number formats to store in, the prompt's mean key and value ``[B, H_kv, D]``, and the model's own codes.
-    levels : sequence of Levels, optional
-        Of each row's ``columns``, which of the formats; None: that of what is generated.
-    read : UnfinishedKV, optional
-        The prompt as it was held while it was read in chunks, if that was in one of the formats.
     """
-    if coded is not None:
-        ladder, centres, codes = coded
-        return LeveledKV.gathered(*dense, columns, after, ladder, centres, levels, codes, read)
     if not takes_arena(arena, *dense):
         return kept_of_rows(list(zip(*dense, strict=True)), columns, after)
     keys, values = dense

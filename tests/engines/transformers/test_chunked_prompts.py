@@ -16,11 +16,11 @@ from refreekv import KVDtype, ReFreeKVCache
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.core.selection import Selection
 from refreekv.core.surrogates import Surrogates
-from refreekv.engines.transformers import layer as layer_module
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.kernels.table import LENGTH
 from refreekv.policies import Policy
 from refreekv.storage import unfinished
+from refreekv.storage.leveled import LeveledKV
 
 RECENT = 4
 NUMBER = KVDtype("int8", recent=RECENT)
@@ -335,15 +335,15 @@ def test_lines_of_the_final_format_are_moved_as_they_are(kind, second):
     ladder = Ladder.parse(f"{kind.partition(',')[0]}:recent={RECENT}")
     cache = ReFreeKVCache(model, policy, kv_dtype=ladder, prompt_dtype=NUMBER, **parameters)
     ids, mask = prompts((150, 90), seed=1)
-    seen, compacted = [], layer_module.compacted
+    seen, gathered = [], LeveledKV.gathered
 
-    def watched(dense, *args):
-        made = compacted(dense, *args)
-        seen.append(([side.clone() for side in dense], made, args[-1]))
+    def watched(keys, values, *args):
+        made = gathered(keys, values, *args)
+        seen.append(([keys.clone(), values.clone()], made, args[-1]))
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "compacted", watched)
+        patch.setattr(LeveledKV, "gathered", watched)
         read(model, cache, ids, mask, 30)
     moved = coarser = 0
     for layer, (dense, made, coded) in zip(cache.pruned_layers, seen, strict=True):

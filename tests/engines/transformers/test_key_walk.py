@@ -11,11 +11,14 @@ from refreekv import ReFreeKVCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME
 
-NAMES = ("intake", "attention", "handout", "layer", "remembering", "stored_layer")
+NAMES = ("intake", "attention", "handout", "layer", "stored_layer")
 ENGINE = {f"engines/transformers/{name}.py" for name in NAMES}
-TO_STORAGE = {*ENGINE, "pruning/calls.py", "pruning/decide.py", "storage/compaction.py"}
+TO_STORAGE = {*ENGINE, "pruning/calls.py", "pruning/decide.py"}
 WALKS = {
-    "exact": ({"policy": "snapkv", "ratio": 0.5, "kv_dtype": None}, {*TO_STORAGE, "storage/ragged.py"}),
+    "exact": (
+        {"policy": "snapkv", "ratio": 0.5, "kv_dtype": None},
+        {*TO_STORAGE, "storage/compaction.py", "storage/ragged.py"},
+    ),
     "coded": ({}, {*TO_STORAGE, "storage/leveled.py", "storage/arena.py", "storage/coded_lines.py"}),
 }
 LOOKS = ("policies/", "core/", "kernels/")

@@ -16,6 +16,7 @@ from refreekv.policies.joint import JointPolicy
 from refreekv.storage import trial
 from refreekv.storage.coding import Pair
 from refreekv.storage.hosted import HostedPrompts
+from refreekv.storage.past import Past
 from refreekv.storage.unfinished import UnfinishedKV
 
 _log = logging.getLogger("refreekv")
@@ -82,7 +83,8 @@ class IntakeLayer(StoredLayer):
         self._appended = key_states.shape[-2]
         self._length += self._appended
         with without_autocast(key_states.device):
-            self._come_back(key_states, value_states)
+            if self.state.past is not None:
+                self._come_back(self.state.past, key_states, value_states)
             self.is_decoded_for_call = self._is_read_on(key_states, value_states)
             if self.is_decoded_for_call:
                 key_states, value_states = self._read_on(key_states, value_states)
@@ -93,8 +95,9 @@ class IntakeLayer(StoredLayer):
         self.state.awaiting = hand_out(self, key_states, value_states, self.index)
         return key_states, value_states
 
-    def _come_back(self, keys: Tensor, values: Tensor) -> None:
-        """Bring back what is kept elsewhere, before new entries are stored: nothing is."""
+    def _come_back(self, past: Past, keys: Tensor, values: Tensor) -> None:
+        """Bring back what is kept elsewhere, before new entries are stored."""
+        raise NotImplementedError
 
     def _check_geometry(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[:3] != values.shape[:3]:

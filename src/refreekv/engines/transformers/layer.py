@@ -25,8 +25,10 @@ from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import after_pruning
 from refreekv.storage.arena import KVArena
+from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import lasting
 from refreekv.storage.compaction import compacted, takes_arena
+from refreekv.storage.leveled import LeveledKV
 
 _PRUNED = (
     "keys", "values", "ragged", "reports", "holds_hidden", "kept_columns", "_pruned_length", "_padding", "_coded",
@@ -102,8 +104,8 @@ class ReFreeKVLayer(RememberingLayer):
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         self.state.check_scores(self._length)
         policy, parts = self.state.policy, self._entries(call, after)
-        # Before surrogates are written over what goes.
-        self._keep_all(parts[0].queries, self._length - after)
+        if self.state.past is not None:  # before surrogates are written over what goes
+            self._keep_all(self.state.past, parts[0].queries, self._length - after)
         self._queries = HeldQueries()
         self._unverified = None
         self.state.changed = True
@@ -181,10 +183,14 @@ class ReFreeKVLayer(RememberingLayer):
         ]
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
-        if self.ragged is None:
-            storage = compacted(self.dense, columns, after, self.state.arena, self._coded, levels, self._read)
-        else:
+        storage: KVStorage
+        if self.ragged is not None:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
+        elif self._coded is not None:
+            ladder, centres, codes = self._coded
+            storage = LeveledKV.gathered(*self.dense, columns, after, ladder, centres, levels, codes, self._read)
+        else:
+            storage = compacted(self.dense, columns, after, self.state.arena)
         self._coded = self._read = None
         self._pruned_length = self._length - after
         self.kept_columns = lasting(columns, self._pruned_length)

@@ -18,7 +18,7 @@ from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.storage import trial
 from refreekv.storage.coding import Pair
-from refreekv.storage.past import PastLayer
+from refreekv.storage.past import Past, PastLayer
 from refreekv.storage.unfinished import UnfinishedKV
 
 PROBED_LENGTH = 8192
@@ -33,12 +33,12 @@ class RememberingLayer(IntakeLayer):
         # Whether exact entries of this turn's beginning are those that are kept elsewhere.
         self._came_back = False
 
-    def _come_back(self, keys: Tensor, values: Tensor) -> None:
+    def _come_back(self, past: Past, keys: Tensor, values: Tensor) -> None:
         """Put all that earlier turns held in the place of what was kept, if a next turn begins with these entries."""
-        past, before = self.state.past, self._length - keys.shape[2]
-        if past is not None and not before and self.ordinal == 0:
+        before = self._length - keys.shape[2]
+        if not before and self.ordinal == 0:
             past.expect(self._bytes_to_keep(past.number, keys, values), keys.device)
-        if past is None or not before or self.reading is not None or self._padding.start is not None:
+        if not before or self.reading is not None or self._padding.start is not None:
             return
         if not self.state.begins_prompt(before, self._length):
             return
@@ -113,11 +113,11 @@ class RememberingLayer(IntakeLayer):
         if columns.shape[1]:
             self._queries = HeldQueries(Queries(states, columns, real, ordinals))
 
-    def _keep_all(self, queries: Queries, end: int) -> None:
+    def _keep_all(self, past: Past, queries: Queries, end: int) -> None:
         """At a prompt's end, keep all entries up to logical length ``end`` with those of ``queries`` that are asked."""
-        past, reading, came_back = self.state.past, self._whole, self._came_back
+        reading, came_back = self._whole, self._came_back
         self._whole, self._came_back = None, False
-        if past is None or past.lost:
+        if past.lost:
             return
         if self.ragged is not None:
             past.drop("its first turns were read without keep_evicted")
