@@ -9,9 +9,7 @@ and so are those with several parameters changed.
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from refreekv.evaluation import results as store
 from refreekv.evaluation import tables
-from refreekv.planner import budgets
+from refreekv.planner import budgets, measurements
 
 HERE = Path(__file__).parent
 DEFAULT = HERE.parent / "src" / "refreekv" / "planner" / "budgets.json"
@@ -39,7 +37,7 @@ def main() -> None:
     parser.add_argument("--command", help="the command that made the results, if they do not say")
     options = parser.parse_args()
     found = collect(options.results or sorted((HERE / "runs").glob("*.jsonl.gz")), options.machine, options.command)
-    options.out.write_text(dump(found), encoding="utf-8")
+    options.out.write_text(measurements.dump(found), encoding="utf-8")
     for one in found:
         cells = (f"{b.start:,}+: {b.mean:.0%} [{b.low:.0%}, {b.high:.0%}] n={b.n}" for b in one.buckets)
         print(f"{one.policy} on {one.model}: {'; '.join(cells)}")
@@ -69,12 +67,6 @@ def collect(paths: Sequence[Path], machine: str | None = None, command: str | No
 def _is_measured(policy: str) -> bool:
     """Policies with one parameter changed at most, and none that fixes what is kept."""
     return "," not in policy and not any(fixed in policy for fixed in FIXED)
-
-
-def dump(measured: Iterable[budgets.Measured]) -> str:
-    """The text of a file of measurements, a line for each."""
-    lines = ",\n".join(json.dumps(asdict(one)) for one in measured)
-    return f'{{"schema": {budgets.SCHEMA}, "measured": [\n{lines}\n]}}\n'
 
 
 def derive(records: Iterable[Any], source: Mapping[str, Any], *, seed: int = 0) -> list[budgets.Measured]:

@@ -22,7 +22,7 @@ import refreekv
 from fidelity import load
 from number_formats import prompts
 from refreekv.engines.transformers.naming import NAME
-from refreekv.planner import widths
+from refreekv.planner import measurements, widths
 from refreekv.policies.base import ladder_for
 
 DEFAULT = Path(__file__).parent.parent / "src" / "refreekv" / "planner" / "widths.json"
@@ -82,9 +82,13 @@ def main() -> None:
             "python": platform.python_version(),
         },
     )  # fmt: skip
-    known = widths.read(json.loads(given.out.read_text(encoding="utf-8"))) if given.out.exists() else []
+    known = (
+        measurements.read("widths", json.loads(given.out.read_text(encoding="utf-8")), widths.measured)
+        if given.out.exists()
+        else []
+    )
     others = [one for one in known if (one.policy, one.ladder, one.model) != (mine.policy, mine.ladder, mine.model)]
-    given.out.write_text(widths.dump([*others, mine]), encoding="utf-8")
+    given.out.write_text(measurements.dump([*others, mine]), encoding="utf-8")
     print(mine)
 
 

@@ -18,7 +18,7 @@ from refreekv.core.footprint import LayerKV, Mix, Reader, least_hosted, reading_
 from refreekv.core.quantisation import Ladder
 from refreekv.engines.transformers.host_tier import HostTier
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.planner import geometry, memory, widths
+from refreekv.planner import geometry, measurements, memory, widths
 from refreekv.planner import plan as plans
 from refreekv.planner.memory import Load, Machine, Scenario
 from refreekv.planner.plan import Speeds
@@ -67,9 +67,9 @@ def test_what_kv_means():
     assert widths.stored(snapkv, "bf16", "x", []).expected is None
     with pytest.raises(ValueError, match="k4v3"):
         widths.stored(snapkv, "k4v3", "x", [])
-    assert widths.read(json.loads(widths.dump([MEASURED]))) == [MEASURED]
+    assert measurements.read("widths", json.loads(measurements.dump([MEASURED])), widths.measured) == [MEASURED]
     with pytest.raises(ValueError, match="schema 7"):
-        widths.read({"schema": 7})
+        measurements.read("widths", {"schema": 7}, widths.measured)
     # What comes along says where it is from.
     for one in widths.load():
         assert one.n >= 3

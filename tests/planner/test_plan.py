@@ -16,7 +16,7 @@ from refreekv import KVDtype, ReFreeKVCache, policies
 from refreekv.core.footprint import activation_elements
 from refreekv.core.units import format_size, parse_bytes, parse_tokens
 from refreekv.engines import DEFAULT_POLICY
-from refreekv.planner import budgets, geometry, memory, weights
+from refreekv.planner import budgets, geometry, measurements, memory, weights
 from refreekv.planner import plan as plans
 from refreekv.planner.memory import Load, Machine, Scenario
 from refreekv.planner.source import Model, ModelError, find
@@ -322,7 +322,7 @@ def test_shipped_budgets_can_be_read_and_name_their_source():
         assert {"command", "date", "machine", "families"} <= set(one.source)
         assert all(0 < bucket.low <= bucket.mean <= bucket.high <= bucket.most <= 1 for bucket in one.buckets)
         assert all(bucket.n >= script.LEAST for bucket in one.buckets)
-    assert budgets.read(json.loads(script.dump(shipped))) == shipped
+    assert budgets.read(json.loads(measurements.dump(shipped))) == shipped
     assert budgets.expected(policies.create(DEFAULT_POLICY), "any").budget(3000) < 1
     with pytest.raises(ValueError, match="budgets of schema 2"):
         budgets.read({"schema": 2})

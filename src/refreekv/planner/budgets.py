@@ -1,12 +1,10 @@
 """What share of a prompt policies keep: measured, by prompt length, with the source of each number."""
 
-import importlib.resources
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA = 1
+from refreekv.planner import measurements
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ def expected(policy: Any, model: str, known: Sequence[Measured] | None = None) -
         if (value := getattr(policy, name, None)) is not None:
             return Expected(f"{name}={value} is fixed", **{name: value})
     found = [one for one in (load() if known is None else known) if one.policy == spec]
-    own = [one for one in found if one.model.split("/")[-1].lower() == model.split("/")[-1].lower()]
-    chosen = tuple(own or found)
+    chosen = tuple(measurements.of_model(found, model))
     if not chosen:
         return None
     return Expected("; ".join(map(_cite, chosen)), chosen)
@@ -107,21 +104,13 @@ def _cite(one: Measured) -> str:
 
 def load() -> list[Measured]:
     """The measurements that come with refreekv."""
-    text = importlib.resources.files("refreekv.planner").joinpath("budgets.json").read_text(encoding="utf-8")
-    return read(json.loads(text))
+    return measurements.shipped("budgets", _measured)
 
 
 def read(data: Mapping[str, Any]) -> list[Measured]:
-    """Measurements from their JSON form.
+    """Measurements from their JSON form; ValueError if that is of another schema."""
+    return measurements.read("budgets", data, _measured)
 
-    Raises
-    ------
-    ValueError
-        Another schema.
-    """
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"budgets of schema {data.get('schema')!r}; this version reads {SCHEMA}")
-    return [
-        Measured(one["policy"], one["model"], one["source"], tuple(Bucket(**bucket) for bucket in one["buckets"]))
-        for one in data["measured"]
-    ]
+
+def _measured(one: dict[str, Any]) -> Measured:
+    return Measured(**{**one, "buckets": tuple(Bucket(**bucket) for bucket in one["buckets"])})

@@ -1,14 +1,12 @@
 """In which of several number formats entries are stored: shares of each, measured, with the source of each number."""
 
-import importlib.resources
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from refreekv.core.footprint import Mix
 from refreekv.core.quantisation import KVDtype
-from refreekv.planner.budgets import SCHEMA
+from refreekv.planner import measurements
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,7 @@ def stored(policy: Any, kv: str, model: str, known: Sequence[Measured] | None = 
     every = load() if known is None else known
     found = [one for one in every if one.ladder == str(ladder)]
     own_policy = [one for one in found if one.policy == specification(policy)]
-    found = own_policy or found
-    own = [one for one in found if one.model.split("/")[-1].lower() == model.split("/")[-1].lower()]
-    chosen = own or found
+    chosen = measurements.of_model(own_policy or found, model)
     if not chosen:
         # Nobody has measured where a policy that chooses puts them: the widest format holds for all.
         return Stored(
@@ -98,26 +94,9 @@ def _cite(one: Measured) -> str:
 
 def load() -> list[Measured]:
     """The measurements that come with refreekv."""
-    text = importlib.resources.files("refreekv.planner").joinpath("widths.json").read_text(encoding="utf-8")
-    return read(json.loads(text))
+    return measurements.shipped("widths", measured)
 
 
-def read(data: Mapping[str, Any]) -> list[Measured]:
-    """Measurements from their JSON form.
-
-    Raises
-    ------
-    ValueError
-        Another schema.
-    """
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"widths of schema {data.get('schema')!r}; this version reads {SCHEMA}")
-    return [
-        Measured(**{**one, "tokens": tuple(one["tokens"]), "shares": tuple(one["shares"])}) for one in data["measured"]
-    ]
-
-
-def dump(measured: Iterable[Measured]) -> str:
-    """The text of a file of measurements, a line for each."""
-    lines = ",\n".join(json.dumps(asdict(one)) for one in measured)
-    return f'{{"schema": {SCHEMA}, "measured": [\n{lines}\n]}}\n'
+def measured(one: dict[str, Any]) -> Measured:
+    """A measurement from its JSON form."""
+    return Measured(**{**one, "tokens": tuple(one["tokens"]), "shares": tuple(one["shares"])})
