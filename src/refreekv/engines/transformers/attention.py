@@ -36,7 +36,7 @@ _REPEATED |= {"sliding_window"}  # `proof` finds out where one is shorter than t
 class OwnAttention(Protocol):
     """A cache layer that computes attention itself: what it handed out leads to it as to a `ReFreeKVLayer`."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """Attention output ``[B, q, H, Dv]``; ``key`` and ``value`` are what its ``update`` returned."""
 
 
@@ -110,8 +110,11 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         named = _parameters(function)
         # What is to be repeated. Functions take more than they heed: sdpa knows no soft cap.
         heeded = kwargs if "softcap" in named else {**kwargs, "softcap": None}
+        call = AttentionCall(
+            query, attention_mask, kwargs.get("scaling"), heeded.get("softcap"), sink_logits=kwargs.get("s_aux")
+        )
         if isinstance(layer, OwnAttention):
-            return layer.attend(query, key, value, **heeded), None
+            return layer.attend(call, key, value), None
         for name in named:
             if name not in _REPEATED and kwargs.get(name) is not None:
                 raise ValueError(
@@ -127,20 +130,11 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
             if lacks_proof(module, base):
-                layer.state.proofs.append(
-                    Proof.of(module, base, layer.index, query, key, value, attention_mask, output, heeded)
-                )
+                exact = not kwargs.get("dropout")
+                layer.state.proofs.append(Proof.of(module, base, layer.index, call, key, value, output, exact=exact))
         else:
             output = ragged_attention(layer, function, called, query, attention_mask, flash=flash, **heeded)
-        layer.after_attention(
-            AttentionCall(
-                query,
-                attention_mask,
-                scaling=kwargs.get("scaling"),
-                softcap=heeded.get("softcap"),
-                sink_logits=kwargs.get("s_aux"),
-            )
-        )
+        layer.after_attention(call)
         return output, weights
 
     attention.__name__ = PREFIX + base

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from refreekv.core.autocast import without_autocast
 from refreekv.core.probes import attention_rows
 from refreekv.engines.transformers.handout import ADVICE
+from refreekv.pruning.calls import AttentionCall
 from refreekv.pruning.masks import visible_columns
 
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
@@ -103,27 +104,28 @@ class Proof:
         module: nn.Module,
         implementation: str,
         layer: int,
-        query: Tensor,
+        call: AttentionCall,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
         output: Tensor,
-        kwargs: dict[str, Any],
+        *,
+        exact: bool = True,
     ) -> "Proof":
-        """Compare the last query of a call's first row.
+        """Compare the last query of a call's first row; not ``exact``: with chance in it, so that all may differ.
 
-        ``query`` is ``[B, H, q, D]``, ``key`` and ``value`` ``[B, H_kv, n, D]``, ``output`` ``[B, q, H, Dv]``.
+        ``key`` and ``value`` are ``[B, H_kv, n, D]``, ``output`` is ``[B, q, H, Dv]``.
         """
+        query, mask = call.query, call.mask
         with without_autocast(query.device):
             kv_heads, length = key.shape[1:3]
             valid = visible_columns(None if mask is None else mask[:1], -1, 1, length)
             rows = attention_rows(
                 query[:1, :, -1:],
                 key[:1].to(query.dtype),
-                scaling=kwargs.get("scaling"),
+                scaling=call.scaling,
                 visible=None if valid is None else valid[:, None],
-                softcap=kwargs.get("softcap"),
-                sink_logits=kwargs.get("s_aux"),
+                softcap=call.softcap,
+                sink_logits=call.sink_logits,
             )
             # [H, 1, n] as [H_kv, H / H_kv, n], by [H_kv, n, Dv].
             grouped = rows.view(kv_heads, -1, length)
@@ -133,7 +135,7 @@ class Proof:
                 # A row that sees nothing has no output that means something.
                 difference = torch.where(valid.any(), difference, 0.0)
         types = {tensor.dtype for tensor in (query, key, value, output)}
-        tolerance = math.inf if kwargs.get("dropout") else max(_TOLERANCE.get(dtype, _COARSE) for dtype in types)
+        tolerance = max(_TOLERANCE.get(dtype, _COARSE) for dtype in types) if exact else math.inf
         return cls(module, implementation, layer, difference, tolerance)
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from refreekv.core import spelling
 from refreekv.core.probes import attention_rows
 from refreekv.engines.transformers.handout import hand_out
 from refreekv.policies.base import check_count
+from refreekv.pruning.calls import AttentionCall
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.cache import PrunedCache
@@ -127,19 +128,9 @@ class _ReadingLayer(DynamicLayer):
         hand_out(self, key_states, value_states)
         return key_states, value_states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """Attention ``[B, q, H, Dv]`` over what each row holds and, causally, over the tokens' own entries."""
-        outputs = []
+        query, outputs = call.query, []
         for row, (keys, values, visible) in enumerate(self._rows):
             heads, queries = query.shape[1:3]
             every = torch.cat([keys.to(key.dtype), key[row]], dim=1)[None]  # [1, H_kv, m + q, D]
@@ -147,7 +138,12 @@ class _ReadingLayer(DynamicLayer):
             # [G, q, m + q] to one for each query head
             seen = seen.repeat_interleave(heads // len(seen), dim=0)[None]
             weights = attention_rows(
-                query[row : row + 1], every, scaling=scaling, visible=seen, softcap=softcap, sink_logits=s_aux
+                query[row : row + 1],
+                every,
+                scaling=call.scaling,
+                visible=seen,
+                softcap=call.softcap,
+                sink_logits=call.sink_logits,
             )
             told = torch.cat([values.to(value.dtype), value[row]], dim=1).float()  # [H_kv, m + q, Dv]
             grouped = weights.view(len(told), -1, weights.shape[-1]) @ told  # [H_kv, H / H_kv * q, Dv]

@@ -14,6 +14,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.engines.transformers.handout import hand_out
 from refreekv.kernels import Format
+from refreekv.pruning.calls import AttentionCall
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import maps_of
 from refreekv.storage.staging import Lines, Staging
@@ -89,30 +90,19 @@ class TableLayer(DynamicLayer):
         hand_out(self, key_states, value_states)
         return key_states, value_states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """Attend to wherever the tables say."""
         form, (exact, *lines), maps = self.reads
+        query = call.query
+        settings: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sink_logits}
         if self._brought is not None:
             lines = list(self._brought())
         if maps is None:
-            return kernels.ragged_decode(query, exact, form.exact, scaling=scaling, softcap=softcap, sinks=s_aux)
+            return kernels.ragged_decode(query, exact, form.exact, **settings)
         stored = form.exact.key_type
         if torch.promote_types(query.dtype, stored) != stored:
             raise TypeError(f"queries are {query.dtype} and the exact entries beside coded ones {stored}")
-        out = kernels.packed_attention(
-            query.to(stored), exact, lines, form.packed, maps, scaling=scaling, softcap=softcap, sinks=s_aux
-        )
-        return out.to(query.dtype)
+        return kernels.packed_attention(query.to(stored), exact, lines, form.packed, maps, **settings).to(query.dtype)
 
     def get_seq_length(self) -> int:
         """No length: masks, which would depend on it, are not used."""

@@ -19,6 +19,7 @@ from refreekv.evaluation.data.encoding import MARK, render
 from refreekv.evaluation.fidelity.masked import MaskedLayer
 from refreekv.policies import LayerView, Policy
 from refreekv.policies.base import check_budget
+from refreekv.pruning.calls import AttentionCall
 
 NAME = "kvzip"
 CHUNK = 2000
@@ -128,12 +129,12 @@ class ScoringLayer(MaskedLayer):
         self._piece = piece
         self.found: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """As `MaskedLayer` does; see `found`."""
         assert self.keys is not None
+        query, scaling, softcap, sinks = call.query, call.scaling, call.softcap, call.sink_logits
         _, heads, queries, dim = query.shape
         kv_heads = key.shape[1]
-        scaling, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
         seen = torch.cat([self.keys[:, :, :SINKS], self.keys[:, :, self._piece], key], 2)[0].float()
         future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
         rows = []
@@ -149,7 +150,7 @@ class ScoringLayer(MaskedLayer):
                 total = torch.logaddexp(total, sinks.float()[head])
             rows.append((logits[:, SINKS:-queries] - total).exp().amax(0))
         self.found = torch.stack(rows).unflatten(0, (kv_heads, -1)).amax(1)
-        return super().attend(query, key, value, **options)
+        return super().attend(call, key, value)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from refreekv.core.probes import wide_product
 from refreekv.core.surrogates import Surrogates
 from refreekv.engines.transformers.handout import hand_out
+from refreekv.pruning.calls import AttentionCall
 
 LOGITS = {"cuda": 2**28, "cpu": 2**24}
 """Attention logits (float32) over the prompt that exist at once, by kind of device."""
@@ -47,59 +48,24 @@ class MaskedLayer(DynamicLayer):
         hand_out(self, key_states, value_states)
         return key_states, value_states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """Attention of a call's queries over the shared prompt and, causally, over the call's own tokens.
 
-        Parameters
-        ----------
-        query : Tensor
-            ``[P, H, q, D]``, position-encoded.
-        key, value : Tensor
-            ``[P, H_kv, q, D]``: the call's own.
-        scaling, softcap, s_aux
-            As in `refreekv.core.probes.attention_rows` (``s_aux``: its ``sink_logits``).
-
-        Returns
-        -------
-        Tensor
-            ``[P, q, H, Dv]``.
+        ``key`` and ``value`` are the call's own, ``[P, H_kv, q, D]``; the result is ``[P, q, H, Dv]``.
         """
-        rows, heads, queries, dim = query.shape
-        kv_heads = key.shape[1]
+        rows, heads, queries, _ = call.query.shape
         assert self.keys is not None
         size = heads * queries * (self.keys.shape[2] + queries)
-        step = max(1, LOGITS.get(query.device.type, LOGITS["cpu"]) // size)
-        scaling = dim**-0.5 if scaling is None else scaling
-        sink = None if s_aux is None else s_aux.float().view(1, kv_heads, heads // kv_heads, 1)
-        parts = [
-            self._part(slice(at, at + step), query, key, value, scaling, softcap, sink) for at in range(0, rows, step)
-        ]
+        step = max(1, LOGITS.get(key.device.type, LOGITS["cpu"]) // size)
+        parts = [self._part(slice(at, at + step), call, key, value) for at in range(0, rows, step)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _part(
-        self,
-        rows: slice,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sink: Tensor | None,
-    ) -> Tensor:
+    def _part(self, rows: slice, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         assert self.keys is not None
         assert self.values is not None
-        query, key, value = query[rows], key[rows], value[rows]
+        query, key, value = call.query[rows], key[rows], value[rows]
         count, heads, queries, dim = query.shape
+        scaling, softcap, sink = dim**-0.5 if call.scaling is None else call.scaling, call.softcap, call.sink_logits
         future = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
         hidden = future.repeat(heads // key.shape[1], 1)[None, None]
         if self._surrogates is not None:
@@ -123,8 +89,8 @@ class MaskedLayer(DynamicLayer):
         own = own.masked_fill_(hidden.transpose(0, 1), float("-inf"))
 
         largest = torch.maximum(before.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
-        if sink is not None:
-            logits = sink.permute(1, 0, 2, 3).expand(-1, -1, -1, queries).reshape(kv_heads, 1, group * queries, 1)
+        if sink is not None:  # [H] -> [H_kv, 1, H / H_kv * q, 1]
+            logits = sink.float().view(kv_heads, group, 1).expand(-1, -1, queries).reshape(kv_heads, 1, -1, 1)
             largest = torch.maximum(largest, logits)
         before, own = before.sub_(largest).exp_(), own.sub_(largest).exp_()
         total = before.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
