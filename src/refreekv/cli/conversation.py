@@ -13,10 +13,9 @@ import refreekv
 from refreekv.cli.app import UserError, one_line
 from refreekv.cli.loading import Loaded, quiet_transformers
 from refreekv.core.quantisation import Ladder
-from refreekv.policies.base import ladder_for
+from refreekv.policies.base import AUTO, ladder_for
 from refreekv.serving import answering, templates
 from refreekv.serving.answering import Answering, Listener, length_of
-from refreekv.storage.host_store import HostStore
 
 
 class MessageError(UserError):
@@ -68,14 +67,6 @@ class Conversation:
         model continues.
     policy : Policy
         Decides what is kept, at the end of each message.
-    kv_dtype : str, optional
-        How what is kept is stored, as for `compress`.
-    verify : bool, float, str or Recheck
-        What of each turn is read again over what was kept; see `refreekv.compress`.
-    keep_evicted : HostStore, optional
-        Where all that was read is kept for the next message; None: what is evicted is gone.
-    host_memory : str or int, optional
-        Whether codes are in host memory; see `refreekv.compress`.
     system : str, optional
         A system prompt.
     max_new_tokens : int
@@ -84,6 +75,8 @@ class Conversation:
         How tokens are chosen.
     chunk : int, optional
         Tokens of a message that are read at a time; between two chunks it can be stopped.
+    **settings
+        Of the cache, as for `refreekv.ReFreeKVCache`.
 
     Raises
     ------
@@ -96,21 +89,15 @@ class Conversation:
         loaded: Loaded,
         policy: refreekv.policies.Policy,
         *,
-        kv_dtype: str | None = "auto",
-        verify: Any = False,
-        keep_evicted: HostStore | None = None,
-        host_memory: str | int | None = None,
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling = Sampling(),
         chunk: int | None = None,
+        **settings: Any,
     ):
         self.loaded = loaded
         self.policy = policy
-        self.kv_dtype = kv_dtype
-        self.verify = verify
-        self.keep_evicted = keep_evicted
-        self.host_memory = host_memory
+        self._of_caches = settings
         self.system = system
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -127,7 +114,7 @@ class Conversation:
     @property
     def formats(self) -> Ladder | None:
         """The number formats that what is kept is stored in; None: the model's precision."""
-        return ladder_for(self.policy, self.kv_dtype)
+        return ladder_for(self.policy, self._of_caches.get("kv_dtype", AUTO))
 
     def reset(self) -> None:
         """Start a new conversation."""
@@ -272,13 +259,6 @@ class Conversation:
 
     def _new_cache(self) -> refreekv.ReFreeKVCache:
         try:
-            return refreekv.ReFreeKVCache(
-                self.loaded.model,
-                self.policy,
-                kv_dtype=self.kv_dtype,
-                verify=self.verify,
-                keep_evicted=self.keep_evicted,
-                host_memory=self.host_memory,
-            )
+            return refreekv.ReFreeKVCache(self.loaded.model, self.policy, **self._of_caches)
         except (ValueError, TypeError) as error:
             raise UserError(one_line(error)) from error

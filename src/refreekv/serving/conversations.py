@@ -24,6 +24,9 @@ logger = logging.getLogger("refreekv")
 LEAST_SHARED = 32
 """Tokens that another conversation has to begin with alike for its cache to be copied: fewer are read as quickly."""
 
+UNSAID = ("verify", "keep_evicted", "host_memory")
+"""Settings of a cache that its file does not say."""
+
 
 @dataclass
 class Held:
@@ -67,14 +70,6 @@ class Conversations:
         What the caches are for.
     policy : Policy
         Decides on what they keep.
-    kv_dtype : str, optional
-        How they store it, as for `compress`.
-    verify : bool, float, str or Recheck
-        What of each request is read again over what is kept, as for `compress`: of prompts only.
-    keep_evicted : HostStore, optional
-        Where all that was read is kept for the next request; None: what is evicted is gone.
-    host_memory : str or int, optional
-        Whether codes are in host memory, as for `compress`.
     memory_limit : int
         Bytes of caches in memory that no request is using.
     disk_limit : int
@@ -82,6 +77,8 @@ class Conversations:
     folder : path, optional
         Where the files go; None: a folder of its own among the system's temporary files. What is written there
         can be read by its owner only, and is removed at the end.
+    **settings
+        Of the caches, as for `ReFreeKVCache`; ``verify`` of prompts only.
     """
 
     def __init__(
@@ -89,23 +86,23 @@ class Conversations:
         model: Any,
         policy: Policy,
         *,
-        kv_dtype: str | None = "auto",
-        verify: Any = False,
-        keep_evicted: HostStore | None = None,
-        host_memory: str | int | None = None,
         memory_limit: int,
         disk_limit: int = 0,
         folder: str | os.PathLike[str] | None = None,
+        **settings: Any,
     ):
-        self._model, self._policy, self._kv_dtype = model, policy, kv_dtype
-        self._verify, self._host_memory = verify, host_memory
-        self.keep_evicted = keep_evicted
+        self._model, self._policy, self._settings = model, policy, settings
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self._parent = folder
         self._folder: Path | None = None
         self._written = 0
         self._held: list[Held] = []  # the least recently used first
         self._lock = threading.Lock()
+
+    @property
+    def keep_evicted(self) -> HostStore | None:
+        """Where all that was read is kept for the next request; None: what is evicted is gone."""
+        return self._settings.get("keep_evicted")
 
     @property
     def memory_bytes(self) -> int:
@@ -174,14 +171,7 @@ class Conversations:
 
     def new_cache(self) -> ReFreeKVCache:
         """A cache that has read nothing."""
-        return ReFreeKVCache(
-            self._model,
-            self._policy,
-            kv_dtype=self._kv_dtype,
-            verify=self._verify,
-            keep_evicted=self.keep_evicted,
-            host_memory=self._host_memory,
-        )
+        return ReFreeKVCache(self._model, self._policy, **self._settings)
 
     def _shrink(self, limit: int) -> None:
         for held in [held for held in self._held if held.cache is not None]:
@@ -213,15 +203,11 @@ class Conversations:
         if held.cache is not None:
             return copy.deepcopy(held.cache) if copied else held.cache
         assert held.file is not None
+        # All else is said in the file.
+        unsaid: dict[str, Any] = {"keep_evicted": None}
+        unsaid |= {name: self._settings[name] for name in UNSAID if name in self._settings}
         try:
-            return ReFreeKVCache.load(
-                held.file,
-                self._model,
-                self._policy,
-                verify=self._verify,
-                keep_evicted=self.keep_evicted,
-                host_memory=self._host_memory,
-            )
+            return ReFreeKVCache.load(held.file, self._model, self._policy, **unsaid)
         except (ValueError, OSError) as error:
             logger.warning("a conversation is read again: %s", error)
             if copied:

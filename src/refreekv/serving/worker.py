@@ -7,18 +7,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from refreekv.engines.transformers import ReFreeKVCache
 from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.device_memory import free_memory
 from refreekv.report import CompressionReport
 from refreekv.serving.answering import Answering, Listener, generate, length_of, read, restored
 from refreekv.serving.conversations import Conversations
 from refreekv.serving.stopping import StopTexts
 from refreekv.serving.templates import stop_tokens
+from refreekv.storage.host import available_memory
 
 logger = logging.getLogger("refreekv")
 
@@ -336,14 +337,7 @@ _ANSWER = 4096
 
 def memory_for_caches(device: torch.device) -> int:
     """A quarter of the memory that is free on a device now, in bytes; 1 GiB where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(free.split()[1]) * 1024 // 4
-    except (OSError, StopIteration):
-        return 2**30
+    return (free_memory(device) if device.type == "cuda" else available_memory()) // 4
 
 
 def _vocabulary(model: Any) -> int | None:

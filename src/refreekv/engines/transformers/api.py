@@ -80,16 +80,9 @@ class ReFreeKVCache(PrunedCache):
         check_mode(decode)
         resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
         super().__init__(
-            model.config,
-            resolved,
-            stored,
-            decode,
-            decode_interval,
-            prompt_dtype,
-            reading or False,
-            keep_evicted,
+            model.config, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted,
             host_memory,
-        )
+        )  # fmt: skip
         self.bind(model)
         weakref.finalize(self, Attachment.attach(model).detach)
 
@@ -180,23 +173,19 @@ class CompressionSession:
         self,
         model: PreTrainedModel,
         policy: Policy,
-        kv_dtype: str | KVDtype | Ladder | None = AUTO,
-        decode: DecodeMode = "graph",
-        decode_interval: int | None = None,
-        prompt_dtype: str | KVDtype | None = AUTO,
-        verify: bool | float | str | Recheck = False,
-        keep_evicted: str | HostStore | None = None,
-        host_memory: str | int | None = None,
+        *,
+        kv_dtype: str | KVDtype | Ladder | None,
+        keep_evicted: str | HostStore | None,
+        **settings: Any,
     ):
-        self.policy = policy
-        self.verify = verify
+        self.policy, self.kv_dtype = policy, ladder_for(policy, kv_dtype)
         # One store for all caches of the block.
         self.keep_evicted = HostStore.parse(keep_evicted)
-        self.host_memory = host_memory
-        self._decode = decode
-        self._storage, self.kv_dtype = kv_dtype, ladder_for(policy, kv_dtype)
-        self.decode_interval = decode_interval
-        self.prompt_dtype = parse_prompt_dtype(prompt_dtype)
+        self.decode_interval, self.verify, self.host_memory = (
+            settings[name] for name in ("decode_interval", "verify", "host_memory")
+        )
+        self.prompt_dtype = parse_prompt_dtype(settings["prompt_dtype"])
+        self._settings = {**settings, "kv_dtype": kv_dtype, "keep_evicted": self.keep_evicted}
         self._model = model
         self._opened: sessions.Opened | None = None
         # Weak: the session must not keep a finished answer's keys and values alive.
@@ -251,17 +240,7 @@ class CompressionSession:
 
     def new_cache(self, *, nested: bool = False) -> PrunedCache:
         """A cache for a call that brings none; ``nested``: inside an answer, which the report stays about."""
-        cache = PrunedCache(
-            self._model.config,
-            self.policy,
-            self._storage,
-            self._decode,
-            self.decode_interval,
-            self.prompt_dtype,
-            self.verify,
-            self.keep_evicted,
-            self.host_memory,
-        )
+        cache = PrunedCache(self._model.config, self.policy, **self._settings)
         cache.bind(self._model)
         if not nested:
             cache.owner = weakref.ref(self)
@@ -377,8 +356,9 @@ def compress(
     model = decoder_of(model)
     resolved, stored, reading = chosen(model, policy, kv_dtype, calibration, verify, **parameters)
     session = CompressionSession(
-        model, resolved, stored, decode, decode_interval, prompt_dtype, reading or False, keep_evicted, host_memory
-    )
+        model, resolved, kv_dtype=stored, decode=decode, decode_interval=decode_interval, prompt_dtype=prompt_dtype,
+        verify=reading or False, keep_evicted=keep_evicted, host_memory=host_memory,
+    )  # fmt: skip
     session.new_cache()  # refuse an unsupported model here, not at its first call
     attachment = Attachment.attach(model)
     session._opened = opened = attachment.open(session)
