@@ -29,7 +29,7 @@ def rooms(cache):
     """Bytes that storage has room for and does not hold yet."""
     arenas = [arena for layer in cache.pruned_layers if layer.ragged is not None for arena in layer.ragged.tables]
     lines = [sum(map(sum, arena.capacities)) - sum(map(sum, arena.lengths)) for arena in arenas]
-    return sum(count * arena._line_bytes for count, arena in zip(lines, arenas, strict=True))
+    return sum(count * sum(arena.line_bytes) for count, arena in zip(lines, arenas, strict=True))
 
 
 @pytest.mark.parametrize(

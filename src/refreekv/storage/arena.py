@@ -9,6 +9,7 @@ with about 2.5% more of them.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import add, sub
 from typing import Any, Self
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
-from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.base import FlatKV, Piece
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
+from refreekv.storage.runs import each
 
 LEAST_GROWTH = 16
 """Entries that a segment can always take before its layer has to move."""
@@ -30,7 +32,7 @@ Span = tuple[int, int, int]
 """A line of ``spans`` in `kernels.gather`."""
 
 
-class KVArena(KVStorage):
+class KVArena(FlatKV):
     """Keys and values of one layer, one growing segment per (row, KV head).
 
     Invariants: segment ``s`` has ``capacities[s]`` lines of the flat tensors, in order, and its entries
@@ -141,33 +143,19 @@ class KVArena(KVStorage):
         return len(self._lengths[0])
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Head sizes of keys and values."""
-        return self.keys.shape[-1], self.values.shape[-1]
-
-    @property
-    def types(self) -> tuple[torch.dtype, torch.dtype]:
-        """Types of the keys and of the values that come out. Those of wider entries that come in are taken over."""
-        return self.keys.dtype, self.values.dtype
-
-    @property
     def tables(self) -> "tuple[KVArena, ...]":
-        """The arena itself."""
         return (self,)
 
     def full(self) -> RaggedKV:
-        """All entries, one beside the other: a copy."""
         held = [self.segments(row) for row in range(len(self.lengths))]
         return RaggedKV.from_pieces([[keys] for keys, _ in held], [[values] for _, values in held])
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-        """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""
         with self.table_in_turn() as table:
             return kernels.ragged_decode(query, table, self.form, scaling=scaling, softcap=softcap, sinks=sinks)
 
     @property
     def freed(self) -> list[bool]:
-        """Which rows were freed."""
         return [growth < 0 for growth in self._growth]
 
     @property
@@ -180,19 +168,8 @@ class KVArena(KVStorage):
         """Whether all segments have one length and one capacity, so that `stacked` is a view."""
         return len({length for row in self.lengths for length in row}) <= 1 and len(set(self._growth)) == 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the storages really hold on to, growth included."""
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
-
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's lines, growth included."""
-        return sum(self.capacities[row]) * self._line_bytes
-
-    @property
-    def _line_bytes(self) -> int:
-        """Bytes of a line of keys and one of values."""
-        return sum(flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
+        return sum(self.capacities[row]) * sum(self.line_bytes)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
@@ -249,7 +226,6 @@ class KVArena(KVStorage):
             self.table = on_device(self._lines(), self.table.device)
 
     def select_rows(self, indices: Sequence[int]) -> Self:
-        """A new arena of the rows ``indices``, in that order; rows may repeat."""
         freed = [self.freed[row] for row in indices]
         chosen = self._alike([self.lengths[row] for row in indices], freed)
         heads = self.kv_heads
@@ -259,14 +235,12 @@ class KVArena(KVStorage):
         return chosen
 
     def truncate(self, lengths: Sequence[Sequence[int]]) -> Self:
-        """A new arena that keeps the first ``lengths[b][h]`` entries of each segment."""
         shorter = self._alike([tuple(row) for row in lengths], self.freed)
         with self.table_in_turn() as own:
             shorter._take(own)
         return shorter
 
     def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> Self:
-        """A new arena of what a policy keeps of each row, and the last ``after`` entries."""
         return self.holding(kept_of_rows(self.rows(), kept, after))
 
     def taken(self, index: Tensor, lengths: Sequence[tuple[int, ...]]) -> Self:
@@ -290,7 +264,6 @@ class KVArena(KVStorage):
     # -- growing and freeing, in place ---------------------------------------------------------
 
     def reserve(self, tokens: int) -> bool:
-        """Make sure that ``tokens`` more entries have room; whether the storage moved for it."""
         if self._left >= tokens:
             return False
         growth = growth_for(self.lengths) + tokens
@@ -303,7 +276,6 @@ class KVArena(KVStorage):
         return self._left
 
     def note_appended(self, tokens: int) -> None:
-        """Count entries that somebody wrote through the table."""
         self._appended += tokens
         self._left -= tokens
 
@@ -320,7 +292,6 @@ class KVArena(KVStorage):
         return True
 
     def free_rows(self, rows: Sequence[int]) -> None:
-        """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
         gone = {row for row in rows if not self.freed[row]}
         if not gone:
             return
@@ -330,7 +301,7 @@ class KVArena(KVStorage):
 
     def lengthen(self, counts: Sequence[Sequence[int]]) -> None:
         """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written."""
-        longer = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self.lengths, counts, strict=True)]
+        longer = each(add, self.lengths, counts)
         grown = [max(row) for row in counts]
         if all(
             freed or (min(row) == most <= growth)
@@ -351,10 +322,7 @@ class KVArena(KVStorage):
         """Take entries out of each row's KV heads, from ``firsts[b][h]`` on, and leave ``growth`` for others."""
         with self.table_in_turn() as own:
             old, storages = own.clone(), (self.keys, self.values)
-            lengths = [
-                tuple(n - count for n, count in zip(*rows, strict=True))
-                for rows in zip(self.lengths, counts, strict=True)
-            ]
+            lengths = each(sub, self.lengths, counts)
             growths = [-1 if freed else growth for freed in self.freed]
             self.keys, self.values = (self._new(lengths, growths, storage) for storage in storages)
             self._lengths, self._growth, self._appended, self._left = lengths, growths, 0, _least(growths)
@@ -365,8 +333,7 @@ class KVArena(KVStorage):
             before[:, LENGTH] = first
             after[:, LENGTH] -= first + count
             target[:, LENGTH] -= first
-            for side, storage in ((KEY, self.keys), (VALUE, self.values)):
-                line = storage.shape[-1] * storage.element_size()
+            for side, line in zip((KEY, VALUE), self.line_bytes, strict=True):
                 after[:, side] += (first + count) * line
                 target[:, side] += first * line
             self._take(before)
@@ -415,8 +382,7 @@ class KVArena(KVStorage):
 
     def _take(self, source: Tensor, target: Tensor | None = None) -> None:
         """Copy the entries of a table's segments to this arena's, or to those of ``target``, a part of this arena."""
-        key, value = (storage.shape[-1] * storage.element_size() for storage in (self.keys, self.values))
-        longest = max(map(max, self.lengths))
+        (key, value), longest = self.line_bytes, max(map(max, self.lengths))
         if longest:
             target = self.table if target is None else target
             kernels.move(source, target, key_bytes=key, value_bytes=value, longest=longest)
@@ -431,8 +397,7 @@ class KVArena(KVStorage):
 
     def _lines(self) -> list[list[int]]:
         """The table, as the host knows it."""
-        lines, at = [], 0
-        steps = [storage.shape[-1] * storage.element_size() for storage in (self.keys, self.values)]
+        lines, at, steps = [], 0, self.line_bytes
         for lengths, capacities in zip(self.lengths, self.capacities, strict=True):
             for length, capacity in zip(lengths, capacities, strict=True):
                 line = [0] * 4

@@ -60,11 +60,11 @@ class KVStorage(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that the storages really hold on to."""
+        """Bytes that the storages really hold on to, room to grow included."""
 
     @abstractmethod
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's entries."""
+        """Bytes of one row's entries, and of their room."""
 
     @property
     def freed(self) -> list[bool]:
@@ -183,3 +183,28 @@ class KVStorage(ABC):
     def free_rows(self, rows: Sequence[int]) -> None:
         """Give the memory of finished rows back; only where there are `tables`. They stay in the batch, empty."""
         raise NotImplementedError(f"rows of a {type(self).__name__} cannot be freed")
+
+
+class FlatKV(KVStorage):
+    """Entries that are lines of two flat tensors: ``keys`` and ``values``, ``[lines, D]`` and ``[lines, Dv]``."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Head sizes of keys and values."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    @property
+    def types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Types of the keys and of the values."""
+        return self.keys.dtype, self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the storages really hold on to."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    @property
+    def line_bytes(self) -> tuple[int, int]:
+        """Bytes of a line of keys, and of one of values."""
+        key, value = (flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
+        return key, value

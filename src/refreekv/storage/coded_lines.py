@@ -17,7 +17,7 @@ from refreekv.storage.coding import Coding
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
-from refreekv.storage.runs import flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
@@ -271,9 +271,7 @@ def spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
 
 def sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """Counts of several storages, added up."""
-    if len(parts) == 1:
-        return list(parts[0])
-    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*parts, strict=True)]
+    return list(parts[0]) if len(parts) == 1 else each(lambda *numbers: sum(numbers), *parts)
 
 
 def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:

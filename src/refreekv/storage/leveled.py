@@ -8,6 +8,7 @@ Whatever else reads entries gets a copy in full precision, as long as a call tak
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import chain
+from operator import sub
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -23,7 +24,7 @@ from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.members import Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
-from refreekv.storage.runs import flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
@@ -85,8 +86,8 @@ class LeveledKV(KVStorage):
         coding = Coding.of(ladder, centres if read is None else read.means, keys.dtype, codes)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
-        coded = [tuple(ladder.coded(n) for n in row) for row in counts]
-        sinks = [tuple(SINKS if n else 0 for n in row) for row in coded]
+        coded = each(ladder.coded, counts)
+        sinks = each(lambda n: SINKS if n else 0, coded)
         opening, between = [], []
         for row, chosen in enumerate(columns):
             index = chosen.tensors(device)
@@ -99,7 +100,7 @@ class LeveledKV(KVStorage):
         around = [n - c for n, c in zip(flat(counts), flat(coded), strict=True)]
         # They stay alive until the kernels that are told their addresses were launched.
         exactly, listed = torch.cat(opening), torch.cat(between)
-        lengths = [tuple(n - c + after for n, c in zip(*rows, strict=True)) for rows in zip(counts, coded, strict=True)]
+        lengths = each(lambda n, c: n - c + after, counts, coded)
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
         longest = max(map(max, coded))
         growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
@@ -135,22 +136,18 @@ class LeveledKV(KVStorage):
 
     @property
     def batch(self) -> int:
-        """Rows."""
         return self.exact.batch
 
     @property
     def kv_heads(self) -> int:
-        """KV heads of each row."""
         return self.exact.kv_heads
 
     @property
     def coding(self) -> Coding:
-        """How entries are coded."""
         return self.lines.coding
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Head sizes of keys and values."""
         return self.exact.sizes
 
     @property
@@ -160,26 +157,21 @@ class LeveledKV(KVStorage):
 
     @property
     def freed(self) -> list[bool]:
-        """Which rows were freed."""
         return self.exact.freed
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the storages really hold on to: entries, room, rungs of entries, and the rows' means."""
         return self.exact.nbytes + self.lines.nbytes
 
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's."""
         return self.exact.row_nbytes(row) + self.lines.row_nbytes(row)
 
     @property
     def in_host_memory(self) -> bool:
-        """Whether lines are in host memory."""
         return self.lines.in_host_memory
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of lines in host memory."""
         return sum(arena.nbytes for arena in self.lines.rungs) if self.in_host_memory else 0
 
     @property
@@ -188,7 +180,6 @@ class LeveledKV(KVStorage):
         return self.exact, *self.lines.rungs
 
     def full(self) -> RaggedKV:
-        """All entries in full precision, one beside the other: a copy."""
         device, exact, lengths = self.keys.device, self.exact.full(), self.lengths
         exact_at, coded_at = (runs(*where, device) for where in self._where())
         keys, values = (
@@ -202,7 +193,6 @@ class LeveledKV(KVStorage):
         return found
 
     def segments(self, row: int) -> tuple[Piece, Piece]:
-        """One row's keys and values as parts: a copy."""
         return self.select_rows([row]).full().segments(0)
 
     def _where(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
@@ -216,7 +206,6 @@ class LeveledKV(KVStorage):
         return (around[0], around[1]), (firsts, coded)
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-        """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``."""
         self.exact.widen(query.dtype, query.dtype)
         held = self.lines.held
         with ExitStack() as stack:
@@ -244,17 +233,12 @@ class LeveledKV(KVStorage):
         return self
 
     def select_rows(self, indices: Sequence[int]) -> Self:
-        """A new storage of the rows ``indices``, in that order; rows may repeat."""
         sinks = [self.sinks[row] for row in indices]
         return type(self)(self.exact.select_rows(indices), self.lines.of_rows(indices), sinks, self._types)
 
     def truncate(self, lengths: Counts) -> Self:
-        """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
-        coded = [
-            tuple(max(0, min(n - first, most)) for n, first, most in zip(*rows, strict=True))
-            for rows in zip(lengths, self.sinks, self.lines.lengths, strict=True)
-        ]
-        exact = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(lengths, coded, strict=True)]
+        coded = each(lambda n, first, most: max(0, min(n - first, most)), lengths, self.sinks, self.lines.lengths)
+        exact = each(sub, lengths, coded)
         return type(self)(self.exact.truncate(exact), self.lines.truncated(coded), self.sinks, self._types)
 
     def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> Self:
@@ -278,9 +262,8 @@ class LeveledKV(KVStorage):
         asked = None if levels is None or rungs == 1 else _asked(levels, counts, after, rungs - 1)
         early = counted((~is_coded & (number < firsts)).to(torch.uint8), counts, 2)[1]
         left = counted(is_coded.to(torch.uint8), counts, 2)[1]
-        exact_lengths = [tuple(n - c for n, c in zip(*rows, strict=True)) for rows in zip(counts, left, strict=True)]
         made = type(self)(
-            self.exact.taken(exact_at[~is_coded], exact_lengths),
+            self.exact.taken(exact_at[~is_coded], each(sub, counts, left)),
             self.lines.kept(coded_at[is_coded], None if asked is None else asked[is_coded], left),
             early,
             self._types,
@@ -308,11 +291,9 @@ class LeveledKV(KVStorage):
     # -- growing, moving and freeing, in place ---------------------------------------------------
 
     def move_to_host(self) -> None:
-        """Move lines to host memory; see `CodedLines.move_to_host`."""
         self.lines.move_to_host()
 
     def move_to_device(self) -> None:
-        """Move lines back from host memory, if they are there."""
         self.lines.move_to_device()
 
     def code_older(self, after: int = 0, *, all_due: bool = False) -> bool:
@@ -341,10 +322,8 @@ class LeveledKV(KVStorage):
 
     def _firsts(self) -> list[tuple[int, ...]]:
         """How many exact entries lie, or would lie, before the coded ones of each row's KV heads."""
-        return [
-            tuple(first if held else min(SINKS, n) for first, held, n in zip(*rows, strict=True))
-            for rows in zip(self.sinks, self.lines.lengths, self.exact.lengths, strict=True)
-        ]
+        held = self.sinks, self.lines.lengths, self.exact.lengths
+        return each(lambda first, coded, n: first if coded else min(SINKS, n), *held)
 
     def _due(self, row: int, after: int, block: int) -> tuple[int, ...]:
         """How many entries of each of a row's KV heads are to be coded now."""
@@ -365,16 +344,13 @@ class LeveledKV(KVStorage):
         return FLUSH - max(surplus, default=0)
 
     def reserve(self, tokens: int) -> bool:
-        """Make sure that ``tokens`` more entries can be appended; whether the storage moved for it."""
         return self.exact.reserve(tokens)
 
     def note_appended(self, tokens: int) -> None:
-        """Count entries that somebody wrote through the table."""
         self.exact.note_appended(tokens)
         self._wait -= tokens
 
     def drop(self, tokens: int) -> bool:
-        """Take the last entries of all segments back, in place; False where a new storage has to be made."""
         newest = [
             n - first
             for rows in zip(self.exact.lengths, self.sinks, self.freed, strict=True)
@@ -387,7 +363,6 @@ class LeveledKV(KVStorage):
         return True
 
     def free_rows(self, rows: Sequence[int]) -> None:
-        """Give the memory of finished rows back. They stay in the batch, hold nothing and take nothing."""
         self.exact.free_rows(rows)
         self.lines.free_rows(rows)
         self.sinks = _where_coded(self.sinks, self.lines.lengths)
@@ -404,4 +379,4 @@ def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) ->
 
 
 def _where_coded(sinks: Counts, coded: Counts) -> list[tuple[int, ...]]:
-    return [tuple(first if n else 0 for first, n in zip(*rows, strict=True)) for rows in zip(sinks, coded, strict=True)]
+    return each(lambda first, n: first if n else 0, sinks, coded)

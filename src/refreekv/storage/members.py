@@ -1,11 +1,12 @@
 """Which rung each coded entry is in: two bits an entry, in the order of the tokens."""
 
 from collections.abc import Sequence
+from operator import add
 
 import torch
 from torch import Tensor
 
-from refreekv.storage.runs import flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 Counts = Sequence[Sequence[int]]
 """A number for each row's KV heads."""
@@ -53,7 +54,7 @@ class Members:
     @classmethod
     def extended(cls, rungs: Tensor, counts: Counts, more: Tensor, by: Counts) -> "Members":
         """Of rungs of entries, so many of each segment, and others behind each segment's."""
-        both = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(counts, by, strict=True)]
+        both = each(add, counts, by)
         found, starts = rungs.new_empty(len(rungs) + len(more)), starts_of(flat(both))
         found[runs(starts, flat(counts), rungs.device)] = rungs
         behind = [start + n for start, n in zip(starts, flat(counts), strict=True)]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.base import FlatKV, Piece
 from refreekv.storage.columns import Columns, Levels
 
 
-class RaggedKV(KVStorage):
+class RaggedKV(FlatKV):
     """Keys and values of one layer, one segment per (row, KV head). Never changed in place.
 
     Invariant: the flat tensors have as many lines as ``lengths`` adds up to, and own
@@ -40,32 +40,10 @@ class RaggedKV(KVStorage):
         lengths = [_lengths(row) for row in keys]
         return cls(_flat(keys, lengths), _flat(values, lengths), lengths)
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Head sizes of keys and values."""
-        return self.keys.shape[-1], self.values.shape[-1]
-
-    @property
-    def types(self) -> tuple[torch.dtype, torch.dtype]:
-        """Types of the keys and of the values."""
-        return self.keys.dtype, self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the storages really hold on to."""
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
-
     def row_nbytes(self, row: int) -> int:
-        """Bytes of one row's entries."""
-        return sum(self.lengths[row]) * self._line_bytes
-
-    @property
-    def _line_bytes(self) -> int:
-        """Bytes of a line of keys and one of values."""
-        return sum(flat.shape[-1] * flat.element_size() for flat in (self.keys, self.values))
+        return sum(self.lengths[row]) * sum(self.line_bytes)
 
     def full(self) -> "RaggedKV":
-        """Return the storage itself."""
         return self
 
     def stacked(self) -> tuple[Tensor, Tensor]:
@@ -105,12 +83,10 @@ class RaggedKV(KVStorage):
         return keys.split(self.lengths[row]), values.split(self.lengths[row])
 
     def select_rows(self, indices: Sequence[int]) -> "RaggedKV":
-        """A new storage of the rows ``indices``, in that order; rows may repeat."""
         held = [self.segments(row) for row in indices]
         return RaggedKV.from_pieces([[keys] for keys, _ in held], [[values] for _, values in held])
 
     def truncate(self, lengths: Sequence[Sequence[int]]) -> "RaggedKV":
-        """A new storage that keeps the first ``lengths[b][h]`` entries of each segment."""
         keys: list[list[Piece]] = []
         values: list[list[Piece]] = []
         for row, wanted in enumerate(lengths):
@@ -120,7 +96,6 @@ class RaggedKV(KVStorage):
         return RaggedKV.from_pieces(keys, values)
 
     def keep(self, kept: Sequence[Columns], after: int, levels: Sequence[Levels] | None = None) -> "RaggedKV":
-        """A new storage of what a policy keeps of each row, and the last ``after`` entries."""
         return kept_of_rows(self.rows(), kept, after)
 
 

@@ -1,6 +1,6 @@
 """Index tensors of many runs, made without a loop on the host and without waiting for the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -29,3 +29,8 @@ def starts_of(counts: Sequence[int]) -> list[int]:
 def flat(rows: Sequence[Sequence[int]]) -> list[int]:
     """The numbers of all rows, one row after the other."""
     return [number for row in rows for number in row]
+
+
+def each(function: Callable[..., int], *counts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """A function of the numbers that several lists have for each row's KV heads."""
+    return [tuple(map(function, *rows)) for rows in zip(*counts, strict=True)]
