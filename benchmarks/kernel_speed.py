@@ -17,7 +17,7 @@ import torch
 from devices import copy_bandwidth, device_seconds, header
 from refreekv import kernels, policies
 from refreekv.core.probes import attention_rows
-from refreekv.core.selection import uni_metric_cut_and_loss
+from refreekv.core.selection import uni_metric_cut
 from refreekv.kernels import fused, linear
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode, multiprocessors
@@ -133,7 +133,7 @@ def probe_kernels() -> list[tuple[str, dict[str, float]]]:
             "adaptive's choice": lambda v=view: policies.create("adaptive").select(v),
             "entries of 8 heads listed": lambda p=peak: kernels.kept_first(p > 1e-3),
             "the Uni-Metric's cut": lambda r=row: launch_cut(r[:, :, 0], 4, 0.3, False),
-            "  the same in torch": lambda r=row: uni_metric_cut_and_loss(
+            "  the same in torch": lambda r=row: uni_metric_cut(
                 r[:, :, 0], sinks=4, threshold=0.3, includes_sinks=False
             ),
         }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers import numpy_reference as slow
 from refreekv.core.scores import attention_received, mean_over_visible_rows
-from refreekv.core.selection import sink_mask, uni_metric_cut, uni_metric_cut_and_loss, uni_metric_keep
+from refreekv.core.selection import sink_mask, uni_metric_cut, uni_metric_keep
 
 THRESHOLDS = st.one_of(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3, 0.9]), st.floats(1e-4, 0.99, allow_nan=False))
 
@@ -48,9 +48,10 @@ def test_cut_equals_the_slow_twin(seed, heads, n, sinks, threshold, includes_sin
     if ties:
         rows = np.round(rows * 8) / 8  # many equal values and zeros
     expected = slow.cut(rows, sinks, threshold, includes_sinks)
-    got = uni_metric_cut(
+    got, _ = uni_metric_cut(
         torch.from_numpy(rows)[None], sinks=sinks, threshold=threshold, includes_sinks=includes_sinks
-    ).item()
+    )
+    got = got.item()
     assert got == expected or near_threshold(rows, sinks, threshold, includes_sinks, got, expected)
 
 
@@ -66,9 +67,10 @@ def test_cut_equals_the_slow_twin(seed, heads, n, sinks, threshold, includes_sin
 def test_cut_equals_the_slow_twin_on_long_prompts(seed, n, sinks, threshold, includes_sinks, sharpness):
     rows = softmax_rows(np.random.default_rng(seed), 4, n, sharpness)
     expected = slow.cut_fast(rows, sinks, threshold, includes_sinks)
-    got = uni_metric_cut(
+    got, _ = uni_metric_cut(
         torch.from_numpy(rows)[None], sinks=sinks, threshold=threshold, includes_sinks=includes_sinks
-    ).item()
+    )
+    got = got.item()
     assert got == expected or near_threshold(rows, sinks, threshold, includes_sinks, got, expected)
 
 
@@ -93,9 +95,9 @@ def test_padding_is_neither_sink_nor_norm(seed, threshold, includes_sinks):
         rows[b, :, width - length :] = softmax_rows(rng, 3, length, 4.0)
         valid[b, width - length :] = True
     arguments = {"sinks": 4, "threshold": threshold, "includes_sinks": includes_sinks}
-    together, loss = uni_metric_cut_and_loss(torch.from_numpy(rows), valid=torch.from_numpy(valid), **arguments)
+    together, loss = uni_metric_cut(torch.from_numpy(rows), valid=torch.from_numpy(valid), **arguments)
     for b, length in enumerate(lengths):
-        alone, alone_loss = uni_metric_cut_and_loss(torch.from_numpy(rows[b : b + 1, :, width - length :]), **arguments)
+        alone, alone_loss = uni_metric_cut(torch.from_numpy(rows[b : b + 1, :, width - length :]), **arguments)
         assert together[b].item() - (width - length) == alone.item()
         assert loss[b].item() == pytest.approx(alone_loss.item(), abs=1e-12)
 
@@ -105,7 +107,7 @@ def test_padding_is_neither_sink_nor_norm(seed, threshold, includes_sinks):
 def test_a_stricter_threshold_never_keeps_less(seed, n, includes_sinks):
     rows = torch.from_numpy(softmax_rows(np.random.default_rng(seed), 4, n, 4.0))[None]
     cuts = [
-        uni_metric_cut(rows, sinks=4, threshold=t, includes_sinks=includes_sinks).item()
+        uni_metric_cut(rows, sinks=4, threshold=t, includes_sinks=includes_sinks)[0].item()
         for t in (0.0, 0.001, 0.01, 0.1, 0.5, 0.95)
     ]
     assert cuts == sorted(cuts)
@@ -116,7 +118,7 @@ def test_a_stricter_threshold_never_keeps_less(seed, n, includes_sinks):
 def test_rows_without_a_usable_norm_keep_everything(broken):
     rows = torch.full((2, 3, 20), broken)
     rows[1] = torch.softmax(torch.randn(3, 20), -1)
-    cut = uni_metric_cut(rows, sinks=4, threshold=0.5, includes_sinks=False)
+    cut, _ = uni_metric_cut(rows, sinks=4, threshold=0.5, includes_sinks=False)
     assert cut[0] == 4
     assert cut[1] > 4
 
@@ -124,9 +126,7 @@ def test_rows_without_a_usable_norm_keep_everything(broken):
 def test_loss_is_the_loss_at_the_cut():
     rows = softmax_rows(np.random.default_rng(1), 4, 50, 3.0)
     for includes_sinks in (False, True):
-        cut, loss = uni_metric_cut_and_loss(
-            torch.from_numpy(rows)[None], sinks=4, threshold=0.1, includes_sinks=includes_sinks
-        )
+        cut, loss = uni_metric_cut(torch.from_numpy(rows)[None], sinks=4, threshold=0.1, includes_sinks=includes_sinks)
         kept = 4 + 50 - cut.item()
         expected = slow.loss_of_prefix(rows.astype(np.float64), slow.ranked_positions(50, 4), kept, 4, includes_sinks)
         assert loss.item() == pytest.approx(expected, abs=1e-12)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from refreekv import kernels
-from refreekv.core.selection import uni_metric_cut_and_loss
+from refreekv.core.selection import uni_metric_cut
 from refreekv.kernels.cut import launch_cut
 
 
 def both(rows, device, **settings):
     got = launch_cut(rows.to(device), settings["sinks"], settings["threshold"], settings["includes_sinks"])
-    want = uni_metric_cut_and_loss(rows, **settings)
+    want = uni_metric_cut(rows, **settings)
     return [part.cpu() for part in got], want
 
 
@@ -54,6 +54,6 @@ def test_the_front_gives_what_torch_gives_whoever_computes_it(valid, threshold, 
         "includes_sinks": False,
         "valid": (torch.arange(300, device=device) >= 7).expand(2, 300) if valid else None,
     }
-    got, want = kernels.uni_metric_cut(rows, **settings), uni_metric_cut_and_loss(rows, **settings)
+    got, want = kernels.uni_metric_cut(rows, **settings), uni_metric_cut(rows, **settings)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], atol=1e-12, rtol=1e-9)

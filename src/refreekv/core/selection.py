@@ -85,8 +85,8 @@ def uni_metric_cut(
     threshold: float,
     includes_sinks: bool,
     valid: Tensor | None = None,
-) -> Tensor:
-    """Where the position ranking (sinks, then newest to oldest) may be cut.
+) -> tuple[Tensor, Tensor]:
+    """Where the position ranking (sinks, then newest to oldest) may be cut, and what that loses.
 
     Parameters
     ----------
@@ -105,25 +105,11 @@ def uni_metric_cut(
 
     Returns
     -------
-    Tensor
-        ``[B]`` integer. Row ``b`` keeps its sinks and the columns ``cut[b] .. n-1``;
-        the cut lies between the end of the sinks and ``n``. Rows without a usable norm
-        (zero, or not a number) keep everything.
+    cut, loss : Tensor
+        ``[B]`` integer: row ``b`` keeps its sinks and the columns ``cut[b] .. n-1``; the cut lies between the end of
+        the sinks and ``n``. Rows without a usable norm (zero, or not a number) keep everything. And ``[B]`` float: the
+        loss at that cut.
     """
-    return uni_metric_cut_and_loss(rows, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=valid)[
-        0
-    ]
-
-
-def uni_metric_cut_and_loss(
-    rows: Tensor,
-    *,
-    sinks: int,
-    threshold: float,
-    includes_sinks: bool,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`uni_metric_cut`, and the loss ``[B]`` (float) at that cut. Same parameters."""
     check_threshold(threshold)
     length = rows.shape[-1]
     first: int | Tensor
@@ -171,9 +157,7 @@ def uni_metric_cut_of_worst(
     batch, heads, probes, length = rows.shape
     alone = rows.transpose(1, 2).reshape(batch * probes, heads, length)
     each = None if valid is None else valid.repeat_interleave(probes, 0)
-    cut, loss = uni_metric_cut_and_loss(
-        alone, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=each
-    )
+    cut, loss = uni_metric_cut(alone, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=each)
     after = rows[..., sinks:] if valid is None else rows.where((valid & ~sink_mask(valid, sinks))[:, None, None], 0.0)
     silent = after.amax((1, 3)) <= 0 if after.shape[-1] else torch.ones_like(cut.view(batch, probes), dtype=torch.bool)
     cut, loss = cut.view(batch, probes), loss.view(batch, probes)

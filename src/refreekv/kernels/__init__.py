@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from refreekv.core import needs as needs_in_torch
-from refreekv.core import reductions
+from refreekv.core import reductions, selection
 from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.needs import Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions, Probes
-from refreekv.core.selection import uni_metric_cut_and_loss
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
 from refreekv.kernels import ops, packed_ops, probe_blocks, reference
@@ -109,14 +108,14 @@ def uni_metric_cut(
 ) -> tuple[Tensor, Tensor]:
     """Where the position ranking may be cut, and what that loses.
 
-    Parameters and results are those of `core.selection.uni_metric_cut_and_loss`, which this is on the CPU and
+    Parameters and results are those of `core.selection.uni_metric_cut`, which this is on the CPU and
     with padding. Without, it is three launches on CUDA.
     """
     if rows.is_cuda and available() and valid is None and threshold > 0:
         from refreekv.kernels.cut import launch_cut
 
         return launch_cut(rows, sinks, threshold, includes_sinks)
-    return uni_metric_cut_and_loss(rows, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=valid)
+    return selection.uni_metric_cut(rows, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=valid)
 
 
 def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:

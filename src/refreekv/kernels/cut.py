@@ -1,6 +1,6 @@
 """The Uni-Metric's cut of the position ranking, in three launches instead of two dozen.
 
-Tests compare it with `core.selection.uni_metric_cut_and_loss`. Sums and norms are float64, as there.
+Tests compare it with `core.selection.uni_metric_cut`. Sums and norms are float64, as there.
 """
 
 import torch
@@ -103,7 +103,7 @@ def _cut_kernel(
 
 @on_its_device
 def launch_cut(rows: Tensor, sinks: int, threshold: float, includes_sinks: bool) -> tuple[Tensor, Tensor]:
-    """`core.selection.uni_metric_cut_and_loss` of rows without padding, and a threshold above 0."""
+    """`core.selection.uni_metric_cut` of rows without padding, and a threshold above 0."""
     batch, heads, length = rows.shape
     rows, first = rows.contiguous(), min(sinks, length)
     chunks, device = triton.cdiv(length, CHUNK), rows.device

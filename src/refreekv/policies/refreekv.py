@@ -4,11 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refreekv import kernels
-from refreekv.core.selection import (
-    CutSelection,
-    check_threshold,
-    uni_metric_cut_of_worst,
-)
+from refreekv.core.selection import CutSelection, check_threshold, uni_metric_cut_of_worst
 from refreekv.policies.base import LayerView, Policy, ProbePlan, check_count, check_flag, check_frozen_layers
 from refreekv.policies.registry import register
 
