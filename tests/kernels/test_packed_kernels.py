@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from helpers.packed_attention import packed_attention
 from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
@@ -159,7 +160,7 @@ def check_attention(
     )
     on_host = [part.host() for part in packed], kept.host()
     tables = on_host[1].table, [part.table for part in on_host[0]]
-    want = packed_reference.packed_attention(
+    want = packed_attention(
         query.cpu(),
         PackedKV(*tables, forms, maps),
         0.1,

@@ -1,4 +1,4 @@
-"""Attention over exact entries and packed lines on a CPU: what `packed_reference` computes, in fewer passes.
+"""Attention over exact entries and packed lines on a CPU, in few passes; tests hold a plain version.
 
 Codes are made numbers and no more: the grid's steps and middles go into the query, and out of the sum of values. The
 lines of a rung are unpacked together where their segments lie one behind the other, as in an arena.

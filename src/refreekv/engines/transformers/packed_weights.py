@@ -6,7 +6,6 @@ no block (norms, biases) is read as numbers. Only architectures whose conversion
 model's weights have to be in the file, in their shapes: anything else is refused.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +249,3 @@ def _as_bits(part: Tensor) -> Tensor:
     """Numbers as integers of the same bits: a conversion of the model's type leaves these alone."""
     same: dict[torch.dtype, torch.dtype] = {torch.float16: torch.int16, torch.float32: torch.int32}
     return part.view(same[part.dtype]) if part.dtype in same else part
-
-
-def modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model that hold weights in blocks."""
-    return (module for module in model.modules() if is_packed(module))
