@@ -1,6 +1,5 @@
 """An answer as it comes along: a prompt read in chunks, its tokens, their times and their text."""
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from refreekv.engines.transformers import ReFreeKVCache
-from refreekv.engines.transformers.naming import NAME, cache_argument
+from refreekv.engines.transformers.naming import NAME, cache_argument, logits_argument
 from refreekv.serving.detokenizing import Detokenizer
 
 
@@ -77,14 +76,13 @@ def read(
     held = length_of(cache)
     ids = torch.tensor([prompt], device=device)
     total = len(prompt) - held
-    options = cache_argument(model.forward, cache)
-    limit = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    options = cache_argument(model.forward, cache) | logits_argument(model.forward, 1)
     for start in range(held, len(prompt) - chunk, chunk):
         listener.on_read(start - held, total)
         if listener.stopped():
             return False
         with cache.prompt_until(len(prompt)):
-            model(ids[:, start : start + chunk], use_cache=True, **options, **limit)
+            model(ids[:, start : start + chunk], use_cache=True, **options)
     listener.on_read(total, total)
     return not listener.stopped()
 

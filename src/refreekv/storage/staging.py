@@ -15,6 +15,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
 from refreekv.storage.arena import KVArena, on_device
+from refreekv.storage.runs import flat
 
 ALIGNMENT = 256
 """Bytes that the parts of a buffer begin at a multiple of."""
@@ -104,11 +105,9 @@ class Lines(NamedTuple):
     value_bytes: int
 
     @classmethod
-    def of(cls, arena: KVArena, table: Tensor | None = None) -> "Lines":
-        """Those of an arena; ``table``: what will say where they are in place of its own."""
-        sizes = (part.shape[-1] * part.element_size() for part in (arena.keys, arena.values))
-        capacities = [count for row in arena.capacities for count in row]
-        return cls(arena.table if table is None else table, capacities, *sizes)
+    def of(cls, arena: KVArena) -> "Lines":
+        """Those of an arena."""
+        return cls(arena.table, flat(arena.capacities), *arena.line_bytes)
 
     @property
     def nbytes(self) -> int:

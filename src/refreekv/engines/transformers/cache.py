@@ -335,25 +335,6 @@ class PrunedCache(DynamicCache):
         if self.state.past is not None:
             self.state.past.crop(self.first.get_seq_length())
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Put row ``beam_idx[i]`` at row ``i``, for beam search."""
-        self._note_rows(beam_idx.tolist())
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # of whatever integer type
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times, the copies next to each other."""
-        self._note_rows([row for row in range(self.first.batch) for _ in range(repeats)])
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices`` (integers, or a boolean mask) of the batch."""
-        self._note_rows(torch.arange(self.first.batch)[indices.cpu()].tolist())
-        super().batch_select_indices(indices)
-
-    def _note_rows(self, indices: Sequence[int]) -> None:
-        if self.state.past is not None:
-            self.state.past.take_rows(indices)
-
     def reset(self) -> None:
         """Forget everything; the cache can take a new prompt."""
         self.state.clear()

@@ -1,6 +1,5 @@
 """Copy scores of a transformers model, measured once a model file; see `pruning.copy_scores`."""
 
-import inspect
 import weakref
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from refreekv.engines.transformers import fingerprint, model_constants
 from refreekv.engines.transformers.cache import PrunedCache
-from refreekv.engines.transformers.naming import cache_argument
+from refreekv.engines.transformers.naming import cache_argument, logits_argument
 from refreekv.pruning.copy_scores import CopyProbe, tokens_said_twice
 
 KEPT = "copy_scores."
@@ -80,12 +79,6 @@ def read(
         first = torch.tensor(starts, device=model.device)[:, None]
         positions = {"position_ids": first + torch.arange(ids.shape[1], device=model.device)}
     with cache.prompt_until(ids.shape[1]):
-        arguments = cache_argument(model.forward, cache) | few_logits(model)
+        arguments = cache_argument(model.forward, cache) | logits_argument(model.forward, 1)
         model(input_ids=ids, **positions, **arguments, use_cache=True)
     return probe.scores(cache.state.layers)
-
-
-def few_logits(model: PreTrainedModel) -> dict[str, int]:
-    """The argument that spares a model the logits of all tokens but the last, if it has one."""
-    name = "logits_to_keep"
-    return {name: 1} if name in inspect.signature(model.forward).parameters else {}

@@ -29,6 +29,11 @@ def cache_argument(forward: Callable[..., Any], cache: object) -> dict[str, Any]
     return {name_among(inspect.signature(forward).parameters): cache}
 
 
+def logits_argument(forward: Callable[..., Any], keep: int) -> dict[str, int]:
+    """The keyword argument that asks a model's forward for the last ``keep`` logits alone; none if it has none."""
+    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+
+
 def cache_given(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call by name; None if there is none."""
     cache = arguments.get(NAME)

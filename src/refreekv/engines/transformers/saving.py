@@ -113,7 +113,7 @@ def _layer(index: int, layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _pruned_layer(layer)
     if type(layer) is DynamicSlidingWindowLayer:
         plain: dict[str, Any] = {"kind": "sliding", "length": int(layer.cumulative_length)}
-        plain["past"] = bool(getattr(layer, "record_past", False))
+        plain["past"] = layer.record_past
         if not layer.is_initialized or layer.keys is None or layer.values is None:
             return plain, {}
         return plain, {"keys": layer.keys, "values": layer.values}
@@ -338,12 +338,10 @@ def _fill_layer(layer: Any, plain: Mapping[str, Any], tensors: dict[str, Tensor]
         keys, values = tensors["keys"], tensors["values"]
         _check_dense(keys, values)
         DynamicLayer.lazy_initialization(layer, keys, values)
-        if hasattr(layer, "_sliding_window_tensor"):
-            layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
+        layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
         layer.keys, layer.values = keys, values
         layer.cumulative_length = _count(plain["length"], keys.shape[2])
-        if hasattr(layer, "record_past"):
-            layer.record_past = bool(plain["past"])
+        layer.record_past = bool(plain["past"])
         return len(keys)
     if kind == "none" and not isinstance(layer, CacheLayerMixin):
         return 0

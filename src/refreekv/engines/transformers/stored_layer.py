@@ -237,6 +237,8 @@ class StoredLayer(DynamicLayer):
         self.state.finish()
         if self._length == 0:
             return
+        if self.state.past is not None and self.ordinal == 0:
+            self.state.past.take_rows(indices)
         self._finish_reading()
         if self.state.verification is not None:
             self.state.verification.rows_moved()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from refreekv.core.selection import CutSelection, Selection
-from refreekv.engines.transformers.naming import cache_argument
+from refreekv.engines.transformers.naming import cache_argument, logits_argument
 from refreekv.engines.transformers.read_again import ANSWER, PROMPT, Recheck, divergence, reading_cache
 from refreekv.policies import JointPolicy, LayerView, Policy, create
 from refreekv.policies.constants import at_factors, dial
@@ -385,8 +385,8 @@ class Verification:
         named = inspect.signature(model.forward).parameters
         some = _last if prompt else _first
         inputs = {name: some(part, tokens, AXES[name]) for name, part in self._inputs.items() if name in named}
-        more = {"logits_to_keep": tokens} if "logits_to_keep" in named else {}
-        logits: Tensor = model(**inputs, **cache_argument(model.forward, reading), use_cache=True, **more).logits
+        more = cache_argument(model.forward, reading) | logits_argument(model.forward, tokens)
+        logits: Tensor = model(**inputs, use_cache=True, **more).logits
         return logits[:, -tokens:]
 
 

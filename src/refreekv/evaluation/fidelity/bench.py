@@ -12,7 +12,6 @@ cache (and not pruned again), and comparison begins at the first.
 """
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from refreekv.engines.transformers.api import check_model
-from refreekv.engines.transformers.attachment import Attachment
+from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.device_memory import free_memory
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
@@ -30,6 +30,7 @@ from refreekv.evaluation.fidelity.metrics import divergence, negative_log_likeli
 from refreekv.evaluation.fidelity.prefill import SharedPrefill, fork, forward
 from refreekv.evaluation.records import FidelityRecord
 from refreekv.policies import Policy
+from refreekv.storage.host import available_memory
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,9 @@ class Bench:
             A model that refreekv does not support.
         """
         check_model(self.model)
-        attachment = Attachment.attach(self.model)
-        try:
+        with attached(self.model):
             for group in self._groups(jobs):
                 yield from self._measure_group(group)
-        finally:
-            attachment.detach()
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list["_Prepared"]]:
         """Prefilled jobs, as many together as one batch of the full cache's decoding takes."""
@@ -232,15 +230,8 @@ class _Prepared:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device; a cautious guess where nobody says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        free = 0
-    return max(free, 2**30)
+    """Memory that can still be taken on a device."""
+    return free_memory(device) if device.type == "cuda" else available_memory()
 
 
 def skip_reason(model: Any, encoded: Encoded, *, continuation: int, max_tokens: int) -> str | None:

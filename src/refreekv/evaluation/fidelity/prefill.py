@@ -7,7 +7,6 @@ fast, and good for one call.
 """
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.key_codes import key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.engines.transformers.naming import cache_argument
+from refreekv.engines.transformers.naming import cache_argument, logits_argument
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.evaluation.fidelity import kvzip, peer_formats
 from refreekv.evaluation.fidelity.choosing import capture, choose, plans_of
@@ -286,9 +285,8 @@ def forward(
 
 def call(model: Any, ids: Tensor, cache: Any, *, positions: Tensor, mask: Tensor | None, keep: int) -> Tensor:
     """One forward pass; logits of the last ``keep`` tokens only, where the model can leave the others out."""
-    limit = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    stored = cache_argument(model.forward, cache)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **stored, **limit)
+    more = cache_argument(model.forward, cache) | logits_argument(model.forward, keep)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **more)
     logits: Tensor = output.logits[:, -keep:]
     return logits
 
