@@ -2,6 +2,9 @@
 
 The functions here pick by device: CUDA tensors go to Triton, others to the reference. On machines
 without Triton the references serve CUDA tensors, too.
+
+All that take tables raise ValueError or TypeError for shapes, devices or types that do not go with each other, before
+anything is read or written: what is done with addresses nobody can check any more.
 """
 
 import functools
@@ -185,11 +188,6 @@ def append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> None:
         See `kernels.table`; ``B * H_kv`` segments. Its lengths grow by ``q``, or by what there is capacity for.
     form : Format
         How the segments hold entries. Types that are narrower than theirs are widened, exactly.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes, devices or types that the table and its format do not take: nothing was written.
     """
     if _at_once(keys):
         ops.append_on_cuda(keys, values, table, form)
@@ -225,11 +223,6 @@ def gather(
         See ``spans``.
     longest : int
         Entries of the longest segment.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `append`.
     """
     if _at_once(keys):
         ops.gather_on_cuda(keys, values, table, spans, end, longest, form)
@@ -248,11 +241,6 @@ def move(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int, lo
         Of one entry; multiples of 4.
     longest : int
         Entries of the longest segment.
-
-    Raises
-    ------
-    ValueError
-        Tables of different length or on different devices, or other numbers of bytes.
     """
     (ops.move_on_cuda if _at_once(source) else ops.move)(source, target, key_bytes, value_bytes, longest)
 
@@ -268,11 +256,6 @@ def fetch(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int) -
         See `kernels.table`. The target's lengths become those of the source, or what it has capacity for.
     key_bytes, value_bytes : int
         Of one entry; multiples of 4.
-
-    Raises
-    ------
-    ValueError
-        As `move`.
     """
     if _at_once(source):
         from refreekv.kernels.storage import launch_fetch
@@ -310,11 +293,6 @@ def ragged_decode(
     -------
     Tensor
         ``[B, 1, H, Dv]`` of the type of ``query``, as attention functions return it.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes, devices or types that the table and its format do not go with: nothing was read.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = ops.ragged_decode(query, table, *form, scaling, softcap, sinks)
@@ -355,11 +333,6 @@ def pack_lines(
         ``[segments]`` int64: the first line that is written, up to the table's length; None: 0.
     source : Tensor, optional
         A table as in `kernels.table`, of exact entries of the type of ``keys``, whose lines the spans then count.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes, devices or types that do not go with each other: nothing was written.
     """
     given = Transfer(keys, values, source, table, form, maps, spans, end, longest, starts)
     if _at_once(keys):
@@ -399,11 +372,6 @@ def unpack_lines(
     target : Tensor, optional
         A table as in `kernels.table`, of exact entries of the types of ``keys`` and ``values``, whose lines the spans
         then count. They must be there.
-
-    Raises
-    ------
-    ValueError
-        Shapes or devices that do not go with each other: nothing was written.
     """
     given = Transfer(keys, values, target, table, form, maps, spans, end, longest, starts)
     if _at_once(keys):
@@ -444,11 +412,6 @@ def packed_attention(
     -------
     Tensor
         ``[B, 1, H, Dv]``, as attention functions return it.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes or devices that do not go with each other: nothing was read.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     numbers = [number for form in forms for number in form.numbers]

@@ -157,16 +157,8 @@ class CompressionSession:
         What decides on what to keep.
     kv_dtype : Ladder or None
         How what is kept is stored.
-    decode_interval : int or None
-        Generated tokens after which the policy looks again.
-    prompt_dtype : KVDtype, str or None
-        How a prompt that comes in chunks is held until its end.
-    verify : bool, float, str or Recheck
-        What of each request is read again over what was kept.
-    keep_evicted : HostStore or None
-        Where all that prompts held is kept for the next turn.
-    host_memory : str, int or None
-        Whether codes are in host memory.
+    decode_interval, prompt_dtype, verify, keep_evicted, host_memory
+        What `compress` was given, as it was read: the store that serves all of the block among it.
     """
 
     def __init__(

@@ -51,22 +51,8 @@ class PrunedCache(DynamicCache):
         The model's configuration.
     policy : Policy
         Decides what each layer keeps.
-    kv_dtype : str, KVDtype or None
-        How what is kept is stored, such as ``"int4"``; None: in the model's precision.
-    decode : str
-        How `generate` decodes on CUDA; see `compress`.
-    decode_interval : int or None
-        Generated tokens after which the policy looks again at everything it does not protect; None:
-        only prompts are pruned.
-    prompt_dtype : str, KVDtype or None
-        How a prompt that comes in chunks is held until its end; see `compress`.
-    verify : bool, float, str or Recheck
-        Whether a part of each request is read again over what was kept, and more is kept where that shows. See
-        `compress`.
-    keep_evicted : str, HostStore or None
-        Where all that prompts held is kept for the next turn; see `compress`.
-    host_memory : str, int or None
-        Whether codes that do not fit on the GPU, or so many bytes of them, are in host memory. See `compress`.
+    kv_dtype, decode, decode_interval, prompt_dtype, verify, keep_evicted, host_memory
+        As for `compress`.
 
     Raises
     ------
