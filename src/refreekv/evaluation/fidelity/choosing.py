@@ -6,7 +6,7 @@ what they are shown, and the last queries are probed once for all plans.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,40 +39,51 @@ class Captured:
     codes: KeyCodes | None = None  # the model's own for keys
 
 
+@dataclass
+class LayerChoice:
+    """What policies keep of one layer."""
+
+    mask: Tensor | None  # boolean ``[P, H_kv, n]``; None if all policies keep everything
+    alike: set[str]  # the policies whose KV heads all keep the same positions
+    # policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the mask does not show these
+    surrogates: dict[str, Surrogates] = field(default_factory=dict)
+    # policies to the rungs ``[1, H_kv, n]`` of their ladders that entries are stored in
+    levels: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, row: int, name: str, keep: Tensor) -> None:
+        """Replace what a policy keeps, in its row of the mask, by ``[1 | H_kv, n]``."""
+        assert self.mask is not None
+        self.mask[row] = keep
+        if len(keep) > 1:
+            self.alike.discard(name)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What policies keep of each layer of one prompt, on the device."""
 
     names: dict[str, int]  # the policies' names to their rows
     length: int  # tokens of the prompt
-    masks: list[Tensor | None]  # by layer, boolean ``[P, H_kv, n]``; None if all policies keep everything
-    alike: list[set[str]]  # by layer, the policies whose KV heads all keep the same positions
-    # by layer, policies to the entries ``[1, H_kv, m]`` that stand in for what they evict; the masks do not show these
-    surrogates: list[dict[str, Surrogates]]
-    # by layer, policies to the rungs ``[1, H_kv, n]`` of their ladders that entries are stored in
-    levels: list[dict[str, Tensor]]
+    layers: list[LayerChoice]
 
     def keep(self, layer: int, names: Sequence[str]) -> Tensor | None:
         """The mask of one layer for some policies, in their order."""
-        mask = self.masks[layer]
+        mask = self.layers[layer].mask
         if mask is None or list(self.names) == list(names):
             return mask
         return mask[[self.names[name] for name in names]]
 
     def put(self, name: str, keeps: Sequence[Tensor]) -> None:
         """Replace what a policy keeps by boolean masks ``[H_kv, n]``, one a layer."""
-        for layer, keep in enumerate(keeps):
-            mask = self.masks[layer]
-            if mask is None:
-                mask = torch.ones(len(self.names), *keep.shape, dtype=torch.bool, device=keep.device)
-            mask = mask.expand(-1, len(keep), -1).clone()
-            mask[self.names[name]] = keep
-            self.masks[layer] = mask
-            self.alike[layer].discard(name)
+        for layer, keep in zip(self.layers, keeps, strict=True):
+            if layer.mask is None:
+                layer.mask = torch.ones(len(self.names), *keep.shape, dtype=torch.bool, device=keep.device)
+            layer.mask = layer.mask.expand(-1, len(keep), -1).clone()
+            layer.put(self.names[name], name, keep)
 
     def surrogates_of(self, layer: int, names: Sequence[str]) -> Surrogates | None:
         """Surrogates of some policies, in their order, a row each; None if none has any."""
-        there = self.surrogates[layer]
+        there = self.layers[layer].surrogates
         like = next((there[name] for name in names if name in there), None)
         if like is None:
             return None
@@ -83,21 +94,21 @@ class Choice:
 
     def counts(self, names: Sequence[str]) -> list[list[list[int]]]:
         """Entries kept, by policy, layer and KV head (one number where heads are alike)."""
-        masks = [self.keep(layer, names) for layer in range(len(self.masks))]
+        masks = [self.keep(layer, names) for layer in range(len(self.layers))]
         # One wait for the device, not one a layer.
         device = next((mask.device for mask in masks if mask is not None), torch.device("cpu"))
         everything = torch.full((len(names), 1), self.length, device=device)
         numbers = [everything if mask is None else mask.sum(-1).to(device) for mask in masks]
-        for number, held in zip(numbers, self.surrogates, strict=True):
+        for number, layer in zip(numbers, self.layers, strict=True):
             for row, name in enumerate(names):
-                if name in held:
-                    number[row] += held[name].real.sum(-1)[0].to(device)
+                if name in layer.surrogates:
+                    number[row] += layer.surrogates[name].real.sum(-1)[0].to(device)
         table = torch.cat(numbers, dim=1).tolist()
         found = []
         for name, row in zip(names, table, strict=True):
             values = iter(row)
             heads = [[next(values) for _ in range(number.shape[1])] for number in numbers]
-            found.append([one[:1] if name in same else one for one, same in zip(heads, self.alike, strict=True)])
+            found.append([one[:1] if name in at.alike else one for one, at in zip(heads, self.layers, strict=True)])
         return found
 
 
@@ -146,29 +157,17 @@ def choose(asked: Asked, layers: Sequence[Captured]) -> Choice:
     ValueError
         A selection of the wrong shape.
     """
-    masks: list[Tensor | None] = []
-    alike: list[set[str]] = []
-    surrogates: list[dict[str, Surrogates]] = []
-    levels: list[dict[str, Tensor]] = []
+    found: list[LayerChoice] = []
     noted: dict[str, list[LayerScores]] = {}
-    while len(masks) < len(layers):
-        group = _group(layers[len(masks) :])
-        kept, same, stands, rungs = _choose(asked, group, len(masks), len(layers), noted)
-        masks += kept
-        alike += same
-        surrogates += stands
-        levels += rungs
+    while len(found) < len(layers):
+        found += _choose(asked, _group(layers[len(found) :]), len(found), len(layers), noted)
     names = {name: row for row, name in enumerate(asked)}
     for name, scores in noted.items():
         policy = _joint(asked[name])
         assert policy is not None
-        for layer, selection in enumerate(policy.allot(scores), start=len(layers) - len(scores)):
-            mask = masks[layer]
-            assert mask is not None
-            mask[names[name]] = selection.keep[0]
-            if selection.keep.shape[1] > 1:
-                alike[layer].discard(name)
-    return Choice(names, layers[0].keys.shape[2], masks, alike, surrogates, levels)
+        for layer, selection in zip(found[len(layers) - len(scores) :], policy.allot(scores), strict=True):
+            layer.put(names[name], name, selection.keep[0])
+    return Choice(names, layers[0].keys.shape[2], found)
 
 
 def _joint(policy: Policy | None) -> JointPolicy | None:
@@ -194,8 +193,8 @@ def _group(layers: Sequence[Captured]) -> Sequence[Captured]:
 
 def _choose(
     asked: Asked, group: Sequence[Captured], start: int, layers: int, noted: dict[str, list[LayerScores]]
-) -> tuple[list[Tensor | None], list[set[str]], list[dict[str, Surrogates]], list[dict[str, Tensor]]]:
-    """Masks ``[P, H_kv, n]`` of some layers from number ``start`` on, whose heads are alike, surrogates and levels.
+) -> list[LayerChoice]:
+    """What is kept of some layers from number ``start`` on.
 
     Of policies that decide about all layers together, adds what they note, layer by layer, to ``noted``;
     their masks keep everything.
@@ -218,32 +217,22 @@ def _choose(
     shared = {name for name, one in chosen.items() if not isinstance(one, Selection) or one.keep.shape[1] == 1}
     alike = [shared | {name for name in asked if at < frozen[name]} for at in range(count)]
     if all(one is None for one in chosen.values()) and not noted:
-        return [None] * count, alike, [{} for _ in group], [{} for _ in group]
+        return [LayerChoice(None, same) for same in alike]
     real = torch.ones(count, length, dtype=torch.bool, device=group[0].keys.device)
     masks = torch.stack([mask.expand(count, kv_heads, length) for mask in _masks(list(chosen.values()), real)])
     for row, name in enumerate(asked):
         if chosen[name] is not None and frozen[name]:
             masks[row, : frozen[name]] = True
-    surrogates = {
-        name: one.surrogates
-        for name, one in chosen.items()
-        if isinstance(one, Selection) and one.surrogates is not None
-    }
-    by_layer = [
-        {
-            name: Surrogates(*(part[at : at + 1] for part in one))
-            for name, one in surrogates.items()
-            if at >= frozen[name]
-        }
-        for at in range(count)
-    ]
-    levels = {
-        name: one.levels.expand(-1, kv_heads, -1)
-        for name, one in chosen.items()
-        if isinstance(one, Selection) and one.levels is not None
-    }
-    rungs = [{name: one[at : at + 1] for name, one in levels.items() if at >= frozen[name]} for at in range(count)]
-    return list(masks.unbind(1)), alike, by_layer, rungs
+    found = [LayerChoice(mask, same) for mask, same in zip(masks.unbind(1), alike, strict=True)]
+    for name, one in chosen.items():
+        if not isinstance(one, Selection):
+            continue
+        for at in range(frozen[name], count):
+            if one.surrogates is not None:
+                found[at].surrogates[name] = Surrogates(*(part[at : at + 1] for part in one.surrogates))
+            if one.levels is not None:
+                found[at].levels[name] = one.levels.expand(-1, kv_heads, -1)[at : at + 1]
+    return found
 
 
 def _views(

@@ -179,7 +179,7 @@ class SharedPrefill:
                     names,
                     self._asked,
                     self._choice.surrogates_of(layer.ordinal, names),
-                    self._choice.levels[layer.ordinal],
+                    self._choice.layers[layer.ordinal].levels,
                     self._cache.state.codes_of(layer.ordinal),
                 )
             else:
@@ -204,9 +204,9 @@ class SharedPrefill:
                     continue
                 keep = self._choice.keep(layer.ordinal, [name])
                 keep = keys.new_ones(keys.shape[1:3], dtype=torch.bool) if keep is None else keep[0]
-                levels = self._choice.levels[layer.ordinal].get(name)
+                levels = self._choice.layers[layer.ordinal].levels.get(name)
                 counts = rung_counts(keep, None if levels is None else levels[0], ladder)
-                surrogates = self._choice.surrogates[layer.ordinal].get(name)
+                surrogates = self._choice.layers[layer.ordinal].surrogates.get(name)
                 if surrogates is not None:
                     counts[:, -1] += surrogates.real.sum(-1)[0]
                 sorted_keys = self._cache.state.codes_of(layer.ordinal) is not None
