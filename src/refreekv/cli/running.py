@@ -1,6 +1,5 @@
 """One greedy generation, timed and measured."""
 
-import copy
 import itertools
 import statistics
 import time
@@ -116,17 +115,12 @@ def generate(
     import torch
 
     from refreekv.engines.transformers.naming import NAME
+    from refreekv.evaluation.tasks.generation import greedy
 
     model: Any = loaded.model  # typed as a Module, whose attributes may all be tensors
     prompt_tokens = inputs["input_ids"].shape[1]
-    settings = copy.deepcopy(model.generation_config)
-    # What only sampling and beams read goes, or transformers warns that it is not used.
-    settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
-    settings.update(repetition_penalty=1.0, no_repeat_ngram_size=0)  # greedy, also for models that say otherwise
-    settings.update(max_length=None, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
-    settings.update(use_cache=True, cache_implementation=None)  # whatever caches the checkpoint was trained with
-    if settings.pad_token_id is None:
-        settings.pad_token_id = loaded.tokenizer.pad_token_id or 0  # one prompt: nothing is padded
+    settings = greedy(model, loaded.tokenizer, max_new_tokens)
+    settings.return_dict_in_generate = True
     clock = _Clock(on_token, stream)
     with torch.inference_mode(), quiet_transformers():
         begin = time.perf_counter()

@@ -1,5 +1,6 @@
 """``refreekv serve``: an OpenAI-compatible server, stock vLLM with the plugin or transformers for one user."""
 
+import functools
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-m
 VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests",
         "dry_run": "--dry-run"}  # fmt: skip
 
-_PANEL = "With --engine transformers"
+_local = functools.partial(typer.Option, rich_help_panel="With --engine transformers")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -90,52 +91,41 @@ def serve(
     device_map: options.DeviceMapOption = None,
     api_key_file: Annotated[
         str | None,
-        typer.Option("--api-key-file", metavar="FILE", help="Holds the key.", rich_help_panel=_PANEL),
+        _local("--api-key-file", metavar="FILE", help="Holds the key."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(
+        _local(
             "--allow-origin",
             metavar="ORIGIN",
             help="A web page's origin whose scripts may ask, such as http://localhost:3000. May be given again.",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     max_context: Annotated[
         str | None,
-        typer.Option(
-            "--max-context",
-            metavar="N",
-            help="Tokens of prompt and answer at most, where the model takes more.",
-            rich_help_panel=_PANEL,
-        ),
+        _local("--max-context", metavar="N", help="Tokens of prompt and answer at most, where the model takes more."),
     ] = None,
     cache_memory: Annotated[
         str | None,
-        typer.Option(
+        _local(
             "--cache-memory",
             metavar="SIZE",
             help="Bytes of conversations that are kept in memory between requests, such as 2GB. "
             "Default: a quarter of what is free when the model is loaded.",
-            rich_help_panel=_PANEL,
         ),
     ] = None,
     cache_disk: Annotated[
         str,
-        typer.Option(
+        _local(
             "--cache-disk",
             metavar="SIZE",
             help="Bytes of conversations in files beyond that; 0: none. They are gone when the server ends.",
-            rich_help_panel=_PANEL,
         ),
     ] = "8GB",
     cache_folder: Annotated[
         str | None,
-        typer.Option(
-            "--cache-folder",
-            metavar="FOLDER",
-            help="Where these files go. Default: with the system's temporary files.",
-            rich_help_panel=_PANEL,
+        _local(
+            "--cache-folder", metavar="FOLDER", help="Where these files go. Default: with the system's temporary files."
         ),
     ] = None,
 ) -> None:

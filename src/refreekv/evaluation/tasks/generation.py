@@ -72,7 +72,7 @@ def answer(
     if asked and len(prompts) > 1:
         raise ValueError("prompts with a question that comes later are answered one by one")
     cache: Any = DynamicCache(config=model.config) if policy is None else ReFreeKVCache(model, policy)
-    settings = _greedy(model, tokenizer, max_new_tokens)
+    settings = greedy(model, tokenizer, max_new_tokens)
     options: dict[str, Any] = {"generation_config": settings, NAME: cache}
     ids, mask = _padded([prompt.context + prompt.question for prompt in prompts], settings.pad_token_id, model.device)
     if stop:
@@ -110,7 +110,7 @@ class _Stop(StoppingCriteria):
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     """The model's generation configuration without everything that changes the most likely token."""
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, min_p=None)
