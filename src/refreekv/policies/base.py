@@ -223,7 +223,6 @@ class Policy(ABC):
 
     def probe_plan(self, n: int) -> ProbePlan:
         """Which attention rows `select` needs for a layer that holds ``n`` entries."""
-        del n
         return ProbePlan()
 
     @abstractmethod

@@ -72,7 +72,6 @@ class CAKE(JointPolicy):
             raise ValueError(f"gamma must not be negative, got {self.gamma!r}")
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=self.window)
 
     def examine(self, view: LayerView) -> LayerScores:

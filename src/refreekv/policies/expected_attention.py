@@ -52,7 +52,6 @@ class ExpectedAttention(FixedBudget):
             raise ValueError(f"epsilon must not be negative, got {self.epsilon!r}")
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=self.window, queries=True)
 
     def scores(self, view: LayerView) -> Tensor:

@@ -43,12 +43,10 @@ class FixedBudget(Policy):
 
     def budget(self, view: LayerView, real: Tensor) -> Tensor:
         """Entries to keep, integer ``[B, G]``; ``real`` is ``[B, G, n]``."""
-        del view
         return budgets(real, self.size, self.ratio, self.at_least())
 
     def first(self, real: Tensor, budget: Tensor) -> Tensor:
         """Entries that rank before all others, boolean ``[B, G, n]``: the last one, if nothing else."""
-        del budget
         return newest(real, 1)
 
     def scored(self, view: LayerView) -> Tensor:

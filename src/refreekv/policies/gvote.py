@@ -56,7 +56,6 @@ class GVote(Policy):
         check_count("seed", self.seed)
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan() if self.p == 1 else ProbePlan(rows=self.window, queries=True)
 
     def select(self, view: LayerView) -> Selection | None:

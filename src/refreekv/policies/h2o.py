@@ -45,7 +45,6 @@ class H2O(FixedBudget):
         check_count("queries", self.queries, minimum=1)
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(spread=self.queries)
 
     def scores(self, view: LayerView) -> Tensor:

@@ -41,5 +41,4 @@ class KeyDiff(FixedBudget):
         return -(directions * functional.normalize(anchor, dim=-1)).sum(-1)
 
     def first(self, real: Tensor, budget: Tensor) -> Tensor:
-        del budget
         return newest(real, self.recent)

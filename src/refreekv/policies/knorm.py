@@ -37,5 +37,4 @@ class KNorm(FixedBudget):
         return -norms
 
     def first(self, real: Tensor, budget: Tensor) -> Tensor:
-        del budget
         return newest(real, self.recent)

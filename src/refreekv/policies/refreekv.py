@@ -53,7 +53,6 @@ class ReFreeKV(Policy):
         check_flag("norm_includes_sinks", self.norm_includes_sinks)
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=0 if self.threshold == 0 else self.probe_rows)
 
     def select(self, view: LayerView) -> CutSelection | None:

@@ -45,7 +45,6 @@ class SnapKV(FixedBudget):
         check_pooling(self.kernel, self.pooling)
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=self.window)
 
     def scores(self, view: LayerView) -> Tensor:
@@ -67,7 +66,6 @@ class SnapKV(FixedBudget):
         return self.window
 
     def first(self, real: Tensor, budget: Tensor) -> Tensor:
-        del budget
         return newest(real, self.window)
 
 

@@ -43,7 +43,6 @@ class TopP(Policy):
         check_frozen_layers(self.frozen_layers)
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=0 if self.p == 1 else self.window)
 
     def select(self, view: LayerView) -> Selection | None:

@@ -25,7 +25,6 @@ class TOVA(FixedBudget):
     """
 
     def probe_plan(self, n: int) -> ProbePlan:
-        del n
         return ProbePlan(rows=1)
 
     def scores(self, view: LayerView) -> Tensor:

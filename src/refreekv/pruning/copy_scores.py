@@ -39,7 +39,6 @@ class CopyProbe(Policy):
 
     def probe_plan(self, n: int) -> ProbePlan:
         """The queries of the second saying."""
-        del n
         return ProbePlan(rows=self.tokens)
 
     def select(self, view: LayerView) -> Selection | None:

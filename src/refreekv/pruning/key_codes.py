@@ -28,7 +28,6 @@ class CodeProbe(CopyProbe):
 
     def probe_plan(self, n: int) -> ProbePlan:
         """The queries of the second saying, and what attention they pay."""
-        del n
         return ProbePlan(rows=self.tokens, queries=True)
 
     def select(self, view: LayerView) -> Selection | None:

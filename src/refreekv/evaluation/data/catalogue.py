@@ -14,7 +14,6 @@ def _after_context(row: Row, prompt: str) -> int:
 
 
 def _before_last_line(row: Row, prompt: str) -> int:
-    del row
     return prompt.rindex("\n")
 
 

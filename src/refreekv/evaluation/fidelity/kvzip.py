@@ -71,7 +71,6 @@ class KVzip(Policy):
 
     def select(self, view: LayerView) -> None:
         """Nothing yet."""
-        del view
 
 
 def requests(tokenizer: Any, context: Sequence[int], chunk: int = CHUNK) -> Iterator[tuple[slice, list[int]]]:

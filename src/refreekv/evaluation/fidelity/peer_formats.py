@@ -94,7 +94,6 @@ class RotatedInt4:
 
     def head_bytes(self, n: int, sizes: Sequence[int], itemsize: int) -> int:
         """See `PeerFormat`."""
-        del itemsize
         return sum(n * (size // 2 + 4) for size in sizes)
 
 
@@ -136,7 +135,6 @@ class PeerStored(Policy):
 
     def select(self, view: LayerView) -> None:
         """Nothing is evicted."""
-        del view
 
     def __str__(self) -> str:
         return f"full()@{self.kind}"
