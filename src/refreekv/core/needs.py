@@ -142,10 +142,6 @@ def needs(
         Boolean ``[B, H_kv, n]``, False at padding. None: there is none.
     earlier : Tensor, optional
         Boolean ``[1, 1 | H_kv, n]``: what was kept at an earlier prompt's end, and stays.
-
-    Returns
-    -------
-    Needs
     """
     order = None
     if real is None:

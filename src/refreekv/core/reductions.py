@@ -88,10 +88,6 @@ def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReducti
     probes : Probes
         Where the queries stand, and what counts.
 
-    Returns
-    -------
-    ProbeReductions
-
     Raises
     ------
     ValueError

@@ -81,10 +81,6 @@ def make(
         Boolean ``[B, H_kv, n]``, False at padding.
     asked : Tensor, optional
         Boolean ``[B | 1, r]``, False where a query is padding.
-
-    Returns
-    -------
-    Surrogates
     """
     batch, kv_heads, _, _ = keys.shape
     grouped = queries.reshape(batch, kv_heads, -1, queries.shape[-1])
