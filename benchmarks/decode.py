@@ -142,7 +142,7 @@ def kept_bytes(layers: Any) -> int:
     held = 0
     for layer in layers:
         storage = layer.ragged
-        held += sum(sum(map(sum, arena.lengths)) * arena._line_bytes for arena in storage.tables)
+        held += sum(sum(map(sum, arena.lengths)) * sum(arena.line_bytes) for arena in storage.tables)
         if storage.coding is not None:
             held += storage.lines.members.nbytes + sum(part.nbytes for part in storage.coding.means)
     return held
