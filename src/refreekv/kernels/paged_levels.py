@@ -42,6 +42,9 @@ PROGRAMS = 16
 COST = 2048
 """Bytes that work is counted in."""
 
+REGISTERS = 128
+"""Of a thread, at most, where several rungs are read: so four programs have room on a multiprocessor."""
+
 _COLUMNS = tl.constexpr(COLUMNS)
 _UNIT = tl.constexpr(UNIT)
 
@@ -337,7 +340,7 @@ def launch_paged_levels(
     if shares is None:
         shares = _shares(count, heads, query.device)
     if stages is None:
-        stages = 3 if forms else 2
+        stages = 2
     if block is None:
         block = BESIDE_CODES if forms else EXACT_BLOCK
         # Of each stage but one a block's keys and values; and the queries.
@@ -345,7 +348,10 @@ def launch_paged_levels(
         while block > 16 and (2 * (stages - 1) * block + block_m) * block_d * product.itemsize > free:
             block //= 2
     if warps is None:
-        warps = (2 if forms and product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
+        # One rung's code is short enough that two warps fill the device; of several the registers are the limit.
+        warps = (2 if len(forms) == 1 and product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
+    if registers is None and len(forms) > 1 and warps == 4:
+        registers = REGISTERS
     if coded_block is None:
         coded_block = CODED_BLOCK if product.itemsize == 2 and most <= 16 else 16
     fields = size * (2 if any(6 in form.value_widths for form in forms) else 1)
