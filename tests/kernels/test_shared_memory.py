@@ -38,7 +38,7 @@ def test_what_was_measured_on_an_h100_stays(heads, head_size):
     assert tile_for(*a_layer(heads, head_size, torch.bfloat16)) == Tile(64, 3)
 
 
-def test_stand_ins_that_fit_nowhere(monkeypatch):
+def test_fused_modules_that_fit_nowhere(monkeypatch):
     layer = a_layer(8, 256, torch.float32)
     monkeypatch.setattr(shared_memory, "bytes_of", lambda device: 101_376)
     assert tile_for(*layer) is None

@@ -257,7 +257,7 @@ def test_eager_on_request(llama, steps):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "mixtral"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_fused_stand_ins_compute_the_same_and_leave_no_trace(name, rows):
+def test_fused_modules_compute_the_same_and_leave_no_trace(name, rows):
     pytest.importorskip("triton")
     model = build(name, attention="sdpa").to(WHERE).half()
     ids = prompts((1,) * rows, seed=4)[0].to(WHERE)
@@ -276,7 +276,7 @@ def test_fused_stand_ins_compute_the_same_and_leave_no_trace(name, rows):
     assert (after - before).norm() <= 2e-2 * before.norm()
 
 
-def test_what_decorates_a_forward_stays_around_its_stand_in(monkeypatch):
+def test_what_decorates_a_forward_stays_around_its_replacement(monkeypatch):
     pytest.importorskip("triton")
     calls = []
 

@@ -113,7 +113,7 @@ def test_pruned_and_captured(kind, tmp_path, steps, caplog):
     assert same_steps(*outcome, 60, 1e-3) == 12
 
 
-def test_stand_ins_leave_them_alone(tmp_path):
+def test_fused_modules_leave_them_alone(tmp_path):
     pytest.importorskip("triton")
     model = load(write_model(tmp_path / "a.gguf", "Q4_0", hidden=128, inner=256), torch.float16)
     ids = prompts((1,), seed=4)[0].to(WHERE) % 96

@@ -1,4 +1,4 @@
-"""Models with weights in few bits: stand-ins leave them alone, captured steps run, changes are noticed."""
+"""Models with weights in few bits: fused modules leave them alone, captured steps run, changes are noticed."""
 
 import logging
 
@@ -24,7 +24,7 @@ def quantised(kind, dtype=torch.float16, **changes):
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_stand_ins_leave_quantised_layers_alone(kind, rows):
+def test_fused_modules_leave_quantised_layers_alone(kind, rows):
     pytest.importorskip("triton")
     model = quantised(kind)
     ids = prompts((1,) * rows, seed=4)[0].to(WHERE)

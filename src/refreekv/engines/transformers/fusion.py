@@ -1,7 +1,7 @@
 """Stand-ins for chains of small operations, for the length of one capture.
 
 A normalisation, a gated activation and a rotary embedding are recognised by what they have, not by
-what model they belong to, and each stand-in is first compared with the module's own code on random
+what model they belong to, and each replacement is first compared with the module's own code on random
 input. What is not recognised, or does not compute the same, stays as it is.
 """
 
@@ -23,7 +23,7 @@ _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 Forward = Callable[..., Any]
 Forwards = dict[nn.Module, Forward]
 Maker = Callable[[Any], Forwards]
-"""What makes stand-ins for a module, or for some of its children."""
+"""What makes replacements for a module, or for some of its children."""
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _like(module: nn.Module) -> Tensor | None:
 
 
 def _same(module: nn.Module, make: Maker, rows: int, like: Tensor) -> bool:
-    """Whether stand-ins compute what the modules they stand for compute.
+    """Whether replacements compute what the modules that they replace compute.
 
     ``like`` says on what numbers, where a module's own weights do not.
     """
@@ -142,12 +142,12 @@ def _same(module: nn.Module, make: Maker, rows: int, like: Tensor) -> bool:
         return all(
             _close(forward(x), part(x)) for part, forward in make(module).items() for x in [_input(part, rows, like)]
         )
-    except Exception:  # whatever keeps a stand-in from running, the module itself still runs
+    except Exception:  # whatever keeps a replacement from running, the module itself still runs
         return False
 
 
 def _input(part: nn.Module, rows: int, like: Tensor) -> Tensor:
-    """Random input of a module, the same for modules of one input size: joint stand-ins look at that."""
+    """Random input of a module, the same for modules of one input size: joint replacements look at that."""
     if children := _linears(part):
         return _random(like, rows, 1, children[0].in_features)
     parameter = next(part.parameters())
