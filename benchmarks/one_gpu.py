@@ -14,8 +14,10 @@ question, or `adaptive-as-measured`, which costs what `adaptive` does and keeps 
     limit     the process may hold MEMORY, the driver's context included (torch.cuda.set_per_process_memory_fraction)
     longest   the longest prompt that is read in chunks and answered with --new tokens, found by bisection; the
               first try is what `plan` forecasts
-    peak      the most that was held, by the allocator and by the driver's context, beside `plan`'s forecast for
-              that very length
+    chunk     the prompt is read in --chunk tokens at a time, or in a half, a quarter … of it, down to 256, where `plan`
+              says that memory does not suffice for more; of both kinds alike
+    peak      the most that tensors held, and the driver's context, beside `plan`'s forecast for that very length. What
+              the allocator reserves grows up to a limit whatever is needed, and is listed beside it
     floor     (weights that a token reads + what the cache holds) / bandwidth of a copy on the same device; or what it
               holds in host memory / bandwidth of a copy from there, if that is more
 
@@ -94,8 +96,11 @@ class Try:
     length: int
     fits: bool
     seconds: float
-    peak: int = 0
-    allocated: int = 0  # of the peak what tensors held: the rest is the context, and what the allocator could not use
+    peak: int = 0  # what tensors held at most, and what the driver holds
+    allocated: int = 0  # of the peak what tensors held
+    reserved: int = 0  # what the allocator had at most: blocks that it could not use, too
+    before: int = 0  # what tensors held before it: the weights, and what an earlier try left
+    chunk: int = 0
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
     cache_bytes: int = 0
@@ -144,6 +149,19 @@ class Memory:
             torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - self.context) / total), device)
         self._counted = 0
 
+    @property
+    def driver(self) -> int:
+        """Bytes of the device that the driver holds for this process by now: kernels that spill make it grow."""
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(self.context, total - free - torch.cuda.memory_reserved(self.device))
+
+    @property
+    def held(self) -> int:
+        """Bytes that tensors hold now."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else self._counted
+
     def begin(self) -> None:
         """Forget the peak."""
         self._counted = 0
@@ -159,10 +177,13 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that was held."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device) + self.context
-        return self._counted
+        """The most that was held, by tensors and by the driver."""
+        return self.allocated + self.driver
+
+    @property
+    def reserved(self) -> int:
+        """The most that the allocator had."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self._counted
 
     @property
     def allocated(self) -> int:
@@ -224,7 +245,7 @@ class Bench:
 
     def __init__(self, model: Any, memory: Memory, *, variant: Variant, chunk: int, new: int):
         self.model, self.memory, self.variant = model, memory, variant
-        self._chunk, self._new = chunk, new
+        self.chunk, self._new = chunk, new
         self._weights = weight_bytes(model)
 
     def cache(self, kind: str) -> Any:
@@ -246,17 +267,17 @@ class Bench:
         """Read a prompt of a length and answer it, or run out of memory."""
         self.memory.begin()
         begin = time.perf_counter()
-        tried = Try(length, fits=False, seconds=0.0)
+        tried = Try(length, fits=False, seconds=0.0, before=self.memory.held, chunk=self.chunk)
         try:
             with torch.inference_mode():
                 self._run(kind, length, tried)
             tried.fits = True
         except torch.OutOfMemoryError as error:
-            # Its frames hold the cache.
-            error.__traceback__ = None
+            # Their frames hold the cache.
+            release(error)
         if not tried.fits:
             gc.collect()
-        tried.peak, tried.allocated = self.memory.peak, self.memory.allocated
+        tried.peak, tried.allocated, tried.reserved = self.memory.peak, self.memory.allocated, self.memory.reserved
         self.memory.begin()
         tried.seconds = time.perf_counter() - begin
         return tried
@@ -268,9 +289,9 @@ class Bench:
         ids = torch.randint(1, self.model.config.vocab_size, (1, length), generator=generator, device=device)
         options = cache_argument(self.model.forward, cache)
         begin = time.perf_counter()
-        for start in range(0, length - self._chunk, self._chunk):
+        for start in range(0, length - self.chunk, self.chunk):
             with contextlib.nullcontext() if kind == "full" else cache.prompt_until(length):
-                self.model(ids[:, start : start + self._chunk], use_cache=True, logits_to_keep=1, **options)
+                self.model(ids[:, start : start + self.chunk], use_cache=True, logits_to_keep=1, **options)
             self.memory.count(self._weights + held(cache))
         stamps = Stamps()
         self.model.generate(
@@ -286,6 +307,13 @@ class Bench:
         tried.prefill_seconds = stamps.times[1] - begin
         steps = [after - before for before, after in zip(stamps.times[1:], stamps.times[2:], strict=False)]
         tried.token_seconds = statistics.median(steps[len(steps) // 3 :]) if steps else 0.0
+
+
+def release(error: BaseException | None) -> None:
+    """Let go of the frames of an error, and of those that it came out of."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def held(cache: Any) -> int:
@@ -322,6 +350,26 @@ def _rounded(length: float) -> int:
     return max(int(length) // STEP, 1) * STEP
 
 
+LEAST_CHUNK = 256
+"""Tokens of a chunk that are not halved."""
+
+
+def chunks(most: int) -> list[int]:
+    """Tokens of the chunks that are thought of, the largest first."""
+    found = [most]
+    while found[-1] // 2 >= LEAST_CHUNK:
+        found.append(found[-1] // 2)
+    return found
+
+
+def chunk_for(row: Row, kind: str, length: int, settings: "Settings") -> int:
+    """The largest chunk with which `refreekv plan` says that a prompt fits; the smallest if it does with none."""
+    for chunk in chunks(settings.chunk):
+        if forecast(row, kind, length, replace(settings, chunk=chunk)).fits:
+            return chunk
+    return chunks(settings.chunk)[-1]
+
+
 def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario:
     """What `refreekv plan` says of the row at a length."""
     variant = settings.variant
@@ -338,6 +386,7 @@ def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario
         expected=expected(policy, row.shape),
         chunk=settings.chunk,
         host=0 if host is None else UNLIMITED if isinstance(host, str) else host,
+        queries=lambda prompt: policy.probe_plan(prompt).count,
         **prompt,
     )
     return made.rows[0 if kind == "full" else -1]
@@ -391,6 +440,7 @@ def measure(
                     about(device), weight_bytes(model), None if full else variant.host, constants,
                 )  # fmt: skip
                 if length:
+                    bench.chunk = chunk_for(row, kind, length, own)
                     result.at = bench.attempt(kind, length)
                     result.tries = [result.at]
                     result.longest = length if result.at.fits else 0
@@ -399,7 +449,9 @@ def measure(
                         result.floor_seconds = max(read / speeds[0], result.at.host_bytes / speeds[1])
                 else:
                     search(bench, row, result, own)
-                planned = forecast(row, kind, max(result.longest, length, 2), own)
+                tried = max(result.longest, length, 2)
+                result.chunk = settings.chunk if result.at is None else result.at.chunk
+                planned = forecast(row, kind, tried, replace(own, chunk=result.chunk))
                 result.forecast_peak, result.forecast_host = planned.peak_bytes, planned.host_bytes
                 yield result
     memory.close()
@@ -407,17 +459,22 @@ def measure(
 
 def search(bench: Bench, row: Row, result: Result, settings: Settings) -> None:
     """Find the longest prompt that fits, and put all tries into the result."""
-    planned = forecast(row, result.kind, 2, settings)
-    result.forecast_longest = max(planned.longest_context - settings.new, 0)
+    planned = (forecast(row, result.kind, 2, replace(settings, chunk=chunk)) for chunk in chunks(settings.chunk))
+    result.forecast_longest = max(max(one.longest_context for one in planned) - settings.new, 0)
     begin = time.monotonic()
 
     def fits(length: int) -> bool:
         if time.monotonic() - begin > settings.seconds:
             return False
+        bench.chunk = chunk_for(row, result.kind, length, settings)
         tried = bench.attempt(result.kind, length)
         result.tries.append(tried)
         verdict = "answered" if tried.fits else "out of memory"
-        print(f"    {result.kind} {length:,} tokens: {verdict}, {tried.seconds:.1f} s", flush=True)
+        held = f"{format_size(tried.before)} held before, {format_size(tried.allocated)} at most"
+        print(
+            f"    {result.kind} {length:,} tokens in chunks of {tried.chunk:,}: {verdict}, {tried.seconds:.1f} s; {held}",
+            flush=True,
+        )
         return tried.fits
 
     guess = result.forecast_longest or settings.chunk
@@ -443,7 +500,8 @@ def line(result: Result) -> str:
     parts.append(f"{at.length:,} tokens")
     if result.forecast_longest is not None:
         parts.append(f"forecast {result.forecast_longest:,}")
-    parts.append(f"peak {format_size(at.peak)}")
+    parts.append(f"chunks of {at.chunk:,}")
+    parts.append(f"peak {format_size(at.peak)}, of which tensors {format_size(at.allocated)}")
     if result.forecast_peak is not None:
         parts.append(f"forecast {format_size(result.forecast_peak)} ({result.forecast_peak / at.peak - 1:+.1%})")
     parts.append(f"prefill {at.prefill_seconds:.1f} s")

@@ -141,7 +141,7 @@ def test_what_reads_a_chunk_counts():
     """Llama-3-8B at 32k in chunks of 2k: the masks of attention, or the feed-forward part behind it."""
     model = model_of(LLAMA)
     measured, reader = geometry.measure(model), Reader.of(model.text)
-    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096)
+    assert reader == Reader(4 * 4096 + 3 * 14336, 4 * 4096, 2 * 4096 + 2 * 14336, 2 * 4096)
     layers, layer, number = measured.layers, 32768 * 4096, KVDtype("int8")
     coded = sum(one.unfinished_bytes(32768, number) for one in layers)
     behind = coded + layer + 2048 * (2 * reader.activation + 32768)

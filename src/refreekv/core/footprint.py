@@ -197,15 +197,45 @@ One call has no mask; a chunk behind others has."""
 
 @dataclass(frozen=True)
 class Reader:
-    """What a model takes beside its K/V to read a prompt."""
+    """What a model takes beside its K/V to read a prompt.
+
+    Elements are in the model's precision.
+    """
 
     activation: int  # elements that a token takes at the widest point, see `activation_elements`
     attention: int = 0  # elements that it takes while attention runs: residual, queries, output, and one copy
+    product: int = 0  # elements that it takes while its widest product is computed: residual, input, and two results
+    # elements of an entry's keys and values, copied for each query head that shares them: behind a mask sdpa does so
+    repeated: int = 0
+    unpacked: int = 0  # bytes of the largest matrix that is unpacked to 16 bits to be multiplied with; 0: none is
 
     @classmethod
-    def of(cls, text: Any) -> "Reader":
+    def of(cls, text: Any, unpacked: int = 0) -> "Reader":
         """Of a language model's configuration."""
-        return cls(activation_elements(text), 4 * int(text.hidden_size))
+        hidden, widest = int(text.hidden_size), activation_elements(text)
+        heads = int(getattr(text, "num_attention_heads", None) or 1)
+        shared = int(getattr(text, "num_key_value_heads", None) or heads) < heads
+        size = int(getattr(text, "head_dim", None) or hidden // heads)
+        inner = (widest - 4 * hidden) // 3
+        repeated = 2 * heads * size if shared else 0
+        return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, unpacked)
+
+    def behind(self, tokens: int, itemsize: int) -> int:
+        """Bytes of so many tokens in the feed-forward part: its three results, or two and an unpacked matrix."""
+        three = tokens * itemsize * self.activation
+        return max(three, tokens * itemsize * self.product + self.unpacked) if self.unpacked else three
+
+
+def called_bytes(reader: Reader, itemsize: int, tokens: int, prompt: int) -> int:
+    """Bytes beside the K/V of a full cache while ``tokens`` more of a prompt are read, the last of ``prompt`` ones.
+
+    Behind others they have a mask, and sdpa copies a layer's keys and values for all query heads.
+    """
+    behind = reader.behind(tokens, itemsize)
+    if tokens >= prompt:
+        return behind
+    within = tokens * (itemsize * reader.attention + MASK_BYTES * prompt) + itemsize * reader.repeated * prompt
+    return max(within, behind + tokens * prompt)
 
 
 def chunked_bytes(
@@ -217,17 +247,20 @@ def chunked_bytes(
     reader: Reader,
     *,
     hosted: int = 0,
+    queries: int = 0,
 ) -> float:
     """Bytes of K/V and of all else at the worst moment of reading a prompt that is coded chunk by chunk.
 
     The worst of three: while a layer attends to its copy in full precision, KV head by KV head, so that nothing is
     repeated for query heads; in the feed-forward part behind it; and at the prompt's end, when what is kept of a layer
-    is made while its codes are there. Parameters beside the chunk's tokens and the reader are those of `reading_bytes`.
+    is made while its codes are there. ``queries`` are those that each layer holds for its policy. Parameters beside the
+    chunk's tokens and the reader are those of `reading_bytes`.
     """
     itemsize = max((layer.itemsize for layer in layers), default=PLAIN_BYTES)
-    within = itemsize * reader.attention + MASK_BYTES * prompt
-    behind = itemsize * reader.activation + prompt
+    within = chunk * (itemsize * reader.attention + MASK_BYTES * prompt)
+    behind = reader.behind(chunk, itemsize) + chunk * prompt
     full = sum(layer.kind == "full" for layer in layers)
+    held = full * itemsize * queries * reader.attention / 4
     lines = max((layer.unfinished_lines(prompt, number) for layer in layers), default=0.0)
     moving = min(kept / max(full, 1), lines) + chunk * (itemsize * reader.attention + prompt)
-    return reading_bytes(layers, prompt, number, kept, hosted=hosted) + max(chunk * max(within, behind), moving)
+    return reading_bytes(layers, prompt, number, kept, hosted=hosted) + held + max(within, behind, moving)

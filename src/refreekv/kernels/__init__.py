@@ -445,7 +445,7 @@ def block_linear(x: Tensor, blocks: WeightBlocks, bias: Tensor | None = None) ->
 
         if len(flat) <= block_products.MOST_ROWS:
             return block_products.product(flat.contiguous(), blocks, bias).view(*x.shape[:-1], count)
-    step = max(1, _UNPACKED // size)
+    step = max(1, UNPACKED // size)
     parts = []
     for start in range(0, count, step):
         some = sliced(blocks, start, start + step)
@@ -455,5 +455,5 @@ def block_linear(x: Tensor, blocks: WeightBlocks, bias: Tensor | None = None) ->
     return (out if bias is None else out + bias).view(*x.shape[:-1], count)
 
 
-_UNPACKED = 2**25
+UNPACKED = 2**25
 """Weights that are unpacked at a time."""

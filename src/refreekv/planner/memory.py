@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from refreekv.core.footprint import PLAIN_BYTES, Mix, Reader, chunked_bytes, least_hosted
+from refreekv.core.footprint import PLAIN_BYTES, Mix, Reader, called_bytes, chunked_bytes, least_hosted
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.geometry import Geometry
 
@@ -27,7 +27,7 @@ class Machine:
     activation_bytes: int  # bytes that one token takes while a prompt is read
     logit_bytes: int  # bytes of one token's logits; one line for each request
     chunk: int | None = None  # prompt tokens read in one call; None: the whole prompt
-    reader: Reader | None = None  # the model's, where prompts that are coded chunk by chunk are asked about
+    reader: Reader | None = None  # the model's; None: nobody asks what attention takes beside its entries
     host: int = 0  # bytes of host memory for codes that do not fit
 
     @property
@@ -46,6 +46,7 @@ class Scenario:
     compacts: bool = True  # whether the prompt is held in full before it is compacted
     # how a prompt that is read in chunks is held until its end; None: in the model's precision
     prompt_number: KVDtype | None = None
+    queries: Callable[[int], int] = lambda _: 0  # prompt tokens to the queries that a layer holds until their end
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     read = scenario.prompt_number if called < load.prompt else None
     read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in set(geometry.layers)), default=0)
     logits = load.requests * machine.logit_bytes
+    reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
+    queries = scenario.queries(load.prompt)
 
     def at_the_end(hosted: int) -> float:
         staged = min(hosted, 2) * load.requests * kept_codes
@@ -106,10 +109,11 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
         return own + staged + logits
 
     def while_reading(hosted: int) -> float:
-        beside = called * machine.activation_bytes
+        beside = reader.behind(called, PLAIN_BYTES)
         if read is not None:
-            reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
-            reading = chunked_bytes(geometry.layers, load.prompt, called, read, before, reader, hosted=hosted)
+            reading = chunked_bytes(
+                geometry.layers, load.prompt, called, read, before, reader, hosted=hosted, queries=queries
+            )
             beside = 0
         elif scenario.compacts:
             full = geometry.full_bytes(load.prompt)
@@ -117,6 +121,8 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
             reading = full if called < load.prompt else min(full, int(before + 2 * widest))
         else:
             reading = before
+        if read is None and called < load.prompt and machine.reader is not None:
+            beside = called_bytes(reader, PLAIN_BYTES, called, load.prompt)
         return (load.requests - 1) * (one - layers * kept_codes) + int(reading) + beside + logits
 
     def most(codes: float, room: float) -> int:

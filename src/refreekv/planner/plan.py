@@ -1,7 +1,7 @@
 """A plan: what a model takes on a machine, in three scenarios, and what to change if it does not fit."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
 from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
 from refreekv.planner.source import Model
-from refreekv.planner.weights import BITS, Counts, Weights, count, weigh
+from refreekv.planner.weights import BITS, Counts, Weights, count, unpacked_bytes, weigh
 
 RESERVE = 3 * 2**28
 """0.75 GiB: an assumption about a CUDA context, workspaces, captured graphs and fragmentation."""
@@ -115,6 +115,7 @@ def make(
     prompt_number: KVDtype | None = PROMPT_DTYPE,
     host: int = 0,
     speeds: Speeds | None = None,
+    queries: Callable[[int], int] = lambda _: 0,
 ) -> Plan:
     """Work out what a model takes.
 
@@ -146,6 +147,8 @@ def make(
         How a prompt that is read in chunks is held until its end; None: in the model's precision.
     host : int
         Bytes of host memory for codes that do not fit on the GPU.
+    queries : callable
+        Prompt tokens to the queries that each layer holds for its policy while they are read.
     speeds : Speeds, optional
         What memories give, to say what a step takes.
 
@@ -172,7 +175,7 @@ def make(
         activation_bytes=2 * activation_elements(model.text),
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,
-        reader=Reader.of(model.text),
+        reader=Reader.of(model.text, unpacked_bytes(model, weighed, counts)),
         host=host,
     )
     if host and number is None:
@@ -182,10 +185,11 @@ def make(
         held = prompt_number
         at_worst = number if worst is None else worst
         scenarios.append(
-            Scenario("worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held)
+            Scenario("worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held,
+                     queries=queries)
         )
         if expected is not None:
-            scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held))
+            scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held, queries=queries))
     rows = tuple(_row(geometry, machine, scenario, load, model.context, speeds) for scenario in scenarios)
     return Plan(
         model,

@@ -27,6 +27,7 @@ class Counts:
     matrices: int  # in matrix products of the layers, experts included: what quantisation makes smaller
     others: int  # embeddings, the output head, norms, biases: in 16 bits in any case
     experts: int = 0  # those of the matrices that belong to experts, of which a token uses a few
+    widest: int = 0  # of the largest of these matrices
     partial: bool = False  # whether the language model alone was counted, as its other parts could not be built here
 
     @property
@@ -76,9 +77,10 @@ def count(model: Model) -> Counts:
             experts += parameter.numel()
     if head is not None:
         quantised -= {id(parameter) for parameter in head.parameters()}  # also where it is tied
+    sizes = [parameter.numel() for key, parameter in parameters.items() if key in quantised and parameter.dim() == 2]
     matrices = sum(parameter.numel() for key, parameter in parameters.items() if key in quantised)
     everything = sum(parameter.numel() for parameter in parameters.values())
-    return Counts(matrices, everything - matrices, experts, partial)
+    return Counts(matrices, everything - matrices, experts, max(sizes, default=0), partial)
 
 
 def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
@@ -101,6 +103,15 @@ def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
     if counts.partial:
         words += ", of the language model alone"
     return Weights(int(size), counts.total, chosen, words)
+
+
+def unpacked_bytes(model: Model, weights: Weights, counts: Counts) -> int:
+    """Bytes of the matrix in 16 bits that weights in 4 bits are unpacked to where more than a few tokens are read.
+
+    bitsandbytes does so matrix by matrix; its kernels read codes themselves for a few rows only.
+    """
+    form = _stored(model) if weights.form == "checkpoint" else weights.form
+    return 2 * counts.widest if form == "int4" else 0
 
 
 def _stored(model: Model) -> str:

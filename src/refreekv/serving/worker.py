@@ -13,7 +13,7 @@ import torch
 
 from refreekv.engines.transformers import ReFreeKVCache
 from refreekv.engines.transformers.attachment import attached
-from refreekv.engines.transformers.device_memory import free_memory
+from refreekv.core.device_memory import free_memory
 from refreekv.report import CompressionReport
 from refreekv.serving.answering import Answering, Listener, generate, length_of, read, restored
 from refreekv.serving.conversations import Conversations

@@ -30,7 +30,7 @@ def due(device: torch.device) -> bool:
 def fault(
     device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], ladder: Ladder, codes: KeyCodes | None
 ) -> str | None:
-    """What is wrong with coded entries on a device; None if nothing is.
+    """What is wrong with coded entries on a device; None if nothing is. OutOfMemoryError is passed on.
 
     Parameters
     ----------
@@ -50,6 +50,8 @@ def fault(
             tried, plain = (
                 _outcome(place, dtype, heads, sizes, ladder, codes) for place in (device, torch.device("cpu"))
             )
+    except torch.OutOfMemoryError:  # which says nothing about kernels, and would be remembered
+        raise
     except Exception as error:  # a compiler's, a driver's, whatever keeps kernels from running
         return f"{type(error).__name__}: {error}".splitlines()[0]
     for name, one, other in zip(("keys", "values", "attention"), tried, plain, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.device_memory import free_memory
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
 from refreekv.storage.coding import Pair
@@ -23,6 +24,8 @@ from refreekv.storage.leveled import LeveledKV
 
 SOME = 32
 """Entries of a head that are coded."""
+ROOM = 2**29
+"""Bytes that must be free on a GPU: made-up entries and what kernels take for all formats at once are some 200 MB."""
 
 _log = logging.getLogger("refreekv")
 
@@ -49,7 +52,7 @@ def warm_up(
 
     Nothing is changed and nothing is raised: what fails here is found where it is used.
     """
-    if (cores := available_cores()) < 2:
+    if (cores := available_cores()) < 2 or (device.type == "cuda" and free_memory(device) < ROOM):
         return
 
     def storage(rungs: Ladder, length: int) -> tuple[LeveledKV, Pair]:

@@ -164,7 +164,8 @@ def test_a_cpu_reads_a_prompt_in_one_call(model, calls):
 def test_chunks_that_fit():
     """Of Llama-3-8B's shape in bfloat16: 128 KiB of K/V and 116 KiB of activations a token."""
     config = LlamaConfig(**{name: LLAMA[name] for name in SHAPE})
-    model, length = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu")), 131_072
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"), modules=list)
+    length = 131_072
     layer, token = length * 4096, 2 * (4 * 4096 + 3 * 14336)
 
     def chunk(free, rows=1, **settings):

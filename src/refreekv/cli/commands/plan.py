@@ -267,6 +267,7 @@ def _make(
         worst=stored.worst,
         stored_source=stored.source,
         policy=policy,
+        queries=lambda prompt: parsed.probe_plan(prompt).count,
         expected=measured.expected(parsed, found.name, own),
         reserve=reserve,
         chunk=chunk,

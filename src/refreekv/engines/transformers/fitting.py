@@ -1,5 +1,6 @@
 """Prompts that would not fit in one call, read in chunks: forecast from free memory, or found out the hard way."""
 
+import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes
+from refreekv import kernels
+from refreekv.core.footprint import LayerKV, Reader, called_bytes, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
-from refreekv.engines.transformers.device_memory import free_memory
+from refreekv.core.device_memory import free_memory
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
+from refreekv.engines.transformers.packed_weights import is_packed
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.attachment import Attachment
@@ -22,6 +25,8 @@ logger = logging.getLogger("refreekv")
 
 CHUNKS = (8192, 4096, 2048, 1024, 512)
 """Tokens of a chunk, the largest that fits; the last one if none does."""
+LEAST = 128
+"""Tokens of a chunk down to which it is halved when memory ran out all the same."""
 
 USABLE = 0.95
 """Share of the free memory that a forecast counts on: allocators cannot use all of it."""
@@ -39,41 +44,43 @@ def prefill(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Read the prompt of a `generate` call: in one call if that fits, else in chunks."""
-
-    def read_on() -> Any:
-        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
+    """Read the prompt of a `generate` call: in one call if that fits, else in chunks, smaller ones if these do not."""
     cache = cache_given(model_kwargs)
     if not isinstance(cache, PrunedCache) or not _can_be_split(cache, generation_config, input_ids, model_kwargs):
-        return read_on()
+        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
     model, length = attachment.model, cache.state.end
     assert length is not None
-    chunk = forecast(model, cache, len(input_ids), length)
-    if chunk is None:
-        fresh = cache.is_unused
+
+    def read(chunk: int | None) -> Any:
+        rest = input_ids
+        if chunk is not None:
+            _feed(model, cache, input_ids, model_kwargs, chunk, length)
+            missing = length - input_ids.shape[1]
+            if missing:
+                # Only new tokens were passed, and of those only the rest is to be.
+                rest = input_ids[:, cache.get_seq_length() - missing :]
+        return original(rest, generation_config, model_kwargs, *args, **kwargs)
+
+    chunk, fresh = forecast(model, cache, len(input_ids), length), cache.is_unused
+    if chunk is not None:
+        logger.info("a prompt of %d x %s tokens is read in chunks of %d", len(input_ids), f"{length:,}", chunk)
+    while True:
         try:
-            return read_on()
+            return read(chunk)
         except torch.OutOfMemoryError:
+            smaller = CHUNKS[-1] if chunk is None else chunk // 2
             # What an earlier prompt left may be pruned by now: only a new cache can begin anew.
-            if not fresh or length <= CHUNKS[-1]:
+            if not fresh or length <= smaller or smaller < min(LEAST, CHUNKS[-1]):
                 raise
         # Outside of the handler, as the error holds on to all that the call had made.
         cache.reset()
+        gc.collect()
         torch.cuda.empty_cache()
-        chunk = CHUNKS[-1]
         logger.warning(
-            "a prompt of %d x %s tokens did not fit in one call (out of memory) and is read again in chunks of %d",
-            len(input_ids), f"{length:,}", chunk,
+            "a prompt of %d x %s tokens did not fit in %s (out of memory) and is read again in chunks of %d",
+            len(input_ids), f"{length:,}", "one call" if chunk is None else f"chunks of {chunk}", smaller,
         )  # fmt: skip
-    else:
-        logger.info("a prompt of %d x %s tokens is read in chunks of %d", len(input_ids), f"{length:,}", chunk)
-    _feed(model, cache, input_ids, model_kwargs, chunk, length)
-    missing = length - input_ids.shape[1]
-    if missing:
-        # Only new tokens were passed, and of those only the rest is to be.
-        input_ids = input_ids[:, cache.get_seq_length() - missing :]
-    return read_on()
+        chunk = smaller
 
 
 def _can_be_split(
@@ -124,24 +131,38 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> int | No
 def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> int | None:
     """What `forecast` says where so many bytes are free. The policy may keep everything."""
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
-    layers, reader = _layers(text, cache, itemsize), Reader.of(text)
-    token, new = itemsize * reader.activation, length - cache.get_seq_length()
+    layers, reader = _layers(text, cache, itemsize), Reader.of(text, unpacked_bytes(model))
+    new, queries = length - cache.get_seq_length(), cache.policy.probe_plan(length).count
     free += 0 if cache.is_unused else cache.report.bytes_after
     kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype)) for layer in layers)
     full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
-    if rows * (min(full, kept + 2 * widest) + new * token) <= free:
+    if rows * min(full, kept + 2 * widest) + reader.behind(rows * new, itemsize) <= free:
         return None
     wanted = cache.state.prompt_dtype
     number = PROMPT_DTYPE if isinstance(wanted, str) else wanted
     hosted = _hosted(layers, cache, model, rows, new, number)
     for chunk in CHUNKS:
         if number is None:
-            taken = full + chunk * (token + MASK_BYTES * length)
+            taken = full + called_bytes(reader, itemsize, chunk, length)
         else:
-            taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted)
+            taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted, queries=queries)
         if rows * taken <= free:
             return chunk
     return CHUNKS[-1]
+
+
+def unpacked_bytes(model: Any) -> int:
+    """Bytes of the largest matrix that is unpacked to the model's precision where a prompt is multiplied with it.
+
+    bitsandbytes unpacks its 4 bits matrix by matrix, and we our blocks in parts. Others multiply with what they have.
+    """
+    sizes = [0]
+    for module in model.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            sizes.append(module.in_features * module.out_features)
+        elif is_packed(module):
+            sizes.append(min(module.in_features * module.out_features, kernels.UNPACKED))
+    return int(model.dtype.itemsize) * max(sizes)
 
 
 def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype | None) -> int:

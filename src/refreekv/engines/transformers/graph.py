@@ -350,6 +350,7 @@ class Decoder:
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
+                logger.debug("a forward could not be captured", exc_info=error)
                 self._refused[key] = f"its forward cannot be captured: {what}"
                 raise UncapturableError(self._refused[key]) from error
             self._steps[key] = step

@@ -65,6 +65,8 @@ def _measure(model: PreTrainedModel, key: str | None) -> tuple[KeyCodes, ...] | 
     first, others, starts = CodeProbe(tokens=count), None, list[int]()
     try:
         scores = copy_scores.read(model, first, [prompt])
+    except torch.OutOfMemoryError:  # which says nothing about the model, and would be remembered
+        raise
     except RuntimeError as error:
         _log.info("keys are coded without codes of the model's own: %s", error)
         return None
