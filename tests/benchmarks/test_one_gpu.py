@@ -1,5 +1,6 @@
 """The search for the longest prompt on one GPU, on a tiny shape whose memory is counted."""
 
+import gc
 import json
 from dataclasses import asdict, replace
 
@@ -12,10 +13,15 @@ import one_gpu
 import random_models
 import refreekv
 from helpers.command_line import save_chat_model
+from helpers.live_bytes import LiveBytes
 from one_gpu import STEP, Row, Variant, longest, main
 from random_models import SHAPES, build, weight_bytes
 from refreekv.core.weight_blocks import unpacked
+from refreekv.engines.transformers import layer as layers_of_caches
+from refreekv.engines.transformers.attachment import attached
+from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.packed_weights import is_packed
+from refreekv.planner.plan import RESERVE
 
 
 @pytest.mark.parametrize("true", [0, 64, 128, 1000, 5000, 40_000, 65_536, 10**6])
@@ -131,6 +137,63 @@ def test_several_caches_of_ours(capsys, tmp_path):
             "--kv",
             "int4",
         )
+
+
+@pytest.mark.parametrize("prompt", ["auto", "16"])
+def test_nothing_outlives_a_try(monkeypatch, prompt):
+    """After tries that are answered, and that run out of memory anywhere, tensors hold what they held before."""
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
+    memory = one_gpu.Memory(torch.device("cpu"), 2**40)
+    variant = Variant("adaptive-as-measured", "auto", prompt, None)
+    bench = one_gpu.Bench(model, memory, variant=variant, chunk=256, new=4)
+    monkeypatch.setattr(layers_of_caches, "is_late", lambda device: True)  # as on a GPU
+    update, left, stop = ReFreeKVLayer.update, [], 0
+
+    def failing(layer, *args, **kwargs):
+        handed = update(layer, *args, **kwargs)
+        left.append(layer.index)
+        if len(left) == stop:
+            raise torch.OutOfMemoryError("no memory")
+        return handed
+
+    monkeypatch.setattr(ReFreeKVLayer, "update", failing)
+    gc.disable()  # what only a collection frees is held until one comes
+    try:
+        with LiveBytes() as live, attached(model):
+            bench.measure_constants()
+            assert bench.attempt("ours", 700).fits  # what is made once and kept: rotations
+            before = live.live
+            for kind, length, stop in [
+                ("full", 700, 0), ("ours", 700, 0), ("ours", 700, 2), ("ours", 700, 5), ("ours", 900, 8),
+                ("full", 900, 0), ("ours", 900, 10), ("ours", 900, 0),
+            ]:  # fmt: skip
+                left.clear()
+                tried = bench.attempt(kind, length)
+                assert tried.fits == (stop == 0)
+                assert live.live == before, (kind, length, stop)
+    finally:
+        gc.enable()
+
+
+def test_chunks_are_halved_where_memory_is_short():
+    row = Row.parse("qwen2.5-32b:int4:24GB")
+    settings = one_gpu.Settings(Variant("full", "bf16", "16", None), 2048, 24, 0.02, 2**19, 1e9)
+    found = {length: one_gpu.chunk_for(row, "full", length, settings) for length in (2048, 4096, 7000, 2**19)}
+    assert found[2048] == 2048
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert found[2**19] == one_gpu.LEAST_CHUNK
+    for length, chunk in found.items():
+        planned = one_gpu.forecast(row, "full", length, replace(settings, chunk=chunk))
+        assert planned.fits == (length < 2**19)
+        if chunk < 2048:
+            assert not one_gpu.forecast(row, "full", length, replace(settings, chunk=2 * chunk)).fits
+
+
+def test_a_full_cache_of_llama_70b_is_forecast():
+    """32,768 tokens and a few of an answer, in chunks of 2,048: measured on an H200 on 2026-11-26."""
+    settings = one_gpu.Settings(Variant("full", "bf16", "16", None), 2048, 24, 0.02, 2**19, 1e9)
+    planned = one_gpu.forecast(Row.parse("llama-3-70b:int4:78GB"), "full", 32768, settings)
+    assert planned.peak_bytes - RESERVE == pytest.approx(54_925_012_992, rel=0.01)
 
 
 def test_what_adaptive_kept_of_real_text_is_stored_alike():

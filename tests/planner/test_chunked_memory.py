@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from helpers.driving import storage_bytes, tensors_of
 from helpers.live_bytes import LiveBytes
@@ -9,7 +10,7 @@ from helpers.models import build
 from helpers.planning import LLAMA
 from planner.test_plan import GIB, model_of
 from refreekv import KVDtype, ReFreeKVCache
-from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, chunked_bytes, reading_bytes
+from refreekv.core.footprint import MASK_BYTES, LayerKV, Reader, called_bytes, chunked_bytes, reading_bytes
 from refreekv.core.quantisation import FLUSH
 from refreekv.engines.transformers import layer as layers_of_caches
 from refreekv.engines.transformers.layer import ReFreeKVLayer
@@ -109,6 +110,22 @@ def test_the_peak_is_the_forecast(kv_dtype, ratio, monkeypatch):
                 small(piece, past_key_values=cache, logits_to_keep=1)
     room = 0 if kv_dtype is None else LAYERS * 4 * 256 * (FLUSH + LEAST_GROWTH)
     forecast = chunked_bytes(layers, PROMPT, CHUNK, number, kept + room, Reader.of(small.config))
+    assert bytes_of.peak == pytest.approx(forecast, rel=0.05)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@torch.no_grad()
+def test_the_peak_of_a_full_cache_is_the_forecast(kv_heads):
+    """Behind a mask sdpa copies keys and values for all query heads, where these share some."""
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "head_dim": 64}
+    small = build("llama", attention="sdpa", num_hidden_layers=LAYERS, initializer_range=0.02, **shape).bfloat16()
+    layer, reader = LayerKV("full", kv_heads, 64, 64), Reader.of(small.config)
+    assert reader.repeated == (2 * 8 * 64 if kv_heads < 8 else 0)
+    cache = DynamicCache(config=small.config)
+    with LiveBytes() as bytes_of:
+        for piece in torch.randint(2, 90, (1, PROMPT)).split(CHUNK, 1):
+            small(piece, past_key_values=cache, logits_to_keep=1)
+    forecast = LAYERS * layer.bytes(PROMPT) + called_bytes(reader, 2, CHUNK, PROMPT)
     assert bytes_of.peak == pytest.approx(forecast, rel=0.05)
 
 

@@ -46,6 +46,17 @@ def test_what_is_wrong_or_does_not_run(monkeypatch):
     assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) == "RuntimeError: out of resource"
 
 
+def test_a_lack_of_memory_is_no_fault_and_not_remembered(monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "pack_lines", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None)
+    assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) is None
+
+
 def test_a_cache_goes_without_codes_where_they_are_wrong(monkeypatch, caplog):
     model = build("llama", head_dim=16)
     ids = torch.arange(5, 105)[None]

@@ -55,6 +55,16 @@ def test_each_format_in_a_thread_of_its_own(monkeypatch):
     assert sorted(packed) == [((4,) * 4, False), ((6,) * 4, False), ((8,) * 4, False), ((8,) * 4, True)]
 
 
+def test_not_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
+    monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(warm_up, "free_memory", lambda device: warm_up.ROOM - 1)
+    warm_up.warm_up(torch.device("cuda"), *GIVEN[1:])
+    monkeypatch.setattr(warm_up, "free_memory", lambda device: warm_up.ROOM)
+    with pytest.raises(TypeError):  # the pool that is None
+        warm_up.warm_up(torch.device("cuda"), *GIVEN[1:])
+
+
 def test_one_core_has_nothing_to_share(monkeypatch):
     monkeypatch.setattr(warm_up, "available_cores", lambda: 1)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+import random_models
 import refreekv
 from helpers.driving import greedy
 from helpers.models import build, prompts
@@ -133,6 +134,28 @@ def test_out_of_memory_is_answered_by_chunks_once(model, monkeypatch, caplog, se
     assert line.endswith("x 150 tokens did not fit in one call (out of memory) and is read again in chunks of 40")
 
 
+def test_chunks_that_are_too_large_are_halved(model, monkeypatch, caplog, calls):
+    ids, mask = prompts((150,), seed=6)
+    with refreekv.compress(model, "full", prompt_dtype=None):
+        wanted = greedy(model, ids, mask, None)
+        failing = Failing(CHUNK // 4)
+        failing.patch(monkeypatch)
+        monkeypatch.setattr(fitting, "LEAST", 5)
+        calls.clear()
+        with caplog.at_level(logging.WARNING, logger="refreekv"):
+            got = greedy(model, ids, mask, None)
+    assert calls[:3] == [150, CHUNK, CHUNK // 2]  # each failed; only a new cache begins anew
+    assert calls[3:18] == split(150, CHUNK // 4)
+    assert torch.equal(got, wanted)
+    said = [record.getMessage().partition("did not fit in ")[2] for record in caplog.records]
+    more = " (out of memory) and is read again in chunks of "
+    assert said == [f"one call{more}40", f"chunks of 40{more}20", f"chunks of 20{more}10"]
+    # Not to nothing.
+    failing.most = 4
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(model, ids, mask, ReFreeKVCache(model, "full"))
+
+
 def test_out_of_memory_that_chunks_do_not_cure(model, monkeypatch):
     ids, mask = prompts((150,), seed=6)
     failing = Failing(8)
@@ -194,6 +217,14 @@ def test_chunks_that_fit():
     there = taken(2048, 0, held=0.52 * 3 * layer)
     assert chunk(there, kv_dtype="int4") == 512
     assert chunk(there, kv_dtype="int4", host_memory=2**50) == 2048
+
+
+@pytest.mark.parametrize(("form", "largest"), [("bf16", 0), ("int4-blocks", 64 * 128), ("int4-nf4", 64 * 128)])
+def test_matrices_that_are_unpacked_count(form, largest):
+    if form == "int4-nf4":
+        pytest.importorskip("bitsandbytes")
+    model = random_models.build(random_models.SHAPES["tiny"], form, torch.device("cpu"))
+    assert fitting.unpacked_bytes(model) == 2 * largest
 
 
 @torch.no_grad()

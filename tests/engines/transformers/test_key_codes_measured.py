@@ -148,6 +148,19 @@ def test_plain_caches_ask_for_none(passes):
     assert passes == []
 
 
+def test_a_lack_of_memory_is_not_remembered(monkeypatch):
+    model = build("llama", head_dim=16)
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copy_scores, "read", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            codes_of(model)
+    assert codes_of(model) is not None
+
+
 def test_without_codes_keys_are_rotated(monkeypatch):
     model = build("llama", attention="sdpa", head_dim=16)
     monkeypatch.setattr("refreekv.engines.transformers.attachment.key_codes", lambda model: None)
