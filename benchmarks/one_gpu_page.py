@@ -80,6 +80,7 @@ def planned(
         prompt_number=prompt,
         host=host,
         speeds=Speeds(MEMORY, BUS),
+        queries=lambda prompt: parsed.probe_plan(prompt).count,
     )
 
 
