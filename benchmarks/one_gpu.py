@@ -471,10 +471,8 @@ def search(bench: Bench, row: Row, result: Result, settings: Settings) -> None:
         result.tries.append(tried)
         verdict = "answered" if tried.fits else "out of memory"
         held = f"{format_size(tried.before)} held before, {format_size(tried.allocated)} at most"
-        print(
-            f"    {result.kind} {length:,} tokens in chunks of {tried.chunk:,}: {verdict}, {tried.seconds:.1f} s; {held}",
-            flush=True,
-        )
+        what = f"{result.kind} {length:,} tokens in chunks of {tried.chunk:,}"
+        print(f"    {what}: {verdict}, {tried.seconds:.1f} s; {held}", flush=True)
         return tried.fits
 
     guess = result.forecast_longest or settings.chunk

@@ -185,8 +185,9 @@ def make(
         held = prompt_number
         at_worst = number if worst is None else worst
         scenarios.append(
-            Scenario("worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held,
-                     queries=queries)
+            Scenario(
+                "worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held, queries=queries
+            )
         )
         if expected is not None:
             scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held, queries=queries))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from refreekv.core.device_memory import free_memory
 from refreekv.engines.transformers import ReFreeKVCache
 from refreekv.engines.transformers.attachment import attached
-from refreekv.core.device_memory import free_memory
 from refreekv.report import CompressionReport
 from refreekv.serving.answering import Answering, Listener, generate, length_of, read, restored
 from refreekv.serving.conversations import Conversations

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.device_memory import free_memory
 from refreekv.core.footprint import LayerKV, Reader, called_bytes, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
-from refreekv.core.device_memory import free_memory
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
 from refreekv.engines.transformers.packed_weights import is_packed

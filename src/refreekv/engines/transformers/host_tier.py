@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from refreekv.core.device_memory import free_memory
 from refreekv.core.footprint import LayerKV, Reader, chunked_bytes, least_hosted
 from refreekv.core.quantisation import KVDtype
 from refreekv.core.units import parse_bytes
-from refreekv.core.device_memory import free_memory
 from refreekv.policies.base import AUTO
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import Pair

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refreekv.core.device_memory import free_memory
 from refreekv.engines.transformers.api import check_model
 from refreekv.engines.transformers.attachment import attached
-from refreekv.core.device_memory import free_memory
 from refreekv.evaluation.data.encoding import Encoded
 from refreekv.evaluation.data.samples import Sample
 from refreekv.evaluation.fidelity.decoding import Continuation, Start, continue_full, stop_tokens, until_stop
