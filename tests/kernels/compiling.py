@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from refreekv import kernels
-from refreekv.core.needs import Rules
+from refreekv.core.needs import Grading, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
@@ -25,7 +25,7 @@ from refreekv.kernels import block_products, fused, shared_memory
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
-from refreekv.kernels.needs import launch_kept_first, launch_needs
+from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
@@ -114,9 +114,12 @@ def choosing(dtype, heads, head_size):
     scores = torch.zeros(1, 1, 300)
     launch_cut(scores, 4, 0.01, True)
     reductions = ProbeReductions(scores, scores)
+    rules = Rules(4, 32, 1e-3, 1e-3, 0.1, 4, 0.9, 0.3)
     for earlier in (None, torch.zeros(1, 1, 300, dtype=torch.bool)):
-        launch_needs(reductions, reductions, torch.zeros(1, 1), Rules(4, 32, 1e-3, 1e-3, 0.1, 4, 0.9, 0.3), earlier)
-    launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
+        for grading in (None, Grading(rules, torch.zeros(1, 1, 4))):
+            launch_needs(reductions, reductions, torch.zeros(1, 1), rules, earlier, grading)
+    order, kept = launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
+    launch_leveled(order, kept, torch.zeros(1, 1, 300, dtype=torch.uint8), 4, 4, 64)
 
 
 def linear(dtype, rows, size):

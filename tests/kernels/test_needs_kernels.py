@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from refreekv import kernels
-from refreekv.core.needs import Rules, needs
+from refreekv.core.needs import Grading, Rules, levels, needs
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels import reference
-from refreekv.kernels.needs import launch_kept_first, launch_needs
+from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 
 PLAIN = Rules(
     sinks=4, recent=20, unit=0.25, spread_unit=0.37, hit=0.97, follow=9, share=0.5, copying=0.1, min_length=512
@@ -80,3 +80,34 @@ def test_kept_first(n, share, device):
     assert torch.equal(counts.cpu(), numbers)
     for got, want, number in zip(order.cpu().flatten(0, 1), plain.flatten(0, 1), numbers.flatten(), strict=True):
         assert torch.equal(got[:number], want[:number])
+
+
+@pytest.mark.parametrize("damage_rows", [1, 2])
+@pytest.mark.parametrize("n", [512, 1024, 2600])
+def test_rungs_come_with_what_is_kept(n, damage_rows, device):
+    window, spread = probes(n, device)
+    by = PLAIN._replace(unit=0.03, spread_unit=0.07, copying_weight=3.0, code_unit=2.0)
+    damage = torch.rand(damage_rows, 3, 4, device=device).sort(-1, descending=True).values
+    got = launch_needs(window, spread, SCORES.to(device), PLAIN, None, Grading(by, damage))
+    on_cpu = [part.each(torch.Tensor.cpu) for part in (window, spread)]
+    want = levels(*on_cpu, SCORES, by, damage.cpu())
+    assert torch.equal(got.levels.cpu(), want)
+    assert want.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(got.keep.cpu(), needs(*on_cpu, SCORES, PLAIN).keep)
+    assert launch_needs(window, spread, SCORES.to(device), PLAIN).levels is None
+
+
+@pytest.mark.parametrize("groups", [(3, 3), (1, 3), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("n", [1, 60, 2048, 5000])
+def test_rungs_in_the_order_of_what_is_kept(n, groups, device):
+    order, kept = launch_kept_first(torch.rand(2, groups[0], n, device=device) < 0.6)
+    found = torch.randint(0, 6, (2, groups[1], n), dtype=torch.uint8, device=device)
+    ordered, counts = launch_leveled(order, kept, found, 4, 4, 20)
+    plain, numbers = reference.leveled(order.cpu(), kept.cpu(), found.cpu(), 4, 4, 20)
+    assert torch.equal(counts.cpu(), numbers)
+    coded = (kept.cpu() - 24).clamp_min(0).expand(-1, max(groups))
+    assert torch.equal(numbers.sum(1), coded)
+    for row in range(2):
+        for group in range(max(groups)):
+            held = kept[row, min(group, groups[0] - 1)]
+            assert torch.equal(ordered[row, group, :held].cpu(), plain[row, group, :held])

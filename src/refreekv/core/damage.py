@@ -61,9 +61,11 @@ def rung_damage(power: Tensor, forms: tuple[PackedFormat, ...]) -> Tensor:
     return _damage(power, _errors(forms, power.device, KEYS_WORTH))
 
 
+@lru_cache(maxsize=32)
 def plain_damage(forms: tuple[PackedFormat, ...], heads: int, device: torch.device) -> Tensor:
     """What rungs do where nobody knows the size of queries: as if logits had a variance of 1. ``[H_kv, R]``."""
-    return _damage(torch.full((heads, 4), 0.25, device=device), _errors(forms, device, None))
+    with torch.inference_mode(False):
+        return _damage(torch.full((heads, 4), 0.25, device=device), _errors(forms, device, None))
 
 
 def _damage(power: Tensor, errors: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,13 +13,14 @@ Unequal bits by channel are reverse water-filling (Cover and Thomas, "Elements o
 import functools
 import hashlib
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedMaps, sum_of
+from refreekv.core.damage import rung_damage
+from refreekv.core.packed_lines import KeyMaps, PackedFormat, PackedMaps, sum_of
 from refreekv.core.quantisation import SINKS
 from refreekv.core.rotation import rotation
 
@@ -110,14 +111,11 @@ class KeyCodes:
 
         All but the means is shared by all that is made here.
         """
-        plain = PackedMaps.rotated(key_mean, value_mean, dtype)
-        device = key_mean.device
-        key, dual, bound, worth, key_sum = self._matrices(device, dtype)
+        mean = key_mean.float().contiguous()
+        key, dual, bound, worth, key_sum = self._matrices(mean.device, dtype)
         # [1, H_kv, D, D] times [B, H_kv, D, 1], in float64, of which no device computes less
-        offset = (key.double() @ plain.key_mean.double()[..., None])[..., 0].float()
-        return replace(
-            plain, key_matrix=key, key_dual=dual, key_bound=bound, key_worth=worth, key_sum=key_sum, key_offset=offset
-        )
+        offset = (key.double() @ mean.double()[..., None])[..., 0].float()
+        return PackedMaps.with_keys(KeyMaps(mean, key, dual, bound, worth, offset, key_sum), value_mean, dtype)
 
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The matrix, its transposed inverse, its bound, the worth, the sum in ``dtype``, as `PackedMaps` has."""
@@ -146,6 +144,17 @@ class KeyCodes:
 
     @functools.cached_property
     def _powers(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def damage_on(self, device: torch.device, forms: tuple[PackedFormat, ...]) -> Tensor:
+        """What each rung does to an entry, ``[1, H_kv, R]`` (`core.damage`), on a device, where it is computed once."""
+        if (device, forms) not in self._damage:
+            with torch.inference_mode(False):
+                self._damage[device, forms] = rung_damage(self.power_on(device), forms)[None]
+        return self._damage[device, forms]
+
+    @functools.cached_property
+    def _damage(self) -> dict[tuple[torch.device, tuple[PackedFormat, ...]], Tensor]:
         return {}
 
     def __reduce__(self) -> tuple[object, tuple[Tensor, Tensor, Tensor]]:

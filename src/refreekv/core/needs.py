@@ -64,11 +64,29 @@ class Needs(NamedTuple):
         ``[B]`` float32: the highest attention that the window gave an entry which is not kept.
     shares : dict
         For each reason the share ``[B]`` of a row's entries that stay for it.
+    levels : Tensor or None
+        uint8 ``[B, H_kv, n]``: the rung that each entry is worth, kept or not; None: nobody asked.
     """
 
     keep: Tensor
     lost: Tensor
     shares: dict[str, Tensor]
+    levels: Tensor | None = None
+
+
+class Grading(NamedTuple):
+    """Rungs that are wanted beside what is kept; see `levels`.
+
+    Attributes
+    ----------
+    rules : Rules
+        The units that rungs are given by.
+    damage : Tensor
+        ``[B | 1, H_kv, R]`` float32.
+    """
+
+    rules: Rules
+    damage: Tensor
 
 
 def levels(

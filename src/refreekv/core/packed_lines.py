@@ -22,6 +22,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -318,6 +319,18 @@ class PackedFormat:
         return keys * wide[..., :1], self.values.levels(values, dtype) * wide[..., 1:]
 
 
+class KeyMaps(NamedTuple):
+    """What of `PackedMaps` is about keys, in its terms."""
+
+    mean: Tensor
+    matrix: Tensor
+    dual: Tensor
+    bound: Tensor
+    worth: Tensor
+    offset: Tensor
+    sum: Tensor
+
+
 @dataclass(frozen=True)
 class PackedMaps:
     """What takes keys, values and queries of each KV head to code space, and results back.
@@ -377,16 +390,20 @@ class PackedMaps:
     @classmethod
     def rotated(cls, key_mean: Tensor, value_mean: Tensor, dtype: torch.dtype) -> "PackedMaps":
         """Take means ``[B, H_kv, D]`` out of entries in ``dtype`` and rotate; all but the means is shared by all."""
-        heads, device = key_mean.shape[1], key_mean.device
-        means = [mean.float().contiguous() for mean in (key_mean, value_mean)]
-        (key, _, key_sum), (value, back, value_sum) = (
-            _rotations(heads, mean.shape[-1], device, dtype) for mean in means
-        )
-        bound, worth = torch.ones(1, heads, device=device), torch.ones(1, heads, key.shape[-1], device=device)
+        mean, heads, size = key_mean.float().contiguous(), key_mean.shape[1], key_mean.shape[-1]
+        key, _, key_sum = _rotations(heads, size, mean.device, dtype)
         # Orthonormal: the dual is the matrix itself, and no element is larger than the norm.
+        keys = KeyMaps(mean, key, key, *_ones(heads, size, mean.device), rotate(mean), key_sum)
+        return cls.with_keys(keys, value_mean, dtype)
+
+    @classmethod
+    def with_keys(cls, keys: KeyMaps, value_mean: Tensor, dtype: torch.dtype) -> "PackedMaps":
+        """Those of keys as given; means ``[B, H_kv, Dv]`` of values in ``dtype`` are taken out and these rotated."""
+        mean = value_mean.float().contiguous()
+        value, back, value_sum = _rotations(mean.shape[1], mean.shape[-1], mean.device, dtype)
         return cls(
-            means[0], key, key, means[1], value, back, bound, rotate(means[0]), rotate(means[1]), worth,
-            key_sum, value_sum,
+            keys.mean, keys.matrix, keys.dual, mean, value, back, keys.bound, keys.offset, rotate(mean), keys.worth,
+            keys.sum, value_sum,
         )  # fmt: skip
 
     def of_type(self, dtype: torch.dtype) -> "PackedMaps":
@@ -443,6 +460,13 @@ def sum_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         return matrix.float()[None].contiguous()
     high = matrix.to(dtype)
     return torch.stack([high, (matrix - high.to(matrix)).to(dtype)])
+
+
+@functools.lru_cache(maxsize=16)
+def _ones(heads: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bound and worth of keys that are rotated."""
+    with torch.inference_mode(False):
+        return torch.ones(1, heads, device=device), torch.ones(1, heads, size, device=device)
 
 
 @functools.lru_cache(maxsize=16)

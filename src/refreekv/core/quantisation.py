@@ -274,18 +274,26 @@ def _total(entries: Tensor, counted: Tensor | None = None) -> Tensor:
     A copy of all of them would be as large as what a prompt is coded for. On CUDA so is the memory that PyTorch takes
     to add up many numbers for few sums; it takes none for many sums of few numbers.
     """
-    wide = torch.promote_types(entries.dtype, torch.float32)
-    total = entries.new_zeros(*entries.shape[:-2], entries.shape[-1], dtype=wide)
+    if counted is None:
+        return _sum(entries)
+    total = entries.new_zeros(*entries.shape[:-2], entries.shape[-1], dtype=_wide(entries))
     for start in range(0, entries.shape[-2], PIECE):
-        part = entries[..., start : start + PIECE, :]
-        if counted is not None:
-            # Padding may hold anything, also what is no number.
-            part = part.masked_fill(~counted[..., start : start + PIECE, None], 0)
-        even = part.shape[-2] // BLOCK * BLOCK
-        # [..., n, D] -> [..., n / BLOCK, BLOCK, D]
-        total += part[..., :even, :].unflatten(-2, (-1, BLOCK)).sum(-2, dtype=wide).sum(-2)
-        total += part[..., even:, :].sum(-2, dtype=wide)
+        # Padding may hold anything, also what is no number.
+        part = entries[..., start : start + PIECE, :].masked_fill(~counted[..., start : start + PIECE, None], 0)
+        total += _sum(part)
     return total
+
+
+def _sum(entries: Tensor) -> Tensor:
+    """The sum ``[..., D]`` of all entries ``[..., n, D]``, of blocks first: in few launches, and little memory."""
+    even, wide = entries.shape[-2] // BLOCK * BLOCK, _wide(entries)
+    # [..., n, D] -> [..., n / BLOCK, BLOCK, D]
+    total = entries[..., :even, :].unflatten(-2, (-1, BLOCK)).sum(-2, dtype=wide).sum(-2)
+    return total if even == entries.shape[-2] else total + entries[..., even:, :].sum(-2, dtype=wide)
+
+
+def _wide(entries: Tensor) -> torch.dtype:
+    return torch.promote_types(entries.dtype, torch.float32)
 
 
 def round_trip(entries: Tensor, bits: int, centre: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from refreekv.core import needs as needs_in_torch
 from refreekv.core import reductions, selection
 from refreekv.core import surrogates as surrogates_in_torch
-from refreekv.core.needs import Needs, Rules
+from refreekv.core.needs import Grading, Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
@@ -37,6 +37,7 @@ __all__ = [
     "fetch",
     "gather",
     "kept_first",
+    "leveled",
     "make_surrogates",
     "move",
     "needed",
@@ -92,18 +93,23 @@ def needed(
     *,
     real: Tensor | None = None,
     earlier: Tensor | None = None,
+    grading: Grading | None = None,
 ) -> Needs:
     """The entries that probed queries look at, their surroundings, and all of the heads that copy.
 
     Parameters and results are those of `core.needs.needs`, which this is on the CPU, with padding, without copy
-    scores and where all heads keep one set. Else it is three launches on CUDA.
+    scores and where all heads keep one set. Else it is three launches on CUDA. With ``grading`` their rungs come with
+    them, those of `core.needs.levels`.
     """
     peak, plain = window.peak, real is None and not rules.together
     if peak.is_cuda and available() and plain and scores is not None and peak.shape[-1] >= rules.min_length:
         from refreekv.kernels.needs import launch_needs
 
-        return launch_needs(window, spread, scores, rules, earlier)
-    return needs_in_torch.needs(window, spread, scores, rules, real=real, earlier=earlier)
+        return launch_needs(window, spread, scores, rules, earlier, grading)
+    found = needs_in_torch.needs(window, spread, scores, rules, real=real, earlier=earlier)
+    if grading is None:
+        return found
+    return found._replace(levels=needs_in_torch.levels(window, spread, scores, *grading, real=real))
 
 
 def uni_metric_cut(
@@ -140,6 +146,34 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
 
         return launch_kept_first(keep)
     return reference.kept_first(keep)
+
+
+def leveled(
+    order: Tensor, kept: Tensor, levels: Tensor, *, rungs: int, first: int, recent: int
+) -> tuple[Tensor, Tensor]:
+    """Rungs of the kept entries in their order, and how many of those that are coded are in each. One launch on CUDA.
+
+    Parameters
+    ----------
+    order, kept : Tensor
+        ``[B, 1 | G, n]`` and ``[B, 1 | G]`` int32, as `kept_first` gives them.
+    levels : Tensor
+        uint8 ``[B, 1 | G, n]``: the rung of each entry, kept or not; what is above the last one counts as that.
+    rungs : int
+        How many there are.
+    first, recent : int
+        Kept entries at the beginning and at the end that are not coded.
+
+    Returns
+    -------
+    ordered, counts : Tensor
+        uint8 ``[B, G, n]``, of which each line's first ``kept`` say something, and int32 ``[B, rungs, G]``.
+    """
+    if levels.is_cuda and available():
+        from refreekv.kernels.needs import launch_leveled
+
+        return launch_leveled(order, kept, levels, rungs, first, recent)
+    return reference.leveled(order, kept, levels, rungs, first, recent)
 
 
 def make_surrogates(

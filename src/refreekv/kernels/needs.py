@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.needs import REASONS, Needs, Rules
+from refreekv.core.needs import REASONS, Grading, Needs, Rules
 from refreekv.core.neighbours import LEVELS
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels.device_guard import on_its_device
@@ -45,10 +45,10 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _needs_kernel(
-    peak, spread, masses, scores, earlier, keep_out, stats_out,
-    length, kv_heads, ss_b, st_b, st_h, sinks, recent, follow, chunks,
-    unit, spread_unit, hit, share, copying,
-    LEVELS: tl.constexpr, HAS_EARLIER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out,
+    length, kv_heads, ss_b, st_b, st_h, sd_b, sinks, recent, follow, chunks,
+    unit, spread_unit, hit, share, copying, level_unit, level_spread_unit, level_copying, weight, code_unit,
+    LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pair // kv_heads, pair % kv_heads
@@ -80,7 +80,8 @@ def _needs_kernel(
     why_window, why_spread = around >= unit, far >= spread_unit
     why_following = (latest >= 0) & (latest >= n - follow)
     why_mass = here >= at_mass
-    why_copying = tl.load(scores + batch * ss_b + head + n * 0) >= copying
+    score = tl.load(scores + batch * ss_b + head + n * 0)
+    why_copying = score >= copying
     keep = why_sinks | why_recent | why_window | why_spread | why_following | why_mass | why_copying
     out = stats_out + (pair * chunks + chunk) * 16
     if HAS_EARLIER:
@@ -96,6 +97,15 @@ def _needs_kernel(
     tl.store(out + 6, tl.sum((why_copying & inside).to(tl.float32), 0))
     tl.store(out + LOST, tl.max(tl.where(inside & (keep == 0), here, 0.0), 0))
     tl.store(keep_out + pair * length + n, keep.to(tl.uint8), inside)
+    if RUNGS > 1:
+        # Divided as `core.needs.levels` does it: to the nearest number.
+        worth = tl.maximum(tl.div_rn(around, level_unit), tl.div_rn(far, level_spread_unit))
+        worth = tl.where(score >= level_copying, worth * weight, worth)
+        level = tl.zeros([BLOCK], tl.int32)
+        for rung in tl.static_range(RUNGS - 1):
+            does = tl.load(damage + batch * sd_b + head * RUNGS + rung)
+            level += (worth * does > code_unit).to(tl.int32)
+        tl.store(levels_out + pair * length + n, level.to(tl.uint8), inside)
 
 
 @triton.jit
@@ -113,9 +123,17 @@ def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
 
 @on_its_device
 def launch_needs(
-    window: ProbeReductions, spread: ProbeReductions, scores: Tensor, rules: Rules, earlier: Tensor | None = None
+    window: ProbeReductions,
+    spread: ProbeReductions,
+    scores: Tensor,
+    rules: Rules,
+    earlier: Tensor | None = None,
+    grading: Grading | None = None,
 ) -> Needs:
-    """`core.needs.needs` of rows without padding that are no shorter than ``min_length``, head by head."""
+    """`core.needs.needs` of rows without padding that are no shorter than ``min_length``, head by head.
+
+    With ``grading`` `core.needs.levels` as well.
+    """
     assert window.mean is not None
     peak, mass, far = (part.contiguous() for part in (window.peak, window.mean, spread.peak))
     batch, kv_heads, length = peak.shape
@@ -126,17 +144,24 @@ def launch_needs(
     keep = torch.empty(batch, kv_heads, length, dtype=torch.bool, device=peak.device)
     _mass_kernel[(chunks, pairs)](peak, mass, masses, length, LEVELS=LEVELS, BLOCK=BLOCK, num_warps=8)
     places = None if earlier is None else earlier.expand(batch, kv_heads, length).view(torch.uint8)
+    rungs, by, damage, step = None, rules, peak, 0
+    if grading is not None:
+        by, damage = grading.rules, grading.damage.contiguous()
+        rungs = torch.empty(batch, kv_heads, length, dtype=torch.uint8, device=peak.device)
+        step = damage.stride(0) if damage.shape[0] > 1 else 0
     _needs_kernel[(chunks, pairs)](
         peak, far, masses, scores, keep if places is None else places, keep.view(torch.uint8), stats,
+        damage, keep.view(torch.uint8) if rungs is None else rungs,
         length, kv_heads, scores.stride(0) if scores.shape[0] > 1 else 0,
-        *((0, 0) if places is None else places.stride()[:2]), rules.sinks, rules.recent, rules.follow, chunks,
+        *((0, 0) if places is None else places.stride()[:2]), step, rules.sinks, rules.recent, rules.follow, chunks,
         rules.unit, rules.spread_unit, rules.hit, rules.share, rules.copying,
-        LEVELS=LEVELS, HAS_EARLIER=places is not None, BLOCK=BLOCK,
+        float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight), float(by.code_unit),
+        LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None, BLOCK=BLOCK,
         BLOCK_F=triton.next_power_of_2(max(rules.follow, 1)), BLOCK_C=triton.next_power_of_2(chunks), num_warps=8,
     )  # fmt: skip
     _tally_kernel[(batch,)](stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64)
     names = REASONS if places is not None else REASONS[:-1]
-    return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)))
+    return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)), rungs)
 
 
 @triton.jit
@@ -168,3 +193,45 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
         keep.view(torch.uint8), order, counts, length, BLOCK=block, num_warps=8
     )
     return order, counts
+
+
+@triton.jit
+def _leveled_kernel(
+    order, kept, levels, ordered, counts, length, groups, so_b, so_g, sk_b, sk_g, sl_b, sl_g, first, recent,
+    RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    row, group = line // groups, line % groups
+    held = tl.load(kept + row * sk_b + group * sk_g)
+    order += row * so_b + group * so_g
+    levels += row * sl_b + group * sl_g
+    rung = tl.arange(0, WIDE)
+    found = tl.zeros([WIDE], tl.int32)
+    for start in range(0, length, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        at = tl.load(order + n, n < held, 0)
+        level = tl.minimum(tl.load(levels + at, n < held, 0).to(tl.int32), RUNGS - 1)
+        tl.store(ordered + line * length + n, level.to(tl.uint8), n < length)
+        coded = (n >= first) & (n < held - recent)
+        found += tl.sum(((level[None, :] == rung[:, None]) & coded[None, :]).to(tl.int32), 1)
+    tl.store(counts + row * RUNGS * groups + rung * groups + group, found, rung < RUNGS)
+
+
+@on_its_device
+def launch_leveled(
+    order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.leveled`."""
+    batch, length = order.shape[0], order.shape[2]
+    groups = max(levels.shape[1], kept.shape[1])
+    ordered = torch.empty(batch, groups, length, dtype=torch.uint8, device=order.device)
+    counts = torch.empty(batch, rungs, groups, dtype=torch.int32, device=order.device)
+    wide = order.expand(-1, groups, -1), kept.expand(-1, groups), levels.expand(-1, groups, -1)
+    strides = [step for part in wide for step in part.stride()[:2]]
+    if any(part.stride(-1) != 1 for part in (order, levels)):
+        raise ValueError("order and levels need a line's numbers one after the other")
+    _leveled_kernel[(batch * groups,)](
+        *wide, ordered, counts, length, groups, *strides, first, recent,
+        RUNGS=rungs, WIDE=triton.next_power_of_2(max(rungs, 2)), BLOCK=2048, num_warps=8,
+    )  # fmt: skip
+    return ordered, counts

@@ -34,6 +34,20 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
+def leveled(
+    order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
+) -> tuple[Tensor, Tensor]:
+    """`kernels.leveled`."""
+    groups = max(levels.shape[1], kept.shape[1])
+    order, kept = order.expand(-1, groups, -1), kept.expand(-1, groups)
+    ordered = levels.clamp_max(rungs - 1).expand(-1, groups, -1).gather(-1, order.long())  # [B, G, n]
+    number = torch.arange(order.shape[-1], device=kept.device)
+    coded = (number >= first) & (number < kept[..., None] - recent)
+    each = torch.arange(rungs, dtype=torch.uint8, device=kept.device)[:, None, None]
+    # [B, 1, G, n] against [R, 1, 1]: [B, R, G]
+    return ordered, ((ordered[:, None] == each) & coded[:, None]).sum(-1, dtype=torch.int32)
+
+
 def as_written(function: Callable[P, R]) -> Callable[P, R]:
     """Compute as on CUDA, where no operator of PyTorch is asked, so that autocast changes nothing."""
 

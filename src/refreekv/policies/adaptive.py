@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.needs import Rules, levels
+from refreekv.core.needs import Grading, Rules
 from refreekv.core.quantisation import Ladder
 from refreekv.core.selection import Selection
 from refreekv.core.surrogates import Surrogates
@@ -179,16 +179,16 @@ class Adaptive(Policy):
         kept_by = rules
         if damage is not None:
             kept_by = rules._replace(unit=unit * self.evict_unit, spread_unit=rules.spread_unit * self.evict_unit)
-        found = kernels.needed(view.window, view.spread, scores, kept_by, real=real, earlier=view.earlier)
+        grading = None if damage is None else Grading(rules, damage)
+        found = kernels.needed(
+            view.window, view.spread, scores, kept_by, real=real, earlier=view.earlier, grading=grading
+        )
         keep = found.keep
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]
         found_surrogates = self._surrogates(view, keep) if by_head else None
-        rungs = None
-        if damage is not None:
-            rungs = levels(view.window, view.spread, scores, rules, damage, real=real)
         metric = found.lost / view.heads**0.5
-        return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=rungs)
+        return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=found.levels)
 
     def _surrogates(self, view: LayerView, keep: Tensor) -> Surrogates | None:
         if not self._replaces or view.queries is None:

@@ -113,6 +113,8 @@ class LayerView:
     key_power : Tensor or None
         ``[B | 1, H_kv, 4]`` float32: how much the model's queries look at each quarter of its keys' channels
         (`core.damage`); None where nobody measured it.
+    damage : Tensor or None
+        What `rungs` tells, where it is known beforehand; None: it follows from ``forms`` and ``key_power``.
     """
 
     keys: Tensor
@@ -131,6 +133,7 @@ class LayerView:
     earlier: Tensor | None = None
     forms: tuple[PackedFormat, ...] = ()
     key_power: Tensor | None = None
+    damage: Tensor | None = None
     _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -175,6 +178,8 @@ class LayerView:
         """
         if len(self.forms) < 2:
             return None
+        if self.damage is not None:
+            return self.damage
         if self.key_power is None:
             return plain_damage(self.forms, self.keys.shape[1], self.keys.device)[None]
         return rung_damage(self.key_power, self.forms)

@@ -16,7 +16,7 @@ from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
-from refreekv.kernels import kept_first, probe_reductions, put_surrogates
+from refreekv.kernels import kept_first, leveled, probe_reductions, put_surrogates
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.report import RowReport
@@ -118,19 +118,11 @@ class Decision:
         rungs = len(ladder.rungs)
         if rungs == 1:
             return []
-        levels = levels.clamp_max(rungs - 1)
         if keep is not selection.keep:
             # What the policy was not asked about keeps as much as there is.
             levels = levels.where(~keep | selection.keep, rungs - 1)
-        groups = max(levels.shape[1], kept.shape[1])
-        order, kept = self._order.expand(-1, groups, -1), kept.expand(-1, groups)
-        self._levels = levels.expand(-1, groups, -1).gather(-1, order.long())  # [B, G, n]
-        number = torch.arange(self._length, device=kept.device)
-        coded = (number >= SINKS) & (number < kept[..., None] - ladder.recent)
-        names = [f"rung{rung}.{group}" for rung in range(rungs) for group in range(groups)]
-        each = torch.arange(rungs, dtype=torch.uint8, device=kept.device)[:, None, None]
-        # [B, 1, G, n] against [R, 1, 1]: [B, R, G]
-        counts = ((self._levels[:, None] == each) & coded[:, None]).sum(-1)
+        self._levels, counts = leveled(self._order, kept, levels, rungs=rungs, first=SINKS, recent=ladder.recent)
+        names = [f"rung{rung}.{group}" for rung in range(rungs) for group in range(counts.shape[2])]
         return [(names, counts.flatten(1))]  # [B, rungs, G] -> [B, rungs * G]
 
     def rows(self) -> list[KeptRow]:
@@ -233,7 +225,10 @@ def stored(view: LayerView, ladder: Ladder | None, codes: KeyCodes | None) -> La
         return view
     sizes, device = (view.keys.shape[-1], view.values.shape[-1]), view.keys.device
     forms = ladder.forms(sizes, sorted_keys=codes is not None)
-    return replace(view, forms=forms, key_power=None if codes is None else codes.power_on(device)[None])
+    if codes is None:
+        return replace(view, forms=forms)
+    damage = codes.damage_on(device, forms) if len(forms) > 1 else None
+    return replace(view, forms=forms, key_power=codes.power_on(device)[None], damage=damage)
 
 
 def with_surrogates(

@@ -118,7 +118,8 @@ def lasting(rows: Sequence[Columns], end: int) -> list[Columns]:
         return [Columns(heads=tuple(next(parts) for _ in row.heads)) if row.heads else row for row in rows]
     marks = torch.zeros(len(lists) * size * 8, dtype=torch.uint8, device=lists[0].device)
     starts = range(0, len(marks), size * 8)
-    marks[torch.cat(lists) + spread(starts, counts, marks.device)] = 1
+    # Not by assignment, which copies its number from the host and waits for the device.
+    marks.index_fill_(0, torch.cat(lists) + spread(starts, counts, marks.device), 1)
     # [lists * bytes * 8] -> [lists, bytes]
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=marks.device)
     packed = (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8).view(-1, size)

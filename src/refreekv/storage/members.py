@@ -36,15 +36,17 @@ class Members:
     def of(cls, rungs: Tensor, counts: Counts) -> "Members":
         """From rungs ``[entries]`` uint8, one segment after the other."""
         each = flat(counts)
-        ends = -(-torch.tensor(each, dtype=torch.int64) // EACH) * EACH
-        total = int(ends.sum())
-        if total != sum(each):
-            padded = rungs.new_zeros(total)
+        if len(set(each)) == 1:
+            # [segments * entries] -> [segments, entries], each filled up to whole bytes
+            rungs = torch.nn.functional.pad(rungs.view(len(each), -1), (0, -each[0] % EACH))
+        elif any(n % EACH for n in each):
+            padded = rungs.new_zeros(sum(n + -n % EACH for n in each))
             padded[_shifted(each, rungs.device)] = rungs
             rungs = padded
-        four = rungs.view(-1, EACH)  # [bytes, entries of a byte]
+        four = rungs.reshape(-1, EACH)  # [bytes, entries of a byte]
         with torch.inference_mode(False):
-            return cls(four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6, counts)
+            places = torch.arange(0, 8, 8 // EACH, dtype=torch.uint8, device=rungs.device)
+            return cls((four << places).sum(1, dtype=torch.uint8), counts)
 
     @classmethod
     def none(cls, counts: Counts, device: torch.device) -> "Members":

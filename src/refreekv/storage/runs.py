@@ -9,10 +9,9 @@ from torch import Tensor
 
 def spread(numbers: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """Each number so many times: int64 ``[sum of counts]``."""
-    pair = torch.tensor([list(numbers), list(counts)], dtype=torch.int64)
-    if device.type == "cuda":
-        pair = pair.pin_memory().to(device, non_blocking=True)
-    return torch.repeat_interleave(pair[0], pair[1], output_size=sum(counts))
+    pair = torch.tensor([list(numbers), list(counts)], dtype=torch.int64, pin_memory=device.type == "cuda")
+    number, count = pair.to(device, non_blocking=True).unbind()
+    return torch.repeat_interleave(number, count, output_size=sum(counts))
 
 
 def runs(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:

@@ -267,7 +267,7 @@ def _view(plan: ProbePlan, group: Sequence[Captured], start: int, layers: int) -
     copying = torch.cat(scores) if scores else None
     view = layer_view(plan, call, Entries(keys, values, None, columns, queries), index, layers, copying)
     powers = [one.codes.power_on(keys.device) for one in group if one.codes is not None]
-    return replace(view, key_power=torch.stack(powers) if powers else None)
+    return replace(view, key_power=torch.stack(powers) if powers else None, damage=None)
 
 
 def _masks(chosen: Sequence[Selection | CutSelection | None], real: Tensor) -> list[Tensor]:
