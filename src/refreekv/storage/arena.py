@@ -9,6 +9,7 @@ with about 2.5% more of them.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import add, sub
 from typing import Any, Self
 
@@ -49,16 +50,25 @@ class KVArena(FlatKV):
         until `lend_table` or wider entries put another in its place.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]):
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[tuple[int, ...]],
+        growth: Sequence[int],
+        *,
+        told: bool = True,
+    ):
         self.keys, self.values, self._lengths = keys, values, list(lengths)
         self._growth = list(growth)
         self._left = _least(growth)
         self._appended = 0
-        self._ready()
+        self._ready(told=told)
 
-    def _ready(self) -> None:
-        """Make what belongs to this process and device only."""
-        self.table = on_device(self._lines(), self.device)
+    def _ready(self, *, told: bool = True) -> None:
+        """Make what belongs to this process and device only; a table that is not ``told`` of follows with others."""
+        if told:
+            self.table = on_device(self._lines(), self.device)
         self._lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
 
@@ -72,17 +82,20 @@ class KVArena(FlatKV):
         lengths: Sequence[tuple[int, ...]],
         growth: int | None = None,
         freed: Sequence[bool] | None = None,
+        *,
+        told: bool = True,
     ) -> Self:
         """An arena of these lengths whose entries are still to be written, of the type of ``keys`` and ``values``.
 
-        Rows that are ``freed`` hold nothing, whatever their length.
+        Rows that are ``freed`` hold nothing, whatever their length. One that is not ``told`` of has no table until
+        `tell`.
         """
         freed = [False] * len(lengths) if freed is None else freed
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         rest = growth_for(lengths) if growth is None else growth
         growths = [-1 if gone else rest for gone in freed]
         storages = [allocated(lengths, growths, part) for part in (keys, values)]
-        return cls(storages[0], storages[1], lengths, growths)
+        return cls(storages[0], storages[1], lengths, growths, told=told)
 
     @classmethod
     def gathered(
@@ -92,21 +105,20 @@ class KVArena(FlatKV):
         lengths: Sequence[tuple[int, ...]],
         spans: Sequence[Span],
         end: int,
-        growth: int | None = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, copied once, straight to where they belong.
 
-        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`. ``growth`` is as in
-        `like`.
+        ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
         """
-        # As much room as what goes leaves, so that no prompt comes to hold more than all of its entries.
-        count = sum(map(len, lengths))
-        evicted = keys.shape[2] - sum(map(sum, lengths)) // max(count, 1)
-        growth = min(growth_for(lengths), max(LEAST_GROWTH, evicted)) if growth is None else growth
-        arena = cls.like(keys, values, lengths, growth)
-        where, longest = on_device([list(span) for span in spans], keys.device), max(map(max, lengths))
-        kernels.gather(keys, values, arena.table, where, arena.form, end=end, longest=longest)
+        arena = cls.like(keys, values, lengths, growth_within(keys, lengths), told=False)
+        (where,) = tell([arena], [spans])
+        arena.fill(keys, values, where, end)
         return arena
+
+    def fill(self, keys: Tensor, values: Tensor, spans: Tensor, end: int) -> None:
+        """Write all entries, from dense ``[B, H_kv, n, D]``; ``spans`` and ``end`` as in `kernels.gather`."""
+        longest = max(map(max, self._lengths))
+        kernels.gather(keys, values, self.table, spans, self.form, end=end, longest=longest)
 
     @classmethod
     def of(cls, exact: RaggedKV) -> Self:
@@ -425,6 +437,12 @@ def growth_for(lengths: Sequence[Sequence[int]]) -> int:
     return max(LEAST_GROWTH, sum(map(sum, lengths)) // max(count, 1) // GROWTH_SHARE)
 
 
+def growth_within(keys: Tensor, lengths: Sequence[Sequence[int]]) -> int:
+    """The same for what stays of ``[B, H_kv, n, D]``: no prompt comes to hold more than all of its entries."""
+    evicted = keys.shape[2] - sum(map(sum, lengths)) // max(sum(map(len, lengths)), 1)
+    return min(growth_for(lengths), max(LEAST_GROWTH, evicted))
+
+
 def _least(growth: Sequence[int]) -> int:
     return min((r for r in growth if r >= 0), default=LEAST_GROWTH)
 
@@ -453,6 +471,25 @@ def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         # In pinned memory from the start: a copy to it costs the host as much as all the rest.
         table = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
         return table.to(device, non_blocking=True)
+
+
+def tell(arenas: Sequence[KVArena], others: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
+    """Give arenas that have none their tables, and bring other lines of integers to their device: in one copy.
+
+    Each copy costs the host as much as a launch or two, and a layer of codes needs ten such tables.
+    """
+    device, flat, where = arenas[0].device, list[int](), []
+    for lines in [*(arena._lines() for arena in arenas), *others]:
+        start = len(flat)
+        flat += chain.from_iterable(lines)
+        where.append((start, len(flat), len(lines)))
+        flat += [0] * (len(flat) % 2)  # whatever kernels read begins at a multiple of 16 bytes, as tensors do
+    with torch.inference_mode(False):
+        (one,) = on_device([flat], device)
+        found = [one[start:stop].view(lines, -1) for start, stop, lines in where]
+    for arena, table in zip(arenas, found, strict=False):
+        arena.table = table
+    return found[len(arenas) :]
 
 
 def _rectangular(heads: Piece, longest: int) -> Tensor:

@@ -5,7 +5,8 @@ behind the last one that somebody gave a rung, which are in the rung of what is 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
+
+
+class Packing(NamedTuple):
+    """Columns int32 ``[entries]`` that are to be coded into a rung, how many of each segment, where the list has them."""
+
+    rung: int
+    listed: Tensor
+    counts: Lengths
+    spans: list[Span]
 
 
 class CodedLines:
@@ -40,23 +50,20 @@ class CodedLines:
         self.rungs, self.members, self.coding = tuple(rungs), members, coding
 
     @classmethod
-    def packed(
+    def to_pack(
         cls,
-        keys: Tensor,
-        values: Tensor,
         listed: Tensor,
         counts: Lengths,
         coding: Coding,
         end: int,
         levels: tuple[Tensor, Sequence[Lengths]] | None = None,
-        read: "UnfinishedKV | None" = None,
-    ) -> Self:
-        """Entries of dense ``[B, H_kv, n, D]``, coded.
+    ) -> "tuple[Self, list[Packing]]":
+        """Storage for entries of dense ``[B, H_kv, n, D]``, and what `pack` is to write there.
+
+        Its arenas have no tables until `storage.arena.tell`.
 
         Parameters
         ----------
-        keys, values : Tensor
-            The dense entries, of one type.
         listed : Tensor
             int32 ``[entries]``: columns, ``counts`` of each segment, one after the other.
         counts : list of tuple of int
@@ -67,29 +74,44 @@ class CodedLines:
             Columns that may be listed.
         levels : pair, optional
             Their rungs, uint8 ``[entries]``, and ``counts`` of each rung alone. None: that of what is generated.
-        read : UnfinishedKV, optional
-            The prompt as it was coded while it was read: entries that go to a rung of its format keep their lines.
         """
-        device, members = keys.device, Members.none(counts, keys.device)
+        device, members = listed.device, Members.none(counts, listed.device)
         by_rung: Sequence[Lengths] = _all_in(coding.generated, len(coding.forms), counts)
         if levels is not None and len(coding.forms) > 1:
             rungs, by_rung = levels
             listed, members = listed[rungs.argsort(stable=True)], Members.of(rungs, counts)
-        arenas, at = [], 0
-        for form, own in zip(coding.forms, by_rung, strict=True):
-            arena, count = _lines(form, own, device), sum(map(sum, own))
+        arenas, work, at = [], [], 0
+        for rung, (form, own) in enumerate(zip(coding.forms, by_rung, strict=True)):
+            arenas.append(_lines(form, own, device))
+            count = sum(map(sum, own))
             if count:
-                told = spans(listed[at : at + count], flat(own), end)
-                with arena.table_in_turn() as table:
-                    kernels.pack_lines(
-                        keys, values, table, form, coding.maps, on_device(told, device), end=end,
-                        longest=max(map(max, own)),
-                    )  # fmt: skip
-                if read is not None and read.form == form:
-                    read.move_lines(listed[at : at + count], own, arena)
-            arenas.append(arena)
+                some = listed[at : at + count]
+                work.append(Packing(rung, some, own, spans(some, flat(own), end)))
             at += count
-        return cls(arenas, members, coding)
+        return cls(arenas, members, coding), work
+
+    def pack(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        work: "Sequence[Packing]",
+        told: Sequence[Tensor],
+        end: int,
+        read: "UnfinishedKV | None" = None,
+    ) -> None:
+        """Code entries of dense ``[B, H_kv, n, D]`` of one type, as `to_pack` says it.
+
+        ``told`` are the spans of the ``work`` on the device; ``read`` is the prompt as it was coded while it was read:
+        entries that go to a rung of its format keep their lines.
+        """
+        for job, where in zip(work, told, strict=True):
+            form, arena = self.coding.forms[job.rung], self.rungs[job.rung]
+            with arena.table_in_turn() as table:
+                kernels.pack_lines(
+                    keys, values, table, form, self.coding.maps, where, end=end, longest=max(map(max, job.counts))
+                )
+            if read is not None and read.form == form:
+                read.move_lines(job.listed, job.counts, arena)
 
     # -- what they are ------------------------------------------------------------------------
 
@@ -275,10 +297,16 @@ def sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
 
 
 def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:
-    """An arena for so many packed lines, which are still to be written."""
-    lines = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=device)
-    factors = torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device)
-    return KVArena.like(lines, factors, lengths, growth=0)
+    """An arena for so many packed lines, which are still to be written, as is its table."""
+    return KVArena.like(*_like(form.line_bytes, device), lengths, growth=0, told=False)
+
+
+@lru_cache(maxsize=32)
+def _like(line_bytes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """No line and no factors."""
+    with torch.inference_mode(False):
+        lines = torch.empty(0, line_bytes, dtype=torch.uint8, device=device)
+        return lines, torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device)
 
 
 def _all_in(rung: int, rungs: int, counts: Lengths) -> list[Lengths]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
-from refreekv.storage.arena import LEAST_GROWTH, KVArena, on_device
+from refreekv.storage.arena import LEAST_GROWTH, KVArena, growth_within, on_device, tell
 from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
@@ -104,7 +104,8 @@ class LeveledKV(KVStorage):
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
         longest = max(map(max, coded))
         growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
-        exact = KVArena.gathered(keys, values, lengths, spans(exactly, around, end), end, growth=growth)
+        growth = growth_within(keys, lengths) if growth is None else growth
+        exact = KVArena.like(keys, values, lengths, growth, told=False)
         asked = None
         if levels is not None and len(coding.forms) > 1:
             rungs = torch.cat(
@@ -115,7 +116,11 @@ class LeveledKV(KVStorage):
                 ]
             )
             asked = rungs, [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
-        return cls(exact, CodedLines.packed(keys, values, listed, coded, coding, end, asked, read), sinks, types)
+        lines, work = CodedLines.to_pack(listed, coded, coding, end, asked)
+        where, *places = tell([exact, *lines.rungs], [spans(exactly, around, end), *(job.spans for job in work)])
+        exact.fill(keys, values, where, end)
+        lines.pack(keys, values, work, places, end, read)
+        return cls(exact, lines, sinks, types)
 
     # -- what every storage has -----------------------------------------------------------------
 
