@@ -161,7 +161,7 @@ class Side:
                 start += plane.bytes
         return tuple(found)
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Bytes of the planes."""
         return sum(plane.bytes for plane in self.planes)
@@ -286,7 +286,7 @@ class PackedFormat:
         """The values' part."""
         return Side(self.value_size, self.value_widths)
 
-    @property
+    @functools.cached_property
     def line_bytes(self) -> int:
         """Bytes of a line, factors not among them."""
         return -(-(self.keys.bytes + self.values.bytes) // 8) * 8

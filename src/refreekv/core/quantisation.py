@@ -233,7 +233,13 @@ class Ladder:
 
     def forms(self, sizes: Sequence[int], *, sorted_keys: bool = False) -> tuple[PackedFormat, ...]:
         """The packed lines of each rung; see `KVDtype.form`."""
-        return tuple(rung.form(sizes, sorted_keys=sorted_keys) for rung in self.rungs)
+        return _forms(self, tuple(sizes), sorted_keys)
+
+
+@functools.lru_cache(maxsize=64)
+def _forms(ladder: Ladder, sizes: tuple[int, ...], sorted_keys: bool) -> tuple[PackedFormat, ...]:
+    """`Ladder.forms`: the same objects each time, as they remember what they are asked for."""
+    return tuple(rung.form(sizes, sorted_keys=sorted_keys) for rung in ladder.rungs)
 
 
 PROMPT_DTYPE = KVDtype("int8")
@@ -288,7 +294,7 @@ def _sum(entries: Tensor) -> Tensor:
     """The sum ``[..., D]`` of all entries ``[..., n, D]``, of blocks first: in few launches, and little memory."""
     even, wide = entries.shape[-2] // BLOCK * BLOCK, _wide(entries)
     # [..., n, D] -> [..., n / BLOCK, BLOCK, D]
-    total = entries[..., :even, :].unflatten(-2, (-1, BLOCK)).sum(-2, dtype=wide).sum(-2)
+    total: Tensor = entries[..., :even, :].unflatten(-2, (-1, BLOCK)).sum(-2, dtype=wide).sum(-2)
     return total if even == entries.shape[-2] else total + entries[..., even:, :].sum(-2, dtype=wide)
 
 

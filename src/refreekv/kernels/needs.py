@@ -48,7 +48,8 @@ def _needs_kernel(
     peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out,
     length, kv_heads, ss_b, st_b, st_h, sd_b, sinks, recent, follow, chunks,
     unit, spread_unit, hit, share, copying, level_unit, level_spread_unit, level_copying, weight, code_unit,
-    LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pair // kv_heads, pair % kv_heads

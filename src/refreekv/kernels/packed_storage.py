@@ -12,7 +12,7 @@ import functools
 import triton
 import triton.language as tl
 
-from refreekv.core.packed_lines import MOST, SIZES, Side, step
+from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, Side, step
 from refreekv.kernels import shared_memory
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Transfer
@@ -218,6 +218,13 @@ def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
     return tuple(found)
 
 
+@functools.cache
+def _parts(form: PackedFormat) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...], int]:
+    """`chunks` of keys and of values, and the most channels that both have places for."""
+    both = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    return *both, max(int(sum(part[2] * 8 // part[0] for part in some)) for some in both)
+
+
 @on_its_device
 def launch_pack(given: Transfer, block: int | None = None, warps: int | None = None) -> None:
     """Write chosen entries to lines; see `kernels.pack_lines`.
@@ -228,15 +235,14 @@ def launch_pack(given: Transfer, block: int | None = None, warps: int | None = N
     keys, values, source, table, form, maps, spans, end, longest, starts = given
     keys, values, kv_heads = elements_first(keys), elements_first(values), given.kv_heads
     strides = given._replace(keys=keys, values=values).strides
-    key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    key_chunks, value_chunks, columns = _parts(form)
     if block is None:
         block = 64 if keys.dtype.itemsize == 2 else 32
     # Of each stage the entries' and the matrices' part of what is multiplied next.
-    columns = max(sum(part[2] * 8 // part[0] for part in some) for some in (key_chunks, value_chunks))
     if warps is None:
         # Registers for all of an entry's channels at once.
         warps = 4 if columns <= 128 else 8
-    stage = BLOCK_IN * keys.element_size() * (block + len(maps.key_sum) * int(columns))
+    stage = BLOCK_IN * keys.element_size() * (block + len(maps.key_sum) * columns)
     stages = max(1, min(3, shared_memory.for_tiles(keys.device) // stage))
     _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
         keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,

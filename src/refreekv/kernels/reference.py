@@ -34,9 +34,7 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
-def leveled(
-    order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
-) -> tuple[Tensor, Tensor]:
+def leveled(order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int) -> tuple[Tensor, Tensor]:
     """`kernels.leveled`."""
     groups = max(levels.shape[1], kept.shape[1])
     order, kept = order.expand(-1, groups, -1), kept.expand(-1, groups)

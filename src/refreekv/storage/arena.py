@@ -110,9 +110,8 @@ class KVArena(FlatKV):
 
         ``spans`` has a line for each segment; it and ``end`` are explained at `kernels.gather`.
         """
-        arena = cls.like(keys, values, lengths, growth_within(keys, lengths), told=False)
-        (where,) = tell([arena], [spans])
-        arena.fill(keys, values, where, end)
+        arena = cls.like(keys, values, lengths, growth_within(keys, lengths))
+        arena.fill(keys, values, on_device([list(span) for span in spans], keys.device), end)
         return arena
 
     def fill(self, keys: Tensor, values: Tensor, spans: Tensor, end: int) -> None:
@@ -473,23 +472,24 @@ def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         return table.to(device, non_blocking=True)
 
 
-def tell(arenas: Sequence[KVArena], others: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
-    """Give arenas that have none their tables, and bring other lines of integers to their device: in one copy.
+def tell(arenas: Sequence[KVArena]) -> None:
+    """Give arenas that have none their tables, in one copy: each costs the host as much as some launches."""
+    tables = together([arena._lines() for arena in arenas], arenas[0].device)
+    for arena, table in zip(arenas, tables, strict=True):
+        arena.table = table
 
-    Each copy costs the host as much as a launch or two, and a layer of codes needs ten such tables.
-    """
-    device, flat, where = arenas[0].device, list[int](), []
-    for lines in [*(arena._lines() for arena in arenas), *others]:
+
+def together(parts: Sequence[Sequence[Sequence[int]]], device: torch.device) -> list[Tensor]:
+    """Several lists of equally long lines of integers on a device, in one copy and one storage."""
+    flat, where = list[int](), []
+    for lines in parts:
         start = len(flat)
         flat += chain.from_iterable(lines)
         where.append((start, len(flat), len(lines)))
         flat += [0] * (len(flat) % 2)  # whatever kernels read begins at a multiple of 16 bytes, as tensors do
     with torch.inference_mode(False):
         (one,) = on_device([flat], device)
-        found = [one[start:stop].view(lines, -1) for start, stop, lines in where]
-    for arena, table in zip(arenas, found, strict=False):
-        arena.table = table
-    return found[len(arenas) :]
+        return [one[start:stop].view(lines, -1) for start, stop, lines in where]
 
 
 def _rectangular(heads: Piece, longest: int) -> Tensor:

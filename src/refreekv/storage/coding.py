@@ -63,5 +63,5 @@ def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None) -> Packed
     """The maps that take means ``[B, H_kv, D]`` out of entries in ``dtype``, by codes of the model's own if given."""
     with torch.inference_mode(False):
         # Copies, as the prompt's own may be of inference mode.
-        own = [part.to(torch.float32, copy=True) for part in centres]
-        return PackedMaps.rotated(*own, dtype) if codes is None else codes.maps(*own, dtype)
+        keys, values = (part.to(torch.float32, copy=True) for part in centres)
+        return PackedMaps.rotated(keys, values, dtype) if codes is None else codes.maps(keys, values, dtype)

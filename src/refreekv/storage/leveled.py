@@ -17,7 +17,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
-from refreekv.storage.arena import LEAST_GROWTH, KVArena, growth_within, on_device, tell
+from refreekv.storage.arena import LEAST_GROWTH, KVArena, growth_within, on_device, tell, together
 from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
@@ -117,7 +117,9 @@ class LeveledKV(KVStorage):
             )
             asked = rungs, [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
         lines, work = CodedLines.to_pack(listed, coded, coding, end, asked)
-        where, *places = tell([exact, *lines.rungs], [spans(exactly, around, end), *(job.spans for job in work)])
+        tell([exact, *lines.rungs])
+        # Spans are of no use once kernels have read them: they are not kept with the tables.
+        where, *places = together([spans(exactly, around, end), *(job.spans for job in work)], device)
         exact.fill(keys, values, where, end)
         lines.pack(keys, values, work, places, end, read)
         return cls(exact, lines, sinks, types)

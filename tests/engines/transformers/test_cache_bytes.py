@@ -13,7 +13,7 @@ from helpers.driving import PRUNING, RAGGED, check_bytes, feed, greedy, index_by
 from helpers.models import LAYERS, build, full_layers, prompts
 from refreekv import ReFreeKVCache
 from refreekv.core.selection import Selection
-from refreekv.engines.transformers import attention as interface
+from refreekv.engines.transformers import layer as layer_module
 from refreekv.policies import JointPolicy, LayerView, Policy
 
 
@@ -165,19 +165,11 @@ def test_half_precision(dtype, attention):
     assert torch.equal(greedy(model, ids, mask, nothing), greedy(model, ids, mask, DynamicCache(config=model.config)))
 
 
-class _OnGpu(torch.Tensor):
-    """A tensor that says it is on a GPU; what is computed from it is an ordinary tensor."""
-
-    is_cuda = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-
 def test_layers_compacted_later_as_on_a_gpu(llama, new_cache, monkeypatch):
     """There a layer is compacted when the next one was decided on: one full layer at a time, the same result."""
     at_once = new_cache()
     logits, mask = prefill(llama, at_once)
-    call = interface.AttentionCall
-    monkeypatch.setattr(interface, "AttentionCall", lambda query, *a, **k: call(query.as_subclass(_OnGpu), *a, **k))
+    monkeypatch.setattr(layer_module, "is_late", lambda device: True)
     later, waiting = new_cache(), []
     handles = [
         layer.self_attn.register_forward_hook(

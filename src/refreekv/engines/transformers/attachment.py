@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refreekv.engines.transformers import following, sessions
+from refreekv.engines.transformers import fingerprint, following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.copy_scores import copy_scores
 from refreekv.engines.transformers.finding import COMPILED, check_can_prune
 from refreekv.engines.transformers.graph import Decoder
-from refreekv.engines.transformers.key_codes import key_codes
+from refreekv.engines.transformers.key_codes import are_known, key_codes
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT
 from refreekv.engines.transformers.read_again import ReadingCache
@@ -237,11 +237,15 @@ class Attachment:
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
+            weights = None
             if tokens is not None and cache.state.codes_wanted:
                 cache.state.codes_wanted = False
-                cache.state.key_codes = key_codes(self.model)
+                # Asked once for codes and scores: the device waits meanwhile. A pass that measures may change it.
+                asked = fingerprint.of_contents(self.model)
+                weights = asked if are_known(self.model, asked) else None
+                cache.state.key_codes = key_codes(self.model, asked)
             if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
-                cache.state.copy_scores = copy_scores(self.model)
+                cache.state.copy_scores = copy_scores(self.model, weights)
         if cache.made_for(self.model):
             if (verification := cache.state.verification) is not None:
                 cache.state.refresh()

@@ -20,19 +20,19 @@ KEPT = "copy_scores."
 _KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[object, tuple[Tensor, ...]]]" = weakref.WeakKeyDictionary()
 
 
-def copy_scores(model: PreTrainedModel) -> Sequence[Tensor]:
+def copy_scores(model: PreTrainedModel, weights: object = None) -> Sequence[Tensor]:
     """The copy score of each KV head, measured at the first call and remembered with the model, and on disk.
 
     The score is the mean attention that the second saying of a token gives to the token after its
     first saying, the largest over the query heads that share the KV head. To be called while
-    refreekv is attached to the model.
+    refreekv is attached to the model. ``weights`` are what `fingerprint.of_contents` says of it now; None: it is asked.
 
     Returns
     -------
     sequence of Tensor
         By full-attention layer, ``[H_kv]`` float32 in [0, 1].
     """
-    weights = fingerprint.of_contents(model)
+    weights = fingerprint.of_contents(model) if weights is None else weights
     known = _KNOWN.get(model)
     if known is None or known[0] != weights:
         # A model that changed in this process is not what its file says.

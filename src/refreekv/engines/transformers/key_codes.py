@@ -22,10 +22,17 @@ _KNOWN = weakref.WeakKeyDictionary()
 _log = logging.getLogger("refreekv")
 
 
-def key_codes(model: PreTrainedModel) -> Sequence[KeyCodes] | None:
+def are_known(model: PreTrainedModel, weights: object) -> bool:
+    """Whether codes of a model of which `fingerprint.of_contents` says ``weights`` are at hand, without any pass."""
+    known = _KNOWN.get(model)
+    return known is not None and known[0] == weights
+
+
+def key_codes(model: PreTrainedModel, weights: object = None) -> Sequence[KeyCodes] | None:
     """Codes for the keys of each full-attention layer, measured at the first call and remembered, also on disk.
 
-    Copy scores are measured on the way. To be called while refreekv is attached to the model.
+    Copy scores are measured on the way. To be called while refreekv is attached to the model. ``weights`` are what
+    `fingerprint.of_contents` says of it now; None: it is asked.
 
     Returns
     -------
@@ -33,7 +40,7 @@ def key_codes(model: PreTrainedModel) -> Sequence[KeyCodes] | None:
         None where none can be measured: a layer takes no part in a pass over plain text, or has heads that are no
         multiple of 16.
     """
-    weights = fingerprint.of_contents(model)
+    weights = fingerprint.of_contents(model) if weights is None else weights
     known = _KNOWN.get(model)
     if known is None or known[0] != weights:
         # A model that changed in this process is not what its file says.
