@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Packing(NamedTuple):
-    """Columns int32 ``[entries]`` that are to be coded into a rung, how many are of each segment, and where these are."""
+    """Columns int32 ``[entries]`` that go to a rung, how many are of each segment, and where those are listed."""
 
     rung: int
     listed: Tensor
