@@ -468,7 +468,7 @@ def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers on a device; the host does not wait for it."""
     with torch.inference_mode(False):
         # In pinned memory from the start: a copy to it costs the host as much as all the rest.
-        table = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
+        table = torch.tensor(lines, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         return table.to(device, non_blocking=True)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def spread(numbers: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """Each number so many times: int64 ``[sum of counts]``."""
-    pair = torch.tensor([list(numbers), list(counts)], dtype=torch.int64, pin_memory=device.type == "cuda")
+    both, pinned = [list(numbers), list(counts)], device.type == "cuda"
+    pair = torch.tensor(both, dtype=torch.int64, device="cpu", pin_memory=pinned)
     number, count = pair.to(device, non_blocking=True).unbind()
     return torch.repeat_interleave(number, count, output_size=sum(counts))
 

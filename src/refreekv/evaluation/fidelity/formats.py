@@ -52,7 +52,7 @@ class StoredPolicy(Policy):
         if not self.fits(sizes):
             return self.policy.select(view)
         forms = self.ladder.forms(sizes, sorted_keys=view.key_power is not None)
-        return self.policy.select(replace(view, forms=forms))
+        return self.policy.select(replace(view, forms=forms, damage=None))
 
     def freezes(self, layer: int) -> bool:
         """What the policy says."""
