@@ -26,8 +26,9 @@ from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
-from refreekv.kernels.packed_calls import PackedKV, Transfer
+from refreekv.kernels.packed_calls import Moved, PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.kernels.packed_recode import launch_recode
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
@@ -165,6 +166,13 @@ def unpack(dtype, heads, head_size, layout):
         launch_unpack(Transfer(entries, entries, target, table, form, maps, spans, 100, 100, None))
 
 
+def recode(dtype, heads, head_size, layout):
+    _, table, form, maps = lines(dtype, heads, head_size, layout)
+    forms, listed = (form, PackedFormat(head_size, head_size, (8,) * 4, (8,) * 4)), torch.zeros(9, dtype=torch.int64)
+    moved = Moved(table, table.repeat(2, 1), listed.to(torch.uint8), listed, listed[:1], forms, 0, maps, 9)
+    launch_recode(table, moved)
+
+
 def paged(dtype, group, head_size, kinds, queries=1):
     """Attention over pages with rungs of these kinds, if any; and what writes to pages."""
     pool = Pool.of([torch.zeros(4, 16, 2, 2 * head_size, dtype=dtype).transpose(1, 2)])
@@ -213,6 +221,7 @@ ONCE = [
     (linear, torch.bfloat16, 1, 256),
     (small, torch.bfloat16, 2, 128),
     (ladder, torch.bfloat16, 4, 128, "4444/4444"),
+    (recode, torch.bfloat16, 4, 128, "8642/4444"),
     (unpack, torch.float32, 16, 256, "8888/8888"),
     (unpack, torch.bfloat16, 3, 64, "8642/4444"),
     (paged, torch.bfloat16, 4, 128, ""),

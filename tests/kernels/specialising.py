@@ -36,6 +36,9 @@ def use(batch, length, group):
     )
     storage.full()
     storage.attend(torch.randn(batch, HEADS * group, 1, SIZES[0]).bfloat16(), None, None, None)
+    length = storage.lengths[0][0] - 80
+    kept = [Columns.of_ranges((0, length))] * batch
+    storage = storage.keep(kept, 80, [Levels((rung[:length],), ((0,) * 4,))] * batch)
     for _ in range(80):
         storage.append(keys[:, :, :1], values[:, :, :1])
 

@@ -22,12 +22,13 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
-from refreekv.kernels import ops, packed_ops, probe_blocks, reference
-from refreekv.kernels.packed_calls import Transfer
+from refreekv.kernels import ops, packed_ops, packed_reference, probe_blocks, reference
+from refreekv.kernels.packed_calls import Moved, Transfer
 from refreekv.kernels.table import Format
 
 __all__ = [
     "Format",
+    "Moved",
     "Needs",
     "ProbeReductions",
     "Probes",
@@ -46,6 +47,7 @@ __all__ = [
     "probe_reductions",
     "put_surrogates",
     "ragged_decode",
+    "recode_lines",
     "uni_metric_cut",
     "unpack_lines",
 ]
@@ -412,6 +414,28 @@ def unpack_lines(
         packed_ops.unpack_lines_on_cuda(given)
     else:
         packed_ops.unpack_lines(*given.flat)
+
+
+def recode_lines(given: Moved) -> None:
+    """Fill segments with lines of one format, made of lines of it or of wider ones.
+
+    A line of the format stays byte by byte what it is. Others are coded anew from what they stand for in code space.
+
+    Parameters
+    ----------
+    given : Moved
+        ``table`` of the segments to fill, and how many lines each gets; ``rungs`` (uint8) and ``at`` (int64)
+        ``[lines]`` of all lines that are listed: the format, and the number in the storage, of what each is made of;
+        ``starts`` (int64) of each segment's first one in that list. ``sources`` has a line for each of the ``forms``:
+        addresses of its first line and first pair of factors, how many there are, and the bytes of a line. ``target``
+        is the number of the format that is made.
+    """
+    if _at_once(given.table):
+        from refreekv.kernels.packed_recode import launch_recode
+
+        launch_recode(given.table, given)
+    else:
+        packed_reference.recode(given)
 
 
 def packed_attention(

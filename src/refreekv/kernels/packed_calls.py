@@ -93,6 +93,35 @@ class Transfer(NamedTuple):
             )
 
 
+class Moved(NamedTuple):
+    """What is recoded, as `kernels.recode_lines` is given it."""
+
+    table: Tensor
+    sources: Tensor
+    rungs: Tensor
+    at: Tensor
+    starts: Tensor
+    forms: Sequence[PackedFormat]
+    target: int
+    maps: PackedMaps
+    longest: int
+
+    def check(self) -> None:
+        """ValueError unless shapes, types and devices go together."""
+        counts = len(self.forms), len(self.rungs), len(self.table)
+        wanted = (
+            (self.sources, (counts[0], 4), torch.int64), (self.rungs, (counts[1],), torch.uint8),
+            (self.at, (counts[1],), torch.int64), (self.starts, (counts[2],), torch.int64),
+            (self.table, (counts[2], 4), torch.int64),
+        )  # fmt: skip
+        for part, shape, kind in wanted:
+            if part.shape != shape or part.dtype != kind or part.device != self.table.device or not part.is_contiguous():
+                raise ValueError(
+                    f"lines are recoded by contiguous tensors on one device: expected {kind} {list(shape)}, got "
+                    f"{part.dtype} {list(part.shape)} on {part.device}"
+                )
+
+
 class PackedKV(NamedTuple):
     """What attention reads: exact entries and packed lines, as `kernels.packed_attention` is given them."""
 

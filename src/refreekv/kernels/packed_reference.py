@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
-from refreekv.kernels.packed_calls import Transfer
+from refreekv.kernels.packed_calls import Moved, Transfer
 from refreekv.kernels.reference import as_written
 from refreekv.kernels.table import LENGTH, entries
 
@@ -66,6 +66,33 @@ def unpack(given: Transfer) -> None:
         # k = A^-1 w + mean, and the dual is the transposed A^-1
         into[0][where] = torch.addmm(own.key_mean.to(wide), coded[0], own.key_dual.to(wide)).to(keys.dtype)
         into[1][where] = torch.addmm(own.value_mean.to(wide), coded[1], own.value_back.T.to(wide)).to(values.dtype)
+
+
+@as_written
+def recode(given: Moved) -> None:
+    """`kernels.recode_lines`."""
+    given.check()
+    table, sources, rungs, at, starts, forms, target, maps, _ = given
+    form, counts, kv_heads = forms[target], table[:, LENGTH].tolist(), maps.key_mean.shape[1]
+    number = torch.cat([start + torch.arange(n) for start, n in zip(starts.tolist(), counts, strict=True)])
+    worth = maps.key_worth.expand(len(table) // kv_heads, -1, -1).flatten(0, 1)  # [segments, D]
+    worth = worth.repeat_interleave(table[:, LENGTH], 0)  # [entries, D]
+    lines = torch.empty(len(number), form.line_bytes, dtype=torch.uint8)
+    factors = torch.empty(len(number), FACTOR_BYTES // 2, dtype=torch.float16)
+    for rung, own in enumerate(forms):
+        some = rungs[number] == rung
+        if not bool(some.any()):
+            continue
+        held, place = sources[rung : rung + 1].clone(), at[number[some]]
+        held[0, LENGTH:] = place.max() + 1
+        found = tuple(part[place] for part in lines_of(held, 0, own))
+        if rung != target:
+            found = form.pack(*own.unpack(*found, torch.float32), worth[some])
+        lines[some], factors[some] = found
+    new = zip(lines.split(counts), factors.split(counts), strict=True)
+    for segment, parts in enumerate(new):
+        for there, part in zip(lines_of(table, segment, form), parts, strict=True):
+            there[: len(part)] = part
 
 
 def _places(spans: Tensor, segment: int, count: int, end: int) -> slice | Tensor:

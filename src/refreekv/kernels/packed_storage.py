@@ -57,43 +57,20 @@ def _levels(CHUNKS: tl.constexpr, AT: tl.constexpr, w, unit, later):
 
 
 @triton.jit
-def _pack_side(
-    entries, step_of_entries, source, real, offsets, matrix, rest, worth, lines, line, HAS_WORTH: tl.constexpr,
-    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
+def _write_side(
+    centred, real, worth, lines, line, same, earlier, HAS_WORTH: tl.constexpr, COPIES: tl.constexpr,
+    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors.
+    """Code one side of entries in code space, by tiles, and write its planes to ``line`` of ``lines``: the factors.
 
-    The matrix is the sum of that at ``matrix`` and another so many elements behind.
+    With ``COPIES`` those that are the ``same`` get the bytes at the addresses ``earlier`` in the place of codes.
     """
-    coded = ()
-    for c in tl.static_range(COUNT):
-        for _ in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            coded = coded + (tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.float32),)
-    for start in range(0, SIZE, BLOCK_IN):
-        i = start + tl.arange(0, BLOCK_IN)
-        at = entries + source[:, None] * step_of_entries + i[None, :]
-        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0)
-        new = ()
-        for c in tl.static_range(COUNT):
-            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-                channel, there, _later = _columns(CHUNKS, c, place)
-                at = matrix + channel[None, :] * SIZE + i[:, None]
-                wanted = there[None, :] & (i < SIZE)[:, None]
-                part = tl.load(at, wanted, 0.0)
-                done = tl.dot(x, part, coded[constant(CHUNKS, c, 17) + place], input_precision="ieee")
-                if not EXACT:
-                    done = tl.dot(x, tl.load(at + rest, wanted, 0.0), done)
-                new = new + (done,)
-        coded = new
     squares = tl.zeros([BLOCK_T], tl.float32)
-    centred = ()
     for c in tl.static_range(COUNT):
         for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
             channel, there, later = _columns(CHUNKS, c, place)
-            w = coded[constant(CHUNKS, c, 17) + place] - tl.load(offsets + channel, there, 0.0)[None, :]
+            w = centred[constant(CHUNKS, c, 17) + place]
             squares += tl.sum(tl.where(_counts(CHUNKS, c, there, later)[None, :], w * w, 0.0), 1)
-            centred = centred + (w,)
     size = tl.sqrt_rn(squares * (1.0 / SIZE))
     unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
@@ -141,8 +118,53 @@ def _pack_side(
             packed |= tl.where(there[None, :], bits << (constant(CHUNKS, c, 0) * place), 0)
         byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
         to = lines + line[:, None] * LINE + (constant(CHUNKS, c, 1) + byte)[None, :]
+        if COPIES:
+            was = earlier.to(tl.pointer_type(tl.uint8))[:, None] + (constant(CHUNKS, c, 1) + byte)[None, :]
+            copied = (real & same)[:, None] & (byte < constant(CHUNKS, c, 5))[None, :]
+            packed = tl.where(same[:, None], tl.load(was, copied, 0).to(tl.int32), packed)
         tl.store(to, packed.to(tl.uint8), real[:, None] & (byte < constant(CHUNKS, c, 5))[None, :])
     return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
+
+
+@triton.jit
+def _pack_side(
+    entries, step_of_entries, source, real, offsets, matrix, rest, worth, lines, line, HAS_WORTH: tl.constexpr,
+    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors.
+
+    The matrix is the sum of that at ``matrix`` and another so many elements behind.
+    """
+    coded = ()
+    for c in tl.static_range(COUNT):
+        for _ in tl.static_range(8 // constant(CHUNKS, c, 0)):
+            coded = coded + (tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.float32),)
+    for start in range(0, SIZE, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        at = entries + source[:, None] * step_of_entries + i[None, :]
+        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0)
+        new = ()
+        for c in tl.static_range(COUNT):
+            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+                channel, there, _later = _columns(CHUNKS, c, place)
+                at = matrix + channel[None, :] * SIZE + i[:, None]
+                wanted = there[None, :] & (i < SIZE)[:, None]
+                part = tl.load(at, wanted, 0.0)
+                done = tl.dot(x, part, coded[constant(CHUNKS, c, 17) + place], input_precision="ieee")
+                if not EXACT:
+                    done = tl.dot(x, tl.load(at + rest, wanted, 0.0), done)
+                new = new + (done,)
+        coded = new
+    centred = ()
+    for c in tl.static_range(COUNT):
+        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
+            channel, there, _later = _columns(CHUNKS, c, place)
+            w = coded[constant(CHUNKS, c, 17) + place] - tl.load(offsets + channel, there, 0.0)[None, :]
+            centred = centred + (w,)
+    return _write_side(
+        centred, real, worth, lines, line, real, line, HAS_WORTH, False, SIZE, LINE, COUNT, CHUNKS, BLOCK_T
+    )
 
 
 # Another prompt's length, and more rows, are no reason to compile for seconds.

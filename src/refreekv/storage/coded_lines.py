@@ -18,6 +18,7 @@ from refreekv.storage.coding import Coding
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
+from refreekv.storage.recoding import recoded
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
@@ -194,31 +195,11 @@ class CodedLines:
             return type(self)(
                 [self.rungs[0].taken(stay, counts)], Members.none(counts, self.rungs[0].device), self.coding
             )
-        old = self.rung_of_each()
-        was = old[stay]
-        rungs = was if asked is None else torch.minimum(was, asked)
-        lines = [arena.full() for arena in self.rungs]
-        # Where each coded entry's line is among those of its rung.
-        order = old.argsort(stable=True)
-        line = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        line -= torch.tensor(starts_of([len(own.keys) for own in lines]), device=order.device)[old.long()]
-        line, found = line[stay], []
-        for rung, own in enumerate(counted(rungs, counts, len(lines))):
-            wanted = rungs == rung
-            came, at = was[wanted], line[wanted]
-            keys, values = (part.new_empty(len(at), part.shape[1]) for part in (lines[rung].keys, lines[rung].values))
-            # [segments, D], and the segment of each entry
-            worth = self.coding.maps.key_worth.expand(len(own), -1, -1).flatten(0, 1)
-            segment = spread(range(len(worth)), flat(own), at.device)
-            for other in range(rung, len(lines)):
-                some = came == other
-                source = lines[other].keys[at[some]], lines[other].values[at[some]]
-                if other > rung:
-                    coded = self.coding.forms[other].unpack(*source, torch.float32)
-                    source = self.coding.forms[rung].pack(*coded, worth[segment[some]])
-                keys[some], values[some] = source
-            found.append(self.rungs[rung].holding(RaggedKV(keys, values, own)))
-        return type(self)(found, Members.of(rungs, counts), self.coding)
+        hosted = self.in_host_memory
+        made = type(self)(*recoded(self, stay, asked, counts), self.coding)
+        if hosted:
+            made.move_to_host()
+        return made
 
     # -- in place -------------------------------------------------------------------------------
 

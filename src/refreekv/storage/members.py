@@ -66,7 +66,8 @@ class Members:
     def rungs(self) -> Tensor:
         """All that are here: uint8 ``[entries]``, one segment after the other."""
         each = flat(self.counts)
-        fields = torch.stack([self.packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()  # [bytes * 4]
+        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=self.packed.device)
+        fields = (self.packed[:, None] >> shifts & 3).flatten()  # [bytes, 4] -> [bytes * 4]
         return fields if len(fields) == sum(each) else fields[_shifted(each, fields.device)]
 
     def of_rows(self, rows: Sequence[int]) -> "Members":
@@ -112,7 +113,10 @@ def counted(rungs: Tensor, counts: Counts, most: int) -> list[list[tuple[int, ..
     """
     segments, heads = sum(map(len, counts)), len(counts[0])
     segment = spread(range(segments), flat(counts), rungs.device)
-    found = torch.bincount(segment * most + rungs, minlength=segments * most)
+    places = segment * most + rungs
+    # Without `bincount`, which asks the device for the largest number first.
+    found = torch.zeros(segments * most, dtype=torch.int64, device=rungs.device)
+    found.index_add_(0, places, torch.ones_like(places))
     # [segments * rungs] -> [rungs, rows, KV heads]
     by_rung = found.view(-1, heads, most).permute(2, 0, 1).tolist()
     return [[tuple(row) for row in rows] for rows in by_rung]

@@ -64,6 +64,13 @@ def warm_up(
     def code_and_decode(rungs: Ladder) -> None:
         storage(rungs, SINKS + SOME + ladder.recent)[0].full()
 
+    def recode(rung: int) -> None:
+        own, _ = storage(ladder, SINKS + 1)
+        sources, none = torch.zeros(len(ladder.rungs), 4, dtype=torch.int64), torch.zeros(0, dtype=torch.uint8)
+        listed = (part.to(device) for part in (sources, none, none.long(), torch.zeros(heads, dtype=torch.int64)))
+        table = own.lines.rungs[rung].table
+        kernels.recode_lines(kernels.Moved(table, *listed, own.coding.forms, rung, own.coding.maps, 1))
+
     def code_generated() -> None:
         rungs = Ladder((ladder.rungs[ladder.generated],))
         own, (keys, values) = storage(rungs, SINKS + ladder.recent)
@@ -85,6 +92,8 @@ def warm_up(
 
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend, code_generated]
+    if len(ladder.rungs) > 1:
+        jobs += [lambda rung=rung: recode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
     jobs += [lambda rung=rung: code_and_decode(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
     with ThreadPoolExecutor(min(cores, len(jobs)), thread_name_prefix="refreekv-compile") as pool:
         list(pool.map(tried, jobs))

@@ -16,6 +16,7 @@ from refreekv.core.autocast import without_autocast
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE
+from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.engines.transformers.remembering import RememberingLayer
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
@@ -66,6 +67,8 @@ class ReFreeKVLayer(RememberingLayer):
 
     def _look_at(self, call: AttentionCall) -> None:
         before = self._length - call.query.shape[2]
+        if self._padding.stored is None and self._padding.seen is None and hides_nothing(call.mask):
+            call = replace(call, mask=None)  # nothing is asked of the device to find that nothing is hidden
         after = self.state.tokens_after_prompt(before, self._length)
         if after is not None:
             self._padding = self._padding.with_chunk(call, before, self._length - after).at_end()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 
 from refreekv.core.autocast import without_autocast
 from refreekv.core.probes import attention_rows
@@ -44,10 +45,28 @@ def marking(mask_function: Callable[..., Tensor | None]) -> Callable[..., Tensor
     def marked(*args: Any, **kwargs: Any) -> Tensor | None:
         mask = mask_function(*args, **kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 4:
-            setattr(mask, _MARK, True)
+            setattr(mask, _MARK, _is_plain(mask, kwargs))
         return mask
 
     return marked
+
+
+def _is_plain(mask: Tensor, given: dict[str, Any]) -> bool:
+    """Whether a mask of several queries, made with these arguments, hides what is to come and nothing else.
+
+    Asked once for all layers of a forward; waits for the device where a mask of tokens was given.
+    """
+    if mask.shape[2] == 1 or given.get("mask_function") is not causal_mask_function or "attention_mask" not in given:
+        return False
+    tokens = given["attention_mask"]
+    if tokens is None:
+        return True
+    return not torch.compiler.is_compiling() and tokens.device.type != "meta" and bool(tokens.all())
+
+
+def hides_nothing(mask: Tensor | None) -> bool:
+    """Whether a mask says no more than that queries do not see what comes after them; None says that, too."""
+    return mask is None or any(getattr(part, _MARK, False) for part in (mask, mask._base) if part is not None)
 
 
 def is_own(mask: Tensor | None) -> bool:

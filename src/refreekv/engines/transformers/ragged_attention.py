@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.pruning.masks import causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
 
@@ -53,6 +54,8 @@ def ragged_attention(
     """
     storage = layer.ragged
     assert storage is not None
+    if hides_nothing(mask):
+        mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
