@@ -92,6 +92,7 @@ class Entries:
     def of_ragged(
         cls,
         storage: KVStorage,
+        rows: Sequence[tuple[Tensor, Tensor]],
         columns: Sequence[Columns],
         after: int,
         visible: Tensor | None,
@@ -101,11 +102,11 @@ class Entries:
     ) -> "list[Entries]":
         """A batch's row by row, without the last ``after`` entries of each.
 
-        ``columns`` are those of each row's entries, of which the ones before ``earlier_length`` were there at an
+        ``rows`` are the storage's, as `KVStorage.rows` gives them, and ``columns`` are those of each row's entries, of which the ones before ``earlier_length`` were there at an
         earlier prompt's end; ``visible`` and ``padding`` as in `of_dense`.
         """
         parts = []
-        for row, (keys, values) in enumerate(storage.rows()):
+        for row, (keys, values) in enumerate(rows):
             stored = keys.shape[1] - after
             # Heads may hold different columns, but only of those before any of these queries.
             held = columns[row].padded(keys.device)[:, :stored]

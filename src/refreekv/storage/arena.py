@@ -259,6 +259,11 @@ class KVArena(FlatKV):
         everything = self.full()
         return self.holding(RaggedKV(everything.keys[index], everything.values[index], lengths))
 
+    def picked(self, lines: Tensor, lengths: Sequence[tuple[int, ...]]) -> Self:
+        """A new arena of some entries, so many for each segment, by their lines in the flat tensors."""
+        with self.table_in_turn():
+            return self.holding(RaggedKV(self.keys[lines], self.values[lines], lengths))
+
     def holding(self, exact: RaggedKV) -> Self:
         """A new arena like this one that holds what an exact storage does."""
         return self._alike(exact.lengths, self.freed)._copied(exact)

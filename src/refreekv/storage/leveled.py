@@ -259,20 +259,24 @@ class LeveledKV(KVStorage):
         lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.lines.lengths))
         segment = spread(range(len(flat_counts)), flat_counts, device)
         # Each chosen entry's number among those of its segment, and where it is if it is coded and if it is not.
-        by_segment = starts_of(lengths), sinks, coded, starts_of(coded), starts_of(flat(self.exact.lengths))
+        by_segment = starts_of(lengths), sinks, coded, starts_of(coded), starts_of(flat(self.exact.capacities))
         starts, firsts, held, coded_starts, exact_starts = on_device(by_segment, device)[:, segment]
         number = chosen - starts
+        early = number < firsts
         is_coded = (number >= firsts) & (number < firsts + held)
         coded_at = number - firsts + coded_starts
-        exact_at = torch.where(number < firsts, number, number - held) + exact_starts
+        exact_at = torch.where(early, number, number - held) + exact_starts
         rungs = len(self.lines.rungs)
         asked = None if levels is None or rungs == 1 else _asked(levels, counts, after, rungs - 1)
-        early = counted((~is_coded & (number < firsts)).to(torch.uint8), counts, 2)[1]
-        left = counted(is_coded.to(torch.uint8), counts, 2)[1]
+        sides = counted((early + 2 * is_coded).to(torch.uint8), counts, 3)
+        left = sides[2]
+        # Exact ones, then coded ones: without asking the device once more how many they are.
+        order = is_coded.to(torch.uint8).argsort(stable=True)
+        exactly, stay = order.split([len(order) - (count := sum(map(sum, left))), count])
         made = type(self)(
-            self.exact.taken(exact_at[~is_coded], each(sub, counts, left)),
-            self.lines.kept(coded_at[is_coded], None if asked is None else asked[is_coded], left),
-            early,
+            self.exact.picked(exact_at[exactly], each(sub, counts, left)),
+            self.lines.kept(coded_at[stay], None if asked is None else asked[stay], left),
+            sides[1],
             self._types,
         )
         due = [made._due(row, after, 1) for row in range(len(counts))]

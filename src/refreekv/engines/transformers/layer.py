@@ -47,6 +47,8 @@ class ReFreeKVLayer(RememberingLayer):
 
     def _clear(self) -> None:
         super()._clear()
+        # What attention read of a ragged layer in full precision, for a policy that looks at it right behind.
+        self.rows_of_call: list[tuple[Tensor, Tensor]] | None = None
         self._unverified: AttentionCall | None = None
         # Number formats, the means that are taken out and the model's codes, of what is coded at the prompt's end.
         self._coded: tuple[Ladder, tuple[Tensor, Tensor], KeyCodes | None] | None = None
@@ -64,6 +66,7 @@ class ReFreeKVLayer(RememberingLayer):
             )
         with without_autocast(call.query.device):
             self._look_at(call)
+        self.rows_of_call = None
 
     def _look_at(self, call: AttentionCall) -> None:
         before = self._length - call.query.shape[2]
@@ -159,7 +162,8 @@ class ReFreeKVLayer(RememberingLayer):
             keys, values = (entries[:, :, :end] for entries in self.dense)
             return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length)]
         columns = [self.columns(row) for row in range(self.batch)]
-        return Entries.of_ragged(self.ragged, columns, after, visible, padding, queries, self._earlier_length)
+        rows, self.rows_of_call = self.rows_of_call or self.ragged.rows(), None
+        return Entries.of_ragged(self.ragged, rows, columns, after, visible, padding, queries, self._earlier_length)
 
     def _carry_out(self, decisions: Sequence[Decision], after: int) -> None:
         """Record the decisions and, if anything goes, move what is kept to storage of its own."""

@@ -80,9 +80,12 @@ def _by_row(
     if storage.uniform and mask is None:
         if needs_causal_mask:
             mask = causal_mask(queries, storage.lengths[0][0], query.device)
-        return attention(module, query, *storage.stacked(), mask, **kwargs)[0]
+        stacked = storage.stacked()
+        layer.rows_of_call = list(zip(*stacked, strict=True))
+        return attention(module, query, *stacked, mask, **kwargs)[0]
     outputs = []
-    for row, (keys, values) in enumerate(storage.rows()):
+    layer.rows_of_call = rows = storage.rows()
+    for row, (keys, values) in enumerate(rows):
         if not keys.shape[1]:  # a row that was freed: what the model makes of it means nothing
             outputs.append(query.new_zeros(1, queries, heads, storage.sizes[1]))
             continue
