@@ -64,17 +64,21 @@ def test_what_comes_back_is_what_went(device, page, monkeypatch):
             assert torch.equal(back[name].cpu(), part.cpu()), name
 
 
-def test_it_comes_into_strided_tensors(device):
-    part = torch.randint(0, 255, (2, 3, 40, 24), dtype=torch.uint8).to(device)
-    parked = Parked.put(memory(device), {"lines": part})
-    into = torch.zeros(2, 3, 60, 24, dtype=torch.uint8, device=device)
-    parked.copy_into({"lines": into[:, :, 10:50]})
-    parked.until_read(device)
-    assert torch.equal(into[:, :, 10:50], part)
-    assert not into[:, :, :10].any()
-    assert not into[:, :, 50:].any()
-    with pytest.raises(ValueError, match="was parked as"):
-        parked.copy_into({"lines": into})
+def test_small_tensors_travel_together(device, monkeypatch):
+    """Those that are large and without gaps have a copy of their own, and what comes back is one copy."""
+    copies, real = [], host._copy
+    monkeypatch.setattr(host, "_copy", lambda *args, **kwargs: (copies.append(args[2].shape), real(*args, **kwargs)))
+    large = torch.randint(0, 255, (2, host.APART), dtype=torch.uint8).to(device)
+    tensors = {"large": large, **{name: part.to(device) for name, part in some_tensors(device).items()}}
+    parked = Parked.put(memory(device), tensors)
+    assert [shape for shape in copies if shape.numel()][0] == large.shape
+    assert sum(shape.numel() > 0 for shape in copies) == 2
+    copies.clear()
+    found = parked.fetch(device).tensors()
+    assert len(copies) == 1
+    for name, part in tensors.items():
+        assert torch.equal(found[name], part), name
+        assert found[name].data_ptr() % host.ALIGNED == 0 or not part.numel()
 
 
 def test_what_goes_may_be_changed_once_the_device_waited(device):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,8 +43,14 @@ class Coding:
     @classmethod
     def of(cls, ladder: Ladder, centres: Pair, dtype: torch.dtype, codes: KeyCodes | None = None) -> "Coding":
         """That of a ladder for entries in ``dtype``; ``centres`` are the means ``[B, H_kv, D]`` to take out."""
-        forms = ladder.forms([part.shape[-1] for part in centres], sorted_keys=codes is not None)
-        return cls(forms, maps_of(centres, dtype, codes), ladder.recent, ladder.generated, codes)
+        return cls.by(ladder, maps_of(centres, dtype, codes), codes)
+
+    @classmethod
+    def by(cls, ladder: Ladder, maps: PackedMaps, codes: KeyCodes | None = None) -> "Coding":
+        """That of a ladder by maps that there are."""
+        sizes = [part.shape[-1] for part in (maps.key_mean, maps.value_mean)]
+        forms = ladder.forms(sizes, sorted_keys=codes is not None)
+        return cls(forms, maps, ladder.recent, ladder.generated, codes)
 
     def of_rows(self, rows: Sequence[int]) -> "Coding":
         """The same for some rows, in that order."""
@@ -59,9 +66,25 @@ class Coding:
         return self.maps.key_mean, self.maps.value_mean, self.maps.key_offset, self.maps.value_offset
 
 
-def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None) -> PackedMaps:
-    """The maps that take means ``[B, H_kv, D]`` out of entries in ``dtype``, by codes of the model's own if given."""
+def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None, offsets: Pair | None = None) -> PackedMaps:
+    """The maps that take means ``[B, H_kv, D]`` out of entries in ``dtype``, by codes of the model's own if given.
+
+    ``offsets`` are these means in code space, if they are known: then nothing is computed, and all four are taken as
+    they are.
+    """
     with torch.inference_mode(False):
+        if offsets is not None:
+            shared = _shared(centres[0].shape[1:], centres[1].shape[1:], centres[0].device, dtype, codes)
+            names = "key_mean", "value_mean", "key_offset", "value_offset"
+            return replace(shared, **dict(zip(names, (*centres, *offsets), strict=True)))
         # Copies, as the prompt's own may be of inference mode.
         keys, values = (part.to(torch.float32, copy=True) for part in centres)
         return PackedMaps.rotated(keys, values, dtype) if codes is None else codes.maps(keys, values, dtype)
+
+
+@lru_cache(maxsize=256)
+def _shared(
+    key: torch.Size, value: torch.Size, device: torch.device, dtype: torch.dtype, codes: KeyCodes | None
+) -> PackedMaps:
+    """The maps of means of 0 ``[H_kv, D]``: all but what depends on means is that of others."""
+    return maps_of((torch.zeros(1, *key, device=device), torch.zeros(1, *value, device=device)), dtype, codes)

@@ -26,6 +26,12 @@ SLAB = 2**24
 PAGE = 2**16
 """Bytes of pinned memory that a buffer takes at a time."""
 
+APART = 2**18
+"""Bytes without a gap from which on a copy of their own is worth it."""
+
+ALIGNED = 16
+"""What the bytes begin at a multiple of."""
+
 SHARE = 0.25
 """Of the host memory that is free, what is used if nobody says otherwise."""
 
@@ -272,33 +278,33 @@ class Parked:
         """Begin to copy tensors, of one device or of the host, to host memory.
 
         They must stay as they are until the copies are done, which `until_read` waits for on their device; freed they
-        may be at once. Strided ones are copied run by run, without a copy on the device.
+        may be at once. What is small, or has small gaps, is put together on the device first: a copy costs the host
+        as much as a launch, whatever it copies.
 
         Raises
         ------
         NoRoomError
             There is no room for all of them; nothing is copied then.
         """
-        places, at = {}, 0
-        for name, tensor in tensors.items():
-            places[name] = _Place(at, tensor.shape, tensor.dtype)
-            at += -(-places[name].size // 16) * 16
+        places: dict[str, _Place] = {}
+        at = 0
+        apart = [name for name, tensor in tensors.items() if all(len(run) >= APART for run in _runs(tensor))]
+        for name in (*apart, *(name for name in tensors if name not in apart)):
+            places[name] = _Place(at, tensors[name].shape, tensors[name].dtype)
+            at += -(-places[name].size // ALIGNED) * ALIGNED
         parked = cls(memory.take(at), places)
-        with _copying(list(tensors.values()), parked._buffer):
-            for name, tensor in tensors.items():
-                _copy(parked._buffer, places[name].start, tensor, out=True)
+        copied = [(places[name].start, tensors[name]) for name in apart]
+        if together := [name for name in places if name not in apart]:
+            copied.append((places[together[0]].start, _beside([tensors[name] for name in together])))
+        with _copying([tensor for _, tensor in copied], parked._buffer):
+            for start, tensor in copied:
+                _copy(parked._buffer, start, tensor, out=True)
         return parked
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
         return tuple(self._places)
-
-    def like(self, name: str, device: torch.device) -> Tensor:
-        """An uninitialised tensor on ``device`` of the shape and type of one that is parked."""
-        place = self._places[name]
-        with torch.inference_mode(False):
-            return torch.empty(place.shape, dtype=place.dtype, device=device)
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a tensor."""
@@ -308,25 +314,18 @@ class Parked:
         """The type of a tensor."""
         return self._places[name].dtype
 
-    def copy_into(self, into: Mapping[str, Tensor]) -> None:
-        """Begin to copy tensors, by name, to others of the same shape and type, which may be strided."""
-        for name, tensor in into.items():
-            place = self._places[name]
-            if tensor.shape != place.shape or tensor.dtype != place.dtype:
-                raise ValueError(
-                    f"{name} was parked as {place.dtype} {list(place.shape)} and is to be copied to {tensor.dtype} "
-                    f"{list(tensor.shape)}"
-                )
-        if _device_of(into.values()) is None:
-            self._buffer.wait()
-        with _copying(list(into.values()), self._buffer):
-            for name, tensor in into.items():
-                _copy(self._buffer, self._places[name].start, tensor, out=False)
-
-    def fetch(self, device: torch.device, names: Sequence[str] | None = None) -> "Coming":
-        """Begin to copy tensors, all of them or those of some names, to a device."""
-        found = {name: self.like(name, device) for name in (self.names if names is None else names)}
-        self.copy_into(found)
+    def fetch(self, device: torch.device) -> "Coming":
+        """Begin to copy all tensors to a device, in as few copies as there are pieces; they share memory there."""
+        with torch.inference_mode(False):
+            every = torch.empty(self._buffer.size, dtype=torch.uint8, device=device)
+            if device.type != "cuda":
+                self._buffer.wait()
+            with _copying([every], self._buffer):
+                _copy(self._buffer, 0, every, out=False)
+            found = {
+                name: every[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+                for name, place in self._places.items()
+            }
         return Coming(found, device)
 
     def on_host(self) -> dict[str, Tensor]:
@@ -392,6 +391,17 @@ def _copy(buffer: Buffer, start: int, tensor: Tensor, *, out: bool) -> None:
                 mine.copy_(part, non_blocking=True)
             at += len(part)
         start += len(run)
+
+
+def _beside(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors, one behind the other, each from a multiple of `ALIGNED` on: a copy in one launch."""
+    gap = torch.empty(ALIGNED, dtype=torch.uint8, device=tensors[0].device)
+    parts = []
+    for tensor in tensors:
+        parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        if short := -len(parts[-1]) % ALIGNED:
+            parts.append(gap[:short])
+    return torch.cat(parts)
 
 
 def _runs(tensor: Tensor) -> Iterator[Tensor]:

@@ -59,12 +59,6 @@ class Filed:
         """Raise DamagedError unless all is as it was written."""
         Summed(self.path).check()
 
-    def copy_into(self, into: Mapping[str, Tensor]) -> None:
-        """Copy tensors, by name, to others of the same shape and type."""
-        file = Summed(self.path)
-        for name, tensor in into.items():
-            tensor.copy_(file.tensor(name))
-
     def fetch(self, device: torch.device) -> Coming:
         """All tensors, on a device."""
         file = Summed(self.path)

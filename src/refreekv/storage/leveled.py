@@ -83,7 +83,10 @@ class LeveledKV(KVStorage):
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
-        coding = Coding.of(ladder, centres if read is None else read.means, keys.dtype, codes)
+        if read is None:
+            coding = Coding.of(ladder, centres, keys.dtype, codes)
+        else:
+            coding = Coding.by(ladder, read.maps.of_type(keys.dtype), codes)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
         coded = each(ladder.coded, counts)

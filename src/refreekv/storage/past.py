@@ -19,7 +19,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import KVDtype
 from refreekv.storage.coding import Pair
 from refreekv.storage.files import DamagedError
-from refreekv.storage.host import Coming, NoRoomError, Parked
+from refreekv.storage.host import NoRoomError, Parked
 from refreekv.storage.host_store import Filed, HostStore, Stored
 from refreekv.storage.unfinished import UnfinishedKV
 
@@ -97,41 +97,35 @@ class PastLayer:
 
 
 class Returning:
-    """A layer's entries on their way to a device, with room for ``columns``."""
+    """A layer's entries on their way to a device, where a prompt is going to have ``columns``."""
 
     def __init__(self, layer: PastLayer, device: torch.device, columns: int):
         self._layer, self._columns, self.device = layer, columns, device
         self._rest = layer.rest.fetch(device)
-        room = layer.in_pieces
-        if layer.number is not None and room:
-            room = max(room, columns - layer.number.recent)
-        into: dict[str, Tensor] = {}
-        for piece in layer.pieces:
-            for name in piece.stored.names:
-                if name not in into:
-                    shape = piece.stored.shape(name)  # [B, H_kv, c, .]
-                    with torch.inference_mode(False):
-                        kind = piece.stored.dtype(name)
-                        into[name] = torch.empty(*shape[:2], room, *shape[3:], dtype=kind, device=device)
-            held = piece.stored.shape(piece.stored.names[0])[2]
-            if held == piece.stop - piece.start:
-                piece.stored.copy_into({name: part[:, :, piece.start : piece.stop] for name, part in into.items()})
-                continue
-            # Cropped: more is stored than is wanted of it.
-            for name, part in piece.stored.fetch(device).tensors().items():
-                into[name][:, :, piece.start : piece.stop] = part[:, :, : piece.stop - piece.start]
-        self._lines = Coming(into, device)
+        self._pieces = [piece.stored.fetch(device) for piece in layer.pieces]
 
     def arrived(self, rows: Sequence[int] | None) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
         """The entries, of some ``rows`` or of all, and what the layer had added: the device waits for them."""
         layer = self._layer
-        lines, rest = (of_rows(part.tensors(), rows, layer.batch) for part in (self._lines, self._rest))
+        lines, rest = (of_rows(part, rows, layer.batch) for part in (self._lines(), self._rest.tensors()))
         extras = _extras(rest)
         if layer.number is None:
             return (lines[EXACT[0]], lines[EXACT[1]]), extras
         tail = layer.length - layer.in_pieces
         rest |= {name: rest[name][:, :, :tail] for name in ("tail_keys", "tail_values")}
         return UnfinishedKV.back(layer.number, layer.codes, self._columns, layer.in_pieces, lines, rest), extras
+
+    def _lines(self) -> dict[str, Tensor]:
+        """All pieces together, ``[B, H_kv, c, .]`` each; what is one piece already stays where it is."""
+        parts: dict[str, list[Tensor]] = {}
+        for piece, coming in zip(self._layer.pieces, self._pieces, strict=True):
+            for name, part in coming.tensors().items():
+                parts.setdefault(name, []).append(part[:, :, : piece.stop - piece.start])
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                name: own[0] if len(own) == 1 and own[0].is_contiguous() else torch.cat(own, 2)
+                for name, own in parts.items()
+            }
 
 
 def of_rows(tensors: Mapping[str, Tensor], rows: Sequence[int] | None, batch: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
 from refreekv.kernels.table import KEY, LENGTH, VALUE
-from refreekv.storage.arena import KVArena
+from refreekv.storage.arena import KVArena, on_device
 from refreekv.storage.coding import Pair, maps_of
 from refreekv.storage.hosted import HostedPrompts, pinned
 from refreekv.storage.runs import flat, spread
@@ -24,6 +24,8 @@ from refreekv.storage.staging import Lines
 
 MOVED = 16384
 """Lines that are moved at a time."""
+MEANS = ("key_mean", "value_mean", "key_offset", "value_offset")
+"""Names of what depends on the means that are taken out; older files have the first two."""
 LINES = ("lines", "factors")
 """Names of the two parts of what is coded."""
 
@@ -124,7 +126,8 @@ class UnfinishedKV:
             maps = self._maps
             means = [maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset]
         held = [*self._tail, *(self._lines or ()), *(self._sinks or ()), *means]
-        return sum(part.untyped_storage().nbytes() for part in held)
+        # What came back shares memory.
+        return sum({part.data_ptr(): part.nbytes for part in map(Tensor.untyped_storage, held)}.values())
 
     @property
     def host_nbytes(self) -> int:
@@ -213,7 +216,7 @@ class UnfinishedKV:
         if self._host is not None:
             # Kernels write to the host in whole words, and not byte by byte as they code.
             new = self._allocated(count, device)
-            table, before = _table_of(new, count), 0
+            table, before = _table_of(new, count, device), 0
         starts = torch.full((segments,), before, dtype=torch.int64, device=device)
         kernels.pack_lines(
             keys.to(kind), values.to(kind), table, self.form, maps, spans, end=keys.shape[2], longest=count,
@@ -308,7 +311,7 @@ class UnfinishedKV:
         """Go on with these lines, and a table of them."""
         self._lines = lines, factors
         with torch.inference_mode(False):
-            self._table = _table_of(self._lines, self.coded).to(self._tail[0].device)
+            self._table = _table_of(self._lines, self.coded, self._tail[0].device)
         if self._host is not None:
             capacities = [lines.shape[2]] * len(self._table)
             self._host[0].hold(self._host[1], Lines(self._table, capacities, self.form.line_bytes, FACTOR_BYTES))
@@ -343,7 +346,7 @@ class UnfinishedKV:
         """All else that it holds, by name: the newest entries, sinks, means."""
         parts: dict[str, Tensor | None] = {"tail_keys": self._tail[0], "tail_values": self._tail[1]}
         if self._maps is not None:
-            parts |= {"key_mean": self._maps.key_mean, "value_mean": self._maps.value_mean}
+            parts |= {name: getattr(self._maps, name) for name in MEANS}
         if self._sinks is not None:
             parts |= {"sink_keys": self._sinks[0], "sink_values": self._sinks[1], "sink_columns": self._sink_columns}
         parts["real_coded"] = self._real_coded
@@ -368,7 +371,10 @@ class UnfinishedKV:
         whole = cls(number, tail, columns, sinks=True, codes=codes)
         whole._tail, whole.coded = tail, coded
         if "key_mean" in rest:
-            whole._maps = maps_of((rest["key_mean"], rest["value_mean"]), torch.promote_types(*whole.types), codes)
+            # In memory of their own: what is left of a conversation goes on with them.
+            means = [rest[name].clone() for name in MEANS if name in rest]
+            offsets = (means[2], means[3]) if len(means) == len(MEANS) else None
+            whole._maps = maps_of((means[0], means[1]), torch.promote_types(*whole.types), codes, offsets)
         if "sink_keys" in rest:
             whole._sinks, whole._sink_columns = (rest["sink_keys"], rest["sink_values"]), rest.get("sink_columns")
             if whole._sink_columns is None:
@@ -383,10 +389,10 @@ class UnfinishedKV:
     # -- lines that stay as they are --------------------------------------------------------------
 
     @property
-    def means(self) -> Pair:
-        """What is taken out of keys and of values, ``[B, H_kv, D]``; only where something is coded."""
+    def maps(self) -> PackedMaps:
+        """What takes its means out; only where something is coded."""
         assert self._maps is not None
-        return self._maps.key_mean, self._maps.value_mean
+        return self._maps
 
     def forget_lines(self, columns: Tensor, real: Tensor) -> None:
         """Say that others stand in for the entries ``[B, H_kv, c]`` that were decoded, as far as they are ``real``."""
@@ -436,12 +442,15 @@ class UnfinishedKV:
             self._hold(lines, factors)
 
 
-def _table_of(lines: Pair, length: int) -> Tensor:
+def _table_of(lines: Pair, length: int, device: torch.device) -> Tensor:
     """A table of segments in lines and factors ``[B, H_kv, capacity, ...]``, each of so many entries."""
     segments, capacity = lines[0].shape[0] * lines[0].shape[1], lines[0].shape[2]
-    index = torch.arange(segments, dtype=torch.int64, device=lines[0].device) * capacity
-    addresses = [part.data_ptr() + index * part.shape[3] * part.element_size() for part in lines]
-    return torch.stack([*addresses, torch.full_like(index, length), torch.full_like(index, capacity)], 1)
+    steps = [capacity * part.shape[3] * part.element_size() for part in lines]
+    firsts = [part.data_ptr() for part in lines]
+    return on_device(
+        [[first + number * step for first, step in zip(firsts, steps, strict=True)] + [length, capacity]
+         for number in range(segments)], device,
+    )  # fmt: skip
 
 
 def _empty_sinks(like: Tensor) -> Tensor:

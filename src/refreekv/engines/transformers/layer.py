@@ -116,7 +116,9 @@ class ReFreeKVLayer(RememberingLayer):
         self._unverified = None
         self.state.changed = True
         if self.ragged is None and self.ladder is not None:
-            self._coded = self.ladder, _centres(*parts), self.state.codes_of(self.ordinal)
+            read = None if self._read is None else self._read.maps
+            centres = _centres(*parts) if read is None else (read.key_mean, read.value_mean)
+            self._coded = self.ladder, centres, self.state.codes_of(self.ordinal)
         if self.state.verification is not None:
             self.state.verification.hold(self, call, parts, after)
             return

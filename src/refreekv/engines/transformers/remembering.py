@@ -165,11 +165,10 @@ class RememberingLayer(IntakeLayer):
         if plan.count and not policy.freezes(self.ordinal):
             asked = queries.planned(plan)
             states = asked.states.bfloat16() if asked.states.dtype == torch.float32 else asked.states
-            # A copy: a view would keep all of the call's queries alive.
             parts |= {
-                "states": states.clone(),
+                "states": states,
                 "columns": asked.columns,
                 "ordinals": asked.ordinals,
                 "real": asked.real,
             }
-        return {name: part.contiguous() for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None}
