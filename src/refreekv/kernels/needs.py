@@ -30,7 +30,7 @@ def _larger(one, other):
     return tl.maximum(one, other)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
     """``out[pair, chunk, level]``: the chunk's mass that peaks at a power of two or above; all of it in the last."""
     chunk, chunks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
@@ -43,7 +43,7 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
     tl.store(out + (pair * chunks + chunk) * 32 + exponent, held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "ss_b", "st_b", "st_h"])
 def _needs_kernel(
     peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out,
     length, kv_heads, ss_b, st_b, st_h, sd_b, sinks, recent, follow, chunks,
@@ -109,7 +109,7 @@ def _needs_kernel(
         tl.store(levels_out + pair * length + n, level.to(tl.uint8), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
     """All chunks of all heads of a row together: sums, as shares of its entries, and the largest of what is lost."""
     row, which, some = tl.program_id(0), tl.arange(0, 16), tl.arange(0, BLOCK)
@@ -165,7 +165,7 @@ def launch_needs(
     return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)), rungs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _order_kernel(keep, order, counts, length, BLOCK: tl.constexpr):
     chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keep += line * length

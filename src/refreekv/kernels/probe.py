@@ -21,6 +21,8 @@ from refreekv.core.reductions import Probes
 from refreekv.kernels.device_guard import on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_ROWS = 64
+"""Rows and queries that kernels are compiled for at least: those of the shortest turn ask for no kernel of their own."""
 
 
 @triton.jit
@@ -72,7 +74,8 @@ def _exponentials(
     return highest, total
 
 
-@triton.jit
+# Lengths, and strides that follow from them, are no reason to compile for seconds.
+@triton.jit(do_not_specialize=["probes", "length", "split_keys", "rows", "sc_b", "sc_k", "sv_b", "sv_h"])
 def _denominator_kernel(
     query, key, query_columns, columns, valid, out,
     probes, length, kv_heads, split_keys, rows,
@@ -117,7 +120,7 @@ def _denominator_kernel(
     tl.store(out + (pair * tl.num_programs(1) + tl.program_id(1)) * rows + row, result, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _join_kernel(partial, sinks, out, splits, rows, group, kv_heads, BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr):
     """Denominators of whole rows from those of the splits, and of the learned sink if there is one."""
     pair = tl.program_id(1).to(tl.int64)
@@ -171,7 +174,7 @@ def _past(
     return peak, total, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["probes", "length", "rows", "sc_b", "sc_k", "sv_b", "sv_h"])
 def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out,
     probes, length, kv_heads, rows, distance,
@@ -281,7 +284,7 @@ def launch_probe_reductions(
         shown = shown.view(torch.uint8)
     place = None if columns is None else columns.to(torch.int32)
     block_d = max(16, triton.next_power_of_2(head_size))
-    few = max(16, triton.next_power_of_2(rows))
+    few = max(LEAST_ROWS, triton.next_power_of_2(rows))
     one, two = (tile._replace(block_m=min(tile.block_m, few)) for tile in tiles or tiles_for(query, block_d, sums))
     blocks = triton.cdiv(rows, one.block_m)
     # Enough programs to fill the device several times over, each with enough keys to be worth it.
@@ -318,7 +321,7 @@ def launch_probe_reductions(
     )
     _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
         *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, *strides,
-        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=triton.next_power_of_2(max(count, 2)), SUMS=sums,
+        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_ROWS, triton.next_power_of_2(count)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
     return peak, mean

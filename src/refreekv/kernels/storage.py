@@ -23,7 +23,7 @@ TYPES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads"], do_not_specialize_on_alignment=["tokens"])
 def _append_kernel(
     keys, values, table, tokens, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
@@ -66,7 +66,7 @@ def _chosen(spans, segment, t, length, end):
     return tl.where(t < indexed, listed.to(tl.int64), tl.where(t < first, t, t + behind))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["end", "kv_heads"])
 def _gather_kernel(
     keys, values, table, spans, end, kv_heads,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
