@@ -13,9 +13,12 @@ from triton.runtime.jit import JITFunction
 
 from refreekv import kernels
 from refreekv.core.quantisation import Ladder, centre_of
+from refreekv.core.reductions import Probes
 from refreekv.kernels import packed_ops, shared_memory
+from refreekv.kernels.needs import launch_kept_first
 from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.storage import warm_up
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
@@ -24,8 +27,8 @@ CPU, HEADS, SIZES = torch.device("cpu"), 2, (128, 128)
 LADDER = Ladder.parse("k4v2+k4v4+k6v4+k7v6")
 
 
-def use(batch, length, group):
-    """What a cache does: code a prompt, decode it, attend to it, code what is generated."""
+def coded(batch, length):
+    """A prompt, the rungs of its entries, and their storage."""
     keys, values = (torch.randn(batch, HEADS, length, size).bfloat16() for size in SIZES)
     rung = (torch.arange(length) % 4).to(torch.uint8)
     coded = rung[4 : length - LADDER.recent]
@@ -34,13 +37,43 @@ def use(batch, length, group):
     storage = LeveledKV.gathered(
         keys, values, columns, 0, LADDER, (centre_of(keys), centre_of(values)), [levels] * batch
     )
+    return keys, values, rung, storage
+
+
+def use(batch, length, group):
+    """What a cache does: code a prompt, decode it, attend to it, code what is generated."""
+    keys, values, _, storage = coded(batch, length)
     storage.full()
     storage.attend(torch.randn(batch, HEADS * group, 1, SIZES[0]).bfloat16(), None, None, None)
-    length = storage.lengths[0][0] - 80
-    kept = [Columns.of_ranges((0, length))] * batch
-    storage = storage.keep(kept, 80, [Levels((rung[:length],), ((0,) * 4,))] * batch)
     for _ in range(80):
         storage.append(keys[:, :, :1], values[:, :, :1])
+
+
+def turn(length, tokens):
+    """What a later turn of so many tokens does over coded entries, of which heads hold different numbers."""
+    keys, values, rung, storage = coded(1, length)
+    storage = kept(storage, rung, [length, length - 90], 0)  # as a first prompt left it
+    storage = storage.append(keys[:, :, :tokens], values[:, :, :tokens])
+    (row,) = storage.rows()
+    held = row[0].shape[1]
+    asked = min(tokens, 256)
+    queries, places = torch.randn(1, 2 * HEADS, asked, SIZES[0]).bfloat16(), torch.arange(held)
+    for spread in (0, 64):
+        probes = Probes(
+            places[-asked:][None], columns=places.int(), valid=storage.visible(0)[None], query_real=None, scaling=1.0,
+            distance=spread, softcap=None, sink_logits=None, sums=not spread,
+        )  # fmt: skip
+        launch_probe_reductions(queries, row[0][None], probes)
+    launch_kept_first(torch.ones(1, HEADS, held, dtype=torch.bool))
+    kept(storage, rung, [held, held - 40], 0)
+
+
+def kept(storage, rung, counts, after):
+    """A policy's choice of so many entries of each KV head of a storage of one row."""
+    longest = max(storage.lengths[0])
+    heads = tuple(torch.arange(longest - n, longest, dtype=torch.int32) for n in counts)
+    asked = Levels(tuple(rung.repeat(2)[:n] for n in counts), ((0,) * 4,) * len(counts))
+    return storage.keep([Columns(heads=heads)], after, [asked])
 
 
 def main():
@@ -67,7 +100,12 @@ def main():
         found.clear()
         use(batch, length, group)
         uses[f"{batch} x {length}"] = sorted(found)
-    json.dump({"ahead": ahead, "uses": uses}, sys.stdout)
+    turns = {}
+    for length, tokens in ((1000, 32), (1008, 33), (2037, 48), (4096, 20), (999, 300)):
+        found.clear()
+        turn(length, tokens)
+        turns[f"{length} + {tokens}"] = sorted(found)
+    json.dump({"ahead": ahead, "uses": uses, "turns": turns}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,34 @@ SLOW = ("_pack_kernel", "_unpack_kernel", "_packed_decode_kernel", "_packed_join
 """Kernels that take long to compile."""
 
 
-def test_what_is_compiled_ahead_is_what_is_used(tmp_path):
-    """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What would be compiled, as a process says it in which Triton is no interpreter."""
+    folder = str(tmp_path_factory.mktemp("triton"))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": folder}
     script = Path(__file__).parents[1] / "kernels" / "specialising.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_turn_of_another_length_compiles_nothing(printed):
+    """After the first one, of which only the policy's kernels and appending are not compiled ahead."""
+    (first, *others) = printed["turns"].values()
+    assert {name.split()[0] for name in first} >= {"_recode_kernel", "_unpack_kernel", "_reduce_kernel", "_move_kernel"}
+    known = {*printed["ahead"], *first}
+    assert {name.split()[0] for name in first if name not in printed["ahead"]} <= {
+        "_append_kernel", "_denominator_kernel", "_join_kernel", "_reduce_kernel", "_order_kernel", "_move_kernel",
+    }  # fmt: skip
+    for found in others:
+        assert set(found) <= known
+
+
+def test_what_is_compiled_ahead_is_what_is_used(printed):
+    """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
     ahead = [name for name in printed["ahead"] if name.split()[0] in SLOW]
-    assert len(ahead) == 5 + 4 + 1 + 1  # packing in four formats and of generated entries, unpacking, attention
+    # Packing of prompts and of exact entries, and unpacking, in four formats each; joining two kinds, and attention.
+    assert len(ahead) == 4 + 4 + 4 + 1 + 1
     for use, found in printed["uses"].items():
         kinds = SLOW if use.startswith("1 x") else SLOW[:2]
         used = {name for name in found if name.split()[0] in kinds}
@@ -41,7 +60,7 @@ def test_what_is_compiled_ahead_is_what_is_used(tmp_path):
 def test_each_format_in_a_thread_of_its_own(monkeypatch):
     """All begin before any has ended."""
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
-    together = threading.Barrier(4, timeout=30)  # three formats, and that of what is generated
+    together = threading.Barrier(6, timeout=30)  # three formats, from a prompt and from exact entries
     real, packed = kernels.pack_lines, []
 
     def waiting(*args, **kwargs):
@@ -52,7 +71,7 @@ def test_each_format_in_a_thread_of_its_own(monkeypatch):
     monkeypatch.setattr(kernels, "pack_lines", waiting)
     warm_up.warm_up(*GIVEN)
     assert not together.broken
-    assert sorted(packed) == [((4,) * 4, False), ((6,) * 4, False), ((8,) * 4, False), ((8,) * 4, True)]
+    assert sorted(packed) == [((bits,) * 4, exact) for bits in (4, 6, 8) for exact in (False, True)]
 
 
 def test_not_where_memory_is_short(monkeypatch):

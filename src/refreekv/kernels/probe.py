@@ -21,8 +21,11 @@ from refreekv.core.reductions import Probes
 from refreekv.kernels.device_guard import on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LEAST_ROWS = 64
-"""Rows and queries that kernels are compiled for at least: those of the shortest turn ask for no kernel of their own."""
+LENGTHS = ["query_columns", "probes", "length", "rows", "sc_b", "sc_k", "sv_b", "sv_h"]
+"""Arguments that follow from a prompt's length: another one is no reason to compile for seconds."""
+LEAST_QUERIES = 256
+"""Queries that kernels are compiled for at least: a short turn, which has few, asks for no kernel of its own."""
+
 
 
 @triton.jit
@@ -74,8 +77,7 @@ def _exponentials(
     return highest, total
 
 
-# Lengths, and strides that follow from them, are no reason to compile for seconds.
-@triton.jit(do_not_specialize=["probes", "length", "split_keys", "rows", "sc_b", "sc_k", "sv_b", "sv_h"])
+@triton.jit(do_not_specialize=[*LENGTHS, "split_keys"])
 def _denominator_kernel(
     query, key, query_columns, columns, valid, out,
     probes, length, kv_heads, split_keys, rows,
@@ -174,7 +176,7 @@ def _past(
     return peak, total, count
 
 
-@triton.jit(do_not_specialize=["probes", "length", "rows", "sc_b", "sc_k", "sv_b", "sv_h"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out,
     probes, length, kv_heads, rows, distance,
@@ -284,8 +286,7 @@ def launch_probe_reductions(
         shown = shown.view(torch.uint8)
     place = None if columns is None else columns.to(torch.int32)
     block_d = max(16, triton.next_power_of_2(head_size))
-    few = max(LEAST_ROWS, triton.next_power_of_2(rows))
-    one, two = (tile._replace(block_m=min(tile.block_m, few)) for tile in tiles or tiles_for(query, block_d, sums))
+    one, two = tiles or tiles_for(query, block_d, sums)
     blocks = triton.cdiv(rows, one.block_m)
     # Enough programs to fill the device several times over, each with enough keys to be worth it.
     splits = max(1, min(triton.cdiv(1024, batch * kv_heads * blocks), triton.cdiv(length, 512)))
@@ -321,7 +322,7 @@ def launch_probe_reductions(
     )
     _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
         *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, *strides,
-        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_ROWS, triton.next_power_of_2(count)), SUMS=sums,
+        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_QUERIES, triton.next_power_of_2(count)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
     return peak, mean

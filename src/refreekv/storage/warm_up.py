@@ -17,6 +17,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.device_memory import free_memory
 from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import FACTOR_BYTES
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
 from refreekv.storage.coding import Pair
 from refreekv.storage.columns import Columns
@@ -68,11 +69,11 @@ def warm_up(
         own, _ = storage(ladder, SINKS + 1)
         sources, none = torch.zeros(len(ladder.rungs), 4, dtype=torch.int64), torch.zeros(0, dtype=torch.uint8)
         listed = (part.to(device) for part in (sources, none, none.long(), torch.zeros(heads, dtype=torch.int64)))
-        table = own.lines.rungs[rung].table
+        table, form = own.lines.rungs[rung].table, own.coding.forms[rung]
+        kernels.move(table, table, key_bytes=form.line_bytes, value_bytes=FACTOR_BYTES, longest=1)
         kernels.recode_lines(kernels.Moved(table, *listed, own.coding.forms, rung, own.coding.maps, 1))
 
-    def code_generated() -> None:
-        rungs = Ladder((ladder.rungs[ladder.generated],))
+    def code_exact(rungs: Ladder) -> None:
         own, (keys, values) = storage(rungs, SINKS + ladder.recent)
         own.append(keys[:, :, : 2 * FLUSH], values[:, :, : 2 * FLUSH]).code_older()
 
@@ -91,7 +92,9 @@ def warm_up(
             _log.debug("a kernel could not be compiled ahead: %s", error)
 
     # The longest one first.
-    jobs: list[Callable[[], None]] = [attend, code_generated]
+    jobs: list[Callable[[], None]] = [attend]
+    # What is generated, and what a later turn brings, is coded from exact entries.
+    jobs += [lambda rung=rung: code_exact(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
     if len(ladder.rungs) > 1:
         jobs += [lambda rung=rung: recode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
     jobs += [lambda rung=rung: code_and_decode(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]

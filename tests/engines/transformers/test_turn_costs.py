@@ -1,0 +1,122 @@
+"""What a conversation's turns ask of a GPU: launches, copies and waits a layer, counted on the CPU.
+
+The host sets the time of a turn of few tokens: each launch costs it some microseconds, whatever is launched. Counts do
+not depend on how long a conversation is. `lab/turns.md` has what they were.
+"""
+
+import gc
+from collections import Counter
+
+import pytest
+import torch
+
+from helpers.counting import counting
+from helpers.models import build
+from refreekv import ReFreeKVCache
+from refreekv.engines.transformers import layer
+from refreekv.storage import host
+
+FEW, MANY = 2, 4
+EVICTING = {
+    "min_length": 16, "copying": 2.0, "constant": 0.05, "evict_unit": 1.0, "follow": 2, "hit": 0.3, "lost_mass": 0.6,
+    "spread_factor": 50.0,
+}  # fmt: skip
+"""Parameters of `adaptive` under which heads of a random model keep different numbers of entries."""
+
+
+@pytest.fixture(scope="module")
+def models():
+    found = []
+    for layers in (FEW, MANY):
+        torch.manual_seed(0)
+        found.append(build("llama", attention="sdpa", head_dim=64, num_hidden_layers=layers))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(layer, "is_late", lambda device: True)
+
+
+def feed(model, cache, ids):
+    """The counts of a prompt, or of a turn."""
+    with torch.no_grad(), counting() as counts:
+        with cache.prompt_until(cache.get_seq_length() + ids.shape[1]):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        cache.state.finish()
+    return counts
+
+
+def turns_of(model, keep, length, turn=32):
+    """The counts of a prompt of so many tokens and of three turns behind it."""
+    torch.manual_seed(1)
+    feed(model, ReFreeKVCache(model, "adaptive", **EVICTING), torch.randint(2, 90, (1, 200)))  # measured and proved
+    cache = ReFreeKVCache(model, "adaptive", **EVICTING, keep_evicted=keep)
+    cache.state.arena = True
+    found = [feed(model, cache, torch.randint(2, 90, (1, n))) for n in (length, turn, turn, turn)]
+    held = cache.pruned_layers[0].ragged.lengths[0]
+    assert len(set(held)) > 1, "heads that keep equally many would be the easy case"
+    assert max(held) < cache.get_seq_length()
+    return found
+
+
+def a_layer(models, keep, length=700):
+    """Launches, waits and lists of numbers that are sent of each call, by layer."""
+    pairs = zip(*(turns_of(model, keep, length) for model in models), strict=True)
+    layers = MANY - FEW
+    return [
+        ((more.total - few.total) / layers, sum((more.waits - few.waits).values()) / layers, (more.sent - few.sent) / layers)
+        for few, more in pairs
+    ]
+
+
+def test_a_turn_over_what_was_kept(models):
+    """It was 2,180 launches and 69 waits a layer, most of them for entries that went to narrower rungs."""
+    _, *turns = a_layer(models, None)
+    for launches, waits, sent in turns:
+        assert launches <= 440
+        assert waits <= 4
+        assert sent <= 55
+
+
+def test_a_turn_over_everything(models):
+    """It was 370 launches a layer."""
+    _, *turns = a_layer(models, "host")
+    for launches, waits, sent in turns:
+        assert launches <= 280
+        assert waits <= 1  # for what the policy decided, a layer later
+        assert sent <= 16
+
+
+def test_keeping_costs_a_prompt_few_launches(models):
+    (plain, *_), (kept, *_) = a_layer(models, None), a_layer(models, "host")
+    assert kept[0] - plain[0] <= 65
+    assert kept[1] <= plain[1]
+
+
+@pytest.mark.parametrize("keep", [None, "host"])
+def test_the_length_changes_nothing(models, keep):
+    short, long = (turns_of(models[0], keep, length)[-1] for length in (500, 1100))
+    assert abs(long.total - short.total) <= 0.04 * short.total  # a block more, or less, is coded
+    assert sum(long.waits.values()) == sum(short.waits.values())
+
+
+def test_copies_of_a_layer(models, monkeypatch):
+    """Two pieces leave a layer at a prompt's end, codes and all the rest, and as many and the earlier ones come back."""
+    copies, real = Counter(), host._copy
+
+    def noting(buffer, start, tensor, *, out):
+        if tensor.numel():
+            copies[out] += 1
+        real(buffer, start, tensor, out=out)
+
+    monkeypatch.setattr(host, "_copy", noting)
+    monkeypatch.setattr(host, "APART", 2**16)  # as codes of a long prompt
+    model = models[0]
+    cache = ReFreeKVCache(model, "adaptive", **EVICTING, keep_evicted="host")
+    for number in range(3):
+        copies.clear()
+        feed(model, cache, torch.randint(2, 90, (1, 700 if number == 0 else 100)))
+        assert copies[True] <= 4 * FEW  # lines, factors, queries, and what is put together
+        assert copies[False] == (number + 1 if number else 0) * FEW
+        gc.collect()
