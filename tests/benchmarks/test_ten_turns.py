@@ -53,12 +53,20 @@ def test_a_meeting_with_enough_questions(tmp_path):
         ten_turns.read_meeting(tmp_path, 9, None)
 
 
-def test_what_it_costs_is_measured():
+@pytest.mark.parametrize("limit", [None, 0])
+def test_what_it_costs_is_measured(limit):
+    """Part by part; without time, up to the way back."""
     model = build("llama", attention="sdpa", head_dim=16)
-    found = restore_price.measure(model, 300, "streaming-llm:ratio=0.5", refreekv.HostStore(), repeats=1)
-    assert found["host"] > 0
-    assert found["decoding"][0] < found["decoding"][1] * 1.5
-    assert "over everything" in restore_price.line(found)
+    clock = restore_price.Clock(limit)
+    parts = restore_price.measure(model, 300, "streaming-llm:ratio=0.5", refreekv.HostStore(), clock, repeats=1)
+    found = {part["part"]: part for part in parts}
+    assert [*found] == ["ready", "first", "restore", *([] if limit == 0 else ["prompt", "turn"])]
+    assert found["restore"]["host"] > 0
+    for part in found.values():
+        assert part["part"] in restore_price.line(part)
+    if limit is None:
+        assert found["turn"]["decoding"][0] < found["turn"]["decoding"][1] * 1.5
+        assert "over everything" in restore_price.line(found["turn"])
     assert torch.is_grad_enabled()
 
 

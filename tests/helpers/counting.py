@@ -102,7 +102,11 @@ def counting():
 
     real_list = torch.Tensor.tolist
     replaced = dict(
-        [*(as_kernel(name, launches) for name, launches in KERNELS.items()), as_copy(arena.on_device), as_copy(runs.spread)]
+        [
+            *(as_kernel(name, launches) for name, launches in KERNELS.items()),
+            as_copy(arena.on_device),
+            as_copy(runs.spread),
+        ]
     )
     with contextlib_stack() as patches:
         for module in [own for name, own in sys.modules.items() if name.startswith("refreekv")]:

@@ -37,7 +37,10 @@ def case(ladder, size, sorted_keys, target, counts):
             starts.append(first)
             first += n
     sources = torch.tensor(
-        [[line.data_ptr(), factor.data_ptr(), 60, form.line_bytes] for (line, factor), form in zip(stored, forms)]
+        [
+            [line.data_ptr(), factor.data_ptr(), 60, form.line_bytes]
+            for (line, factor), form in zip(stored, forms, strict=True)
+        ]
     )
     own = maps(rows, heads, size, sorted_keys)
 

@@ -71,7 +71,7 @@ def test_small_tensors_travel_together(device, monkeypatch):
     large = torch.randint(0, 255, (2, host.APART), dtype=torch.uint8).to(device)
     tensors = {"large": large, **{name: part.to(device) for name, part in some_tensors(device).items()}}
     parked = Parked.put(memory(device), tensors)
-    assert [shape for shape in copies if shape.numel()][0] == large.shape
+    assert next(shape for shape in copies if shape.numel()) == large.shape
     assert sum(shape.numel() > 0 for shape in copies) == 2
     copies.clear()
     found = parked.fetch(device).tensors()

@@ -115,7 +115,12 @@ class Moved(NamedTuple):
             (self.table, (counts[2], 4), torch.int64),
         )  # fmt: skip
         for part, shape, kind in wanted:
-            if part.shape != shape or part.dtype != kind or part.device != self.table.device or not part.is_contiguous():
+            if (
+                part.shape != shape
+                or part.dtype != kind
+                or part.device != self.table.device
+                or not part.is_contiguous()
+            ):
                 raise ValueError(
                     f"lines are recoded by contiguous tensors on one device: expected {kind} {list(shape)}, got "
                     f"{part.dtype} {list(part.shape)} on {part.device}"

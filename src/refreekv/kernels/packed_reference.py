@@ -85,10 +85,10 @@ def recode(given: Moved) -> None:
             continue
         held, place = sources[rung : rung + 1].clone(), at[number[some]]
         held[0, LENGTH:] = place.max() + 1
-        found = tuple(part[place] for part in lines_of(held, 0, own))
+        line, factor = (part[place] for part in lines_of(held, 0, own))
         if rung != target:
-            found = form.pack(*own.unpack(*found, torch.float32), worth[some])
-        lines[some], factors[some] = found
+            line, factor = form.pack(*own.unpack(line, factor, torch.float32), worth[some])
+        lines[some], factors[some] = line, factor
     new = zip(lines.split(counts), factors.split(counts), strict=True)
     for segment, parts in enumerate(new):
         for there, part in zip(lines_of(table, segment, form), parts, strict=True):

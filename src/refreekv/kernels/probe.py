@@ -27,7 +27,6 @@ LEAST_QUERIES = 256
 """Queries that kernels are compiled for at least: a short turn, which has few, asks for no kernel of its own."""
 
 
-
 @triton.jit
 def _capped(logits, softcap, HAS_CAP: tl.constexpr):
     """Logits in units of log 2, after Gemma 2's soft cap if there is one."""

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from refreekv.storage.coded_lines import CodedLines
 
 
-def recoded(
-    lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Lengths
-) -> tuple[list[KVArena], Members]:
+def recoded(lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Lengths) -> tuple[list[KVArena], Members]:
     """The arenas and members of the entries of the numbers ``stay`` among all, ``counts`` of each segment.
 
     ``asked`` are the rungs that they are to have, uint8 ``[entries]``; None: all stay where they are.

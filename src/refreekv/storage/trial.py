@@ -28,7 +28,13 @@ def due(device: torch.device) -> bool:
 
 @lru_cache(maxsize=64)
 def fault(
-    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], ladder: Ladder, codes: KeyCodes | None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    sizes: tuple[int, int],
+    ladder: Ladder,
+    codes: KeyCodes | None,
+    attends: bool = True,
 ) -> str | None:
     """What is wrong with coded entries on a device; None if nothing is. OutOfMemoryError is passed on.
 
@@ -42,19 +48,21 @@ def fault(
         KV heads, and the elements of a key and of a value.
     ladder, codes : Ladder, KeyCodes or None
         How they will be coded.
+    attends : bool
+        Whether a token's attention reads them as they are; else they are decoded first.
     """
     try:
         if due(device):
-            warm_up.warm_up(device, dtype, heads, sizes, ladder, codes)
+            warm_up.warm_up(device, dtype, heads, sizes, ladder, codes, attends=attends)
         with torch.inference_mode(False), torch.no_grad():
             tried, plain = (
-                _outcome(place, dtype, heads, sizes, ladder, codes) for place in (device, torch.device("cpu"))
+                _outcome(place, dtype, heads, sizes, ladder, codes, attends) for place in (device, torch.device("cpu"))
             )
     except torch.OutOfMemoryError:  # which says nothing about kernels, and would be remembered
         raise
     except Exception as error:  # a compiler's, a driver's, whatever keeps kernels from running
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    for name, one, other in zip(("keys", "values", "attention"), tried, plain, strict=True):
+    for name, one, other in zip(("keys", "values", "attention"), tried, plain, strict=False):
         off = float((one - other).norm() / other.norm())
         if not off <= CLOSE:
             return f"{name} differ by {off:.2g} of their size from what they are to be"
@@ -62,7 +70,13 @@ def fault(
 
 
 def _outcome(
-    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], ladder: Ladder, codes: KeyCodes | None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    sizes: tuple[int, int],
+    ladder: Ladder,
+    codes: KeyCodes | None,
+    attends: bool,
 ) -> tuple[Tensor, ...]:
     """Decoded keys and values, and attention over them, of made-up entries that are coded on a device: on the CPU."""
     length, rungs = SINKS + MORE + ladder.recent, len(ladder.rungs)
@@ -74,4 +88,5 @@ def _outcome(
         [Levels((rung.to(device),), (counts,))], codes,
     )  # fmt: skip
     decoded = storage.full().stacked()
-    return tuple(part.float().cpu() for part in (*decoded, storage.attend(query, None, None, None)))
+    attention = (storage.attend(query, None, None, None),) if attends else ()
+    return tuple(part.float().cpu() for part in (*decoded, *attention))

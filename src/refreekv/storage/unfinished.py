@@ -127,7 +127,7 @@ class UnfinishedKV:
             means = [maps.key_mean, maps.value_mean, maps.key_offset, maps.value_offset]
         held = [*self._tail, *(self._lines or ()), *(self._sinks or ()), *means]
         # What came back shares memory.
-        return sum({part.data_ptr(): part.nbytes for part in map(Tensor.untyped_storage, held)}.values())
+        return sum({part.data_ptr(): part.nbytes() for part in map(Tensor.untyped_storage, held)}.values())
 
     @property
     def host_nbytes(self) -> int:

@@ -47,9 +47,16 @@ def made_up(
 
 
 def warm_up(
-    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], ladder: Ladder, codes: KeyCodes | None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    sizes: tuple[int, int],
+    ladder: Ladder,
+    codes: KeyCodes | None,
+    *,
+    attends: bool = True,
 ) -> None:
-    """Compile what coding, decoding and attention need, parameters as for `trial.fault`.
+    """Compile what coding, decoding and, if it ``attends``, attention need, parameters as for `trial.fault`.
 
     Nothing is changed and nothing is raised: what fails here is found where it is used.
     """
@@ -67,11 +74,12 @@ def warm_up(
 
     def recode(rung: int) -> None:
         own, _ = storage(ladder, SINKS + 1)
-        sources, none = torch.zeros(len(ladder.rungs), 4, dtype=torch.int64), torch.zeros(0, dtype=torch.uint8)
-        listed = (part.to(device) for part in (sources, none, none.long(), torch.zeros(heads, dtype=torch.int64)))
+        sources, none = (torch.zeros(n, 4, dtype=torch.int64, device=device) for n in (len(ladder.rungs), 0))
+        starts, at = torch.zeros(heads, dtype=torch.int64, device=device), none.flatten()
         table, form = own.lines.rungs[rung].table, own.coding.forms[rung]
         kernels.move(table, table, key_bytes=form.line_bytes, value_bytes=FACTOR_BYTES, longest=1)
-        kernels.recode_lines(kernels.Moved(table, *listed, own.coding.forms, rung, own.coding.maps, 1))
+        maps, forms = own.coding.maps, own.coding.forms
+        kernels.recode_lines(kernels.Moved(table, sources, at.to(torch.uint8), at, starts, forms, rung, maps, 1))
 
     def code_exact(rungs: Ladder) -> None:
         own, (keys, values) = storage(rungs, SINKS + ladder.recent)
@@ -92,7 +100,7 @@ def warm_up(
             _log.debug("a kernel could not be compiled ahead: %s", error)
 
     # The longest one first.
-    jobs: list[Callable[[], None]] = [attend]
+    jobs: list[Callable[[], None]] = [attend] if attends else []
     # What is generated, and what a later turn brings, is coded from exact entries.
     jobs += [lambda rung=rung: code_exact(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
     if len(ladder.rungs) > 1:

@@ -108,6 +108,28 @@ def test_host_memory_is_pinned_used_again_and_given_back():
     assert memory.held == owned
 
 
+def test_the_way_back_waits_for_nothing(models):
+    """All layers' entries come back without a call that makes the host wait for the device."""
+    _, model = models
+    talk = talk_of(model, "adaptive", "host", False)
+    first, second, third = turns_of((600,), question=40)
+    talk.ask(*first)
+    talk.ask(*second)
+    past, device = talk.cache.state.past, torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.synchronize()
+    length = past.length
+    assert past.begins(length)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for ordinal in range(len(talk.cache.pruned_layers)):
+            past.take(ordinal, device, length + 40)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    past.crop(length)
+    talk.ask(*third)
+    assert talk.cache.report.remembered.restored
+
+
 def test_what_is_on_the_device_while_decoding_does_not_grow():
     """Of Llama's proportions: the memory after a turn is that of a cache that keeps nothing beside."""
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

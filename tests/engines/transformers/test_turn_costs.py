@@ -65,7 +65,11 @@ def a_layer(models, keep, length=700):
     pairs = zip(*(turns_of(model, keep, length) for model in models), strict=True)
     layers = MANY - FEW
     return [
-        ((more.total - few.total) / layers, sum((more.waits - few.waits).values()) / layers, (more.sent - few.sent) / layers)
+        (
+            (more.total - few.total) / layers,
+            sum((more.waits - few.waits).values()) / layers,
+            (more.sent - few.sent) / layers,
+        )
         for few, more in pairs
     ]
 
@@ -75,7 +79,7 @@ def test_a_turn_over_what_was_kept(models):
     _, *turns = a_layer(models, None)
     for launches, waits, sent in turns:
         assert launches <= 440
-        assert waits <= 4
+        assert waits <= 6  # two of them are for numbers that the host has
         assert sent <= 55
 
 
@@ -84,7 +88,7 @@ def test_a_turn_over_everything(models):
     _, *turns = a_layer(models, "host")
     for launches, waits, sent in turns:
         assert launches <= 280
-        assert waits <= 1  # for what the policy decided, a layer later
+        assert waits <= 2  # for what the policy decided, a layer later, and a number that the host has
         assert sent <= 16
 
 

@@ -138,13 +138,13 @@ class IntakeLayer(StoredLayer):
             _log.warning("%s; they stay in the model's precision", said)
         self.ladder = None
 
-    def _fault(self, keys: Tensor, values: Tensor, ladder: Ladder) -> str | None:
+    def _fault(self, keys: Tensor, values: Tensor, ladder: Ladder, *, attends: bool = True) -> str | None:
         """What is wrong with entries like these, coded on their device; one trial serves all layers that are alike."""
         sizes, codes = (keys.shape[3], values.shape[3]), self.state.codes_of(0)
         if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
             codes = self.state.codes_of(self.ordinal)
         dtype = torch.promote_types(keys.dtype, values.dtype)
-        return trial.fault(keys.device, dtype, keys.shape[1], sizes, ladder, codes)
+        return trial.fault(keys.device, dtype, keys.shape[1], sizes, ladder, codes, attends)
 
     # -- a prompt in chunks ----------------------------------------------------------------
 

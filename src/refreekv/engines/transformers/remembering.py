@@ -150,7 +150,7 @@ class RememberingLayer(IntakeLayer):
         # What the cache itself stores in was tried when its first entries came.
         tried = () if self.ladder is None else self.ladder.rungs
         known = any(number.widths == rung.widths for rung in tried)
-        return known or self._fault(keys, values, Ladder((number,))) is None
+        return known or self._fault(keys, values, Ladder((number,)), attends=False) is None
 
     def _real(self, end: int) -> Tensor | None:
         """Boolean ``[B, end]``, False at padding; None: there is none."""
