@@ -181,7 +181,8 @@ def line(found: dict[str, Any]) -> str:
     elif found["part"] == "restore":
         said = (
             f"host {found['host'] / 2**20:.0f} MiB ({found['host_share']:.0%} of the full cache) at "
-            f"{found['bandwidth'] / 1e9:.1f} GB/s: ideal {ms['ideal']}, restore {ms['restore']} (x {found['ratio']:.2f})"
+            f"{found['bandwidth'] / 1e9:.1f} GB/s: ideal {ms['ideal']}, restore {ms['restore']} "
+            f"(x {found['ratio']:.2f})"
         )
     elif found["part"] == "prompt":
         said = f"{ms['plain']} plain, {ms['kept']} kept ({found['extra']:+.2%})"

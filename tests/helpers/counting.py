@@ -6,7 +6,7 @@ version does on a CPU. Operators whose result has a size that the device has to 
 
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -108,7 +108,7 @@ def counting():
             as_copy(runs.spread),
         ]
     )
-    with contextlib_stack() as patches:
+    with ExitStack() as patches:
         for module in [own for name, own in sys.modules.items() if name.startswith("refreekv")]:
             for name, value in list(vars(module).items()):
                 if callable(value) and not isinstance(value, type):
@@ -121,9 +121,3 @@ def counting():
         patches.enter_context(mock.patch.object(torch.Tensor, "tolist", to_list))
         with counts:
             yield counts
-
-
-def contextlib_stack():
-    from contextlib import ExitStack
-
-    return ExitStack()

@@ -102,8 +102,9 @@ class Entries:
     ) -> "list[Entries]":
         """A batch's row by row, without the last ``after`` entries of each.
 
-        ``rows`` are the storage's, as `KVStorage.rows` gives them, and ``columns`` are those of each row's entries, of which the ones before ``earlier_length`` were there at an
-        earlier prompt's end; ``visible`` and ``padding`` as in `of_dense`.
+        ``rows`` are the storage's, as `KVStorage.rows` gives them, and ``columns`` are those of each row's entries, of
+        which the ones before ``earlier_length`` were there at an earlier prompt's end; ``visible`` and ``padding`` as
+        in `of_dense`.
         """
         parts = []
         for row, (keys, values) in enumerate(rows):

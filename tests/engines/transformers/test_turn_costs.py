@@ -106,7 +106,7 @@ def test_the_length_changes_nothing(models, keep):
 
 
 def test_copies_of_a_layer(models, monkeypatch):
-    """Two pieces leave a layer at a prompt's end, codes and all the rest, and as many and the earlier ones come back."""
+    """Codes leave a layer at a prompt's end, and the rest; the rest comes back in one copy, and each piece in one."""
     copies, real = Counter(), host._copy
 
     def noting(buffer, start, tensor, *, out):
