@@ -196,7 +196,7 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "so_b", "so_g", "sl_b", "sl_g", "sk_b", "sk_g"])
 def _leveled_kernel(
     order, kept, levels, ordered, counts, length, groups, so_b, so_g, sk_b, sk_g, sl_b, sl_g, first, recent,
     RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
