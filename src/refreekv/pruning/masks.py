@@ -127,6 +127,13 @@ def causal_mask(queries: int, entries: int, device: torch.device) -> Tensor:
     return torch.ones(1, 1, queries, entries, dtype=torch.bool, device=device).tril(entries - queries)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a summand of logits: the same if it is one, else 0 where it is true and the lowest number elsewhere."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def hide_padding(mask: Tensor | None, visible: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """An additive mask that hides, beside what ``mask`` hides, the padding of uneven KV heads.
 
@@ -149,7 +156,5 @@ def hide_padding(mask: Tensor | None, visible: Tensor, heads: int, dtype: torch.
     lowest = torch.finfo(dtype).min
     if mask is None:
         mask = torch.zeros(1, 1, 1, visible.shape[1], dtype=dtype, device=visible.device)
-    elif mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
     shown = visible.repeat_interleave(heads // visible.shape[0], 0)[None, :, None]
-    return mask.expand(-1, heads, -1, -1).masked_fill(~shown, lowest)
+    return additive(mask, dtype).expand(-1, heads, -1, -1).masked_fill(~shown, lowest)

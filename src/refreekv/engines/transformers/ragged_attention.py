@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import hides_nothing
-from refreekv.pruning.masks import causal_mask, check_columns, hide_padding
+from refreekv.pruning.masks import additive, causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -54,11 +54,13 @@ def ragged_attention(
     """
     storage = layer.ragged
     assert storage is not None
+    # Functions that add masks to logits, such as eager attention, are given one where sdpa says causal by itself.
+    adds = mask is not None and mask.is_floating_point()
     if hides_nothing(mask):
         mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-    return _by_row(layer, storage, attention, module, query, mask, flash=flash, **kwargs)
+    return _by_row(layer, storage, attention, module, query, mask, adds=adds, flash=flash, **kwargs)
 
 
 def _by_row(
@@ -69,6 +71,7 @@ def _by_row(
     query: Tensor,
     mask: Tensor | None,
     *,
+    adds: bool,
     flash: bool,
     **kwargs: Any,
 ) -> Tensor:
@@ -77,9 +80,14 @@ def _by_row(
     if mask is not None:
         check_columns(mask, layer.get_seq_length())
     needs_causal_mask = queries > 1 and not flash
+
+    def causal(entries: int) -> Tensor:
+        made = causal_mask(queries, entries, query.device)
+        return additive(made, query.dtype) if adds else made
+
     if storage.uniform and mask is None:
         if needs_causal_mask:
-            mask = causal_mask(queries, storage.lengths[0][0], query.device)
+            mask = causal(storage.lengths[0][0])
         stacked = storage.stacked()
         layer.rows_of_call = list(zip(*stacked, strict=True))
         return attention(module, query, *stacked, mask, **kwargs)[0]
@@ -97,7 +105,7 @@ def _by_row(
         row_mask = None if mask is None else layer.row_mask(mask, row, heads)
         visible = storage.visible(row)
         if row_mask is None and queries > 1 and (visible is not None or needs_causal_mask):
-            row_mask = causal_mask(queries, keys.shape[1], query.device)
+            row_mask = causal(keys.shape[1])
         if visible is not None:
             row_mask = hide_padding(row_mask, visible, heads, query.dtype)
         outputs.append(attention(module, query[row : row + 1], keys[None], values[None], row_mask, **row_kwargs)[0])
