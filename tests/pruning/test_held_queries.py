@@ -97,11 +97,11 @@ def test_rows_take_their_queries_along(llama):
     assert swapped == whole[::-1]
 
 
-@pytest.mark.parametrize("settled", [0, 7])
-def test_what_an_earlier_prompt_left_is_marked(settled):
+@pytest.mark.parametrize("earlier", [0, 7])
+def test_what_an_earlier_prompt_left_is_marked(earlier):
     keys = torch.randn(1, 2, 10, 8)
     asked = Queries.of_call(queries(rows=1), 9, None)
-    entries = Entries.of_dense(keys, keys, None, None, asked, settled)
+    entries = Entries.of_dense(keys, keys, None, None, asked, earlier)
     marks = None if entries.earlier is None else entries.earlier.flatten().tolist()
-    assert marks == (None if settled == 0 else [True] * 7 + [False] * 3)
+    assert marks == (None if earlier == 0 else [True] * 7 + [False] * 3)
     assert entries.columns.tolist() == list(range(10))

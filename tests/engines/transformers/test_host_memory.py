@@ -126,10 +126,10 @@ def test_what_fits_stays_on_the_device(llama):
     fitting = {MARGIN: [], MARGIN - each: [0, 2, 4], MARGIN - 2 * each: [0, 1, 3, 4], 0: [0, 1, 2, 3, 4]}
     for bytes_left, wanted in fitting.items():
         room["bytes"] = bytes_left
-        cache.state.host.settle(cache.pruned_layers)
+        cache.state.host.distribute(cache.pruned_layers)
         assert hosted(cache) == wanted
         room["bytes"] = 2**40  # and back
-        cache.state.host.settle(cache.pruned_layers)
+        cache.state.host.distribute(cache.pruned_layers)
         assert hosted(cache) == []
 
 

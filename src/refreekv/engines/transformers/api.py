@@ -136,7 +136,7 @@ class ReFreeKVCache(PrunedCache):
         cache = cls(model, chosen_policy, **settings, verify=verify, keep_evicted=keep_evicted, host_memory=host_memory)
         saved.fill(cache, model)
         if cache.state.host is not None:
-            cache.state.host.settle(cache.pruned_layers)
+            cache.state.host.distribute(cache.pruned_layers)
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

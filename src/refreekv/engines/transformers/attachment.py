@@ -289,7 +289,7 @@ class Attachment:
             )
         if cache.state.take_changed():
             if cache.state.host is not None:
-                cache.state.host.settle(cache.pruned_layers)
+                cache.state.host.distribute(cache.pruned_layers)
             cache.tell_owner()
 
 

@@ -99,11 +99,11 @@ class HostTier:
         return self._prompts, ordinal
 
     def take(self, layer: HoldsStorage) -> None:
-        """Move what is kept of a layer to host memory, if its prompt was there: others may not fit before `settle`."""
+        """Move what is kept of a layer to host memory, if its prompt was there: others may not fit before `distribute`."""
         if layer.ordinal in self._reading and layer.ragged is not None and layer.ragged.coding is not None:
             layer.ragged.move_to_host()
 
-    def settle(self, layers: Sequence[HoldsStorage]) -> None:
+    def distribute(self, layers: Sequence[HoldsStorage]) -> None:
         """Decide anew for what is kept of a prompt, and move it."""
         self.clear()
         held = [
