@@ -99,7 +99,7 @@ class HostTier:
         return self._prompts, ordinal
 
     def take(self, layer: HoldsStorage) -> None:
-        """Move what is kept of a layer to host memory, if its prompt was there: others may not fit before `distribute`."""
+        """Move what is kept of a layer to host memory, if its prompt was there: `distribute` comes later."""
         if layer.ordinal in self._reading and layer.ragged is not None and layer.ragged.coding is not None:
             layer.ragged.move_to_host()
 
