@@ -9,7 +9,7 @@ medians of CUDA graph replays, over several input sets, of all that a layer laun
 each level, joining. Keys are in quarters of different widths, as a model's own codes have them. `mix` has half of the
 entries evicted, a tenth with keys of 6 bits and the rest in 4; `ladder` 41, 15, 10 and 34% in each of the default's
 four formats, as on Qwen2.5-Coder at 4,000 tokens, `L2` 40 and 10% in two; every format has 68 exact entries a head
-beside its own. `--tune` measures `ladder` and whatever --formats says; settings are compiled side by side first.
+beside its own. `--tune` compiles settings side by side first.
 """
 
 import argparse

@@ -135,7 +135,8 @@ def test_coded_entries(folder, prompts, policy, kv_dtype, eager):
         said = [vllm.logprobs[f"r{index}"] for index in range(len(prompts))]
         table = vllm.state.table.coded
     assert len(table.forms) == {"auto": 4, "k4v2+int8": 2}.get(kv_dtype, 1)
-    assert table.own_keys
+    # Of rotated keys all layers have the same; of the model's own codes no two.
+    assert not torch.equal(table.key_duals[0], table.key_duals[1])
     assert max(report["blocks_freed"] for report in reports) > 10
     assert min(report["bytes_share"] / report["kept_share"] for report in reports) < 0.8
     coded = generated(folder, prompts, policy, kv_dtype, tokens)
@@ -144,8 +145,8 @@ def test_coded_entries(folder, prompts, policy, kv_dtype, eager):
         off, effect = distance(own, wanted), distance(own, uncoded, wanted)
         print(f"{policy} {kv_dtype}: {length} tokens, off by {off:.2g} where codes change {effect:.2g}")
         if length <= SINKS + RECENT:
-            # Nothing is coded: what is left is float32 on two ways, over 320 numbers.
-            assert off < 2e-2
+            # Nothing is coded.
+            assert off < 1e-3
         else:
             # The first tokens were read as they are, until private blocks were there: that has an after-effect of up
             # to .14 of what codes do. With rotated keys, without codes of the model's own, it is .7 to 1.4.

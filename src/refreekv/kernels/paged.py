@@ -143,8 +143,6 @@ class Coded:
         Of each layer float32 ``[H_kv]``: as in `core.packed_lines.PackedMaps`.
     rotation : Tensor
         ``[D, D]``, of the type of the queries: values times it are in code space.
-    own_keys : bool
-        Whether keys are in codes of the model's own.
     """
 
     forms: tuple[PackedFormat, ...]
@@ -154,7 +152,6 @@ class Coded:
     key_duals: tuple[Tensor, ...]
     key_bounds: tuple[Tensor, ...]
     rotation: Tensor
-    own_keys: bool = False
 
     @classmethod
     def empty(
@@ -198,7 +195,6 @@ class Coded:
             tuple(own.key_dual[0] for own in maps),
             tuple(own.key_bound[0] for own in maps),
             rotation_like(pool.size, device, dtype),
-            codes is not None,
         )
 
 

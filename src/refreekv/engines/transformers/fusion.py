@@ -1,4 +1,4 @@
-"""Stand-ins for chains of small operations, for the length of one capture.
+"""Replacements for chains of small operations, for the length of one capture.
 
 A normalisation, a gated activation and a rotary embedding are recognised by what they have, not by
 what model they belong to, and each replacement is first compared with the module's own code on random
