@@ -16,6 +16,7 @@ from refreekv import KVDtype, ReFreeKVCache, policies
 from refreekv.engines.transformers import fitting
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.packed_weights import PackedEmbedding, PackedLinear
 
 CHUNK = 40
 NUMBER = KVDtype("int8", recent=4)
@@ -225,6 +226,13 @@ def test_matrices_that_are_unpacked_count(form, largest):
         pytest.importorskip("bitsandbytes")
     model = random_models.build(random_models.SHAPES["tiny"], form, torch.device("cpu"))
     assert fitting.unpacked_bytes(model) == 2 * largest
+
+
+def test_of_an_embedding_in_blocks_only_rows_are_unpacked():
+    model = random_models.build(random_models.SHAPES["tiny"], "int4-blocks", torch.device("cpu"))
+    before, packed = fitting.unpacked_bytes(model), next(m for m in model.modules() if isinstance(m, PackedLinear))
+    model.model.embed_tokens = PackedEmbedding(packed.blocks, torch.bfloat16)
+    assert fitting.unpacked_bytes(model) == before
 
 
 @torch.no_grad()

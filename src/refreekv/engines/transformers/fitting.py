@@ -16,7 +16,7 @@ from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
-from refreekv.engines.transformers.packed_weights import is_packed
+from refreekv.engines.transformers.packed_weights import PackedLinear
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.attachment import Attachment
@@ -160,7 +160,7 @@ def unpacked_bytes(model: Any) -> int:
     for module in model.modules():
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
             sizes.append(module.in_features * module.out_features)
-        elif is_packed(module):
+        elif isinstance(module, PackedLinear):
             sizes.append(min(module.in_features * module.out_features, kernels.UNPACKED))
     return int(model.dtype.itemsize) * max(sizes)
 
