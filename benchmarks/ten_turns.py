@@ -5,10 +5,11 @@
     python benchmarks/ten_turns.py --table ten-*.jsonl --markdown table.md
 
 MODEL is a .gguf file, a folder or a hub id. The document is the beginning of a QMSum meeting (``qmsum_meetings.jsonl``
-in DIR), the questions are those that the data set asks about it (``qmsum_queries.jsonl``). The model answers them one
-after the other over its own full cache, greedily; that conversation is then fed to every variant, token by token, and
-what each predicts is compared: KL(full || variant) in nats, the mean over a turn's answer. A variant is a policy, or a
-policy and ``+host``: with ``keep_evicted="host"``; ``+host16``: the same with what is kept in the model's precision.
+in DIR), and of those after it where one is too short; the questions are those that the data set asks about the first
+(``qmsum_queries.jsonl``). The model answers them one after the other over its own full cache, greedily; that
+conversation is then fed to every variant, token by token, and what each predicts is compared: KL(full || variant) in
+nats, the mean over a turn's answer. A variant is a policy, or a policy and ``+host``: with ``keep_evicted="host"``;
+``+host16``: the same with what is kept in the model's precision.
 """
 
 import argparse
@@ -54,7 +55,9 @@ class Turn:
 
 
 def read_meeting(folder: Path, turns: int, meeting: str | None) -> tuple[str, list[str], str]:
-    """A transcript, so many questions about it, and which one it is; the first with enough of them if none is named.
+    """A transcript, all others behind it, so many questions about it, and which one it is.
+
+    The first with enough questions if none is named.
 
     Raises
     ------
@@ -65,11 +68,12 @@ def read_meeting(folder: Path, turns: int, meeting: str | None) -> tuple[str, li
     for line in (folder / "qmsum_queries.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         asked.setdefault(str(row["meeting_id"]), []).append(row["input"])
-    for line in (folder / "qmsum_meetings.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found = str(row["meeting_id"])
+    lines = (folder / "qmsum_meetings.jsonl").read_text(encoding="utf-8").splitlines()
+    meetings = {str(row["meeting_id"]): row["transcript"] for row in map(json.loads, lines)}
+    for found, transcript in meetings.items():
         if (meeting is None and len(asked.get(found, ())) >= turns) or found == meeting:
-            return row["transcript"], asked[found][:turns], found
+            others = (text for other, text in meetings.items() if other != found)
+            return "\n\n".join([transcript, *others]), asked[found][:turns], found
     raise ValueError(f"no meeting in {folder} has {turns} questions")
 
 

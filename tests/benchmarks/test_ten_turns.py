@@ -47,8 +47,8 @@ def test_a_meeting_with_enough_questions(tmp_path):
     queries = [{"meeting_id": str(number), "input": f"q{n}"} for number in range(3) for n in range(2 * number)]
     for name, rows in (("meetings", meetings), ("queries", queries)):
         (tmp_path / f"qmsum_{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert ten_turns.read_meeting(tmp_path, 3, None) == ("text 2", ["q0", "q1", "q2"], "2")
-    assert ten_turns.read_meeting(tmp_path, 2, "1") == ("text 1", ["q0", "q1"], "1")
+    assert ten_turns.read_meeting(tmp_path, 3, None) == ("text 2\n\ntext 0\n\ntext 1", ["q0", "q1", "q2"], "2")
+    assert ten_turns.read_meeting(tmp_path, 2, "1") == ("text 1\n\ntext 0\n\ntext 2", ["q0", "q1"], "1")
     with pytest.raises(ValueError, match="has 9 questions"):
         ten_turns.read_meeting(tmp_path, 9, None)
 
