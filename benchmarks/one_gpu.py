@@ -48,7 +48,7 @@ from decode import Stamps
 from devices import bus_bandwidth, copy_bandwidth
 from random_models import FORMS, SHAPES, build, form_of, weight_bytes
 from refreekv.core.footprint import Mix
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.core.units import format_size, parse_bytes
 from refreekv.engines.transformers.attachment import attached
 from refreekv.engines.transformers.copy_scores import copy_scores
@@ -374,7 +374,7 @@ def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario
     """What `refreekv plan` says of the row at a length."""
     variant = settings.variant
     policy, stored = parse_policy(variant.policy), variant.stored
-    prompt = {} if variant.prompt == AUTO else {"prompt_number": KVDtype.parse(none_for_16(variant.prompt))}
+    prompt = PROMPT_DTYPE if variant.prompt == AUTO else KVDtype.parse(none_for_16(variant.prompt))
     host = parse_host_memory(variant.host)
     made = make(
         Model(row.shape, SHAPES[row.shape]),
@@ -387,7 +387,7 @@ def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario
         chunk=settings.chunk,
         host=0 if host is None else UNLIMITED if isinstance(host, str) else host,
         queries=lambda prompt: policy.probe_plan(prompt).count,
-        **prompt,
+        prompt_number=prompt,
     )
     return made.rows[0 if kind == "full" else -1]
 

@@ -15,13 +15,14 @@ import chat_speed
 import one_gpu
 import refreekv
 from random_models import SHAPES
-from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
+from refreekv.core.quantisation import KVDtype
 from refreekv.core.units import format_size, parse_bytes
 from refreekv.planner import widths
 from refreekv.planner.budgets import expected
 from refreekv.planner.memory import Load
 from refreekv.planner.plan import RESERVE, Plan, Speeds, make
 from refreekv.planner.source import Model
+from refreekv.policies.base import AUTO
 
 CARDS = ("8GiB", "12GiB", "16GiB", "24GiB", "48GiB")
 MODELS = (("llama-3-8b", "bf16"), ("llama-3-8b", "int4"), ("qwen2.5-32b", "int4"), ("llama-3-70b", "int4"))
@@ -61,7 +62,7 @@ def planned(
     *,
     policy: str,
     kv: str,
-    prompt: KVDtype = PROMPT_DTYPE,
+    prompt: KVDtype | str = AUTO,
     host: int = 0,
     tokens: int = 0,
 ) -> Plan:

@@ -184,3 +184,15 @@ def test_longer_prompts_fit():
         full = made.rows[0].longest_context
         assert any("--prompt-kv" in note for note in made.notes) == (held_as is None)
     assert contexts[None] <= full < 1.5 * full < contexts[KVDtype("int8")] < contexts[KVDtype("int4")]
+    # By itself a prompt is held in int8 as long as that fits, and in k6v4 then.
+    longest, in_eight = (
+        plans.make(model, memory=24 * GIB, load=Load(8192, 512), number=KVDtype("int4")),
+        contexts[KVDtype("int8")],
+    )
+    assert in_eight < longest.rows[-1].longest_context <= contexts[KVDtype("int4")]
+    assert longest.rows[-1].read == "int8"
+    assert longest.notes == made.notes
+    beyond = plans.make(model, memory=24 * GIB, load=Load(in_eight + 1, 512), number=KVDtype("int4"))
+    assert beyond.rows[-1].fits
+    assert beyond.rows[-1].read == "k6v4"
+    assert any("held in k6v4, as it does not fit in int8" in note for note in beyond.notes)

@@ -52,6 +52,9 @@ def test_what_kv_means():
     found = widths.stored(adaptive, str(LADDER), "other", [MEASURED])
     assert found.expected == Mix(LADDER, (0.5, 0.3, 0.2))
     assert found.worst == Mix(LADDER, (0, 0, 1))
+    narrow = found.expected.at_most(LADDER.rungs[1])
+    assert narrow == Mix(LADDER, (0.5, 0.5, 0))
+    assert found.expected.at_most(None) is found.expected
     assert found.source == "k4v2 50%, k6v4 30%, int8 20%: measured on one (n=5, 900 to 2,000 tokens, a GPU, None)"
     other = widths.Measured(**{**asdict(MEASURED), "model": "two", "shares": (0.7, 0.1, 0.2)})
     both = widths.stored(adaptive, str(LADDER), "x", [MEASURED, other]).expected

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refreekv.storage.columns import Columns, lasting
+from refreekv.storage.columns import Columns, Levels, lasting
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,11 @@ def test_bits_take_a_thirty_second_of_the_indices_of_everything():
     index = torch.arange(4096, dtype=torch.int32)
     (row,) = lasting([Columns(heads=(index,) * 8)], 4096)
     assert row.bits.nbytes == 8 * index.nbytes // 32
+
+
+def test_what_was_read_in_few_bits_is_not_worth_more():
+    rungs = torch.tensor([0, 3, 1, 2, 3, 1], dtype=torch.uint8)
+    capped = Levels((rungs,), ((1, 2, 1, 2),)).at_most(2)
+    assert capped.heads[0].tolist() == [0, 2, 1, 2, 2, 1]
+    assert capped.heads[0].dtype == torch.uint8
+    assert capped.counts == ((1, 2, 3, 0),)

@@ -45,6 +45,13 @@ class Mix:
         """The newest entries that stay as they are."""
         return self.ladder.recent
 
+    def at_most(self, number: KVDtype | None) -> "Mix":
+        """The same with a format in place of wider ones, if it is one of them: what a prompt is that was read in it."""
+        if number not in self.ladder.rungs:
+            return self
+        at = self.ladder.rungs.index(number)
+        return Mix(self.ladder, (*self.shares[:at], sum(self.shares[at:]), *[0.0] * (len(self.shares) - at - 1)))
+
     def form(self, sizes: Sequence[int]) -> PackedFormat:
         """The lines of the widest format; see `KVDtype.form`."""
         return self.ladder.rungs[-1].form(sizes)

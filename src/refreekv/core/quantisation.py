@@ -242,9 +242,12 @@ def _forms(ladder: Ladder, sizes: tuple[int, ...], sorted_keys: bool) -> tuple[P
     return tuple(rung.form(sizes, sorted_keys=sorted_keys) for rung in ladder.rungs)
 
 
-PROMPT_DTYPE = KVDtype("int8")
-"""How a prompt that comes in chunks is held until its end, if nobody says otherwise: it loses less than 16-bit
-arithmetic does, also where all that is read later is read over it (docs/how-it-works.md)."""
+PROMPT_DTYPES = KVDtype("int8"), KVDtype("k6v4")
+"""How a prompt that comes in chunks is held until its end, if nobody says otherwise: in the first of these in which it
+fits. int8 loses less than 16-bit arithmetic does, also where all that is read later is read over it
+(docs/how-it-works.md); the other one about what the default loses at the prompt's end (lab/quantisation.md)."""
+PROMPT_DTYPE = PROMPT_DTYPES[0]
+"""Where there is room, or nobody can tell."""
 
 
 def centre_of(entries: Tensor, real: Tensor | None = None) -> Tensor:

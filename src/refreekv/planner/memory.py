@@ -46,6 +46,7 @@ class Scenario:
     compacts: bool = True  # whether the prompt is held in full before it is compacted
     # how a prompt that is read in chunks is held until its end; None: in the model's precision
     prompt_number: KVDtype | None = None
+    narrower: tuple[KVDtype, ...] = ()  # formats that are tried one after the other where it does not fit in that
     queries: Callable[[int], int] = lambda _: 0  # prompt tokens to the queries that a layer holds until their end
 
 
@@ -80,6 +81,7 @@ class Use:
     layers: int = 0
     host: int = 0  # bytes of what is there while tokens are generated, of all requests
     most_host: int = 0  # and at most
+    read: KVDtype | None = None  # how the prompt is held until its end
 
 
 def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
@@ -90,14 +92,27 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
     the next one is done, so two layers are full at a time.
 
     K/V in a number format is decoded in place. Codes that do not fit are in host memory, if the machine has some for
-    them: those of as many full-attention layers as it takes, and two layers' pass through the device.
+    them: those of as many full-attention layers as it takes, and two layers' pass through the device. Where that does
+    not do, the prompt is held in narrower formats until its end.
     """
-    budget = scenario.budget(load.prompt)
-    one = geometry.kept_bytes(load.prompt, load.output, budget, scenario.number)
-    before = geometry.kept_bytes(load.prompt, 0, budget, scenario.number)
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
-    kept_codes = _codes(geometry, scenario.number, budget * load.prompt)
-    read = scenario.prompt_number if called < load.prompt else None
+    taken = _use(geometry, machine, scenario, load, called, scenario.prompt_number if called < load.prompt else None)
+    for number in scenario.narrower if called < load.prompt else ():
+        if taken.peak > machine.available:
+            taken = _use(geometry, machine, scenario, load, called, number)
+    return taken
+
+
+def _use(
+    geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, called: int, read: KVDtype | None
+) -> Use:
+    """What a load takes whose prompt is read ``called`` tokens at a time and held in a format until its end."""
+    budget, number = scenario.budget(load.prompt), scenario.number
+    if isinstance(number, Mix):
+        number = number.at_most(read)
+    one = geometry.kept_bytes(load.prompt, load.output, budget, number)
+    before = geometry.kept_bytes(load.prompt, 0, budget, number)
+    kept_codes = _codes(geometry, number, budget * load.prompt)
     read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in set(geometry.layers)), default=0)
     logits = load.requests * machine.logit_bytes
     reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
@@ -140,6 +155,7 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
         layers,
         host,
         max(host, int(others + reading_layers * read_codes)),
+        read,
     )
 
 

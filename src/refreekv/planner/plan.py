@@ -1,18 +1,20 @@
 """A plan: what a model takes on a machine, in three scenarios, and what to change if it does not fit."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from refreekv.core.footprint import Mix, Reader, activation_elements
-from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
+from refreekv.core.quantisation import PROMPT_DTYPE, PROMPT_DTYPES, KVDtype
 from refreekv.core.units import format_size
 from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
 from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
 from refreekv.planner.source import Model
 from refreekv.planner.weights import BITS, Counts, Weights, count, unpacked_bytes, weigh
+from refreekv.policies.base import AUTO
 
 RESERVE = 3 * 2**28
 """0.75 GiB: an assumption about a CUDA context, workspaces, captured graphs and fragmentation."""
@@ -51,6 +53,7 @@ class Row:
     host_bytes: int = 0  # of host memory at most
     # a step at least: all that it reads, of the GPU's memory and over the bus beside it; None: nobody said how fast
     step_seconds: float | None = None
+    read: str = "bf16"  # how the prompt is held until its end
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def make(
     expected: Expected | None = None,
     reserve: int = RESERVE,
     chunk: int | None = CHUNK,
-    prompt_number: KVDtype | None = PROMPT_DTYPE,
+    prompt_number: KVDtype | str | None = AUTO,
     host: int = 0,
     speeds: Speeds | None = None,
     queries: Callable[[int], int] = lambda _: 0,
@@ -143,8 +146,9 @@ def make(
         Bytes for what no formula knows.
     chunk : int or None
         Prompt tokens in one call; None: all.
-    prompt_number : KVDtype or None
-        How a prompt that is read in chunks is held until its end; None: in the model's precision.
+    prompt_number : KVDtype, "auto" or None
+        How a prompt that is read in chunks is held until its end; "auto": in the first of `PROMPT_DTYPES` in which it
+        fits; None: in the model's precision.
     host : int
         Bytes of host memory for codes that do not fit on the GPU.
     queries : callable
@@ -182,15 +186,12 @@ def make(
         raise ValueError("host memory holds codes, and K/V is to be stored as it is computed: choose --kv auto or int4")
     scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:
-        held = prompt_number
+        held, narrower = (PROMPT_DTYPE, PROMPT_DTYPES[1:]) if isinstance(prompt_number, str) else (prompt_number, ())
+        ours = functools.partial(Scenario, prompt_number=held, narrower=narrower, queries=queries)
         at_worst = number if worst is None else worst
-        scenarios.append(
-            Scenario(
-                "worst case", lambda _: 1.0, at_worst, compacts=number is not None, prompt_number=held, queries=queries
-            )
-        )
+        scenarios.append(ours("worst case", lambda _: 1.0, at_worst, compacts=number is not None))
         if expected is not None:
-            scenarios.append(Scenario("expected", expected.budget, number, prompt_number=held, queries=queries))
+            scenarios.append(ours("expected", expected.budget, number))
     rows = tuple(_row(geometry, machine, scenario, load, model.context, speeds) for scenario in scenarios)
     return Plan(
         model,
@@ -205,7 +206,7 @@ def make(
         tuple(scenarios),
         rows,
         tuple(_advice(model, counts, geometry, machine, scenarios[-1], load, rows)) if not rows[-1].fits else (),
-        tuple(_notes(geometry, expected, load, number, rows)),
+        tuple(_notes(geometry, expected, load, number, rows, isinstance(prompt_number, str))),
         stored_source,
     )
 
@@ -231,6 +232,7 @@ def _row(
         taken.layers,
         taken.most_host,
         None if speeds is None else speeds.step(machine.weights + taken.kv - taken.host, taken.host),
+        "bf16" if taken.read is None else str(taken.read),
     )
 
 
@@ -299,7 +301,12 @@ def _weight_advice(form: str, size: int) -> str:
 
 
 def _notes(
-    geometry: Geometry, expected: Expected | None, load: Load, number: KVDtype | Mix | None, rows: Sequence[Row]
+    geometry: Geometry,
+    expected: Expected | None,
+    load: Load,
+    number: KVDtype | Mix | None,
+    rows: Sequence[Row],
+    auto: bool,
 ) -> list[str]:
     notes = []
     kinds = {layer.kind for layer in geometry.layers}
@@ -323,6 +330,12 @@ def _notes(
     if expected is not None and expected.measured:
         notes.append(
             "Expected is what was measured on other prompts and maybe other models; the worst case is the limit."
+        )
+    narrow = [row for row in rows if row.read not in ("bf16", str(PROMPT_DTYPE)) and row.read != rows[0].read]
+    if auto and narrow:
+        notes.append(
+            f"Until its end the prompt is held in {narrow[-1].read}, as it does not fit in {PROMPT_DTYPE}: that loses "
+            "about as much again as the default does."
         )
     if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
         notes.append(

@@ -146,6 +146,11 @@ class Levels:
         """How many entries of each of ``kv_heads`` KV heads are coded in a rung at the end of the prompt."""
         return tuple(self.counts[head % len(self.counts)][rung] for head in range(kv_heads))
 
+    def at_most(self, rung: int) -> "Levels":
+        """The same with that rung in place of higher ones."""
+        counts = tuple((*own[:rung], sum(own[rung:]), *[0] * (len(own) - rung - 1)) for own in self.counts)
+        return Levels(tuple(head.clamp(max=rung) for head in self.heads), counts)
+
 
 def _runs(index: Tensor) -> tuple[Range, ...]:
     """The runs of an ascending index."""

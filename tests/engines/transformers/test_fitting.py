@@ -13,6 +13,7 @@ from helpers.driving import greedy
 from helpers.models import build, prompts
 from helpers.planning import LLAMA
 from refreekv import KVDtype, ReFreeKVCache, policies
+from refreekv.core.quantisation import PROMPT_DTYPES
 from refreekv.engines.transformers import fitting
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
@@ -51,7 +52,7 @@ def split(length, chunk=CHUNK):
 
 @pytest.fixture
 def forecast(monkeypatch):
-    monkeypatch.setattr(fitting, "forecast", lambda *_: CHUNK)
+    monkeypatch.setattr(fitting, "forecast", lambda *_: fitting.Manner(CHUNK))
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": False, "use_cache": True}], ids=str)
@@ -90,7 +91,7 @@ def test_a_later_turn(model, calls, forecast, only_new):
         if one is other:
             # All in one call.
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fitting, "forecast", lambda *_: None)
+                patch.setattr(fitting, "forecast", lambda *_: fitting.Manner())
                 wanted = greedy(model, text, torch.ones_like(text), one)
             break
         calls.clear()
@@ -161,7 +162,7 @@ def test_out_of_memory_that_chunks_do_not_cure(model, monkeypatch):
     ids, mask = prompts((150,), seed=6)
     failing = Failing(8)
     failing.patch(monkeypatch)
-    cache = ReFreeKVCache(model, "full")
+    cache = ReFreeKVCache(model, "full", prompt_dtype="int8")
     with pytest.raises(torch.OutOfMemoryError):
         greedy(model, ids, mask, cache)
     assert failing.failed == 2
@@ -177,12 +178,49 @@ def test_out_of_memory_that_chunks_do_not_cure(model, monkeypatch):
     assert failing.failed == 4
 
 
+def test_what_does_not_fit_in_eight_bits_is_held_in_fewer(model, monkeypatch, caplog):
+    ids, mask = prompts((150,), seed=6)
+    narrow = str(PROMPT_DTYPES[1])
+    wanted, own = (ReFreeKVCache(model, "adaptive:min_length=64", prompt_dtype=dtype) for dtype in (narrow, "auto"))
+    expected = greedy(model, ids, mask, wanted, prefill_chunk_size=64)
+    monkeypatch.setattr(fitting, "CHUNKS", (64,))
+    monkeypatch.setattr(fitting, "forecast", lambda *_: fitting.Manner(64, PROMPT_DTYPES[1]))
+    with caplog.at_level(logging.WARNING, logger="refreekv"):
+        got = greedy(model, ids, mask, own)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"a prompt of 1 x 150 tokens is read in chunks of 64, held in {narrow}, as memory is short"
+    ]
+    assert torch.equal(got, expected)
+    assert own.report == wanted.report
+    # What was read in few bits is not stored in more.
+    rungs = [own.kv_dtype.rungs.index(PROMPT_DTYPES[1]) + 1 for _ in own.pruned_layers]
+    assert all(
+        not any(map(any, arena.lengths))
+        for layer, first in zip(own.pruned_layers, rungs, strict=True)
+        for arena in layer.ragged.tables[1 + first :]
+    )
+    # The next prompt is held as usual.
+    assert own.state.held_as == PROMPT_DTYPES[0]
+
+
+def test_formats_follow_chunks_where_memory_runs_out():
+    manner, tried = fitting.Manner(), []
+    while manner is not None:
+        tried.append(str(manner))
+        manner = manner.smaller(free=True)
+    narrow = f", held in {PROMPT_DTYPES[1]}"
+    assert tried == [
+        "one call", *(f"chunks of {n}" for n in (512, 256, 128)), *(f"chunks of {n}{narrow}" for n in (512, 256, 128))
+    ]  # fmt: skip
+    assert fitting.Manner(128).smaller(free=False) is None
+
+
 def test_a_cpu_reads_a_prompt_in_one_call(model, calls):
     ids, mask = prompts((600,), seed=6)
     with refreekv.compress(model, "full"):
         greedy(model, ids, mask, None, steps=2)
     assert calls[0] == 600
-    assert fitting.forecast(model, ReFreeKVCache(model, "full"), 1, 10**6) is None
+    assert fitting.forecast(model, ReFreeKVCache(model, "full"), 1, 10**6) == fitting.Manner()
 
 
 def test_chunks_that_fit():
@@ -194,7 +232,8 @@ def test_chunks_that_fit():
 
     def chunk(free, rows=1, **settings):
         cache = PrunedCache(config, policies.create("full"), **settings)
-        return fitting.chunk_for(model, cache, rows, length, int(free))
+        manner = fitting.manner_for(model, cache, rows, length, int(free))
+        return manner.chunk if manner.number == PROMPT_DTYPES[0] else (manner.chunk, str(manner.number))
 
     # In one call: all layers, and what the tokens take. A policy may keep everything.
     whole = 32 * layer + length * token
@@ -208,15 +247,21 @@ def test_chunks_that_fit():
 
     assert chunk(taken(4096, 32 * layer)) == 4096
     assert chunk(taken(4096, 32 * layer) - 1) == 2048
-    assert chunk(0) == 512
+    assert chunk(0) == (512, str(PROMPT_DTYPES[1]))
     # Held in 8 bits until the end, and in fewer from then on; or in fewer all the time.
     coded = taken(2048, 0, held=0.51 * 32 * layer)
     assert chunk(coded, kv_dtype="int4") == chunk(coded, kv_dtype="int8") == 2048
-    assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == 8192
-    assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == chunk(coded) == 512
+    assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == (8192, "int4")
+    assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == 512
+    # In fewer than 8 if that does not do, which makes no difference where all is kept in 16 bits.
+    narrow = str(PROMPT_DTYPES[1])
+    fewer = taken(2048, 0, held=0.34 * 32 * layer)
+    assert chunk(fewer, kv_dtype="int4") == (2048, narrow)
+    assert chunk(fewer, kv_dtype=f"k4v2+{narrow}+k7v6") == (2048, narrow)
+    assert chunk(fewer, kv_dtype="k7v6") == chunk(coded) == (512, narrow)
     # With codes of all layers in host memory: two and one more pass through.
     there = taken(2048, 0, held=0.52 * 3 * layer)
-    assert chunk(there, kv_dtype="int4") == 512
+    assert chunk(there, kv_dtype="int4") == (512, narrow)
     assert chunk(there, kv_dtype="int4", host_memory=2**50) == 2048
 
 
@@ -242,5 +287,5 @@ def test_what_is_held_by_now_need_not_be_found_again():
     model(torch.randint(2, 90, (1, 2000)), past_key_values=cache)
     entry, token = 4 * 2 * 128 * 4, 4 * (4 * 64 + 3 * 96)
     free = 18_000 * (entry + token)
-    assert fitting.chunk_for(model, cache, 1, length, free) is None
-    assert fitting.chunk_for(model, cache, 1, length, free - 1) is not None
+    assert fitting.manner_for(model, cache, 1, length, free).chunk is None
+    assert fitting.manner_for(model, cache, 1, length, free - 1).chunk is not None

@@ -68,10 +68,11 @@ def plan(
         str,
         typer.Option(
             "--prompt-kv",
-            metavar="bf16|int8|int4|k6v4",
-            help="How a prompt read in chunks is held until its end (compress: prompt_dtype; in vLLM: bf16).",
+            metavar="auto|bf16|int8|int4|k6v4",
+            help="How a prompt read in chunks is held until its end (compress: prompt_dtype; in vLLM: bf16); auto: in "
+            "int8, or in k6v4 where only that fits.",
         ),
-    ] = "int8",
+    ] = "auto",
     host_memory: Annotated[
         str | None,
         typer.Option(
@@ -230,7 +231,6 @@ def _make(
     speeds: "Speeds",
 ) -> "Plan":
     """The plan, from what stands on the command line; what is wrong there is a ValueError."""
-    from refreekv.core.quantisation import PROMPT_DTYPE
     from refreekv.core.units import parse_tokens
     from refreekv.engines.transformers.reading import parse_prompt_dtype
     from refreekv.planner import budgets as measured
@@ -239,8 +239,7 @@ def _make(
     from refreekv.planner.plan import make
 
     parsed = refreekv.policies.parse(policy)
-    held = None if kv[1] == "bf16" else parse_prompt_dtype(kv[1])
-    prompt_number = PROMPT_DTYPE if isinstance(held, str) else held
+    prompt_number = None if kv[1] == "bf16" else parse_prompt_dtype(kv[1])
     chunk = None if prefill_chunk == "all" else parse_tokens(prefill_chunk, "--prefill-chunk")
     tokens = None if context is None else parse_tokens(context, "--context")
     generated = None if output is None else parse_tokens(output, "--output")

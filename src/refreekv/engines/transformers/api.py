@@ -295,8 +295,8 @@ def compress(
     prompt_dtype : str, KVDtype or None
         How a prompt that comes in chunks (``prefill_chunk_size``, or calls of one's own) is held until its end shows
         what matters: in one of the formats of ``kv_dtype``, but for sinks and the newest entries; or, None, in the
-        model's precision. "auto": int8, where heads are a multiple of 16 elements and chunks have 64 tokens and more,
-        else None.
+        model's precision. "auto": int8, or k6v4 where only that fits, if heads are a multiple of 16 elements and chunks
+        have 64 tokens and more; else None.
     calibration : path or Calibration, optional
         What ``refreekv calibrate`` wrote for this model: it says what policy and number format keep a stated
         risk, in place of ``policy`` and ``kv_dtype``.

@@ -4,7 +4,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.device_memory import free_memory
 from refreekv.core.footprint import LayerKV, Reader, called_bytes, chunked_bytes
-from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype, Ladder
+from refreekv.core.quantisation import PROMPT_DTYPE, PROMPT_DTYPES, KVDtype, Ladder
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
@@ -33,6 +33,26 @@ USABLE = 0.95
 
 _TEXT = {"attention_mask", "position_ids", NAME, "past_key_values", "use_cache", "logits_to_keep", "is_first_iteration"}
 """What a prompt of text alone brings. Others (images, embeddings, kinds of tokens) are read as the model wants them."""
+
+
+class Manner(NamedTuple):
+    """How a prompt is read."""
+
+    chunk: int | None = None  # tokens at a time; None: all in one call
+    number: KVDtype = PROMPT_DTYPE  # how what was read is held, if nobody has asked for a format
+
+    def smaller(self, *, free: bool) -> "Manner | None":
+        """What takes less memory: half the chunk, then a narrower format where the choice is ``free``."""
+        chunk = CHUNKS[-1] if self.chunk is None else self.chunk // 2
+        if chunk >= min(LEAST, CHUNKS[-1]):
+            return self._replace(chunk=chunk)
+        narrower = PROMPT_DTYPES[PROMPT_DTYPES.index(self.number) + 1 :]
+        return Manner(CHUNKS[-1], narrower[0]) if free and narrower else None
+
+    def __str__(self) -> str:
+        if self.chunk is None:
+            return "one call"
+        return f"chunks of {self.chunk}" + ("" if self.number == PROMPT_DTYPE else f", held in {self.number}")
 
 
 def prefill(
@@ -61,26 +81,29 @@ def prefill(
                 rest = input_ids[:, cache.get_seq_length() - missing :]
         return original(rest, generation_config, model_kwargs, *args, **kwargs)
 
-    chunk, fresh = forecast(model, cache, len(input_ids), length), cache.is_unused
-    if chunk is not None:
-        logger.info("a prompt of %d x %s tokens is read in chunks of %d", len(input_ids), f"{length:,}", chunk)
+    manner, fresh = forecast(model, cache, len(input_ids), length), cache.is_unused
+    said = f"a prompt of {len(input_ids)} x {length:,} tokens"
+    if manner.chunk is not None:
+        # Fewer bits lose something, which somebody may want to know.
+        level = logging.INFO if manner.number == PROMPT_DTYPE else logging.WARNING
+        logger.log(level, "%s is read in %s, as memory is short", said, manner)
     while True:
         try:
-            return read(chunk)
+            cache.state.held_as = manner.number
+            return read(manner.chunk)
         except torch.OutOfMemoryError:
-            smaller = CHUNKS[-1] if chunk is None else chunk // 2
+            smaller = manner.smaller(free=isinstance(cache.state.prompt_dtype, str))
             # What an earlier prompt left may be pruned by now: only a new cache can begin anew.
-            if not fresh or length <= smaller or smaller < min(LEAST, CHUNKS[-1]):
+            if not fresh or smaller is None or smaller.chunk is None or length <= smaller.chunk:
                 raise
+        finally:
+            cache.state.held_as = PROMPT_DTYPE
         # Outside of the handler, as the error holds on to all that the call had made.
         cache.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        logger.warning(
-            "a prompt of %d x %s tokens did not fit in %s (out of memory) and is read again in chunks of %d",
-            len(input_ids), f"{length:,}", "one call" if chunk is None else f"chunks of {chunk}", smaller,
-        )  # fmt: skip
-        chunk = smaller
+        logger.warning("%s did not fit in %s (out of memory) and is read again in %s", said, manner, smaller)
+        manner = smaller
 
 
 def _can_be_split(
@@ -115,40 +138,42 @@ def _feed(
         at = stop
 
 
-def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> int | None:
-    """Tokens of the chunks that a prompt is to be read in; None: one call fits, or nobody can tell.
+def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> Manner:
+    """How a prompt is to be read: in one call if that fits or nobody can tell.
 
     Only where all of the model is on one CUDA device.
     """
     devices = {parameter.device for parameter in model.parameters()}
     new = length - cache.get_seq_length()
     if len(devices) != 1 or next(iter(devices)).type != "cuda" or new <= CHUNKS[-1]:
-        return None
+        return Manner()
     device = next(iter(devices))
-    return chunk_for(model, cache, rows, length, int(USABLE * free_memory(device)))
+    return manner_for(model, cache, rows, length, int(USABLE * free_memory(device)))
 
 
-def chunk_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> int | None:
+def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> Manner:
     """What `forecast` says where so many bytes are free. The policy may keep everything."""
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
     layers, reader = _layers(text, cache, itemsize), Reader.of(text, unpacked_bytes(model))
     new, queries = length - cache.get_seq_length(), cache.policy.probe_plan(length).count
     free += 0 if cache.is_unused else cache.report.bytes_after
-    kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype)) for layer in layers)
+    kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, None)) for layer in layers)
     full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
     if rows * min(full, kept + 2 * widest) + reader.behind(rows * new, itemsize) <= free:
-        return None
+        return Manner()
     wanted = cache.state.prompt_dtype
-    number = PROMPT_DTYPE if isinstance(wanted, str) else wanted
-    hosted = _hosted(layers, cache, model, rows, new, number)
-    for chunk in CHUNKS:
-        if number is None:
-            taken = full + called_bytes(reader, itemsize, chunk, length)
-        else:
+    if wanted is None:
+        fitting = (n for n in CHUNKS if rows * (full + called_bytes(reader, itemsize, n, length)) <= free)
+        return Manner(next(fitting, CHUNKS[-1]))
+    numbers = PROMPT_DTYPES if isinstance(wanted, str) else (wanted,)
+    for number in numbers:
+        hosted = _hosted(layers, cache, model, rows, new, number)
+        kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, number)) for layer in layers)
+        for chunk in CHUNKS:
             taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted, queries=queries)
-        if rows * taken <= free:
-            return chunk
-    return CHUNKS[-1]
+            if rows * taken <= free:
+                return Manner(chunk, number)
+    return Manner(CHUNKS[-1], numbers[-1])
 
 
 def unpacked_bytes(model: Any) -> int:
@@ -165,17 +190,17 @@ def unpacked_bytes(model: Any) -> int:
     return int(model.dtype.itemsize) * max(sizes)
 
 
-def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype | None) -> int:
+def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype) -> int:
     """How many layers' codes of a prompt of ``new`` tokens may be in host memory."""
     host, full = cache.state.host, [layer for layer in layers if layer.kind == "full"]
-    if host is None or number is None:
+    if host is None:
         return 0
     return host.most(replace(full[0], heads=rows * full[0].heads), len(full), new, number, model.device)
 
 
-def _format(layer: LayerKV, ladder: Ladder | None) -> KVDtype | None:
-    """How a layer stores what is kept, at most."""
-    number = None if ladder is None else ladder.rungs[-1]
+def _format(layer: LayerKV, ladder: Ladder | None, read: KVDtype | None) -> KVDtype | None:
+    """How a layer stores what is kept, at most; a prompt that was ``read`` in one of the formats in no wider one."""
+    number = None if ladder is None else read if read in ladder.rungs else ladder.rungs[-1]
     return number if layer.kind == "full" and number is not None and layer.takes(number) else None
 
 

@@ -151,7 +151,7 @@ class IntakeLayer(StoredLayer):
     def _is_read_on(self, keys: Tensor, values: Tensor) -> bool:
         """Whether these belong to a prompt that is coded as it is read, of which they may be the first chunk."""
         if self.reading is None and self.state.continues(self._length) and self._is_worth_coding():
-            number = Reading.form_for(self.state.prompt_dtype, (keys, values))
+            number = Reading.form_for(self.state.prompt_dtype, (keys, values), self.state.held_as)
             if number is not None and not Reading.codes_anyway(self.ragged, number):
                 if not self.is_initialized:
                     self.lazy_initialization(keys, values)

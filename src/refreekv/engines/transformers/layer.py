@@ -192,6 +192,12 @@ class ReFreeKVLayer(RememberingLayer):
         ]
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
+        if levels is not None and self._read is not None and self._coded is not None:
+            # What was read in few bits is not worth more.
+            most = (
+                self._coded[0].forms(self._read.sizes, sorted_keys=self._read.codes is not None).index(self._read.form)
+            )
+            levels = [row.at_most(most) for row in levels]
         storage: KVStorage
         if self.ragged is not None:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import PROMPT_DTYPE, KVDtype
 from refreekv.engines.transformers.handout import Handout, missing
 from refreekv.engines.transformers.host_tier import HostTier
 from refreekv.engines.transformers.proof import Proof
@@ -61,7 +61,9 @@ class PromptState:
     decode_interval : int or None
         Generated tokens after which the policy looks again; None: only prompts are pruned.
     prompt_dtype : KVDtype, str or None
-        How a prompt that comes in chunks is held until its end; "auto": as `PROMPT_DTYPE` says, where it can be.
+        How a prompt that comes in chunks is held until its end; "auto": as ``held_as`` says, where it can be.
+    held_as : KVDtype
+        What "auto" stands for, of the prompt that is read.
     changed : bool
         Whether a layer was pruned since `take_changed` was last asked.
     joint : JointPruning
@@ -96,6 +98,7 @@ class PromptState:
     codes_optional: bool = False
     decode_interval: int | None = None
     prompt_dtype: KVDtype | str | None = "auto"
+    held_as: KVDtype = PROMPT_DTYPE
     changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False

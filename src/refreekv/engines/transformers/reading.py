@@ -53,8 +53,8 @@ class Reading:
         return reading
 
     @staticmethod
-    def form_for(wanted: KVDtype | str | None, like: Pair) -> KVDtype | None:
-        """The format that entries are coded in; None: they stay as they are.
+    def form_for(wanted: KVDtype | str | None, like: Pair, auto: KVDtype = PROMPT_DTYPE) -> KVDtype | None:
+        """The format that entries are coded in, ``auto`` if nobody has asked for one; None: they stay as they are.
 
         Raises
         ------
@@ -62,7 +62,7 @@ class Reading:
             A format was asked for and the entries do not go into it.
         """
         if wanted is None or UnfinishedKV.takes(*like):
-            return PROMPT_DTYPE if isinstance(wanted, str) else wanted
+            return auto if isinstance(wanted, str) else wanted
         if isinstance(wanted, str):
             return None
         raise ValueError(
