@@ -282,7 +282,7 @@ class LeveledKV(KVStorage):
             sides[1],
             self._types,
         )
-        due = [made._due(row, after, 1) for row in range(len(counts))]
+        due = made._due(after, 1)
         if asked is not None:
             ends = zip(starts_of(flat_counts), flat(made._firsts()), flat(left), strict=True)
             asked = asked[runs([start + first + n for start, first, n in ends], flat(due), device)]
@@ -318,7 +318,7 @@ class LeveledKV(KVStorage):
         """
         if self._wait > 0 and not all_due:
             return False
-        return self._code([self._due(row, after, 1 if all_due else FLUSH) for row in range(len(self.sinks))])
+        return self._code(self._due(after, 1 if all_due else FLUSH))
 
     def _code(self, counts: Lengths, asked: Tensor | None = None) -> bool:
         """Code so many of each segment's exact entries, those after the first ones; whether any were.
@@ -339,13 +339,14 @@ class LeveledKV(KVStorage):
         held = self.sinks, self.lines.lengths, self.exact.lengths
         return each(lambda first, coded, n: first if coded else min(SINKS, n), *held)
 
-    def _due(self, row: int, after: int, block: int) -> tuple[int, ...]:
-        """How many entries of each of a row's KV heads are to be coded now."""
-        found = []
-        for first, held, n in zip(self.sinks[row], self.lines.lengths[row], self.exact.lengths[row], strict=True):
-            surplus = n - after - (first if held else SINKS) - self.lines.coding.recent
-            found.append(max(0, surplus) // block * block)
-        return tuple(found)
+    def _due(self, after: int, block: int) -> list[tuple[int, ...]]:
+        """How many entries of each row's KV heads are to be coded now."""
+        recent = self.lines.coding.recent
+
+        def due(first: int, coded: int, n: int) -> int:
+            return max(0, n - after - (first if coded else SINKS) - recent) // block * block
+
+        return each(due, self.sinks, self.lines.lengths, self.exact.lengths)
 
     def _until_due(self) -> int:
         """Entries that can be appended before any segment has a block of them to code."""
