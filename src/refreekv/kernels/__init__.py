@@ -32,6 +32,7 @@ __all__ = [
     "Needs",
     "ProbeReductions",
     "Probes",
+    "Transfer",
     "append",
     "available",
     "block_linear",
@@ -43,6 +44,7 @@ __all__ = [
     "move",
     "needed",
     "pack_lines",
+    "pack_rungs",
     "packed_attention",
     "probe_reductions",
     "put_surrogates",
@@ -375,6 +377,23 @@ def pack_lines(
         packed_ops.pack_lines_on_cuda(given)
     else:
         packed_ops.pack_lines(*given.flat)
+
+
+def pack_rungs(given: Sequence[Transfer]) -> None:
+    """Code entries to packed lines of several formats, at most `core.quantisation.MOST_RUNGS`: one launch on CUDA.
+
+    Parameters
+    ----------
+    given : sequence of Transfer
+        What `pack_lines` is given, once for each format; of all but the table, the format, the spans, the longest and
+        the starts all have the same. Where the longest is 0, spans are not read.
+    """
+    if _at_once(given[0].keys):
+        packed_ops.pack_lines_on_cuda(given[0], given[1:])
+    else:
+        for each in given:
+            if each.longest:
+                packed_ops.pack_lines(*each.flat)
 
 
 def unpack_lines(

@@ -35,11 +35,11 @@ def _(*flat: Any) -> None:
     pack_lines_on_cuda(Transfer.of(*flat))
 
 
-def pack_lines_on_cuda(given: Transfer) -> None:
-    """`pack_lines` in Triton, without the operator around it."""
+def pack_lines_on_cuda(given: Transfer, more: Sequence[Transfer] = ()) -> None:
+    """`pack_lines` in Triton, without the operator around it; ``more`` to other lines, in the same launch."""
     from refreekv.kernels.packed_storage import launch_pack
 
-    launch_pack(given)
+    launch_pack(given, more)
 
 
 @torch.library.custom_op("refreekv::unpack_lines", mutates_args=("keys", "values"))

@@ -18,14 +18,15 @@ from torch import Tensor
 from refreekv.core.packed_lines import Side, step
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Moved
-from refreekv.kernels.packed_decode import constant
-from refreekv.kernels.packed_storage import _columns, _write_side, chunks
+from refreekv.kernels.packed_storage import _write_side, tables_of
 
 
 @triton.jit
-def _level(lines, rung, shown, channel, where, steps, SIZE: tl.constexpr):
-    """What lines at these addresses, each in its own rung, stand for at some channels, at factor 1."""
-    at = rung[:, None] * SIZE + channel[None, :]
+def _level(lines, rung, shown, first, where, steps, SIZE: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr):
+    """What lines at these addresses, each in its own rung, stand for at factor 1, in channels from the first one on."""
+    place = tl.arange(0, TILE)
+    at = rung[:, None] * SIZE + (first + place)[None, :]
+    shown = shown[:, None] & (place < OWN)[None, :]
     steps_of = tl.load(steps + at, shown, 0.0)
     code = tl.zeros(at.shape, tl.int32)
     width = tl.zeros(at.shape, tl.int32)
@@ -41,29 +42,24 @@ def _level(lines, rung, shown, channel, where, steps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _recode_side(
-    earlier, rung, same, real, factor, where, steps, worth, lines, line, HAS_WORTH: tl.constexpr,
-    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr,
+def _in_code_space(
+    lines, rung, shown, factor, where, steps, SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Code one side of lines at the addresses ``earlier`` and write it to ``line`` of ``lines``: the factors."""
-    centred = ()
-    for c in tl.static_range(COUNT):
-        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            channel, there, _later = _columns(CHUNKS, c, place)
-            shown = (real & (same == 0))[:, None] & there[None, :]
-            w = _level(earlier, rung, shown, channel, where, steps, SIZE) * factor[:, None]
-            centred = centred + (w,)
-    return _write_side(
-        centred, real, worth, lines, line, same, earlier, HAS_WORTH, True, SIZE, LINE, COUNT, CHUNKS, BLOCK_T
-    )
+    """One side of lines at these addresses in code space, by tiles."""
+    w = ()
+    for at in tl.static_range(TILES):
+        level = _level(lines, rung, shown, at * (SIZE // TILES), where, steps, SIZE, SIZE // TILES, TILE)
+        w = w + (level * factor[:, None],)
+    return w
 
 
 @triton.jit(do_not_specialize=["target", "kv_heads", "row_of_maps"])
 def _recode_kernel(
     table, sources, rungs, at, starts, target, kv_heads, key_worth, row_of_maps,
-    key_where, key_steps, value_where, value_steps,
-    HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_T: tl.constexpr,
+    key_where, key_steps, value_where, value_steps, lines, key_grid, value_grid, key_places, value_places,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr, KEY_WORDS: tl.constexpr,
+    VALUE_TILES: tl.constexpr, VALUE_TILE: tl.constexpr, VALUE_WORDS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(1)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
@@ -81,16 +77,25 @@ def _recode_kernel(
         both = tl.load(factors, real, 0)
         key_factor = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
-        line = t.to(tl.int64)
-        worth = key_worth + (row * row_of_maps + head) * HEAD
-        key_factor = _recode_side(
-            earlier, rung, same, real, key_factor, key_where, key_steps, worth, lines, line, True,
-            HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T,
+        line, line_words = t.to(tl.int64), tl.multiple_of(tl.load(lines + target * 4), 4)
+        key_words = tl.multiple_of(tl.load(lines + target * 4 + 1), 2)
+        value_words = tl.multiple_of(tl.load(lines + target * 4 + 2), 2)
+        to = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16)), 8) + line * line_words
+        was, changed = earlier.to(tl.pointer_type(tl.uint16)), real & (same == 0)
+        w = _in_code_space(earlier, rung, changed, key_factor, key_where, key_steps, HEAD, KEY_TILES, KEY_TILE)
+        key_factor = _write_side(
+            w, real, key_grid + target * 4 * KEY_TILES, key_places + target * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
+            key_words, key_worth + (row * row_of_maps + head) * HEAD, to, same, was, True, True, HEAD, KEY_TILES,
+            KEY_TILE, BLOCK_T, KEY_WORDS, BLOCK_W,
         )  # fmt: skip
-        value_factor = _recode_side(
-            earlier, rung, same, real, value_factor, value_where, value_steps, worth, lines, line, False,
-            VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T,
+        w = _in_code_space(
+            earlier, rung, changed, value_factor, value_where, value_steps, VALUE, VALUE_TILES, VALUE_TILE
+        )
+        value_factor = _write_side(
+            w, real, value_grid + target * 4 * VALUE_TILES,
+            value_places + target * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words, key_worth,
+            to + key_words, same, was + key_words, False, True, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
+            VALUE_WORDS, BLOCK_W,
         )  # fmt: skip
         new = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         new |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -130,10 +135,10 @@ def launch_recode(table: Tensor, given: Moved, block: int = 32, warps: int = 4) 
     keys = _where(tuple(one.keys for one in given.forms), (0,) * len(given.forms), device)
     starts = tuple(one.keys.bytes for one in given.forms)
     values = _where(tuple(one.values for one in given.forms), starts, device)
-    key_chunks, value_chunks = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
+    told = tables_of(tuple(given.forms), device)
     _recode_kernel[(triton.cdiv(max(given.longest, 1), block), table.shape[0])](
         table, given.sources, given.rungs, given.at, given.starts, given.target, kv_heads, maps.key_worth,
-        0 if maps.key_worth.shape[0] == 1 else kv_heads, *keys, *values,
-        HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
-        VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks, BLOCK_T=block, num_warps=warps,
+        0 if maps.key_worth.shape[0] == 1 else kv_heads, *keys, *values, *told,
+        HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"), BLOCK_W=told.block,
+        BLOCK_T=block, num_warps=warps,
     )  # fmt: skip

@@ -2,18 +2,28 @@
 
 A line is what `core.packed_lines` describes, a segment a line of the table that `kernels.table` does, with the address
 of its first line and that of its first pair of factors.
+
+What a format is, the kernel reads from tables: one that is compiled serves all formats, and one launch all rungs of a
+ladder. Bits are put in their places by a product: a code's upper and its lower bits, each times the power of two that
+moves them to their place in a 16-bit word, added up over the channels. All of that is exact. Rows of a tile lie within
+a warp, so that what is summed over an entry's channels waits for no other.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
 # mypy: disable-error-code="assignment"
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, Side, step
-from refreekv.kernels import shared_memory
+from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
@@ -25,53 +35,131 @@ BLOCK_IN = 32
 LARGEST_FACTOR = tl.constexpr(MOST)
 SHARES = tl.constexpr(len(SIZES))
 OF_SIZE = tl.constexpr(tuple((share,) for share in SIZES))
+RUNGS = tl.constexpr(MOST_RUNGS)
 TINY = tl.constexpr(2.0**-126)
 """The smallest normal float32."""
+ROUNDS = tl.constexpr(1.5 * 2.0**23)
+"""The last bit of such a number is worth 1: what is added to it is rounded, half to even."""
+
+
+class Tables(NamedTuple):
+    """What a kernel is told of the formats of a ladder, on a device; its tiles of channels have one width each.
+
+    Attributes
+    ----------
+    lines : Tensor
+        int32 ``[R, 4]``: of each format, 16-bit words of a line, of its keys and of its values.
+    key_grid, value_grid : Tensor
+        float32 ``[R, tiles, 4]``: the largest code, one over that, one over what lies between the outer levels, and
+        the square of that.
+    key_places, value_places : Tensor
+        float16 ``[R, tiles, 2, D, words]``, ``D`` a tile's places: what the upper bits of a channel's code, all but
+        two, and what its lower two add to each word.
+    """
+
+    lines: Tensor
+    key_grid: Tensor
+    value_grid: Tensor
+    key_places: Tensor
+    value_places: Tensor
+
+    @property
+    def block(self) -> int:
+        """Words that are put together at a time."""
+        return math.gcd(self.key_places.shape[-1], self.value_places.shape[-1], 32)
+
+    def side(self, name: str) -> dict[str, int]:
+        """Tiles of keys or of values, places of each, and words that there is room for."""
+        places = getattr(self, f"{name}_places")
+        return {f"{name.upper()}_TILES": places.shape[1], f"{name.upper()}_TILE": places.shape[3],
+                f"{name.upper()}_WORDS": places.shape[4]}  # fmt: skip
+
+
+def _side_tables(sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
+    """`Tables.key_grid` and `Tables.key_places` of some formats."""
+    tiles = 1 if all(len(set(side.widths)) == 1 for side in sides) else 4
+    size = sides[0].size // tiles
+    tile, words = max(16, triton.next_power_of_2(size)), -(-sides[0].size // 32) * 16
+    grid, places = torch.zeros(len(sides), tiles, 4), torch.zeros(len(sides), tiles, 2, tile, words)
+    for rung, side in enumerate(sides):
+        for at, width in enumerate(side.widths[:tiles]):
+            most = 2.0**width - 1
+            span = most * step(width)
+            grid[rung, at] = torch.tensor([most, 1 / most, 1 / span, span * span])
+        for plane in side.planes:
+            field = 0
+            for (first, stop), up in zip(plane.channels, plane.shifts, strict=True):
+                for channel in range(first, stop):
+                    place, byte = divmod(field, plane.used)
+                    word, odd = divmod(plane.start + byte, 2)
+                    worth, own = 2.0 ** (8 * odd + place * plane.bits), places[rung, channel // size, :, channel % size]
+                    # Upper bits count 4 where they follow the lower two, which a code of 6 has in another plane.
+                    whole = side.widths[4 * channel // side.size] == plane.bits
+                    own[0, word] = worth if up else 4 * worth if whole and plane.bits > 2 else 0
+                    own[1, word] = 0 if up else worth
+                    field += 1
+    return grid, places.half()
+
+
+@functools.lru_cache(maxsize=64)
+def tables_of(forms: tuple[PackedFormat, ...], device: torch.device) -> Tables:
+    """The tables of these formats, of one pair of head sizes."""
+    lines = [[form.line_bytes // 2, form.keys.bytes // 2, form.values.bytes // 2, 0] for form in forms]
+    with torch.inference_mode(False):
+        key_grid, key_places = _side_tables([form.keys for form in forms])
+        value_grid, value_places = _side_tables([form.values for form in forms])
+        parts = torch.tensor(lines, dtype=torch.int32), key_grid, value_grid, key_places, value_places
+        return Tables(*(part.to(device) for part in parts))
 
 
 @triton.jit
-def _columns(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
-    """Of a tile, a field of the bytes of a chunk: the channels, whether they are any, which are of the second range."""
-    byte = constant(CHUNKS, AT, 3) + tl.arange(0, constant(CHUNKS, AT, 2))
-    field = byte + PLACE * constant(CHUNKS, AT, 4)
-    later = field >= constant(CHUNKS, AT, 6)
-    channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
-    return channel, byte < constant(CHUNKS, AT, 4), later
+def _levels(v, unit, grid, at: tl.constexpr):
+    """Codes of a tile at ``unit``, the inverse of each entry's size, and their levels: -1/2 to 1/2."""
+    part = tl.minimum(tl.maximum(v * unit[:, None] + 0.5, 0.0), 1.0)
+    code = (part * tl.load(grid + at * 4) + ROUNDS) - ROUNDS
+    return code, code * tl.load(grid + at * 4 + 1) - 0.5
 
 
 @triton.jit
-def _counts(CHUNKS: tl.constexpr, AT: tl.constexpr, there, later):
-    """Which channels of a tile count in it: one of width 6 is in two planes."""
-    return there & (tl.where(later, constant(CHUNKS, AT, 14), constant(CHUNKS, AT, 13)) > 0)
-
-
-@triton.jit
-def _levels(CHUNKS: tl.constexpr, AT: tl.constexpr, w, unit, later):
-    """Codes of a tile at ``unit``, the inverse of each entry's size, in the last bits of floats, and their levels."""
-    most = tl.where(later, constant(CHUNKS, AT, 10), constant(CHUNKS, AT, 9)).to(tl.float32)
-    steps = tl.where(later, constant(CHUNKS, AT, 12), constant(CHUNKS, AT, 11)).to(tl.float32)
-    exactly = w * unit[:, None] * (1.0 / steps)[None, :] + (0.5 * most)[None, :]
-    # At 1.5 * 2 ** 23 the last bit of a number is worth 1: added to that, numbers are rounded, half to even.
-    rounded = tl.minimum(tl.maximum(exactly, 0.0), most[None, :]) + 12582912.0
-    return rounded, (rounded - 12582912.0 - (0.5 * most)[None, :]) * steps[None, :]
+def _sums(
+    v, unit, grid, worth, HAS_WORTH: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Of each entry, what its codes at ``unit`` have in common with it, and what they hold themselves."""
+    place = tl.arange(0, TILE)
+    products = tl.zeros([BLOCK_T, TILE], tl.float32)
+    norms = tl.zeros([BLOCK_T, TILE], tl.float32)
+    for at in tl.static_range(TILES):
+        _code, level = _levels(v[at], unit, grid, at)
+        counts = tl.load(grid + at * 4 + 3)
+        counted = level * counts
+        if HAS_WORTH:
+            counts = counts * tl.load(worth + at * (SIZE // TILES) + place, place < SIZE // TILES, 0.0)
+            counted = level * counts[None, :]
+        elif SIZE // TILES != TILE:
+            counted = tl.where((place < SIZE // TILES)[None, :], counted, 0.0)
+        products += v[at] * counted
+        norms += level * counted
+    return tl.sum(products, 1), tl.sum(norms, 1)
 
 
 @triton.jit
 def _write_side(
-    centred, real, worth, lines, line, same, earlier, HAS_WORTH: tl.constexpr, COPIES: tl.constexpr,
-    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    w, real, grid, places, words, worth, to, same, earlier, HAS_WORTH: tl.constexpr, COPIES: tl.constexpr,
+    SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Code one side of entries in code space, by tiles, and write its planes to ``line`` of ``lines``: the factors.
+    """Code one side of entries in code space, by tiles, and write its words to the addresses ``to``: the factors.
 
-    With ``COPIES`` those that are the ``same`` get the bytes at the addresses ``earlier`` in the place of codes.
+    With ``COPIES`` those that are the ``same`` get the words at the addresses ``earlier`` in the place of codes.
     """
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for c in tl.static_range(COUNT):
-        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            channel, there, later = _columns(CHUNKS, c, place)
-            w = centred[constant(CHUNKS, c, 17) + place]
-            squares += tl.sum(tl.where(_counts(CHUNKS, c, there, later)[None, :], w * w, 0.0), 1)
-    size = tl.sqrt_rn(squares * (1.0 / SIZE))
+    place = tl.arange(0, TILE)
+    squares = tl.zeros([BLOCK_T, TILE], tl.float32)
+    v = ()
+    for at in tl.static_range(TILES):
+        squares += w[at] * w[at]
+        v = v + (w[at] * tl.load(grid + at * 4 + 2),)
+    size = tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / SIZE))
     unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
     # A loop of the program's own, as unrolled it takes four times as long to compile.
@@ -81,126 +169,123 @@ def _write_side(
             share = tl.where(number == other, constant(OF_SIZE, other, 0), share)
         tried = share * size
         tried = tl.where(tried > TINY, 1.0 / tl.maximum(tried, TINY), 0.0)
-        products = tl.zeros([BLOCK_T], tl.float32)
-        norms = tl.zeros([BLOCK_T], tl.float32)
-        for c in tl.static_range(COUNT):
-            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-                channel, there, later = _columns(CHUNKS, c, place)
-                w = centred[constant(CHUNKS, c, 17) + place]
-                _rounded, level = _levels(CHUNKS, c, w, tried, later)
-                level = tl.where(_counts(CHUNKS, c, there, later)[None, :], level, 0.0)
-                counted = level
-                if HAS_WORTH:
-                    counted = level * tl.load(worth + channel, there, 0.0)[None, :]
-                products += tl.sum(w * counted, 1)
-                norms += tl.sum(level * counted, 1)
+        products, norms = _sums(v, tried, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
         # With the best factor, the error is what the entry holds, less this.
         gain = products * products / tl.maximum(norms, TINY)
         unit = tl.where(gain > best, tried, unit)
         best = tl.maximum(best, gain)
-    products = tl.zeros([BLOCK_T], tl.float32)
-    norms = tl.zeros([BLOCK_T], tl.float32)
-    for c in tl.static_range(COUNT):
-        packed = tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.int32)
-        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            channel, there, later = _columns(CHUNKS, c, place)
-            shift = tl.where(later, constant(CHUNKS, c, 16), constant(CHUNKS, c, 15)).to(tl.int32)
-            w = centred[constant(CHUNKS, c, 17) + place]
-            rounded, level = _levels(CHUNKS, c, w, unit, later)
-            code = rounded.to(tl.int32, bitcast=True) & 255
-            level = tl.where(_counts(CHUNKS, c, there, later)[None, :], level, 0.0)
-            counted = level
-            if HAS_WORTH:
-                counted = level * tl.load(worth + channel, there, 0.0)[None, :]
-            products += tl.sum(w * counted, 1)
-            norms += tl.sum(level * counted, 1)
-            bits = (code >> shift[None, :]) & ((1 << constant(CHUNKS, c, 0)) - 1)
-            packed |= tl.where(there[None, :], bits << (constant(CHUNKS, c, 0) * place), 0)
-        byte = constant(CHUNKS, c, 3) + tl.arange(0, constant(CHUNKS, c, 2))
-        to = lines + line[:, None] * LINE + (constant(CHUNKS, c, 1) + byte)[None, :]
+    products, norms = _sums(v, unit, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
+    for start in range(0, words, BLOCK_W):
+        word = start + tl.arange(0, BLOCK_W)
+        put = tl.zeros([BLOCK_T, BLOCK_W], tl.float32)
+        for at in tl.static_range(TILES):
+            code, _level = _levels(v[at], unit, grid, at)
+            # All of these are whole numbers: upper bits, and the lower two.
+            upper = (code * 0.25 - 0.375 + ROUNDS) - ROUNDS
+            lower = code - 4.0 * upper
+            from_at = places + (2 * at * TILE + place[:, None]) * WORDS + word[None, :]
+            put = tl.dot(upper.to(tl.float16), tl.load(from_at), put)
+            put = tl.dot(lower.to(tl.float16), tl.load(from_at + TILE * WORDS), put)
+        put = put.to(tl.int32).to(tl.uint16)
+        there = real[:, None] & (word < words)[None, :]
         if COPIES:
-            was = earlier.to(tl.pointer_type(tl.uint8))[:, None] + (constant(CHUNKS, c, 1) + byte)[None, :]
-            copied = (real & same)[:, None] & (byte < constant(CHUNKS, c, 5))[None, :]
-            packed = tl.where(same[:, None], tl.load(was, copied, 0).to(tl.int32), packed)
-        tl.store(to, packed.to(tl.uint8), real[:, None] & (byte < constant(CHUNKS, c, 5))[None, :])
+            put = tl.where(same[:, None], tl.load(earlier[:, None] + word[None, :], there & same[:, None], 0), put)
+        tl.store(to[:, None] + word[None, :], put, there)
     return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
 
 
 @triton.jit
-def _pack_side(
-    entries, step_of_entries, source, real, offsets, matrix, rest, worth, lines, line, HAS_WORTH: tl.constexpr,
-    SIZE: tl.constexpr, LINE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
+def _in_code_space(
+    entries, step_of_entries, source, real, offsets, matrix, rest, SIZE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Code one side of entries ``source`` and write its planes to ``line`` of the segment at ``lines``: the factors.
-
-    The matrix is the sum of that at ``matrix`` and another so many elements behind.
-    """
+    """Entries ``source`` in code space, by tiles, by the sum of the matrix and another so many elements behind."""
+    place = tl.arange(0, TILE)
+    own: tl.constexpr = SIZE // TILES
     coded = ()
-    for c in tl.static_range(COUNT):
-        for _ in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            coded = coded + (tl.zeros([BLOCK_T, constant(CHUNKS, c, 2)], tl.float32),)
+    for _ in tl.static_range(TILES):
+        coded = coded + (tl.zeros([BLOCK_T, TILE], tl.float32),)
     for start in range(0, SIZE, BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
-        at = entries + source[:, None] * step_of_entries + i[None, :]
-        x = tl.load(at, real[:, None] & (i < SIZE)[None, :], 0.0)
+        x = tl.load(entries + source[:, None] * step_of_entries + i[None, :], real[:, None] & (i < SIZE)[None, :], 0.0)
+        wanted = (place < own)[None, :] & (i < SIZE)[:, None]
         new = ()
-        for c in tl.static_range(COUNT):
-            for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-                channel, there, _later = _columns(CHUNKS, c, place)
-                at = matrix + channel[None, :] * SIZE + i[:, None]
-                wanted = there[None, :] & (i < SIZE)[:, None]
-                part = tl.load(at, wanted, 0.0)
-                done = tl.dot(x, part, coded[constant(CHUNKS, c, 17) + place], input_precision="ieee")
-                if not EXACT:
-                    done = tl.dot(x, tl.load(at + rest, wanted, 0.0), done)
-                new = new + (done,)
+        for at in tl.static_range(TILES):
+            part = matrix + (at * own + place[None, :]) * SIZE + i[:, None]
+            if EXACT:
+                done = tl.dot(x, tl.load(part, wanted, 0.0), coded[at], input_precision="ieee")
+            else:
+                done = tl.dot(x, tl.load(part, wanted, 0.0), coded[at])
+                done = tl.dot(x, tl.load(part + rest, wanted, 0.0), done)
+            new = new + (done,)
         coded = new
     centred = ()
-    for c in tl.static_range(COUNT):
-        for place in tl.static_range(8 // constant(CHUNKS, c, 0)):
-            channel, there, _later = _columns(CHUNKS, c, place)
-            w = coded[constant(CHUNKS, c, 17) + place] - tl.load(offsets + channel, there, 0.0)[None, :]
-            centred = centred + (w,)
-    return _write_side(
-        centred, real, worth, lines, line, real, line, HAS_WORTH, False, SIZE, LINE, COUNT, CHUNKS, BLOCK_T
-    )
+    for at in tl.static_range(TILES):
+        centred = centred + (coded[at] - tl.load(offsets + at * own + place, place < own, 0.0)[None, :],)
+    return centred
+
+
+@triton.jit
+def _of(tables, number):
+    """Of as many pointers as there may be rungs, one."""
+    found = tables[0]
+    for other in tl.static_range(1, RUNGS):
+        found = tl.where(number == other, tables[other], found)
+    return found
 
 
 # Another prompt's length, and more rows, are no reason to compile for seconds.
 @triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps"])
 def _pack_kernel(
-    keys, values, arena, table, starts, spans, end, kv_heads,
+    keys, values, arena, tables, starts, spans, lines, key_grid, value_grid, key_places, value_places, end, kv_heads,
     key_offset, key_matrix, key_worth, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
-    HEAD: tl.constexpr, VALUE: tl.constexpr, LINE: tl.constexpr, KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_IN: tl.constexpr,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr, KEY_WORDS: tl.constexpr,
+    VALUE_TILES: tl.constexpr, VALUE_TILE: tl.constexpr, VALUE_WORDS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
     BLOCK_T: tl.constexpr, FROM_ARENA: tl.constexpr, HAS_STARTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(1)
+    segment, rung = tl.program_id(1), tl.program_id(2)
+    table, listed = _of(tables, rung), _of(spans, rung)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
-    first = tl.load(starts + segment) if HAS_STARTS else 0
+    first = tl.load(_of(starts, rung) + segment) if HAS_STARTS else 0
     length = tl.load(table + segment * 4 + 2) - first
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(0) * BLOCK_T < length:
         real = t < length
-        source = _chosen(spans, segment, t, length, end)
+        source = _chosen(listed, segment, t, length, end)
         line = first + t.to(tl.int64)
         if FROM_ARENA:
-            key_from = tl.load(arena + segment * 4).to(tl.pointer_type(keys.dtype.element_ty))
+            key_from = tl.multiple_of(tl.load(arena + segment * 4).to(tl.pointer_type(keys.dtype.element_ty)), 16)
             value_from = tl.load(arena + segment * 4 + 1).to(tl.pointer_type(values.dtype.element_ty))
+            value_from = tl.multiple_of(value_from, 16)
         else:
             key_from = keys + row * sk_b + head * sk_h
             value_from = values + row * sv_b + head * sv_h
         maps, means = row * row_of_maps + head, row * row_of_means + head
-        lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint8))
-        key_factor = _pack_side(
+        # Lines are a multiple of 8 bytes, planes of 4.
+        line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
+        key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
+        value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
+        to = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16)), 8) + line * line_words
+        w = _in_code_space(
             key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest,
-            key_worth + maps * HEAD, lines, line, True, HEAD, LINE, KEY_COUNT, KEYS, BLOCK_T, BLOCK_IN, EXACT,
+            HEAD, KEY_TILES, KEY_TILE, BLOCK_T, BLOCK_IN, EXACT,
         )  # fmt: skip
-        value_factor = _pack_side(
+        key_factor = _write_side(
+            w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
+            key_words, key_worth + maps * HEAD, to, real, to, True, False, HEAD, KEY_TILES, KEY_TILE, BLOCK_T,
+            KEY_WORDS, BLOCK_W,
+        )  # fmt: skip
+        w = _in_code_space(
             value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
-            value_rest, key_worth, lines, line, False, VALUE, LINE, VALUE_COUNT, VALUES, BLOCK_T, BLOCK_IN, EXACT,
+            value_rest, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T, BLOCK_IN, EXACT,
+        )  # fmt: skip
+        value_factor = _write_side(
+            w, real, value_grid + rung * 4 * VALUE_TILES,
+            value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
+            key_worth, to + key_words, real, to, False, False, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
+            VALUE_WORDS, BLOCK_W,
         )  # fmt: skip
         both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
@@ -208,72 +293,41 @@ def _pack_kernel(
         tl.store(factors + line, both, real)
 
 
-@functools.cache
-def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
-    """The bytes of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 to 64.
-
-    Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's
-    bytes with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
-    channel in the first and in the second range; then by pairs, for both ranges: the largest
-    code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins;
-    tiles of the parts before.
-    """
-    found: list[tuple[float, ...]] = []
-    tiles = 0
-    for plane in side.planes:
-        ranges = [(stop - first, first) for first, stop in plane.channels]
-        widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
-        counts = [int(plane.bits != 2 or width == 2) for width in widths]
-        length, first = ranges[0]
-        second = ranges[-1][1] - length if len(ranges) == 2 else first
-        at = 0
-        while at < plane.bytes:
-            size = min(64, max(16, 1 << ((plane.bytes - at).bit_length() - 1)))
-            found.append(
-                (plane.bits, start + plane.start, size, at, plane.used, min(plane.bytes, at + size),
-                 length, first, second, 2 ** widths[0] - 1, 2 ** widths[-1] - 1, step(widths[0]),
-                 step(widths[-1]), counts[0], counts[-1], plane.shifts[0], plane.shifts[-1],
-                 tiles)
-            )  # fmt: skip
-            at += size
-            tiles += 8 // plane.bits
-    return tuple(found)
-
-
-@functools.cache
-def _parts(form: PackedFormat) -> tuple[tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...], int]:
-    """`chunks` of keys and of values, and the most channels that both have places for."""
-    both = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
-    return *both, max(int(sum(part[2] * 8 // part[0] for part in some)) for some in both)
-
-
 @on_its_device
-def launch_pack(given: Transfer, block: int | None = None, warps: int | None = None) -> None:
+def launch_pack(
+    given: Transfer, more: Sequence[Transfer] = (), block: int | None = None, warps: int | None = None,
+    stages: int = 2, registers: int | None = None,
+) -> None:  # fmt: skip
     """Write chosen entries to lines; see `kernels.pack_lines`.
 
-    ``block``, entries of a program, and ``warps`` are there to be measured.
+    ``more`` are others of the same entries that go to lines of other formats, in the same launch. ``block``, entries of
+    a program, ``warps``, ``stages`` and ``registers`` are there to be measured.
     """
-    given.check(packs=True)
-    keys, values, source, table, form, maps, spans, end, longest, starts = given
+    rungs = (given, *more)
+    for each in rungs:
+        each.check(packs=True)
+    keys, values, source, table, form, maps, _, end, _, starts = given
     keys, values, kv_heads = elements_first(keys), elements_first(values), given.kv_heads
     strides = given._replace(keys=keys, values=values).strides
-    key_chunks, value_chunks, columns = _parts(form)
+    told = tables_of(tuple(each.form for each in rungs), keys.device)
+    narrow, small = keys.dtype.itemsize == 2, max(form.key_size, form.value_size) <= 128
     if block is None:
-        block = 64 if keys.dtype.itemsize == 2 else 32
-    # Of each stage the entries' and the matrices' part of what is multiplied next.
+        block = 64 if narrow else 32
     if warps is None:
-        # Registers for all of an entry's channels at once.
-        warps = 4 if columns <= 128 else 8
-    stage = BLOCK_IN * keys.element_size() * (block + len(maps.key_sum) * columns)
-    stages = max(1, min(3, shared_memory.for_tiles(keys.device) // stage))
-    _pack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
-        keys, values, table if source is None else source, table, table if starts is None else starts, spans, end,
+        # Rows of a tile are shared out to four warps, channels to more.
+        warps = 4 if small else 8
+    if registers is None and narrow and small:
+        registers = 168  # three programs on a multiprocessor
+    every = [rungs[number] if number < len(rungs) else given for number in range(MOST_RUNGS)]
+    firsts = tuple(table if each.starts is None else each.starts for each in every)
+    blocks = triton.cdiv(max(1, *(each.longest for each in rungs)), block)
+    _pack_kernel[(blocks, table.shape[0], len(rungs))](
+        keys, values, table if source is None else source, tuple(each.table for each in every), firsts,
+        tuple(each.spans for each in every), *told, end,
         kv_heads, maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum,
         0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_matrix.shape[0] == 1 else kv_heads,
         maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
-        HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
-        VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
-        BLOCK_IN=BLOCK_IN,
-        BLOCK_T=block, FROM_ARENA=source is not None, HAS_STARTS=starts is not None,
-        EXACT=keys.dtype.itemsize > 2, num_warps=warps, num_stages=stages,
+        HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"),
+        BLOCK_W=told.block, BLOCK_IN=BLOCK_IN, BLOCK_T=block, FROM_ARENA=source is not None,
+        HAS_STARTS=starts is not None, EXACT=not narrow, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

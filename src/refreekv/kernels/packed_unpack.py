@@ -3,14 +3,26 @@
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
 # mypy: disable-error-code="assignment"
 
+import functools
+
 import triton
 import triton.language as tl
 
+from refreekv.core.packed_lines import Side, step
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
-from refreekv.kernels.packed_storage import _columns, chunks
 from refreekv.kernels.storage import TYPES, _chosen
+
+
+@triton.jit
+def _columns(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
+    """Of a tile, a field of the bytes of a chunk: the channels, whether they are any, which are of the second range."""
+    byte = constant(CHUNKS, AT, 3) + tl.arange(0, constant(CHUNKS, AT, 2))
+    field = byte + PLACE * constant(CHUNKS, AT, 4)
+    later = field >= constant(CHUNKS, AT, 6)
+    channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
+    return channel, byte < constant(CHUNKS, AT, 4), later
 
 
 @triton.jit
@@ -104,6 +116,38 @@ def _unpack_kernel(
             lines, line, real, value_factor, value_mean + means * VALUE, value_back + maps * VALUE * VALUE, 1, VALUE,
             value_to, sv_n, place, VALUE, LINE, VALUE_COUNT, VALUES, VALUE_TYPE, BLOCK_T, BLOCK_V, EXACT,
         )  # fmt: skip
+
+
+@functools.cache
+def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
+    """The bytes of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 to 64.
+
+    Of each part: bits of a field, first byte of the plane in the line, bytes, first byte in the plane, the plane's
+    bytes with codes, and all of them; fields of the plane's first range of channels, what a field's number lacks to its
+    channel in the first and in the second range; then by pairs, for both ranges: the largest
+    code, the step, whether a channel counts here, and how far above the lowest bit of its code a field begins;
+    tiles of the parts before.
+    """
+    found: list[tuple[float, ...]] = []
+    tiles = 0
+    for plane in side.planes:
+        ranges = [(stop - first, first) for first, stop in plane.channels]
+        widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
+        counts = [int(plane.bits != 2 or width == 2) for width in widths]
+        length, first = ranges[0]
+        second = ranges[-1][1] - length if len(ranges) == 2 else first
+        at = 0
+        while at < plane.bytes:
+            size = min(64, max(16, 1 << ((plane.bytes - at).bit_length() - 1)))
+            found.append(
+                (plane.bits, start + plane.start, size, at, plane.used, min(plane.bytes, at + size),
+                 length, first, second, 2 ** widths[0] - 1, 2 ** widths[-1] - 1, step(widths[0]),
+                 step(widths[-1]), counts[0], counts[-1], plane.shifts[0], plane.shifts[-1],
+                 tiles)
+            )  # fmt: skip
+            at += size
+            tiles += 8 // plane.bits
+    return tuple(found)
 
 
 @on_its_device

@@ -5,6 +5,7 @@ behind the last one that somebody gave a rung, which are in the rung of what is 
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
-from refreekv.storage.arena import KVArena, Span, on_device
+from refreekv.storage.arena import KVArena, Span, on_device, together
 from refreekv.storage.coding import Coding
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted
@@ -105,14 +106,23 @@ class CodedLines:
         ``told`` are the spans of the ``work`` on the device; ``read`` is the prompt as it was coded while it was read:
         entries that go to a rung of its format keep their lines.
         """
-        for job, where in zip(work, told, strict=True):
-            form, arena = self.coding.forms[job.rung], self.rungs[job.rung]
-            with arena.table_in_turn() as table:
-                kernels.pack_lines(
-                    keys, values, table, form, self.coding.maps, where, end=end, longest=max(map(max, job.counts))
+        by_rung = {job.rung: (where, job.counts) for job, where in zip(work, told, strict=True)}
+        if not by_rung:
+            return
+        # Nothing goes to other rungs: spans of theirs are not read.
+        nothing = told[0], [(0,)]
+        with ExitStack() as stack:
+            given = []
+            for rung, (form, arena) in enumerate(zip(self.coding.forms, self.rungs, strict=True)):
+                where, counts = by_rung.get(rung, nothing)
+                table, longest = stack.enter_context(arena.table_in_turn()), max(map(max, counts))
+                given.append(
+                    kernels.Transfer(keys, values, None, table, form, self.coding.maps, where, end, longest, None)
                 )
-            if read is not None and read.form == form:
-                read.move_lines(job.listed, job.counts, arena)
+            kernels.pack_rungs(given)
+        for job in work:
+            if read is not None and read.form == self.coding.forms[job.rung]:
+                read.move_lines(job.listed, job.counts, self.rungs[job.rung])
 
     # -- what they are ------------------------------------------------------------------------
 
@@ -216,22 +226,32 @@ class CodedLines:
             self.members = self.members.extended(self.rung_of_each(), self.lengths, asked, counts)
             by_rung = counted(asked, counts, len(self.rungs))
             numbers = (numbers + spread(flat(firsts), flat(counts), device).int())[asked.argsort(stable=True)]
-        at = 0
-        for form, arena, own in zip(coding.forms, self.rungs, by_rung, strict=True):
+        at, told, firsts_of = 0, [], []
+        for arena, own in zip(self.rungs, by_rung, strict=True):
             count = sum(map(sum, own))
-            if not count:
-                continue
-            starts = on_device([flat(arena.lengths)], device)[0]
-            arena.lengthen(own)
-            told: list[Span] = [(0, 0, first) for first in flat(firsts)]
-            if numbers is not None:
-                told = spans(numbers[at : at + count], flat(own), 0)
-                at += count
-            with source.table_in_turn() as exact, arena.table_in_turn() as table:
-                kernels.pack_lines(
-                    source.keys, source.values, table, form, coding.maps, on_device(told, device), end=0,
-                    longest=max(map(max, own)), starts=starts, source=exact,
-                )  # fmt: skip
+            firsts_of.append([(first,) for first in flat(arena.lengths)])
+            where: list[Span] = [(0, 0, first) for first in flat(firsts)]
+            if count:
+                arena.lengthen(own)
+                if numbers is not None:
+                    where = spans(numbers[at : at + count], flat(own), 0)
+            told.append(where)
+            at += count
+        # What is told before anything is launched stays alive until all is.
+        sent = together([*told, *firsts_of], device)
+        with ExitStack() as stack:
+            exact = stack.enter_context(source.table_in_turn())
+            kernels.pack_rungs(
+                [
+                    kernels.Transfer(
+                        source.keys, source.values, exact, stack.enter_context(arena.table_in_turn()), form,
+                        coding.maps, where, 0, max(map(max, own)), starts.flatten(),
+                    )  # fmt: skip
+                    for form, arena, own, where, starts in zip(
+                        coding.forms, self.rungs, by_rung, sent[: len(told)], sent[len(told) :], strict=True
+                    )
+                ]
+            )
 
     @property
     def in_host_memory(self) -> bool:
