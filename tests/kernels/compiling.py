@@ -22,6 +22,7 @@ from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
 from refreekv.kernels import block_products, fused, shared_memory
+from refreekv.kernels.means import launch_centres
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
@@ -109,6 +110,7 @@ def storage(dtype, tokens, head_size):
 def choosing(dtype, heads, head_size):
     """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional."""
     query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
+    launch_centres(key, key)
     columns, real = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
     launch_probe_reductions(query, key, Probes(columns))
     launch_probe_reductions(query, key, Probes(columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), False))

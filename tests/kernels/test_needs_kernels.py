@@ -8,6 +8,7 @@ from refreekv.core.needs import Grading, Rules, levels, needs
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels import reference
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
+from refreekv.storage.members import Members
 
 PLAIN = Rules(
     sinks=4, recent=20, unit=0.25, spread_unit=0.37, hit=0.97, follow=9, share=0.5, copying=0.1, min_length=512
@@ -102,8 +103,8 @@ def test_rungs_come_with_what_is_kept(n, damage_rows, device):
 def test_rungs_in_the_order_of_what_is_kept(n, groups, device):
     order, kept = launch_kept_first(torch.rand(2, groups[0], n, device=device) < 0.6)
     found = torch.randint(0, 6, (2, groups[1], n), dtype=torch.uint8, device=device)
-    ordered, counts = launch_leveled(order, kept, found, 4, 4, 20)
-    plain, numbers = reference.leveled(order.cpu(), kept.cpu(), found.cpu(), 4, 4, 20)
+    ordered, counts, listed, packed = launch_leveled(order, kept, found, 4, 4, 20)
+    plain, numbers, by_rung, four = reference.leveled(order.cpu(), kept.cpu(), found.cpu(), 4, 4, 20)
     assert torch.equal(counts.cpu(), numbers)
     coded = (kept.cpu() - 24).clamp_min(0).expand(-1, max(groups))
     assert torch.equal(numbers.sum(1), coded)
@@ -111,3 +112,10 @@ def test_rungs_in_the_order_of_what_is_kept(n, groups, device):
         for group in range(max(groups)):
             held = kept[row, min(group, groups[0] - 1)]
             assert torch.equal(ordered[row, group, :held].cpu(), plain[row, group, :held])
+            chosen = order[row, min(group, groups[0] - 1), 4 : max(4, held - 20)].cpu()
+            rungs = found[row, min(group, groups[1] - 1)].cpu().clamp_max(3)[chosen.long()]
+            wanted = torch.cat([chosen[rungs == rung] for rung in range(4)])
+            told = Members.joined([packed[row, group].cpu()], [(len(chosen),)])
+            for lists, members in ((listed.cpu(), told), (by_rung, Members.joined([four[row, group]], told.counts))):
+                assert torch.equal(lists[row, group, : len(chosen)], wanted)
+                assert torch.equal(members.rungs(), rungs)

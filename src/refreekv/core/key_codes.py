@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.damage import rung_damage
-from refreekv.core.packed_lines import KeyMaps, PackedFormat, PackedMaps, sum_of
+from refreekv.core.packed_lines import KeyMaps, PackedFormat, PackedMaps, in_code_space, sum_of
 from refreekv.core.quantisation import SINKS
 from refreekv.core.rotation import rotation
 
@@ -113,9 +113,8 @@ class KeyCodes:
         """
         mean = key_mean.float().contiguous()
         key, dual, bound, worth, key_sum = self._matrices(mean.device, dtype)
-        # [1, H_kv, D, D] times [B, H_kv, D, 1], in float64, of which no device computes less
-        offset = (key.double() @ mean.double()[..., None])[..., 0].float()
-        return PackedMaps.with_keys(KeyMaps(mean, key, dual, bound, worth, offset, key_sum), value_mean, dtype)
+        keys = KeyMaps(mean, key, dual, bound, worth, in_code_space(key, mean), key_sum)
+        return PackedMaps.with_keys(keys, value_mean, dtype)
 
     def _matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The matrix, its transposed inverse, its bound, the worth, the sum in ``dtype``, as `PackedMaps` has."""

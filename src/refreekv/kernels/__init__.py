@@ -19,6 +19,7 @@ from refreekv.core import reductions, selection
 from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.needs import Grading, Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.quantisation import centre_of
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
@@ -36,6 +37,7 @@ __all__ = [
     "append",
     "available",
     "block_linear",
+    "centres",
     "fetch",
     "gather",
     "kept_first",
@@ -152,10 +154,19 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return reference.kept_first(keep)
 
 
+def centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`core.quantisation.centre_of` of keys and of values ``[B, H_kv, n, D]`` without padding. Two launches on CUDA."""
+    if keys.is_cuda and available() and max(keys.dtype.itemsize, values.dtype.itemsize) <= 4:
+        from refreekv.kernels.means import launch_centres
+
+        return launch_centres(keys, values)
+    return centre_of(keys), centre_of(values)
+
+
 def leveled(
     order: Tensor, kept: Tensor, levels: Tensor, *, rungs: int, first: int, recent: int
-) -> tuple[Tensor, Tensor]:
-    """Rungs of the kept entries in their order, and how many of those that are coded are in each. One launch on CUDA.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rungs of the kept entries in their order, and of those that are coded, which are in each. One launch on CUDA.
 
     Parameters
     ----------
@@ -172,6 +183,9 @@ def leveled(
     -------
     ordered, counts : Tensor
         uint8 ``[B, G, n]``, of which each line's first ``kept`` say something, and int32 ``[B, rungs, G]``.
+    listed, packed : Tensor
+        int32 ``[B, G, n]``: the entries that are coded, those of the first rung first; and their rungs in their own
+        order, four of them in a byte of uint8 ``[B, G, n / 4]``, the first in the lowest bits.
     """
     if levels.is_cuda and available():
         from refreekv.kernels.needs import launch_leveled

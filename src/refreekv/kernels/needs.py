@@ -198,41 +198,63 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["length", "so_b", "so_g", "sl_b", "sl_g", "sk_b", "sk_g"])
 def _leveled_kernel(
-    order, kept, levels, ordered, counts, length, groups, so_b, so_g, sk_b, sk_g, sl_b, sl_g, first, recent,
-    RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    order, kept, levels, ordered, counts, listed, packed, length, groups, so_b, so_g, sk_b, sk_g, sl_b, sl_g, first,
+    recent, RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64)
+    chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, group = line // groups, line % groups
     held = tl.load(kept + row * sk_b + group * sk_g)
     order += row * so_b + group * so_g
     levels += row * sl_b + group * sl_g
-    rung = tl.arange(0, WIDE)
-    found = tl.zeros([WIDE], tl.int32)
-    for start in range(0, length, BLOCK):
-        n = start + tl.arange(0, BLOCK)
+    rung, place = tl.arange(0, WIDE), tl.arange(0, BLOCK)
+    # Counted anew by each program, in place of a launch that adds up.
+    before = tl.zeros([WIDE], tl.int32)
+    total = tl.zeros([WIDE], tl.int32)
+    for start in range(0, held, BLOCK):
+        n = start + place
         at = tl.load(order + n, n < held, 0)
         level = tl.minimum(tl.load(levels + at, n < held, 0).to(tl.int32), RUNGS - 1)
-        tl.store(ordered + line * length + n, level.to(tl.uint8), n < length)
         coded = (n >= first) & (n < held - recent)
-        found += tl.sum(((level[None, :] == rung[:, None]) & coded[None, :]).to(tl.int32), 1)
-    tl.store(counts + row * RUNGS * groups + rung * groups + group, found, rung < RUNGS)
+        found = tl.sum(((level[None, :] == rung[:, None]) & coded[None, :]).to(tl.int32), 1)
+        total += found
+        before += tl.where(start < chunk * BLOCK, found, 0)
+    if chunk == 0:
+        tl.store(counts + row * RUNGS * groups + rung * groups + group, total, rung < RUNGS)
+    n = chunk * BLOCK + place
+    at = tl.load(order + n, n < held, 0)
+    level = tl.minimum(tl.load(levels + at, n < held, 0).to(tl.int32), RUNGS - 1)
+    tl.store(ordered + line * length + n, level.to(tl.uint8), n < length)
+    coded = (n >= first) & (n < held - recent)
+    for one in tl.static_range(RUNGS):
+        begin = tl.sum(tl.where(rung < one, total, 0) + tl.where(rung == one, before, 0), 0)
+        here = (coded & (level == one)).to(tl.int32)
+        tl.store(listed + line * length + begin + tl.cumsum(here, 0) - 1, at, here != 0)
+    size = (length + 3) // 4
+    byte, four = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4), tl.arange(0, 4)
+    n = first + byte[:, None] * 4 + four[None, :]
+    at = tl.load(order + n, n < held - recent, 0)
+    level = tl.minimum(tl.load(levels + at, n < held - recent, 0).to(tl.int32), RUNGS - 1)
+    tl.store(packed + line * size + byte, tl.sum(level << (2 * four)[None, :], 1).to(tl.uint8), byte < size)
 
 
 @on_its_device
 def launch_leveled(
     order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.leveled`."""
     batch, length = order.shape[0], order.shape[2]
-    groups = max(levels.shape[1], kept.shape[1])
-    ordered = torch.empty(batch, groups, length, dtype=torch.uint8, device=order.device)
-    counts = torch.empty(batch, rungs, groups, dtype=torch.int32, device=order.device)
+    groups, device = max(levels.shape[1], kept.shape[1]), order.device
+    ordered = torch.empty(batch, groups, length, dtype=torch.uint8, device=device)
+    counts = torch.empty(batch, rungs, groups, dtype=torch.int32, device=device)
+    listed = torch.empty(batch, groups, length, dtype=torch.int32, device=device)
+    packed = torch.empty(batch, groups, triton.cdiv(length, 4), dtype=torch.uint8, device=device)
     wide = order.expand(-1, groups, -1), kept.expand(-1, groups), levels.expand(-1, groups, -1)
     strides = [step for part in wide for step in part.stride()[:2]]
     if any(part.stride(-1) != 1 for part in (order, levels)):
         raise ValueError("order and levels need a line's numbers one after the other")
-    _leveled_kernel[(batch * groups,)](
-        *wide, ordered, counts, length, groups, *strides, first, recent,
-        RUNGS=rungs, WIDE=triton.next_power_of_2(max(rungs, 2)), BLOCK=2048, num_warps=8,
+    block = 2048
+    _leveled_kernel[(triton.cdiv(length, block), batch * groups)](
+        *wide, ordered, counts, listed, packed, length, groups, *strides, first, recent,
+        RUNGS=rungs, WIDE=triton.next_power_of_2(max(rungs, 2)), BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return ordered, counts
+    return ordered, counts, listed, packed

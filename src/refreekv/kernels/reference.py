@@ -34,7 +34,9 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
-def leveled(order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int) -> tuple[Tensor, Tensor]:
+def leveled(
+    order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.leveled`."""
     groups = max(levels.shape[1], kept.shape[1])
     order, kept = order.expand(-1, groups, -1), kept.expand(-1, groups)
@@ -43,7 +45,14 @@ def leveled(order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int,
     coded = (number >= first) & (number < kept[..., None] - recent)
     each = torch.arange(rungs, dtype=torch.uint8, device=kept.device)[:, None, None]
     # [B, 1, G, n] against [R, 1, 1]: [B, R, G]
-    return ordered, ((ordered[:, None] == each) & coded[:, None]).sum(-1, dtype=torch.int32)
+    counts = ((ordered[:, None] == each) & coded[:, None]).sum(-1, dtype=torch.int32)
+    by_rung = torch.where(coded, ordered, rungs).argsort(stable=True, dim=-1)
+    four = torch.where(coded, ordered, 0)[..., first:]
+    four = torch.nn.functional.pad(four, (0, -four.shape[-1] % 4))
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=kept.device)
+    # [B, G, 4 bytes] -> [B, G, bytes]
+    packed = (four.unflatten(-1, (-1, 4)) << shifts).sum(-1, dtype=torch.uint8)
+    return ordered, counts, order.gather(-1, by_rung), packed
 
 
 def as_written(function: Callable[P, R]) -> Callable[P, R]:

@@ -62,6 +62,7 @@ class Decision:
         self._selection, self._in_place = selection, entries.in_place
         self._order: Tensor | None = None
         self._levels: Tensor | None = None
+        self._by_rung: tuple[Tensor, Tensor] | None = None
         self._ladder = ladder
         # Names, and a column ``[B, .]`` for each: few tensors, as each is a launch or two.
         numbers: list[tuple[list[str], Tensor]] = []
@@ -121,7 +122,10 @@ class Decision:
         if keep is not selection.keep:
             # What the policy was not asked about keeps as much as there is.
             levels = levels.where(~keep | selection.keep, rungs - 1)
-        self._levels, counts = leveled(self._order, kept, levels, rungs=rungs, first=SINKS, recent=ladder.recent)
+        self._levels, counts, *lists = leveled(
+            self._order, kept, levels, rungs=rungs, first=SINKS, recent=ladder.recent
+        )
+        self._by_rung = lists[0], lists[1]
         names = [f"rung{rung}.{group}" for rung in range(rungs) for group in range(counts.shape[2])]
         return [(names, counts.flatten(1))]  # [B, rungs, G] -> [B, rungs * G]
 
@@ -167,12 +171,13 @@ class Decision:
         reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
         hides = bool(number.get("hides"))
         levels = None
-        if self._levels is not None and self._ladder is not None:
+        if self._levels is not None and self._ladder is not None and self._by_rung is not None:
             groups, rungs = self._levels.shape[1], range(len(self._ladder.rungs))
             held = columns.for_heads(groups)
             levels = Levels(
                 tuple(own[:n] for own, n in zip(self._levels[row], held, strict=True)),
                 tuple(tuple(int(number[f"rung{rung}.{group}"]) for rung in rungs) for group in range(groups)),
+                *(tuple(part[row].unbind()) for part in self._by_rung),
             )
         entries = real or (self._length,)
         report = RowReport(entries[0], columns.counts, cut, number.get("metric"), reasons=reasons)

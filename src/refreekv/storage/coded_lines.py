@@ -7,6 +7,7 @@ behind the last one that somebody gave a rung, which are in the rung of what is 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -27,12 +28,25 @@ if TYPE_CHECKING:
 
 
 class Packing(NamedTuple):
-    """Columns int32 ``[entries]`` that go to a rung, how many are of each segment, and where those are listed."""
+    """What goes to a rung: of each segment so many columns of a list int32 ``[.]``, from a place on."""
 
     rung: int
-    listed: Tensor
+    lists: Sequence[Tensor]
+    starts: Sequence[int]
     counts: Lengths
-    spans: list[Span]
+    end: int
+
+    @property
+    def spans(self) -> list[Span]:
+        """How `kernels.gather` is told about them, and all columns from the end."""
+        where = zip(self.lists, self.starts, flat(self.counts), strict=True)
+        return [(own.data_ptr() + start * own.element_size(), n, 0) if n else (0, 0, self.end) for own, start, n in where]
+
+    @property
+    def columns(self) -> Tensor:
+        """All of them, one segment after the other."""
+        where = zip(self.lists, self.starts, flat(self.counts), strict=True)
+        return torch.cat([own[start : start + n] for own, start, n in where])
 
 
 class CodedLines:
@@ -54,11 +68,12 @@ class CodedLines:
     @classmethod
     def to_pack(
         cls,
-        listed: Tensor,
+        listed: Sequence[Tensor],
         counts: Lengths,
         coding: Coding,
         end: int,
-        levels: tuple[Tensor, Sequence[Lengths]] | None = None,
+        by_rung: Sequence[Lengths] | None = None,
+        members: Members | None = None,
     ) -> "tuple[Self, list[Packing]]":
         """Storage for entries of dense ``[B, H_kv, n, D]``, and what `pack` is to write there.
 
@@ -66,30 +81,26 @@ class CodedLines:
 
         Parameters
         ----------
-        listed : Tensor
-            int32 ``[entries]``: columns, ``counts`` of each segment, one after the other.
+        listed : sequence of Tensor
+            Columns of each segment, int32, the first ``counts``: those of the first rung first, ascending in each.
         counts : list of tuple of int
             Entries of each row's KV heads.
         coding : Coding
             How to code them.
         end : int
             Columns that may be listed.
-        levels : pair, optional
-            Their rungs, uint8 ``[entries]``, and ``counts`` of each rung alone. None: that of what is generated.
+        by_rung, members : optional
+            Counts of each rung alone, and the rungs of all. None: all have that of what is generated.
         """
-        device, members = listed.device, Members.none(counts, listed.device)
-        by_rung: Sequence[Lengths] = _all_in(coding.generated, len(coding.forms), counts)
-        if levels is not None and len(coding.forms) > 1:
-            rungs, by_rung = levels
-            listed, members = listed[rungs.argsort(stable=True)], Members.of(rungs, counts)
-        arenas, work, at = [], [], 0
+        device = listed[0].device
+        if members is None or by_rung is None:
+            members, by_rung = Members.none(counts, device), _all_in(coding.generated, len(coding.forms), counts)
+        arenas, work, starts = [], [], [0] * len(listed)
         for rung, (form, own) in enumerate(zip(coding.forms, by_rung, strict=True)):
             arenas.append(_lines(form, own, device))
-            count = sum(map(sum, own))
-            if count:
-                some = listed[at : at + count]
-                work.append(Packing(rung, some, own, spans(some, flat(own), end)))
-            at += count
+            if any(map(any, own)):
+                work.append(Packing(rung, listed, starts, own, end))
+            starts = list(map(add, starts, flat(own)))
         return cls(arenas, members, coding), work
 
     def pack(
@@ -122,7 +133,7 @@ class CodedLines:
             kernels.pack_rungs(given)
         for job in work:
             if read is not None and read.form == self.coding.forms[job.rung]:
-                read.move_lines(job.listed, job.counts, self.rungs[job.rung])
+                read.move_lines(job.columns, job.counts, self.rungs[job.rung])
 
     # -- what they are ------------------------------------------------------------------------
 

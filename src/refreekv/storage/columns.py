@@ -137,10 +137,15 @@ class Levels:
         uint8, a number for each of the row's `Columns`, in their order: for all KV heads together, or for each.
     counts : tuple of tuple of int
         For each of ``heads`` and each rung, how many of the entries that are coded at the end of the prompt go there.
+    listed, packed : tuple of Tensor
+        For each of ``heads`` what `kernels.leveled` says of these entries, if it was asked: the columns, by rung, and
+        the rungs, by column.
     """
 
     heads: tuple[Tensor, ...]
     counts: tuple[tuple[int, ...], ...]
+    listed: tuple[Tensor, ...] = ()
+    packed: tuple[Tensor, ...] = ()
 
     def for_heads(self, kv_heads: int, rung: int) -> tuple[int, ...]:
         """How many entries of each of ``kv_heads`` KV heads are coded in a rung at the end of the prompt."""

@@ -22,7 +22,7 @@ from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.members import Counts, Lengths, counted
+from refreekv.storage.members import Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
@@ -102,24 +102,18 @@ class LeveledKV(KVStorage):
                 between.append(listed[first:stop])
         around = [n - c for n, c in zip(flat(counts), flat(coded), strict=True)]
         # They stay alive until the kernels that are told their addresses were launched.
-        exactly, listed = torch.cat(opening), torch.cat(between)
+        exactly = torch.cat(opening)
         lengths = each(lambda n, c: n - c + after, counts, coded)
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
         longest = max(map(max, coded))
         growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
         growth = growth_within(keys, lengths) if growth is None else growth
         exact = KVArena.like(keys, values, lengths, growth, told=False)
-        asked = None
+        by_rung = members = None
         if levels is not None and len(coding.forms) > 1:
-            rungs = torch.cat(
-                [
-                    row.heads[head % len(row.heads)][first : first + n]
-                    for row, firsts, own in zip(levels, sinks, coded, strict=True)
-                    for head, (first, n) in enumerate(zip(firsts, own, strict=True))
-                ]
-            )
-            asked = rungs, [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
-        lines, work = CodedLines.to_pack(listed, coded, coding, end, asked)
+            between, members = _listed(levels, between, sinks, coded)
+            by_rung = [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
+        lines, work = CodedLines.to_pack(between, coded, coding, end, by_rung, members)
         tell([exact, *lines.rungs])
         # Spans are of no use once kernels have read them: they are not kept with the tables.
         where, *places = together([spans(exactly, around, end), *(job.spans for job in work)], device)
@@ -391,6 +385,26 @@ def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) ->
         for head in range(len(own)):
             parts += [row.heads[head % len(row.heads)], tail]
     return torch.cat(parts)
+
+
+def _listed(
+    levels: Sequence[Levels], columns: Sequence[Tensor], sinks: Counts, coded: Counts
+) -> tuple[list[Tensor], Members]:
+    """The ``columns`` int32 ``[coded]`` of each segment, those of the first rung first, and all rungs by column."""
+    heads = range(len(coded[0]))
+    if all(row.listed for row in levels):
+        listed, packed = (
+            [own[head % len(own)] for own in parts for head in heads]
+            for parts in ([row.listed for row in levels], [row.packed for row in levels])
+        )
+        return listed, Members.joined(packed, coded)
+    rungs = [
+        row.heads[head % len(row.heads)][first : first + n]
+        for row, firsts, own in zip(levels, sinks, coded, strict=True)
+        for head, (first, n) in enumerate(zip(firsts, own, strict=True))
+    ]
+    by_rung = [some[own.argsort(stable=True)] for some, own in zip(columns, rungs, strict=True)]
+    return by_rung, Members.of(torch.cat(rungs), coded)
 
 
 def _where_coded(sinks: Counts, coded: Counts) -> list[tuple[int, ...]]:

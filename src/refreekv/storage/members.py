@@ -49,6 +49,12 @@ class Members:
             return cls((four << places).sum(1, dtype=torch.uint8), counts)
 
     @classmethod
+    def joined(cls, packed: Sequence[Tensor], counts: Counts) -> "Members":
+        """From rungs of each segment that are packed already, in the first bytes of a tensor."""
+        with torch.inference_mode(False):
+            return cls(torch.cat([own[: -(-n // EACH)] for own, n in zip(packed, flat(counts), strict=True)]), counts)
+
+    @classmethod
     def none(cls, counts: Counts, device: torch.device) -> "Members":
         """Of segments like these, of which nothing is here."""
         return cls(torch.empty(0, dtype=torch.uint8, device=device), [(0,) * len(row) for row in counts])

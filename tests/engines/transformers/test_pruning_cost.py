@@ -12,6 +12,7 @@ import refreekv
 from helpers.models import build, prompts
 from refreekv import ReFreeKVCache, kernels
 from refreekv.core.selection import Selection
+from refreekv.engines.transformers import layer
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.pruning import decide
 from refreekv.storage import arena, leveled, runs
@@ -79,8 +80,8 @@ def cost(monkeypatch):
     """Counts while a layer is pruned, the third of the model."""
     found = Cost()
     for module, name, launches in (
-        (decide, "probe_reductions", 3), (decide, "kept_first", 1), (decide, "leveled", 1), (kernels, "needed", 3),
-        (kernels, "gather", 1), (kernels, "pack_rungs", 1),
+        (decide, "probe_reductions", 3), (decide, "kept_first", 1), (decide, "leveled", 1), (layer, "centres", 2),
+        (kernels, "needed", 3), (kernels, "gather", 1), (kernels, "pack_rungs", 1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, found.kernel(getattr(module, name), launches))
     for module, name in ((arena, "on_device"), (leveled, "on_device"), (runs, "spread")):
@@ -89,13 +90,13 @@ def cost(monkeypatch):
     monkeypatch.setattr(decide, "select", lambda *args: in_all_rungs(chosen(*args)))
     prune = ReFreeKVLayer.after_attention
 
-    def counted(layer, call):
-        if layer.index != 2:
-            prune(layer, call)
+    def counted(own, call):
+        if own.index != 2:
+            prune(own, call)
             return
         found.on = True
         with found:
-            prune(layer, call)
+            prune(own, call)
         found.on = False
 
     monkeypatch.setattr(ReFreeKVLayer, "after_attention", counted)
@@ -126,8 +127,6 @@ def test_a_layer_costs_the_host_no_more_than_this(cost, policy, launches, copies
         cost.launches.clear()
         cost.copies = 0
         read(model, policy, ids, arena=True)
-    import os
-    if os.environ.get("SHOW"): print(cost.launches, cost.launches.total())
     assert cost.launches["kernels.gather"] == 1
     assert cost.launches["kernels.pack_rungs"] == (policy == "adaptive")
     assert launches / 2 < cost.launches.total() <= launches, cost.launches

@@ -18,6 +18,7 @@ from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE
 from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.engines.transformers.remembering import RememberingLayer
+from refreekv.kernels import centres
 from refreekv.policies.joint import JointPolicy
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
 from refreekv.pruning.decide import Decision, KeptRow, decide
@@ -117,8 +118,8 @@ class ReFreeKVLayer(RememberingLayer):
         self.state.changed = True
         if self.ragged is None and self.ladder is not None:
             read = None if self._read is None else self._read.maps
-            centres = _centres(*parts) if read is None else (read.key_mean, read.value_mean)
-            self._coded = self.ladder, centres, self.state.codes_of(self.ordinal)
+            means = _centres(*parts) if read is None else (read.key_mean, read.value_mean)
+            self._coded = self.ladder, means, self.state.codes_of(self.ordinal)
         if self.state.verification is not None:
             self.state.verification.hold(self, call, parts, after)
             return
@@ -202,8 +203,8 @@ class ReFreeKVLayer(RememberingLayer):
         if self.ragged is not None:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
         elif self._coded is not None:
-            ladder, centres, codes = self._coded
-            storage = LeveledKV.gathered(*self.dense, columns, after, ladder, centres, levels, codes, self._read)
+            ladder, means, codes = self._coded
+            storage = LeveledKV.gathered(*self.dense, columns, after, ladder, means, levels, codes, self._read)
         else:
             storage = compacted(self.dense, columns, after, self.state.arena)
         self._coded = self._read = None
@@ -244,5 +245,7 @@ class ReFreeKVLayer(RememberingLayer):
 
 def _centres(prompt: Entries) -> tuple[Tensor, Tensor]:
     """The prompt's mean key and mean value ``[B, H_kv, D]``, of all entries, whatever a policy keeps."""
-    real = None if prompt.valid is None else prompt.valid[:, None]
+    if prompt.valid is None:
+        return centres(prompt.keys, prompt.values)
+    real = prompt.valid[:, None]
     return centre_of(prompt.keys, real), centre_of(prompt.values, real)

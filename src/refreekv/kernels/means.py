@@ -1,0 +1,83 @@
+"""Mean entries, in Triton: what is taken out of a head's entries before they are coded, of keys and values at once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refreekv.core.quantisation import SINKS
+from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.storage import elements_first
+
+CHUNK, BLOCK = 512, 64
+"""Entries of a program, and entries that it adds up at a time."""
+
+
+@triton.jit
+def _add(entries, out, first, stop, step, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of entries from the first one on."""
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(first, stop, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        at = entries + n.to(tl.int64)[:, None] * step + d[None, :]
+        total += tl.load(at, (n < stop)[:, None] & (d < SIZE)[None, :], 0.0).to(tl.float32)
+    tl.store(out + d, tl.sum(total, 0), d < SIZE)
+
+
+@triton.jit(do_not_specialize=["length", "first", "kv_heads"])
+def _sums_of_entries_kernel(
+    keys, values, sums, length, first, kv_heads, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``sums[b, h, chunk]``: of a chunk's keys, and behind them of its values."""
+    chunk, segment = tl.program_id(0), tl.program_id(1)
+    row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+    out = sums + (segment.to(tl.int64) * tl.num_programs(0) + chunk) * (HEAD + VALUE)
+    start = first + chunk * CHUNK
+    stop = tl.minimum(start + CHUNK, length)
+    if tl.program_id(2) == 0:
+        _add(keys + row * sk_b + head * sk_h, out, start, stop, sk_n, HEAD, BLOCK_D, BLOCK)
+    else:
+        _add(values + row * sv_b + head * sv_h, out + HEAD, start, stop, sv_n, VALUE, BLOCK_V, BLOCK)
+
+
+@triton.jit(do_not_specialize=["chunks", "count"])
+def _means_of_entries_kernel(
+    sums, key_mean, value_mean, chunks, count, HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of all chunks over the number of entries."""
+    segment, d, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    sums += segment * chunks * (HEAD + VALUE)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, chunks, BLOCK):
+        chunk = start + part
+        at = sums + chunk[:, None] * (HEAD + VALUE) + d[None, :]
+        total += tl.load(at, (chunk < chunks)[:, None] & (d < HEAD + VALUE)[None, :], 0.0)
+    mean = tl.div_rn(tl.sum(total, 0), count.to(tl.float32) + tl.zeros([BLOCK_D], tl.float32))
+    tl.store(key_mean + segment * HEAD + d, mean.to(key_mean.dtype.element_ty), d < HEAD)
+    at = value_mean + segment * VALUE + d - HEAD
+    tl.store(at, mean.to(value_mean.dtype.element_ty), (d >= HEAD) & (d < HEAD + VALUE))
+
+
+@on_its_device
+def launch_centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`core.quantisation.centre_of` of keys and of values ``[B, H_kv, n, D]`` without padding."""
+    keys, values = elements_first(keys), elements_first(values)
+    (batch, heads, length, size), value_size = keys.shape, values.shape[-1]
+    first = SINKS if length > SINKS else 0
+    chunks = triton.cdiv(length - first, CHUNK)
+    sums = torch.empty(batch * heads, chunks, size + value_size, dtype=torch.float32, device=keys.device)
+    means = keys.new_empty(batch, heads, size), values.new_empty(batch, heads, value_size)
+    sizes = {"HEAD": size, "VALUE": value_size}
+    _sums_of_entries_kernel[(chunks, batch * heads, 2)](
+        keys, values, sums, length, first, heads, *keys.stride()[:3], *values.stride()[:3], **sizes,
+        BLOCK_D=triton.next_power_of_2(size), BLOCK_V=triton.next_power_of_2(value_size), CHUNK=CHUNK, BLOCK=BLOCK,
+        num_warps=8,
+    )  # fmt: skip
+    _means_of_entries_kernel[(batch * heads,)](
+        sums, *means, chunks, length - first, **sizes, BLOCK_D=triton.next_power_of_2(size + value_size), BLOCK=16,
+    )  # fmt: skip
+    return means
