@@ -42,7 +42,7 @@ def test_what_is_wrong_or_does_not_run(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("out of resource\nand more")
 
-    monkeypatch.setattr(kernels, "pack_lines", fails)
+    monkeypatch.setattr(kernels, "pack_rungs", fails)
     assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) == "RuntimeError: out of resource"
 
 
@@ -51,7 +51,7 @@ def test_a_lack_of_memory_is_no_fault_and_not_remembered(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "pack_lines", fails)
+        patch.setattr(kernels, "pack_rungs", fails)
         with pytest.raises(torch.OutOfMemoryError):
             trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None)
     assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) is None

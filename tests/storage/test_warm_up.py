@@ -48,30 +48,40 @@ def test_a_turn_of_another_length_compiles_nothing(printed):
 def test_what_is_compiled_ahead_is_what_is_used(printed):
     """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
     ahead = [name for name in printed["ahead"] if name.split()[0] in SLOW]
-    # Packing of prompts and of exact entries, and unpacking, in four formats each; joining two kinds, and attention.
-    assert len(ahead) == 4 + 4 + 4 + 1 + 1
+    # Packing of prompts and of exact entries; unpacking in four formats; joining two kinds, and attention.
+    assert len(ahead) == 1 + 1 + 4 + 1 + 1
     for use, found in printed["uses"].items():
         kinds = SLOW if use.startswith("1 x") else SLOW[:2]
         used = {name for name in found if name.split()[0] in kinds}
-        assert len(used) >= 9, use
+        assert len(used) >= 6, use
         assert used <= set(ahead), use
 
 
-def test_each_format_in_a_thread_of_its_own(monkeypatch):
+def test_each_kernel_in_a_thread_of_its_own(monkeypatch):
     """All begin before any has ended."""
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
-    together = threading.Barrier(6, timeout=30)  # three formats, from a prompt and from exact entries
-    real, packed = kernels.pack_lines, []
+    together = threading.Barrier(6, timeout=30)  # three formats that are read, and coding: two ways, and anew
+    done = []
 
-    def waiting(*args, **kwargs):
-        together.wait()
-        packed.append((args[3].key_widths, "source" in kwargs))
-        real(*args, **kwargs)
+    def waiting(name, told):
+        real = getattr(kernels, name)
 
-    monkeypatch.setattr(kernels, "pack_lines", waiting)
+        def call(*args, **kwargs):
+            together.wait()
+            done.append((name, told(*args, **kwargs)))
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, call)
+
+    waiting("pack_rungs", lambda given: given[0].exact is not None)
+    waiting("recode_lines", lambda given: given.target)
+    waiting("unpack_lines", lambda *args, **kwargs: args[3].key_widths[0])
     warm_up.warm_up(*GIVEN)
     assert not together.broken
-    assert sorted(packed) == [((bits,) * 4, exact) for bits in (4, 6, 8) for exact in (False, True)]
+    assert sorted(done) == [
+        ("pack_rungs", False), ("pack_rungs", True), ("recode_lines", 0),
+        ("unpack_lines", 4), ("unpack_lines", 6), ("unpack_lines", 8),
+    ]  # fmt: skip
 
 
 def test_not_where_memory_is_short(monkeypatch):
@@ -104,7 +114,7 @@ def test_what_fails_is_for_the_trial_to_say(monkeypatch, caplog):
         assert trial.fault(*GIVEN) is None
     assert caplog.text.count("a kernel could not be compiled ahead: no compiler") == 3
     trial.fault.cache_clear()
-    monkeypatch.setattr(kernels, "pack_lines", fails)
+    monkeypatch.setattr(kernels, "pack_rungs", fails)
     assert trial.fault(*GIVEN) == "RuntimeError: no compiler"
     trial.fault.cache_clear()
 

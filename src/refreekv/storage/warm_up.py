@@ -1,7 +1,7 @@
 """Kernels over the formats of a ladder, compiled side by side before they are used one after the other.
 
-Each format has kernels of its own, which take seconds to compile, and attention over several formats one of its own
-again. Triton and its compilers let other threads run meanwhile: on a machine with some cores all are there when the
+What reads codes has kernels of its own for each format, which take seconds to compile, and attention over several
+formats one of its own again. Triton and its compilers let other threads run meanwhile: on a machine with some cores all are there when the
 slowest one is. They are compiled by being launched on made-up entries, in the ways in which storages launch them. What
 Triton has on disk takes milliseconds.
 """
@@ -19,6 +19,7 @@ from refreekv.core.device_memory import free_memory
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
+from refreekv.storage.arena import KVArena
 from refreekv.storage.coding import Pair
 from refreekv.storage.columns import Columns
 from refreekv.storage.leveled import LeveledKV
@@ -63,30 +64,40 @@ def warm_up(
     if (cores := available_cores()) < 2 or (device.type == "cuda" and free_memory(device) < ROOM):
         return
 
-    def storage(rungs: Ladder, length: int) -> tuple[LeveledKV, Pair]:
+    def storage(length: int) -> tuple[LeveledKV, Pair]:
         keys, values, _ = made_up(device, dtype, heads, sizes, length)
         kept = [Columns.of_ranges((0, length))]
-        own = LeveledKV.gathered(keys, values, kept, 0, rungs, (centre_of(keys), centre_of(values)), None, codes)
+        own = LeveledKV.gathered(keys, values, kept, 0, ladder, (centre_of(keys), centre_of(values)), None, codes)
         return own, (keys, values)
 
-    def code_and_decode(rungs: Ladder) -> None:
-        storage(rungs, SINKS + SOME + ladder.recent)[0].full()
+    def code() -> None:
+        storage(SINKS + SOME + ladder.recent)
 
-    def recode(rung: int) -> None:
-        own, _ = storage(ladder, SINKS + 1)
+    def decode(rung: int) -> None:
+        own, _ = storage(SINKS + 1)
+        whole, form, lines = own.full(), own.coding.forms[rung], own.lines.rungs[rung].table
+        target = KVArena(whole.keys, whole.values, whole.lengths, [0]).table
+        spans = torch.zeros(heads, 3, dtype=torch.int64, device=device)
+        kernels.unpack_lines(
+            whole.keys, whole.values, lines, form, own.coding.maps, spans, end=0, longest=1, target=target
+        )
+
+    def recode() -> None:
+        own, _ = storage(SINKS + 1)
         sources, none = (torch.zeros(n, 4, dtype=torch.int64, device=device) for n in (len(ladder.rungs), 0))
         starts, at = torch.zeros(heads, dtype=torch.int64, device=device), none.flatten()
-        table, form = own.lines.rungs[rung].table, own.coding.forms[rung]
-        kernels.move(table, table, key_bytes=form.line_bytes, value_bytes=FACTOR_BYTES, longest=1)
         maps, forms = own.coding.maps, own.coding.forms
-        kernels.recode_lines(kernels.Moved(table, sources, at.to(torch.uint8), at, starts, forms, rung, maps, 1))
+        for form, arena in zip(forms, own.lines.rungs, strict=True):
+            kernels.move(arena.table, arena.table, key_bytes=form.line_bytes, value_bytes=FACTOR_BYTES, longest=1)
+        table = own.lines.rungs[0].table
+        kernels.recode_lines(kernels.Moved(table, sources, at.to(torch.uint8), at, starts, forms, 0, maps, 1))
 
-    def code_exact(rungs: Ladder) -> None:
-        own, (keys, values) = storage(rungs, SINKS + ladder.recent)
+    def code_exact() -> None:
+        own, (keys, values) = storage(SINKS + ladder.recent)
         own.append(keys[:, :, : 2 * FLUSH], values[:, :, : 2 * FLUSH]).code_older()
 
     def attend() -> None:
-        own, _ = storage(ladder, SINKS + 1)
+        own, _ = storage(SINKS + 1)
         query = made_up(device, dtype, heads, sizes, 1)[2]
         tables = [arena.table for arena in own.tables]
         kernels.packed_attention(query, tables[0], tables[1:], own.coding.forms, own.coding.maps)
@@ -101,10 +112,10 @@ def warm_up(
 
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend] if attends else []
+    jobs += [lambda rung=rung: decode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
     # What is generated, and what a later turn brings, is coded from exact entries.
-    jobs += [lambda rung=rung: code_exact(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
+    jobs += [code_exact, code]
     if len(ladder.rungs) > 1:
-        jobs += [lambda rung=rung: recode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
-    jobs += [lambda rung=rung: code_and_decode(Ladder((rung,))) for rung in ladder.rungs]  # type: ignore[misc]
+        jobs.append(recode)
     with ThreadPoolExecutor(min(cores, len(jobs)), thread_name_prefix="refreekv-compile") as pool:
         list(pool.map(tried, jobs))
