@@ -1,17 +1,21 @@
 """What is compiled ahead is what is used, and nothing that goes wrong there shows."""
 
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refreekv import kernels
+from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder
 from refreekv.storage import trial, warm_up
 
@@ -154,3 +158,36 @@ def test_on_a_gpu_nothing_is_left_to_compile(monkeypatch, cores):
     assert trial.fault(*given) is None
     trial.fault.cache_clear()
     assert not set(compiled) & set(SLOW)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_no_thread_multiplies_matrices(monkeypatch, codes):
+    """On a GPU each thread that does takes 32 MiB for cuBLAS, which PyTorch never gives back."""
+    known = None
+    if codes:
+        known = KeyCodes.known(torch.stack([torch.randperm(64)] * 2), torch.rand(2, 64) + 0.5, torch.rand(2, 64) + 0.5)
+    asked, jobs = Counter(), []
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    class OneByOne(contextlib.AbstractContextManager):
+        def __exit__(self, *exc):
+            return None
+
+        def map(self, call, given):
+            jobs.extend(given)
+            with Notes():
+                return [call(job) for job in jobs]
+
+    # What kernels launch is no operator of PyTorch.
+    for name in ("pack_rungs", "recode_lines", "unpack_lines", "packed_attention", "move"):
+        monkeypatch.setattr(kernels, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
+    monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda *args, **kwargs: OneByOne())
+    warm_up.warm_up(*GIVEN[:-1], known)
+    assert len(jobs) == 1 + 3 + 2 + 1
+    assert asked["sum"]
+    assert not {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot"} & set(asked)

@@ -237,7 +237,7 @@ class UnfinishedKV:
         if self._maps is not None and (begun is None or bool((begun > 0).all())):
             return
         exact = None if real is None else real[:, None, self.coded :]
-        means = [centre_of(part, exact) for part in self._tail]
+        means = [centre_of(part, exact) for part in self._tail] if real is not None else kernels.centres(*self._tail)
         if self._maps is not None and begun is not None:
             maps = self._maps
             fixed = (begun > 0)[:, None, None]

@@ -102,7 +102,7 @@ def warm_up(
         tables = [arena.table for arena in own.tables]
         kernels.packed_attention(query, tables[0], tables[1:], own.coding.forms, own.coding.maps)
 
-    def tried(job: Callable[[], None]) -> None:
+    def tried(job: Callable[[], object]) -> None:
         try:
             # Both are settings of a thread.
             with torch.inference_mode(False), torch.no_grad():
@@ -110,6 +110,8 @@ def warm_up(
         except Exception as error:
             _log.debug("a kernel could not be compiled ahead: %s", error)
 
+    # What belongs to the model is made here, once: a thread that multiplies matrices takes memory on a GPU for good.
+    tried(lambda: storage(SINKS + 1))
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend] if attends else []
     jobs += [lambda rung=rung: decode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
