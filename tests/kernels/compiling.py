@@ -22,6 +22,7 @@ from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
 from refreekv.kernels import block_products, fused, shared_memory
+from refreekv.kernels.queries import launch_asked
 from refreekv.kernels.means import launch_centres
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
@@ -112,6 +113,8 @@ def choosing(dtype, heads, head_size):
     query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
     launch_centres(key, key)
     columns, real = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
+    for some in (None, real):
+        launch_asked(columns, columns, some, 8, 16, 24)
     launch_probe_reductions(query, key, Probes(columns))
     launch_probe_reductions(query, key, Probes(columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), False))
     scores = torch.zeros(1, 1, 300)

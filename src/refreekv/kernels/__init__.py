@@ -35,6 +35,7 @@ __all__ = [
     "Probes",
     "Transfer",
     "append",
+    "asked",
     "available",
     "block_linear",
     "centres",
@@ -152,6 +153,32 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
 
         return launch_kept_first(keep)
     return reference.kept_first(keep)
+
+
+def asked(
+    columns: Tensor, ordinals: Tensor, real: Tensor | None, *, rows: int, spread: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a prompt's queries, the last ones and some over all of it. One launch on CUDA.
+
+    Parameters
+    ----------
+    columns, ordinals, real : Tensor
+        Integers ``[B | 1, r]`` twice and boolean ``[B | 1, r]`` or None, as `pruning.calls.Queries` has them.
+    rows, spread : int
+        How many of the last ones, and at most how many over all of it; 0: none.
+    count : int
+        How many are given out: the last of those that are not asked stand in front where there are fewer.
+
+    Returns
+    -------
+    index, columns, ordinals, real : Tensor
+        ``[B | 1, count]``: which they are, of each what is known, and whether it is asked.
+    """
+    if columns.is_cuda and available():
+        from refreekv.kernels.queries import launch_asked
+
+        return launch_asked(columns, ordinals, real, rows, spread, count)
+    return reference.asked(columns, ordinals, real, rows, spread, count)
 
 
 def centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

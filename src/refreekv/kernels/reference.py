@@ -34,6 +34,24 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
 
 
+def asked(
+    columns: Tensor, ordinals: Tensor, real: Tensor | None, rows: int, spread: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.asked`."""
+    seen = ordinals[:, -1:] + 1
+    wanted = ordinals >= seen - rows
+    if spread:
+        powers = 2 ** torch.arange(32, device=seen.device)
+        step = 2 ** (seen // powers > spread).sum(1, keepdim=True)
+        wanted = wanted | ((ordinals + 1) % step == 0)
+    if real is not None:
+        wanted = wanted & real
+    wanted = wanted.expand(max(len(wanted), len(columns)), -1)
+    index = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]
+    own = (numbers.expand(len(index), -1).gather(1, index) for numbers in (columns, ordinals))
+    return index, next(own), next(own), wanted.gather(1, index)
+
+
 def leveled(
     order: Tensor, kept: Tensor, levels: Tensor, rungs: int, first: int, recent: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

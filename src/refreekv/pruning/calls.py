@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refreekv import kernels
 from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
 from refreekv.storage.base import KVStorage
@@ -205,21 +206,12 @@ class Queries:
             each = spread_step(plan.spread, self.states.shape[2])
             some = slice(each - 1, None, each)
             return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some])
-        seen = self.ordinals[:, -1:] + 1
-        wanted = self.ordinals >= seen - plan.rows
-        if plan.spread:
-            powers = 2 ** torch.arange(32, device=seen.device)
-            step = 2 ** (seen // powers > plan.spread).sum(1, keepdim=True)
-            wanted = wanted | ((self.ordinals + 1) % step == 0)
-        if self.real is not None:
-            wanted = wanted & self.real
         batch, heads, _, dim = self.states.shape
-        index = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, -plan.count :]
-        states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
-        columns, ordinals = (
-            numbers.expand(len(index), -1).gather(1, index) for numbers in (self.columns, self.ordinals)
+        index, *numbers = kernels.asked(
+            self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
         )
-        return Queries(states, columns, wanted.gather(1, index), ordinals)
+        states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
+        return Queries(states, numbers[0], numbers[2], numbers[1])
 
     def row(self, index: int) -> "Queries":
         """Those of one row."""
