@@ -314,8 +314,7 @@ def launch_pack(
     if block is None:
         block = 64 if narrow else 32
     if warps is None:
-        # Rows of a tile are shared out to four warps, channels to more.
-        warps = 4 if small else 8
+        warps = 4  # more than four would share out an entry's channels
     if registers is None and narrow and small:
         registers = 168  # three programs on a multiprocessor
     every = [rungs[number] if number < len(rungs) else given for number in range(MOST_RUNGS)]
