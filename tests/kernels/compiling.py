@@ -22,11 +22,10 @@ from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
 from refreekv.kernels import block_products, fused, shared_memory
-from refreekv.kernels.queries import launch_asked
-from refreekv.kernels.means import launch_centres
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
+from refreekv.kernels.means import launch_centres
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 from refreekv.kernels.packed_calls import Moved, PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -38,6 +37,7 @@ from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_spread
 from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.queries import launch_asked
 from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move
 from refreekv.kernels.surrogates import launch_put, launch_surrogates
 from refreekv.kernels.table import Format

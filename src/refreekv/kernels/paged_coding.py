@@ -8,6 +8,7 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.paged import Pool, upload
 
 
@@ -87,15 +88,18 @@ def code_to_pages(
     pages : Tensor
         int32 ``[.]``: the private blocks.
     """
-    for rung, (form, first) in enumerate(zip(forms, firsts, strict=True)):
-        counts = chosen.counts[layer, :, rung].tolist()
-        total = sum(counts)
+    counts = chosen.counts[layer]  # [H_kv, R]
+    totals, most = counts.sum(0).tolist(), counts.amax(0).tolist()
+    if not any(totals):
+        return
+    tables, spans, end = chosen.tables[layer], chosen.spans[layer], keys.shape[2]
+    rungs = zip(forms, tables, spans, most, strict=True)
+    kernels.pack_rungs(
+        [Transfer(keys, values, None, table, form, maps, some, end, n, None) for form, table, some, n in rungs]
+    )
+    for rung, (form, first, total) in enumerate(zip(forms, firsts, totals, strict=True)):
         if not total:
             continue
-        kernels.pack_lines(
-            keys, values, chosen.tables[layer, rung], form, maps, chosen.spans[layer, rung], end=keys.shape[2],
-            longest=max(counts),
-        )  # fmt: skip
         lines, factors = chosen.lines[rung][:total], chosen.factors[rung][:total]
         if pool.cache.is_cuda:
             from refreekv.kernels.paged_storage import launch_spread

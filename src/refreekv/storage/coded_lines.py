@@ -40,7 +40,9 @@ class Packing(NamedTuple):
     def spans(self) -> list[Span]:
         """How `kernels.gather` is told about them, and all columns from the end."""
         where = zip(self.lists, self.starts, flat(self.counts), strict=True)
-        return [(own.data_ptr() + start * own.element_size(), n, 0) if n else (0, 0, self.end) for own, start, n in where]
+        return [
+            (own.data_ptr() + start * own.element_size(), n, 0) if n else (0, 0, self.end) for own, start, n in where
+        ]
 
     @property
     def columns(self) -> Tensor:
@@ -252,17 +254,17 @@ class CodedLines:
         sent = together([*told, *firsts_of], device)
         with ExitStack() as stack:
             exact = stack.enter_context(source.table_in_turn())
-            kernels.pack_rungs(
-                [
+            rungs = zip(coding.forms, self.rungs, by_rung, sent[: len(told)], sent[len(told) :], strict=True)
+            given = []
+            for form, arena, own, some, starts in rungs:
+                table = stack.enter_context(arena.table_in_turn())
+                longest = max(map(max, own))
+                given.append(
                     kernels.Transfer(
-                        source.keys, source.values, exact, stack.enter_context(arena.table_in_turn()), form,
-                        coding.maps, where, 0, max(map(max, own)), starts.flatten(),
-                    )  # fmt: skip
-                    for form, arena, own, where, starts in zip(
-                        coding.forms, self.rungs, by_rung, sent[: len(told)], sent[len(told) :], strict=True
+                        source.keys, source.values, exact, table, form, coding.maps, some, 0, longest, starts.flatten()
                     )
-                ]
-            )
+                )
+            kernels.pack_rungs(given)
 
     @property
     def in_host_memory(self) -> bool:

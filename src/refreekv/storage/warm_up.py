@@ -1,9 +1,9 @@
 """Kernels over the formats of a ladder, compiled side by side before they are used one after the other.
 
 What reads codes has kernels of its own for each format, which take seconds to compile, and attention over several
-formats one of its own again. Triton and its compilers let other threads run meanwhile: on a machine with some cores all are there when the
-slowest one is. They are compiled by being launched on made-up entries, in the ways in which storages launch them. What
-Triton has on disk takes milliseconds.
+formats one of its own again. Triton and its compilers let other threads run meanwhile: on a machine with some cores all
+are there when the slowest one is. They are compiled by being launched on made-up entries, in the ways in which storages
+launch them. What Triton has on disk takes milliseconds.
 """
 
 import logging
