@@ -7,6 +7,7 @@ from torch import Tensor
 
 from refreekv.core.quantisation import SINKS
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.storage import elements_first
 
 CHUNK, BLOCK = 512, 64
@@ -68,16 +69,16 @@ def launch_centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     keys, values = elements_first(keys), elements_first(values)
     (batch, heads, length, size), value_size = keys.shape, values.shape[-1]
     first = SINKS if length > SINKS else 0
-    chunks = triton.cdiv(length - first, CHUNK)
+    chunks = blocks_of(length - first, CHUNK)
     sums = torch.empty(batch * heads, chunks, size + value_size, dtype=torch.float32, device=keys.device)
     means = keys.new_empty(batch, heads, size), values.new_empty(batch, heads, value_size)
     sizes = {"HEAD": size, "VALUE": value_size}
     _sums_of_entries_kernel[(chunks, batch * heads, 2)](
         keys, values, sums, length, first, heads, *keys.stride()[:3], *values.stride()[:3], **sizes,
-        BLOCK_D=triton.next_power_of_2(size), BLOCK_V=triton.next_power_of_2(value_size), CHUNK=CHUNK, BLOCK=BLOCK,
+        BLOCK_D=power_of_2(size), BLOCK_V=power_of_2(value_size), CHUNK=CHUNK, BLOCK=BLOCK,
         num_warps=8,
     )  # fmt: skip
     _means_of_entries_kernel[(batch * heads,)](
-        sums, *means, chunks, length - first, **sizes, BLOCK_D=triton.next_power_of_2(size + value_size), BLOCK=16,
+        sums, *means, chunks, length - first, **sizes, BLOCK_D=power_of_2(size + value_size), BLOCK=16,
     )  # fmt: skip
     return means

@@ -12,6 +12,7 @@ from refreekv.core.needs import REASONS, Grading, Needs, Rules
 from refreekv.core.neighbours import LEVELS
 from refreekv.core.reductions import ProbeReductions
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.sizes import blocks_of, power_of_2
 
 BLOCK = 1024
 NEVER = tl.constexpr(-(2**30))
@@ -138,7 +139,7 @@ def launch_needs(
     assert window.mean is not None
     peak, mass, far = (part.contiguous() for part in (window.peak, window.mean, spread.peak))
     batch, kv_heads, length = peak.shape
-    chunks, pairs = triton.cdiv(length, BLOCK), batch * kv_heads
+    chunks, pairs = blocks_of(length, BLOCK), batch * kv_heads
     masses = torch.empty(pairs, chunks, 32, dtype=torch.float32, device=peak.device)
     stats = torch.empty(batch, kv_heads * chunks, 16, dtype=torch.float32, device=peak.device)
     numbers = torch.empty(batch, 16, dtype=torch.float32, device=peak.device)
@@ -158,7 +159,7 @@ def launch_needs(
         rules.unit, rules.spread_unit, rules.hit, rules.share, rules.copying,
         float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight), float(by.code_unit),
         LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None, BLOCK=BLOCK,
-        BLOCK_F=triton.next_power_of_2(max(rules.follow, 1)), BLOCK_C=triton.next_power_of_2(chunks), num_warps=8,
+        BLOCK_F=power_of_2(max(rules.follow, 1)), BLOCK_C=power_of_2(chunks), num_warps=8,
     )  # fmt: skip
     _tally_kernel[(batch,)](stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64)
     names = REASONS if places is not None else REASONS[:-1]
@@ -190,7 +191,7 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.zeros(keep.shape, dtype=torch.int32, device=keep.device)  # readers gather with all of it
     counts = torch.empty(keep.shape[:-1], dtype=torch.int32, device=keep.device)
     block = 2048
-    _order_kernel[(triton.cdiv(length, block), counts.numel())](
+    _order_kernel[(blocks_of(length, block), counts.numel())](
         keep.view(torch.uint8), order, counts, length, BLOCK=block, num_warps=8
     )
     return order, counts
@@ -247,14 +248,14 @@ def launch_leveled(
     ordered = torch.empty(batch, groups, length, dtype=torch.uint8, device=device)
     counts = torch.empty(batch, rungs, groups, dtype=torch.int32, device=device)
     listed = torch.empty(batch, groups, length, dtype=torch.int32, device=device)
-    packed = torch.empty(batch, groups, triton.cdiv(length, 4), dtype=torch.uint8, device=device)
+    packed = torch.empty(batch, groups, blocks_of(length, 4), dtype=torch.uint8, device=device)
     wide = order.expand(-1, groups, -1), kept.expand(-1, groups), levels.expand(-1, groups, -1)
     strides = [step for part in wide for step in part.stride()[:2]]
     if any(part.stride(-1) != 1 for part in (order, levels)):
         raise ValueError("order and levels need a line's numbers one after the other")
     block = 2048
-    _leveled_kernel[(triton.cdiv(length, block), batch * groups)](
+    _leveled_kernel[(blocks_of(length, block), batch * groups)](
         *wide, ordered, counts, listed, packed, length, groups, *strides, first, recent,
-        RUNGS=rungs, WIDE=triton.next_power_of_2(max(rungs, 2)), BLOCK=block, num_warps=8,
+        RUNGS=rungs, WIDE=power_of_2(max(rungs, 2)), BLOCK=block, num_warps=8,
     )  # fmt: skip
     return ordered, counts, listed, packed

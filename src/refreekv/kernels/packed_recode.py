@@ -19,6 +19,7 @@ from refreekv.core.packed_lines import Side, step
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Moved
 from refreekv.kernels.packed_storage import _write_side, tables_of
+from refreekv.kernels.sizes import blocks_of
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def launch_recode(table: Tensor, given: Moved, block: int = 32, warps: int = 4) 
     starts = tuple(one.keys.bytes for one in given.forms)
     values = _where(tuple(one.values for one in given.forms), starts, device)
     told = tables_of(tuple(given.forms), device)
-    _recode_kernel[(triton.cdiv(max(given.longest, 1), block), table.shape[0])](
+    _recode_kernel[(blocks_of(max(given.longest, 1), block), table.shape[0])](
         table, given.sources, given.rungs, given.at, given.starts, given.target, kv_heads, maps.key_worth,
         0 if maps.key_worth.shape[0] == 1 else kv_heads, *keys, *values, *told,
         HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"), BLOCK_W=told.block,

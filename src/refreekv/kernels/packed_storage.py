@@ -15,6 +15,7 @@ a warp, so that what is summed over an entry's channels waits for no other.
 import functools
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
+from refreekv.kernels.sizes import power_of_2
 from refreekv.kernels.storage import _chosen, elements_first
 
 BLOCK_IN = 32
@@ -50,8 +52,8 @@ class Tables(NamedTuple):
     lines : Tensor
         int32 ``[R, 4]``: of each format, 16-bit words of a line, of its keys and of its values.
     key_grid, value_grid : Tensor
-        float32 ``[R, tiles, 4]``: the largest code, one over that, one over what lies between the outer levels, and
-        the square of that.
+        float32 ``[R, tiles, 4]``: the largest code, the step of the levels, half of what lies between the outer ones,
+        and one over all of that.
     key_places, value_places : Tensor
         float16 ``[R, tiles, 2, D, words]``, ``D`` a tile's places: what the upper bits of a channel's code, all but
         two, and what its lower two add to each word.
@@ -77,15 +79,15 @@ class Tables(NamedTuple):
 
 def _side_tables(sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
     """`Tables.key_grid` and `Tables.key_places` of some formats."""
-    tiles = 1 if all(len(set(side.widths)) == 1 for side in sides) else 4
+    tiles = len(sides[0].widths)
     size = sides[0].size // tiles
-    tile, words = max(16, triton.next_power_of_2(size)), -(-sides[0].size // 32) * 16
+    tile, words = max(16, power_of_2(size)), -(-sides[0].size // 32) * 16
     grid, places = torch.zeros(len(sides), tiles, 4), torch.zeros(len(sides), tiles, 2, tile, words)
     for rung, side in enumerate(sides):
-        for at, width in enumerate(side.widths[:tiles]):
+        for at, width in enumerate(side.widths):
             most = 2.0**width - 1
             span = most * step(width)
-            grid[rung, at] = torch.tensor([most, 1 / most, 1 / span, span * span])
+            grid[rung, at] = torch.tensor([most, step(width), span / 2, 1 / span])
         for plane in side.planes:
             field = 0
             for (first, stop), up in zip(plane.channels, plane.shifts, strict=True):
@@ -113,32 +115,31 @@ def tables_of(forms: tuple[PackedFormat, ...], device: torch.device) -> Tables:
 
 
 @triton.jit
-def _levels(v, unit, grid, at: tl.constexpr):
-    """Codes of a tile at ``unit``, the inverse of each entry's size, and their levels: -1/2 to 1/2."""
-    part = tl.minimum(tl.maximum(v * unit[:, None] + 0.5, 0.0), 1.0)
-    code = (part * tl.load(grid + at * 4) + ROUNDS) - ROUNDS
-    return code, code * tl.load(grid + at * 4 + 1) - 0.5
+def _levels(w, unit, grid, at: tl.constexpr):
+    """Codes of a tile at ``unit``, the inverse of each entry's size, and their levels."""
+    part = w * (unit * tl.load(grid + at * 4 + 3))[:, None] + 0.5
+    code = (tl.minimum(tl.maximum(part, 0.0), 1.0) * tl.load(grid + at * 4) + ROUNDS) - ROUNDS
+    return code, code * tl.load(grid + at * 4 + 1) - tl.load(grid + at * 4 + 2)
 
 
 @triton.jit
 def _sums(
-    v, unit, grid, worth, HAS_WORTH: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    w, unit, grid, worth, HAS_WORTH: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Of each entry, what its codes at ``unit`` have in common with it, and what they hold themselves."""
     place = tl.arange(0, TILE)
+    own: tl.constexpr = SIZE // TILES
     products = tl.zeros([BLOCK_T, TILE], tl.float32)
     norms = tl.zeros([BLOCK_T, TILE], tl.float32)
     for at in tl.static_range(TILES):
-        _code, level = _levels(v[at], unit, grid, at)
-        counts = tl.load(grid + at * 4 + 3)
-        counted = level * counts
+        _code, level = _levels(w[at], unit, grid, at)
+        counted = level
         if HAS_WORTH:
-            counts = counts * tl.load(worth + at * (SIZE // TILES) + place, place < SIZE // TILES, 0.0)
-            counted = level * counts[None, :]
-        elif SIZE // TILES != TILE:
-            counted = tl.where((place < SIZE // TILES)[None, :], counted, 0.0)
-        products += v[at] * counted
+            counted = level * tl.load(worth + at * own + place, place < own, 0.0)[None, :]
+        elif own != TILE:
+            counted = tl.where((place < own)[None, :], level, 0.0)
+        products += w[at] * counted
         norms += level * counted
     return tl.sum(products, 1), tl.sum(norms, 1)
 
@@ -155,10 +156,8 @@ def _write_side(
     """
     place = tl.arange(0, TILE)
     squares = tl.zeros([BLOCK_T, TILE], tl.float32)
-    v = ()
     for at in tl.static_range(TILES):
         squares += w[at] * w[at]
-        v = v + (w[at] * tl.load(grid + at * 4 + 2),)
     size = tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / SIZE))
     unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
@@ -169,17 +168,17 @@ def _write_side(
             share = tl.where(number == other, constant(OF_SIZE, other, 0), share)
         tried = share * size
         tried = tl.where(tried > TINY, 1.0 / tl.maximum(tried, TINY), 0.0)
-        products, norms = _sums(v, tried, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
+        products, norms = _sums(w, tried, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
         # With the best factor, the error is what the entry holds, less this.
         gain = products * products / tl.maximum(norms, TINY)
         unit = tl.where(gain > best, tried, unit)
         best = tl.maximum(best, gain)
-    products, norms = _sums(v, unit, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
+    products, norms = _sums(w, unit, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
     for start in range(0, words, BLOCK_W):
         word = start + tl.arange(0, BLOCK_W)
         put = tl.zeros([BLOCK_T, BLOCK_W], tl.float32)
         for at in tl.static_range(TILES):
-            code, _level = _levels(v[at], unit, grid, at)
+            code, _level = _levels(w[at], unit, grid, at)
             # All of these are whole numbers: upper bits, and the lower two.
             upper = (code * 0.25 - 0.375 + ROUNDS) - ROUNDS
             lower = code - 4.0 * upper
@@ -235,9 +234,10 @@ def _of(tables, number):
 
 
 # Another prompt's length, and more rows, are no reason to compile for seconds.
-@triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps"])
+@triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps", "blocks_0", "blocks_1", "blocks_2"])
 def _pack_kernel(
     keys, values, arena, tables, starts, spans, lines, key_grid, value_grid, key_places, value_places, end, kv_heads,
+    blocks_0, blocks_1, blocks_2,
     key_offset, key_matrix, key_worth, value_offset, value_matrix, row_of_means, row_of_maps, key_rest, value_rest,
     sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
     HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr, KEY_WORDS: tl.constexpr,
@@ -245,13 +245,16 @@ def _pack_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_T: tl.constexpr, FROM_ARENA: tl.constexpr, HAS_STARTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    segment, rung = tl.program_id(1), tl.program_id(2)
+    segment, block = tl.program_id(1), tl.program_id(0)
+    # The blocks of the first rung, then those of the others, up to these numbers.
+    rung = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32) + (block >= blocks_2).to(tl.int32)
+    block -= tl.where(rung == 0, 0, tl.where(rung == 1, blocks_0, tl.where(rung == 2, blocks_1, blocks_2)))
     table, listed = _of(tables, rung), _of(spans, rung)
     row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
     first = tl.load(_of(starts, rung) + segment) if HAS_STARTS else 0
     length = tl.load(table + segment * 4 + 2) - first
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    if tl.program_id(0) * BLOCK_T < length:
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    if block * BLOCK_T < length:
         real = t < length
         source = _chosen(listed, segment, t, length, end)
         line = first + t.to(tl.int64)
@@ -319,11 +322,12 @@ def launch_pack(
         registers = 168  # three programs on a multiprocessor
     every = [rungs[number] if number < len(rungs) else given for number in range(MOST_RUNGS)]
     firsts = tuple(table if each.starts is None else each.starts for each in every)
-    blocks = triton.cdiv(max(1, *(each.longest for each in rungs)), block)
-    _pack_kernel[(blocks, table.shape[0], len(rungs))](
+    ends = list(accumulate(-(-each.longest // block) for each in rungs))
+    ends += [ends[-1]] * (MOST_RUNGS - len(ends))
+    _pack_kernel[(max(ends[-1], 1), table.shape[0])](
         keys, values, table if source is None else source, tuple(each.table for each in every), firsts,
-        tuple(each.spans for each in every), *told, end,
-        kv_heads, maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum,
+        tuple(each.spans for each in every), *told, end, kv_heads, *ends[:-1],
+        maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum,
         0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_matrix.shape[0] == 1 else kv_heads,
         maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"),

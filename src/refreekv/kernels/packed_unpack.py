@@ -12,6 +12,7 @@ from refreekv.core.packed_lines import Side, step
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_decode import constant
+from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.storage import TYPES, _chosen
 
 
@@ -164,7 +165,7 @@ def launch_unpack(given: Transfer, block: int | None = None, warps: int = 4) -> 
     exact = max(keys.dtype.itemsize, values.dtype.itemsize) > 2
     if block is None:  # float32 tiles of heads of 256 are too large for the smaller GPUs
         block = 32 if exact and max(form.key_size, form.value_size) > 128 else 64
-    _unpack_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
+    _unpack_kernel[(blocks_of(max(longest, 1), block), table.shape[0])](
         keys, values, table if target is None else target, table, table if starts is None else starts, spans, end,
         given.kv_heads, maps.key_mean, maps.key_dual, maps.value_mean, maps.value_back,
         0 if maps.key_mean.shape[0] == 1 else given.kv_heads, 0 if maps.key_dual.shape[0] == 1 else given.kv_heads,
@@ -172,6 +173,6 @@ def launch_unpack(given: Transfer, block: int | None = None, warps: int = 4) -> 
         HEAD=form.key_size, VALUE=form.value_size, LINE=form.line_bytes, KEY_COUNT=len(key_chunks),
         VALUE_COUNT=len(value_chunks), KEYS=key_chunks, VALUES=value_chunks,
         KEY_TYPE=TYPES[keys.dtype], VALUE_TYPE=TYPES[values.dtype],
-        BLOCK_D=triton.next_power_of_2(form.key_size), BLOCK_V=triton.next_power_of_2(form.value_size),
+        BLOCK_D=power_of_2(form.key_size), BLOCK_V=power_of_2(form.value_size),
         BLOCK_T=block, TO_ARENA=target is not None, HAS_STARTS=starts is not None, EXACT=exact, num_warps=warps,
     )  # fmt: skip

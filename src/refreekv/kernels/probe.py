@@ -19,6 +19,7 @@ from torch import Tensor
 
 from refreekv.core.reductions import Probes
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.sizes import blocks_of, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["query_columns", "probes", "length", "rows", "sc_b", "sc_k", "sv_b", "sv_h"]
@@ -284,13 +285,13 @@ def launch_probe_reductions(
         shown = (valid[:, None] if valid.dim() == 2 else valid).expand(batch, kv_heads, length).contiguous()
         shown = shown.view(torch.uint8)
     place = None if columns is None else columns.to(torch.int32)
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, power_of_2(head_size))
     one, two = tiles or tiles_for(query, block_d, sums)
-    blocks = triton.cdiv(rows, one.block_m)
+    blocks = blocks_of(rows, one.block_m)
     # Enough programs to fill the device several times over, each with enough keys to be worth it.
-    splits = max(1, min(triton.cdiv(1024, batch * kv_heads * blocks), triton.cdiv(length, 512)))
-    split_keys = triton.cdiv(triton.cdiv(length, splits), one.block_n) * one.block_n
-    splits = triton.cdiv(length, split_keys)
+    splits = max(1, min(blocks_of(1024, batch * kv_heads * blocks), blocks_of(length, 512)))
+    split_keys = blocks_of(blocks_of(length, splits), one.block_n) * one.block_n
+    splits = blocks_of(length, split_keys)
     partial = query.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
     strides = (*query.stride()[:3], *key.stride()[:3], *at.stride())
     strides += (0, 0) if shown is None else shown.stride()[:2]
@@ -312,16 +313,16 @@ def launch_probe_reductions(
     if splits > 1 or sink_logits is not None:
         whole = query.new_empty(batch, kv_heads, rows, dtype=torch.float32)
         sinks = partial if sink_logits is None else sink_logits.contiguous()
-        _join_kernel[(triton.cdiv(rows, 128), batch * kv_heads)](
+        _join_kernel[(blocks_of(rows, 128), batch * kv_heads)](
             partial, sinks, whole, splits, rows, group, kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
         )
     shape = (batch, kv_heads, length)
     peak, mean = (
         torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums)
     )
-    _reduce_kernel[(triton.cdiv(length, two.block_n), batch * kv_heads)](
+    _reduce_kernel[(blocks_of(length, two.block_n), batch * kv_heads)](
         *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, *strides,
-        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_QUERIES, triton.next_power_of_2(count)), SUMS=sums,
+        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_QUERIES, power_of_2(count)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
     return peak, mean

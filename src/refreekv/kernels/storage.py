@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.table import Format, check_entries, check_move, check_spans
 
 TYPES = {
@@ -149,7 +150,7 @@ FETCHING = 32
 def _sizes(form: Format) -> dict[str, Any]:
     """What kernels that write entries as they are are told of the segments."""
     (head, value), (key_type, value_type) = form.sizes, form.types
-    blocks = {"BLOCK_D": triton.next_power_of_2(head), "BLOCK_V": triton.next_power_of_2(value)}
+    blocks = {"BLOCK_D": power_of_2(head), "BLOCK_V": power_of_2(value)}
     return {"HEAD": head, "VALUE": value, "KEY_TYPE": TYPES[key_type], "VALUE_TYPE": TYPES[value_type], **blocks}
 
 
@@ -180,7 +181,7 @@ def launch_gather(
     check_spans(spans, table, end, keys.shape[2])
     keys, values = elements_first(keys), elements_first(values)
     block = 64
-    _gather_kernel[(triton.cdiv(max(longest, 1), block), table.shape[0])](
+    _gather_kernel[(blocks_of(max(longest, 1), block), table.shape[0])](
         keys, values, table, spans, end, keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
         **_sizes(form), BLOCK_T=block, num_warps=8,
     )  # fmt: skip
@@ -192,7 +193,7 @@ def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int
     check_move(source, target, key_bytes, value_bytes)
     lane = 2048
     words = max(size // (8 if size % 8 == 0 else 4) for size in (key_bytes, value_bytes))
-    blocks = triton.cdiv(max(longest, 1) * words, lane)
+    blocks = blocks_of(max(longest, 1) * words, lane)
     _move_kernel[(blocks, source.shape[0])](
         source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
     )

@@ -320,10 +320,21 @@ class UnfinishedKV:
 
     @classmethod
     def of(
-        cls, number: KVDtype, keys: Tensor, values: Tensor, real: Tensor | None = None, codes: KeyCodes | None = None
+        cls,
+        number: KVDtype,
+        keys: Tensor,
+        values: Tensor,
+        real: Tensor | None = None,
+        codes: KeyCodes | None = None,
+        means: Pair | None = None,
     ) -> "UnfinishedKV":
-        """A whole prompt ``[B, H_kv, n, D]`` that was read in one piece; ``real`` as for `append`."""
+        """A whole prompt ``[B, H_kv, n, D]`` that was read in one piece; ``real`` as for `append`.
+
+        ``means`` are those of its entries, as `core.quantisation.centre_of` gives them, if they are known.
+        """
         whole = cls(number, (keys, values), keys.shape[2], sinks=True, codes=codes)
+        if means is not None:
+            whole._maps = maps_of(means, torch.promote_types(*whole.types), codes)
         whole._tail = keys, values
         if whole._due >= FLUSH:
             whole._code(whole._due, real)

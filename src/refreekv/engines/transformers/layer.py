@@ -111,14 +111,17 @@ class ReFreeKVLayer(RememberingLayer):
         """Let the policy decide; compact at once, or on a GPU as soon as nobody has to wait for it."""
         self.state.check_scores(self._length)
         policy, parts = self.state.policy, self._entries(call, after)
+        codes_prompt = self.ragged is None and self.ladder is not None
+        means = _centres(*parts) if codes_prompt and self._read is None else None
         if self.state.past is not None:  # before surrogates are written over what goes
-            self._keep_all(self.state.past, parts[0].queries, self._length - after)
+            known = means if parts[0].valid is None else None
+            self._keep_all(self.state.past, parts[0].queries, self._length - after, known)
         self._queries = HeldQueries()
         self._unverified = None
         self.state.changed = True
-        if self.ragged is None and self.ladder is not None:
-            read = None if self._read is None else self._read.maps
-            means = _centres(*parts) if read is None else (read.key_mean, read.value_mean)
+        if self._read is not None:
+            means = self._read.maps.key_mean, self._read.maps.value_mean
+        if self.ladder is not None and means is not None:
             self._coded = self.ladder, means, self.state.codes_of(self.ordinal)
         if self.state.verification is not None:
             self.state.verification.hold(self, call, parts, after)

@@ -113,8 +113,11 @@ class RememberingLayer(IntakeLayer):
         if columns.shape[1]:
             self._queries = HeldQueries(Queries(states, columns, real, ordinals))
 
-    def _keep_all(self, past: Past, queries: Queries, end: int) -> None:
-        """At a prompt's end, keep all entries up to logical length ``end`` with those of ``queries`` that are asked."""
+    def _keep_all(self, past: Past, queries: Queries, end: int, means: Pair | None = None) -> None:
+        """At a prompt's end, keep all entries up to logical length ``end`` with those of ``queries`` that are asked.
+
+        ``means`` are those of these entries, if they are known.
+        """
         reading, came_back = self._whole, self._came_back
         self._whole, self._came_back = None, False
         if past.lost:
@@ -140,7 +143,8 @@ class RememberingLayer(IntakeLayer):
         if number is None:
             past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
         else:
-            whole = UnfinishedKV.of(number, keys, values, self._real(end), self.state.codes_of(self.ordinal))
+            codes = self.state.codes_of(self.ordinal)
+            whole = UnfinishedKV.of(number, keys, values, self._real(end), codes, means)
             past.put(self.ordinal, whole, extras, length=end, continues=False)
 
     def _codes_right(self, number: KVDtype, keys: Tensor, values: Tensor) -> bool:
