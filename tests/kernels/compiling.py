@@ -25,7 +25,7 @@ from refreekv.kernels import block_products, fused, shared_memory
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
-from refreekv.kernels.means import launch_centres
+from refreekv.kernels.means import launch_centres, launch_mapped_means
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 from refreekv.kernels.packed_calls import Moved, PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -112,6 +112,7 @@ def choosing(dtype, heads, head_size):
     """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional."""
     query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
     launch_centres(key, key)
+    launch_mapped_means((key[:, :, 0],) * 2, (torch.zeros(1, 1, head_size, head_size),) * 2)
     columns, real = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
     for some in (None, real):
         launch_asked(columns, columns, some, 8, 16, 24)

@@ -5,7 +5,7 @@ import torch
 
 from refreekv import kernels
 from refreekv.core.quantisation import centre_of
-from refreekv.kernels.means import launch_centres
+from refreekv.kernels.means import launch_centres, launch_mapped_means
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 68, 600, 1540])
@@ -29,3 +29,18 @@ def test_other_types_and_devices_have_the_plain_version():
     entries = torch.randn(1, 2, 40, 16, dtype=torch.float64)
     for got in kernels.centres(entries, entries):
         assert torch.equal(got, centre_of(entries))
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (96, 32)])
+def test_means_in_code_space(sizes, dtype, device):
+    means = tuple((torch.randn(2, 3, size) * 30).to(device, dtype) for size in sizes)
+    matrices = tuple(torch.randn(1, 3, size, size, device=device) for size in sizes)
+    found = launch_mapped_means(means, matrices)
+    wanted = [mean.double() for mean in means]
+    both = zip(matrices, means, strict=True)
+    wanted += [torch.einsum("ohij,bhj->bhi", matrix.double(), mean.double()) for matrix, mean in both]
+    for own, other in zip(found, wanted, strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-3)
+    for own, other in zip(kernels.mapped_means(means, matrices), wanted, strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-3)

@@ -406,6 +406,11 @@ class PackedMaps:
             keys.worth, keys.sum, value_sum,
         )  # fmt: skip
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """What takes keys and what takes values to code space."""
+        return self.key_matrix, self.value_matrix
+
     def of_type(self, dtype: torch.dtype) -> "PackedMaps":
         """The same for entries in ``dtype``."""
         if self.key_sum.dtype == dtype:

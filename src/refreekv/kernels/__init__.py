@@ -44,6 +44,7 @@ __all__ = [
     "kept_first",
     "leveled",
     "make_surrogates",
+    "mapped_means",
     "move",
     "needed",
     "pack_lines",
@@ -188,6 +189,23 @@ def centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
         return launch_centres(keys, values)
     return centre_of(keys), centre_of(values)
+
+
+def mapped_means(means: tuple[Tensor, Tensor], matrices: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Copies in float32 of mean keys and mean values, and both in code space. One launch on CUDA.
+
+    Parameters
+    ----------
+    means : pair of Tensor
+        ``[B, H_kv, D]``.
+    matrices : pair of Tensor
+        float32 ``[1, H_kv, D, D]``: `core.packed_lines.PackedMaps`' of keys and of values.
+    """
+    if means[0].is_cuda and available() and max(mean.dtype.itemsize for mean in means) <= 4:
+        from refreekv.kernels.means import launch_mapped_means
+
+        return launch_mapped_means(means, matrices)
+    return reference.mapped_means(means, matrices)
 
 
 def leveled(

@@ -63,6 +63,50 @@ def _means_of_entries_kernel(
     tl.store(at, mean.to(value_mean.dtype.element_ty), (d >= HEAD) & (d < HEAD + VALUE))
 
 
+@triton.jit
+def _mapped(mean, matrix, wide, offset, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """A mean in float32, and in code space."""
+    d = tl.arange(0, BLOCK_D)
+    own = tl.load(mean + d, d < SIZE, 0.0).to(tl.float32)
+    tl.store(wide + d, own, d < SIZE)
+    for start in range(0, SIZE, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        there = (channel < SIZE)[:, None] & (d < SIZE)[None, :]
+        part = tl.load(matrix + channel[:, None] * SIZE + d[None, :], there, 0.0)
+        tl.store(offset + channel, tl.sum(part * own[None, :], 1), channel < SIZE)
+
+
+@triton.jit(do_not_specialize=["kv_heads"])
+def _mapped_means_kernel(
+    key_mean, value_mean, key_matrix, value_matrix, key_wide, value_wide, key_offset, value_offset, kv_heads,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    head = segment % kv_heads
+    at, to = head * HEAD * HEAD, segment * HEAD
+    if tl.program_id(1) == 0:
+        _mapped(key_mean + to, key_matrix + at, key_wide + to, key_offset + to, HEAD, BLOCK_D, BLOCK)
+    else:
+        at, to = head * VALUE * VALUE, segment * VALUE
+        _mapped(value_mean + to, value_matrix + at, value_wide + to, value_offset + to, VALUE, BLOCK_V, BLOCK)
+
+
+@on_its_device
+def launch_mapped_means(means: tuple[Tensor, Tensor], matrices: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """`reference.mapped_means`."""
+    means, matrices = (
+        (means[0].contiguous(), means[1].contiguous()),
+        (matrices[0].contiguous(), matrices[1].contiguous()),
+    )
+    (batch, heads, size), value_size = means[0].shape, means[1].shape[-1]
+    made = [torch.empty(mean.shape, dtype=torch.float32, device=mean.device) for mean in (*means, *means)]
+    _mapped_means_kernel[(batch * heads, 2)](
+        *means, *matrices, *made, heads, HEAD=size, VALUE=value_size, BLOCK_D=power_of_2(size),
+        BLOCK_V=power_of_2(value_size), BLOCK=32,
+    )  # fmt: skip
+    return made
+
+
 @on_its_device
 def launch_centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """`core.quantisation.centre_of` of keys and of values ``[B, H_kv, n, D]`` without padding."""

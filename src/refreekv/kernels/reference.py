@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
+from refreekv.core.packed_lines import in_code_space
 from refreekv.kernels.table import (
     CAPACITY,
     KEY,
@@ -50,6 +51,12 @@ def asked(
     index = wanted.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]
     own = (numbers.expand(len(index), -1).gather(1, index) for numbers in (columns, ordinals))
     return index, next(own), next(own), wanted.gather(1, index)
+
+
+def mapped_means(means: tuple[Tensor, Tensor], matrices: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """`kernels.mapped_means`."""
+    wide = [mean.to(torch.float32, copy=True) for mean in means]
+    return [*wide, *map(in_code_space, matrices, wide)]
 
 
 def leveled(

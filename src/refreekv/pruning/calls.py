@@ -84,7 +84,8 @@ class Entries:
 
         ``visible`` and ``padding`` are boolean ``[B, n]``, both or neither.
         """
-        columns = torch.arange(keys.shape[2], device=keys.device)
+        same = queries.whole and queries.columns.shape[1] == keys.shape[2]  # all of them are asked: from column 0 on
+        columns = queries.columns[0] if same else torch.arange(keys.shape[2], device=keys.device)
         earlier = (columns < earlier_length)[None, None] if earlier_length else None
         valid, hidden = _told_apart(visible, padding)
         return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)
@@ -175,7 +176,7 @@ class Queries:
         stop = first + states.shape[2]
         columns = torch.arange(first, stop, device=states.device)[None]
         real = None if valid is None else valid[:, first:stop]
-        ordinals = columns - first if real is None else real.cumsum(1) - 1
+        ordinals = (columns - first if first else columns) if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
         return cls(states, columns, real, ordinals, whole=real is None and earlier is None)

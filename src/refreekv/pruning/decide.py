@@ -5,6 +5,7 @@ few numbers travel to the host in the background, and `Decision.rows` waits for 
 when they are needed, by when they have long arrived.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +78,7 @@ class Decision:
         elif selection is not None or entries.valid is not None:
             numbers += self._general(selection, entries)
         self._names = [name for names, _ in numbers for name in names]
-        self._numbers = _ToHost(torch.cat([n.double() for _, n in numbers], 1)) if numbers else None
+        self._numbers = _ToHost([n for _, n in numbers]) if numbers else None
 
     @property
     def surrogates(self) -> Surrogates | None:
@@ -377,10 +378,17 @@ def _numbered(name: str, numbers: Tensor) -> tuple[list[str], Tensor]:
 
 
 class _ToHost:
-    """Numbers copied to the host in the background."""
+    """Numbers ``[B, .]`` copied to the host in the background, in one copy.
 
-    def __init__(self, numbers: Tensor):
+    Numbers of 32 bits, which most are, travel as they are, those of whole numbers in the bits of float32: to convert
+    each of them would be a launch.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]):
         self._event: torch.cuda.Event | None = None
+        as_they_are = all(part.dtype in (torch.float32, torch.int32) for part in parts)
+        self._whole = [as_they_are and part.dtype == torch.int32 for part in parts for _ in range(part.shape[1])]
+        numbers = torch.cat([part.view(torch.float32) if as_they_are else part.double() for part in parts], 1)
         self._numbers = numbers
         if numbers.is_cuda:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -391,5 +399,8 @@ class _ToHost:
         """The numbers, once they are there."""
         if self._event is not None:
             self._event.synchronize()
-        numbers: list[list[float]] = self._numbers.tolist()
-        return numbers
+        numbers = self._numbers.double()
+        if any(self._whole):
+            numbers = torch.where(torch.tensor(self._whole), self._numbers.view(torch.int32), numbers)
+        found: list[list[float]] = numbers.tolist()
+        return found

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import Ladder
@@ -73,13 +74,10 @@ def maps_of(centres: Pair, dtype: torch.dtype, codes: KeyCodes | None, offsets: 
     they are.
     """
     with torch.inference_mode(False):
-        if offsets is not None:
-            shared = _shared(centres[0].shape[1:], centres[1].shape[1:], centres[0].device, dtype, codes)
-            names = "key_mean", "value_mean", "key_offset", "value_offset"
-            return replace(shared, **dict(zip(names, (*centres, *offsets), strict=True)))
+        shared = _shared(centres[0].shape[1:], centres[1].shape[1:], centres[0].device, dtype, codes)
         # Copies, as the prompt's own may be of inference mode.
-        keys, values = (part.to(torch.float32, copy=True) for part in centres)
-        return PackedMaps.rotated(keys, values, dtype) if codes is None else codes.maps(keys, values, dtype)
+        own = (*centres, *offsets) if offsets is not None else kernels.mapped_means(centres, shared.matrices)
+        return replace(shared, **dict(zip(("key_mean", "value_mean", "key_offset", "value_offset"), own, strict=True)))
 
 
 @lru_cache(maxsize=256)
@@ -87,4 +85,5 @@ def _shared(
     key: torch.Size, value: torch.Size, device: torch.device, dtype: torch.dtype, codes: KeyCodes | None
 ) -> PackedMaps:
     """The maps of means of 0 ``[H_kv, D]``: all but what depends on means is that of others."""
-    return maps_of((torch.zeros(1, *key, device=device), torch.zeros(1, *value, device=device)), dtype, codes)
+    keys, values = (torch.zeros(1, *shape, device=device) for shape in (key, value))
+    return PackedMaps.rotated(keys, values, dtype) if codes is None else codes.maps(keys, values, dtype)
