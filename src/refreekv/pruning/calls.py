@@ -176,7 +176,7 @@ class Queries:
         stop = first + states.shape[2]
         columns = torch.arange(first, stop, device=states.device)[None]
         real = None if valid is None else valid[:, first:stop]
-        ordinals = (columns - first if first else columns) if real is None else real.cumsum(1) - 1
+        ordinals = columns - first if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
         return cls(states, columns, real, ordinals, whole=real is None and earlier is None)
