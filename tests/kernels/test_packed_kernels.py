@@ -11,8 +11,8 @@ from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_ops, packed_reference, reference
+from refreekv.kernels.packed_block import fields_of
 from refreekv.kernels.packed_calls import PackedKV, Transfer
-from refreekv.kernels.packed_decode import _fields
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
@@ -111,6 +111,8 @@ CASES = {
     "heads of 80": {"levels": [("4444", "4444"), ("6444", "8642")], "sizes": (80, 80)},
     "heads of 96": {"levels": [("6666", "4444")], "sizes": (96, 96)},
     "heads of 128": {"levels": [("6666", "4444"), ("4444", "4444")], "sizes": (128, 128), "lengths": [90, 0, 64, 33]},
+    "six bits of 128": {"levels": [("8866", "6666"), ("6666", "6666")], "sizes": (128, 128), "lengths": [90, 0, 64, 33]},
+    "six bits of 256": {"levels": [("8866", "6666")], "sizes": (256, 256), "lengths": [40, 31]},
     "heads of 256": {"levels": [("6442", "4444")], "sizes": (256, 256), "lengths": [40, 31]},
     "keys and values differ": {"levels": [("4444", "6442")], "sizes": (96, 64)},
     "small values' heads": {"levels": [("4444", "4444")], "sizes": (64, 16), "group": 1},
@@ -210,7 +212,7 @@ def test_fields_of_words_are_the_same_by_hand(bits, device):
     @triton.jit
     def kernel(words, out, BITS: tl.constexpr, ASSEMBLY: tl.constexpr, COUNT: tl.constexpr):
         at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        fields = _fields(tl.load(words + at), BITS, ASSEMBLY)
+        fields = fields_of(tl.load(words + at), BITS, ASSEMBLY)
         for place in tl.static_range(COUNT):
             tl.store(out + place * 65536 + at, fields[place])
 
@@ -222,7 +224,7 @@ def test_fields_of_words_are_the_same_by_hand(bits, device):
     assert torch.equal(by_hand, plain)
     for place in range(count):
         fields = (torch.arange(65536) >> (bits * place)) & (2**bits - 1)
-        want = (fields - (2**bits - 1) / 2) * 2.0 ** (1 + bits * place % 8)
+        want = fields * 2.0 ** (bits * place % 8 - 24)
         assert torch.equal(plain[place].cpu().double(), want.double())
 
 
@@ -368,6 +370,8 @@ UNPACKED = {
     "heads of 80": {"levels": ("6444", "8642"), "sizes": (80, 80)},
     "heads of 96 and 64": {"levels": ("8888", "6666"), "sizes": (96, 64)},
     "heads of 128": {"levels": ("8888", "4444"), "sizes": (128, 128), "lengths": [90, 0]},
+    "six bits of 128": {"levels": [("8866", "6666"), ("6666", "6666")], "sizes": (128, 128), "lengths": [90, 0, 64, 33]},
+    "six bits of 256": {"levels": [("8866", "6666")], "sizes": (256, 256), "lengths": [40, 31]},
     "heads of 256": {"levels": ("6666", "4444"), "sizes": (256, 256), "lengths": [20, 31]},
 }
 

@@ -13,24 +13,20 @@ The blocks of all segments of the exact table, then of each level's, are one lis
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
 # mypy: disable-error-code="assignment, misc"
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, Side, step
+from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
 from refreekv.kernels.decode import _held, multiprocessors
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_block import UNIT, apart, constant, level_of, nothing_yet, put_results, queries_of, taken_on
 from refreekv.kernels.probe import _capped
-
-LEAST_FACTOR = tl.constexpr(2.0**-24)
-"""The smallest float16, which no factor but zero is below."""
 
 REGISTERS = 65_536
 """Of a multiprocessor."""
@@ -40,111 +36,6 @@ WARPS = 12
 
 LEAST_BLOCKS = tl.constexpr(4)
 """Of a program's share: with fewer, what it takes to join the parts is more than what is gained."""
-
-
-def _assembly(bits: int) -> str:
-    """Fields of two 16-bit words in a register to as many registers of two float16."""
-    each = 8 // bits
-    lines = [f".reg .b32 y, z, m; shl.b32 y, ${2 * each}, 1; shr.b32 z, ${2 * each}, 7; "]
-    for out in range(2 * each):
-        place = out % each
-        field = (2**bits - 1) << (1 + bits * place)
-        middle = 1024 + ((2**bits - 1) << (bits * place))
-        sign = int(torch.tensor(float(-middle), dtype=torch.float16).view(torch.int16)) & 0xFFFF
-        source = "y" if out < each else "z"
-        lines.append(
-            f"lop3.b32 ${out}, {source}, 0x{field:04x}{field:04x}, 0x64006400, 0xEA; "
-            f"mov.b32 m, 0x{sign:04x}{sign:04x}; add.rn.f16x2 ${out}, ${out}, m; "
-        )
-    return "{ " + "".join(lines) + "}"
-
-
-ASSEMBLY_8, ASSEMBLY_4, ASSEMBLY_2 = (tl.constexpr(_assembly(bits)) for bits in (8, 4, 2))
-CONSTRAINTS_8, CONSTRAINTS_4, CONSTRAINTS_2 = (tl.constexpr(",".join(["=r"] * n + ["r"])) for n in (2, 4, 8))
-
-
-@triton.constexpr_function
-def constant(parts, *at):
-    """A number out of tuples of tuples, which not every Triton takes for a constant by itself."""
-    for i in at:
-        parts = parts[i]
-    return parts
-
-
-@triton.jit
-def _field(words, BITS: tl.constexpr, PLACE: tl.constexpr):
-    """One field of each word as a float16, in plain Triton, which the interpreter knows."""
-    EACH: tl.constexpr = 8 // BITS
-    AT: tl.constexpr = BITS * (PLACE % EACH)
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (AT + 1)
-    MIDDLE: tl.constexpr = 1024 + (((1 << BITS) - 1) << AT)
-    moved = words << 1 if PLACE < EACH else words >> 7
-    return ((moved & MASK) | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True) - MIDDLE
-
-
-@triton.jit
-def _fields(words, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """All fields of words, less their middles, each times ``2 ** (1 + bits * place)`` of its place in a byte."""
-    # One `return` for all: older Tritons take the type of the first one for that of all.
-    if ASSEMBLY:
-        if BITS == 8:
-            fields = tl.inline_asm_elementwise(
-                ASSEMBLY_8, CONSTRAINTS_8, [words], (tl.float16, tl.float16), is_pure=True, pack=2
-            )
-        elif BITS == 4:
-            fields = tl.inline_asm_elementwise(
-                ASSEMBLY_4, CONSTRAINTS_4, [words], (tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            fields = tl.inline_asm_elementwise(
-                ASSEMBLY_2, CONSTRAINTS_2, [words],
-                (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True, pack=2,
-            )  # fmt: skip
-    else:
-        if BITS == 8:
-            fields = _field(words, 8, 0), _field(words, 8, 1)
-        elif BITS == 4:
-            fields = _field(words, 4, 0), _field(words, 4, 1), _field(words, 4, 2), _field(words, 4, 3)
-        else:
-            fields = (
-                _field(words, 2, 0), _field(words, 2, 1), _field(words, 2, 2), _field(words, 2, 3),
-                _field(words, 2, 4), _field(words, 2, 5), _field(words, 2, 6), _field(words, 2, 7),
-            )  # fmt: skip
-    return fields
-
-
-@triton.jit
-def _where(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
-    """For a tile, a field of the words of a chunk: each one's channel, where its sum goes and whether it is one.
-
-    And what the field's codes are worth; ``CHUNKS`` are those of `chunks`.
-    """
-    BITS: tl.constexpr = constant(CHUNKS, AT, 0)
-    EACH: tl.constexpr = 8 // BITS
-    USED: tl.constexpr = constant(CHUNKS, AT, 5)
-    byte = constant(CHUNKS, AT, 3) + 2 * tl.arange(0, constant(CHUNKS, AT, 2)) + PLACE // EACH
-    field = byte + (PLACE % EACH) * USED
-    later = field >= constant(CHUNKS, AT, 6)
-    channel = field + tl.where(later, constant(CHUNKS, AT, 8), constant(CHUNKS, AT, 7))
-    worth = tl.where(later, constant(CHUNKS, AT, 10), constant(CHUNKS, AT, 9)) / (2 << (BITS * (PLACE % EACH)))
-    goes = channel + tl.where(later, constant(CHUNKS, AT, 13), constant(CHUNKS, AT, 11))
-    return channel, goes, worth, byte < USED
-
-
-@triton.jit
-def _words(lines, line, CHUNKS: tl.constexpr, AT: tl.constexpr, LINE: tl.constexpr, ACROSS: tl.constexpr):
-    """The words of a chunk of each line: ``[BLOCK, n]``, or ``[n, BLOCK]``."""
-    n = tl.arange(0, constant(CHUNKS, AT, 2))
-    DIM: tl.constexpr = 0 if ACROSS else 1
-    # The dimension that a vector lacks: lines' is that of the words.
-    at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(constant(CHUNKS, AT, 1) + n, 1 - DIM)
-    if constant(CHUNKS, AT, 4) == constant(CHUNKS, AT, 2):
-        words = tl.load(at)
-    else:
-        words = tl.load(at, tl.expand_dims(n < constant(CHUNKS, AT, 4), 1 - DIM), 0)
-    return words
 
 
 # -- sharing out --------------------------------------------------------------------------------
@@ -250,68 +141,25 @@ def _level(
         heads = segment * group + head  # rows and KV heads one after the other, as query heads are
         # From here on what the kernel before has written is read.
         pdl.in_turn(DEPENDENT)
-        scale = tl.load(scales + heads, asking, 0.0)
+        scale = tl.load(scales + heads, asking, 0.0) * UNIT
         shift = tl.load(shifts + heads, asking, 0.0)
-        q, results = (), ()
-        for i in tl.static_range(KEY_CHUNKS):
-            for place in tl.static_range(16 // constant(KEYS, i, 0)):
-                channel, _, worth, real = _where(KEYS, i, place)
-                asked = query + heads[None, :].to(tl.int64) * HEAD + channel[:, None]
-                part = tl.load(asked, asking[None, :] & real[:, None], 0.0) * worth[:, None]
-                q = q + (part.to(dtype),)
-        for i in tl.static_range(VALUE_CHUNKS):
-            for _ in tl.static_range(16 // constant(VALUES, i, 0)):
-                results = results + (tl.zeros([constant(VALUES, i, 2), BLOCK_G], tl.float32),)
-        highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK, BLOCK_G], tl.float32)
+        q, lacking = queries_of(query + heads.to(tl.int64) * HEAD, asking, KEYS, KEY_CHUNKS, dtype, BLOCK_G)
+        highest, total, weighed, results = nothing_yet(VALUES, VALUE_CHUNKS, BLOCK, BLOCK_G)
         for start in range(begin * BLOCK, finish * BLOCK, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            inside = n < visible
-            # Behind the end the last entry again, which will have no weight: this takes less than masks do.
-            line = tl.minimum(n, visible - 1)
-            both = tl.load(factors + line)
-            key_factor = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-            value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-            products = tl.zeros([BLOCK, BLOCK_G], tl.float32)
-            for i in tl.static_range(KEY_CHUNKS):
-                tiles = _fields(_words(lines, line, KEYS, i, LINE, False), constant(KEYS, i, 0), ASSEMBLY)
-                for place in tl.static_range(16 // constant(KEYS, i, 0)):
-                    tile = tiles[place].to(dtype)
-                    products = tl.dot(tile, q[constant(KEYS, i, 12) + place], products, input_precision="ieee")
-            logits = products * key_factor[:, None] * scale[None, :]
-            if HAS_CAP:
-                logits = _capped(logits + shift[None, :], softcap, True)
-            logits = tl.where(inside[:, None], logits, float("-inf"))
-            # Weights are at most 1 with the value's factor in them, whatever that is: float16 has room for no more.
-            seen = logits + tl.log2(tl.maximum(value_factor, LEAST_FACTOR))[:, None]
-            # A block holds at least one entry, so this is finite from the first one on.
-            higher = tl.maximum(highest, tl.max(seen, 0))
-            p = tl.exp2(logits - higher[None, :])
-            shrink = tl.exp2(highest - higher)[None, :]
-            highest = higher
-            total = total * shrink + p
-            weights = (p * value_factor[:, None]).to(dtype)
-            new_results = ()
-            for i in tl.static_range(VALUE_CHUNKS):
-                tiles = _fields(_words(lines, line, VALUES, i, LINE, True), constant(VALUES, i, 0), ASSEMBLY)
-                for place in tl.static_range(16 // constant(VALUES, i, 0)):
-                    product = tl.dot(tiles[place].to(dtype), weights, input_precision="ieee")
-                    new_results = new_results + (results[constant(VALUES, i, 12) + place] * shrink + product,)
-            results = new_results
+            highest, total, weighed, results = taken_on(
+                lines, factors, tl.minimum(n, visible - 1), n < visible, q, lacking, scale, shift, softcap,
+                highest, total, weighed, results,
+                KEYS, VALUES, LINE, KEY_CHUNKS, VALUE_CHUNKS, dtype, BLOCK, BLOCK_G, HAS_CAP, ASSEMBLY,
+            )  # fmt: skip
         slot = (tl.program_id(0) + before + segment) * group + head
         denominator = tl.where(finish > begin, tl.sum(total, 0), 1.0)
         asking_here = head < tl.where(finish > begin, group, 0)
         sum_of_all = highest + tl.log2(denominator)
         # What the mean key adds is the same for all of the segment's entries.
         tl.store(denominators + slot, sum_of_all if HAS_CAP else sum_of_all + shift, asking_here)
-        for i in tl.static_range(VALUE_CHUNKS):
-            for place in tl.static_range(16 // constant(VALUES, i, 0)):
-                _, goes, worth, real = _where(VALUES, i, place)
-                tl.store(
-                    out + slot[None, :].to(tl.int64) * FIELDS + goes[:, None],
-                    results[constant(VALUES, i, 12) + place] * worth[:, None] / denominator[None, :],
-                    asking_here[None, :] & real[:, None],
-                )
+        to = out + slot.to(tl.int64) * FIELDS
+        put_results(to, asking_here, denominator, weighed, results, VALUES, VALUE_CHUNKS)
         block = upto
 
 
@@ -353,44 +201,6 @@ def _packed_decode_kernel(
         )  # fmt: skip
     # Whoever comes next relies on all before it being over.
     pdl.in_turn(DEPENDENT)
-
-
-@functools.cache
-def chunks(side: Side, start: int) -> tuple[tuple[float, ...], ...]:
-    """The words of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 at least.
-
-    Of each part: bits of a field, first word in the line, words, first byte in the plane, words that are the plane's;
-    the plane's bytes with codes, fields of its first range of channels, what a field's number lacks to its channel in
-    the first and in the second range, what a code of theirs is worth, where sums go, counted from the channel, of the
-    first range, tiles of the parts before, and where those of the second one go. Sums of the lower bits of width 6 lie
-    behind those of all channels.
-    """
-    found = []
-    tiles = 0
-    for plane in side.planes:
-        ranges = [(stop - first, first) for first, stop in plane.channels]
-        widths = [side.widths[4 * first // side.size] for first, _ in plane.channels]
-        worths = [step(width) * 2**shift for width, shift in zip(widths, plane.shifts, strict=True)]
-        goes = [side.size if plane.bits == 2 and width == 6 else 0 for width in widths]
-        length, first = ranges[0]
-        second = ranges[-1][1] - length if len(ranges) == 2 else first
-        words, at = plane.bytes // 2, 0
-        while at < words:
-            size = max(16, 1 << ((words - at).bit_length() - 1))
-            found.append(
-                (plane.bits, (start + plane.start) // 2 + at, size, 2 * at, min(size, words - at),
-                 plane.used, length, first, second, worths[0], worths[-1], goes[0], tiles, goes[-1])
-            )  # fmt: skip
-            at += size
-            tiles += 16 // plane.bits
-    return tuple(found)
-
-
-@functools.cache
-def _level_of(form: PackedFormat) -> tuple[Any, ...]:
-    """What the kernel is told of a level."""
-    keys, values = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
-    return keys, values, form.line_bytes, len(keys), len(values)
 
 
 @dataclass(frozen=True)
@@ -466,14 +276,14 @@ def launch_packed_decode(
         programs = (WARPS // warps) * multiprocessors(query.device)
     if registers is None:
         registers = REGISTERS // (WARPS // warps * 32 * warps) // 8 * 8
-    fields = value_size * (2 if any(6 in form.value_widths for form in forms) else 1)
+    fields = value_size * (2 if any(apart(form)[1] for form in forms) else 1)
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
     denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
     _packed_decode_kernel[(programs,)](
         query, *prepared, (exact, *tables), results, denominators, segments, segments // batch, group, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=tuple(_level_of(form) for form in forms),
+        HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=tuple(level_of(form) for form in forms),
         COUNT=len(forms), HALF=half, BLOCK_D=max(16, triton.next_power_of_2(size)),
         BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK_G=max(8, triton.next_power_of_2(group)),
         BLOCK=block, EXACT_BLOCK=exact_block, EXTRA=extra, BLOCK_S=triton.next_power_of_2(max(segments, 2)),

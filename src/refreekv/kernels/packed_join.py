@@ -16,7 +16,8 @@ from torch import Tensor
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_decode import Parts, blocks_of, constant, shares_of
+from refreekv.kernels.packed_block import apart, constant
+from refreekv.kernels.packed_decode import Parts, blocks_of, shares_of
 from refreekv.kernels.probe import LOG2E
 
 LARGEST = tl.constexpr(8192.0)
@@ -273,7 +274,7 @@ def launch_packed_join(
     _packed_join_kernel[(segments, triton.cdiv(group, heads_each), triton.cdiv(size, out_each))](
         found.tables, found.results, found.denominators, query if sinks is None else sinks, means, back, out,
         segments, kv_heads, group, found.programs, *(0 if part.shape[0] == 1 else kv_heads for part in (means, back)),
-        LEVELS=tuple(form.values.ends() for form in forms), COUNT=len(forms), VALUE=size,
+        LEVELS=tuple(apart(form) for form in forms), COUNT=len(forms), VALUE=size,
         FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, EXTRA=found.extra,
         BLOCK_V=block_v, BLOCK_OUT=out_each, BLOCK_H=heads_each,
         BLOCK_S=triton.next_power_of_2(max(segments, 2)), BLOCK_P=parts_each, HAS_SINKS=sinks is not None,
