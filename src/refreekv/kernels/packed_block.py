@@ -7,8 +7,8 @@ known before: to a logit by the query, to a result by the sum of the weights. Va
 that of the next, which is how 16-bit matrices are transposed on their way from shared memory.
 
 Products need at least 16 words of a line. What is left of a plane of keys goes with the next one, in whose fields it
-is read: a code of four bits is one of two bits and one of the other two. Entries are rows and the query heads of a KV head columns, of which a product needs
-no more than eight; sums over entries are left open until the last block.
+is read: a code of four bits is one of two bits and one of the other two. Entries are rows and the query heads of a KV
+head columns, of which a product needs no more than eight; sums over entries are left open until the last block.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
@@ -196,15 +196,13 @@ def _place(CHUNKS: tl.constexpr, AT: tl.constexpr, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _words(lines, line, FIRST: tl.constexpr, COUNT: tl.constexpr, REAL: tl.constexpr, LINE: tl.constexpr, DIM: tl.constexpr):
-    """Some words of each line, ``REAL`` of which are asked for: ``[COUNT, BLOCK]``, or ``[BLOCK, COUNT]`` if not ``DIM``."""
+def _words(
+    lines, line, FIRST: tl.constexpr, COUNT: tl.constexpr, REAL: tl.constexpr, LINE: tl.constexpr, DIM: tl.constexpr
+):
+    """Some words of each line, of which ``REAL`` are real: ``[COUNT, BLOCK]``, or turned with ``DIM``."""
     n = tl.arange(0, COUNT)
     at = lines + tl.expand_dims(line * (LINE // 2), DIM) + tl.expand_dims(FIRST + n, 1 - DIM)
-    if REAL == COUNT:
-        words = tl.load(at)
-    else:
-        words = tl.load(at, tl.expand_dims(n < REAL, 1 - DIM), 0)
-    return words
+    return tl.load(at) if REAL == COUNT else tl.load(at, tl.expand_dims(n < REAL, 1 - DIM), 0)
 
 
 @triton.jit
@@ -264,7 +262,7 @@ def nothing_yet(VALUES: tl.constexpr, VALUE_CHUNKS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def taken_on(
+def lines_taken_on(
     lines, factors, line, inside, q, lacking, scale, shift, softcap, highest, total, weighed, results,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
     VALUE_CHUNKS: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -287,18 +285,13 @@ def taken_on(
     # Weights are about 1 at most with the value's factor in them, whatever that is: float16 has room for no more. The
     # bits of a float16 are its logarithm but for .09, and more where that is below -15.
     size = tl.where(inside, (both >> 16).to(tl.int32).to(tl.float32) * (1.0 / 1024) - 15.0, float("-inf"))
+    unit = scale
     if HAS_CAP:
-        logits = _capped(products * scale[None, :] + shift[None, :], softcap, True)
-        seen = logits + size[:, None]
-    else:
-        logits = products
-        seen = tl.fma(products, scale[None, :], size[:, None])
+        products = _capped(products * scale[None, :] + shift[None, :], softcap, True)
+        unit = tl.full([BLOCK_G], 1.0, tl.float32)
     # A block holds at least one entry, so this is finite from the first one on.
-    higher = tl.maximum(highest, tl.max(seen, 0))
-    if HAS_CAP:
-        p = tl.exp2(logits - higher[None, :])
-    else:
-        p = tl.exp2(tl.fma(logits, scale[None, :], -higher[None, :]))
+    higher = tl.maximum(highest, tl.max(tl.fma(products, unit[None, :], size[:, None]), 0))
+    p = tl.exp2(tl.fma(products, unit[None, :], -higher[None, :]))
     shrink = tl.exp2(highest - higher)[None, :]
     total = tl.fma(p, counts[:, None], total * shrink)
     weights = (p * (value_factor * counts)[:, None]).to(dtype)
@@ -318,13 +311,16 @@ def put_results(
     VALUES: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Write results to where ``to``, ``[BLOCK_G]``, begins."""
-    lacking = tl.max(weighed, 0)
+    lacking, share = tl.max(weighed, 0), (1.0 / denominator)[None, :]
     for i in tl.static_range(VALUE_CHUNKS):
         for place in tl.static_range(tiles_of(constant(VALUES, i, 0))):
             _, goes, worth, real = _place(VALUES, i, place)
-            result = results[constant(VALUES, i, 4) + place] * UNIT - (lacking * middle_of(constant(VALUES, i, 0), place))[None, :]
+            result = (
+                results[constant(VALUES, i, 4) + place] * UNIT
+                - (lacking * middle_of(constant(VALUES, i, 0), place))[None, :]
+            )
             tl.store(
-                to[None, :] + goes[:, None], result * worth[:, None] / denominator[None, :],
+                to[None, :] + goes[:, None], result * worth[:, None] * share,
                 asking[None, :] & real[:, None],
             )  # fmt: skip
 
@@ -395,8 +391,13 @@ def _piece(side: Side, index: int, begins: int, byte: int) -> tuple[float, ...]:
     )  # fmt: skip
 
 
+def cost(entry_bytes: float, beside: int) -> int:
+    """What a block of entries of so many bytes takes, in 32 bytes each, with ``beside`` for what is not by bytes."""
+    return max(1, round((entry_bytes + beside) / 32))
+
+
 @functools.cache
-def level_of(form: PackedFormat) -> tuple[Any, ...]:
-    """What kernels are told of a format: chunks of keys and of values, bytes of a line, and how many chunks."""
+def level_of(form: PackedFormat, beside: int) -> tuple[Any, ...]:
+    """What kernels are told of a format: chunks of keys and values, bytes of a line, how many chunks, and its cost."""
     keys, values = chunks(form.keys, 0, True), chunks(form.values, form.keys.bytes, False)
-    return keys, values, form.line_bytes, len(keys), len(values)
+    return keys, values, form.line_bytes, len(keys), len(values), cost(form.entry_bytes, beside)

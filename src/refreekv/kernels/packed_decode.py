@@ -7,7 +7,8 @@ transposed on their way from shared memory. Entries are rows and the query heads
 product needs no more than eight; sums over entries are left open until the last block.
 
 The blocks of all segments of the exact table, then of each level's, are one list that is shared out as in
-`kernels.decode`, with one difference: going on to another segment takes a while, so each counts some blocks more.
+`kernels.decode`, with two differences: a block counts what it takes, which its bytes say, and each segment some more,
+as going on to another one takes a while.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
@@ -25,7 +26,17 @@ from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
 from refreekv.kernels.decode import _held, multiprocessors
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_block import UNIT, apart, constant, level_of, nothing_yet, put_results, queries_of, taken_on
+from refreekv.kernels.packed_block import (
+    UNIT,
+    apart,
+    constant,
+    cost,
+    level_of,
+    lines_taken_on,
+    nothing_yet,
+    put_results,
+    queries_of,
+)
 from refreekv.kernels.probe import _capped
 
 REGISTERS = 65_536
@@ -34,7 +45,7 @@ REGISTERS = 65_536
 WARPS = 12
 """That are to run on a multiprocessor at once, whatever registers Triton would like."""
 
-LEAST_BLOCKS = tl.constexpr(4)
+LEAST_BLOCKS = 4
 """Of a program's share: with fewer, what it takes to join the parts is more than what is gained."""
 
 
@@ -42,26 +53,33 @@ LEAST_BLOCKS = tl.constexpr(4)
 
 
 @triton.jit
-def blocks_of(table, segments, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Entries of each segment, and what it counts in the list: its blocks, and ``EXTRA`` in front of them."""
+def shared_out(table, segments, BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Entries of each segment, and what it counts in the list: its blocks' costs, and ``EXTRA`` in front of them."""
     held = _held(table, tl.arange(0, BLOCK_S), segments)
-    return held, tl.where(held > 0, (held + BLOCK - 1) // BLOCK + EXTRA, 0)
+    return held, tl.where(held > 0, (held + BLOCK - 1) // BLOCK * COST + EXTRA, 0)
 
 
 @triton.jit
-def shares_of(work, programs):
-    """Between how many programs the list is divided; none of them has nothing."""
-    # In 64 bits: blocks times programs may pass 2 ** 31 on long batches.
-    return tl.maximum(tl.minimum(programs, work // LEAST_BLOCKS), 1).to(tl.int64)
+def shares_of(work, programs, LEAST: tl.constexpr):
+    """Between how many programs the list is divided, each of which gets ``LEAST`` at least: none has nothing."""
+    # In 64 bits: work times programs may pass 2 ** 31 on long batches.
+    return tl.maximum(tl.minimum(programs, work // LEAST), 1).to(tl.int64)
 
 
 @triton.jit
-def _find(block, held, blocks, ends, BLOCK_S: tl.constexpr):
-    """The segment that a block is of: its number, where it begins and ends in the list, and its entries."""
-    segment = tl.sum((ends <= block).to(tl.int32), 0)
+def _find(at, held, counted, ends, BLOCK_S: tl.constexpr):
+    """The segment that a place of the list is in: its number, where it begins and ends there, and its entries."""
+    segment = tl.sum((ends <= at).to(tl.int32), 0)
     mine = tl.arange(0, BLOCK_S) == segment
     end = tl.sum(tl.where(mine, ends, 0), 0)
-    return segment, end - tl.sum(tl.where(mine, blocks, 0), 0), end, tl.sum(tl.where(mine, held, 0), 0)
+    return segment, end - tl.sum(tl.where(mine, counted, 0), 0), end, tl.sum(tl.where(mine, held, 0), 0)
+
+
+@triton.jit
+def _own(at, stop, first, EXTRA: tl.constexpr, COST: tl.constexpr):
+    """Which blocks of a segment that begins at ``first`` begin between two places of the list."""
+    begin = (tl.maximum(at - first - EXTRA, 0) + COST - 1) // COST
+    return begin, (tl.maximum(stop - first - EXTRA, 0) + COST - 1) // COST
 
 
 # -- attention ----------------------------------------------------------------------------------
@@ -69,19 +87,22 @@ def _find(block, held, blocks, ends, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _exact(
-    query, table, out, denominators, held, blocks, ends, block, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
+    query, table, out, denominators, segments, at, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """A program's share of the exact entries."""
+    held, counted = shared_out(table, segments, BLOCK, COST, EXTRA, BLOCK_S)
+    ends = tl.cumsum(counted, 0)
     head = tl.arange(0, BLOCK_G)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     asking = head < group
     pointer = tl.pointer_type(query.dtype.element_ty)
-    while block < stop:
-        segment, first, end, visible = _find(block, held, blocks, ends, BLOCK_S)
+    while at < stop:
+        segment, first, end, visible = _find(at, held, counted, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
-        begin, finish = tl.maximum(block - first - EXTRA, 0), upto - first - EXTRA
+        begin, finish = _own(at, upto, first, EXTRA, COST)
         # Allocations and lines are multiples of 16 bytes, which Triton cannot know of a number.
         keys = tl.multiple_of(tl.load(table + segment * 4).to(pointer), 16)
         values = tl.multiple_of(tl.load(table + segment * 4 + 1).to(pointer), 16)
@@ -112,28 +133,30 @@ def _exact(
         tl.store(denominators + slot, highest + tl.log2(denominator), asking_here)
         tl.store(
             out + slot[None, :].to(tl.int64) * FIELDS + dv[:, None],
-            result / denominator[None, :],
+            result * (1.0 / denominator)[None, :],
             asking_here[None, :] & (dv < VALUE)[:, None],
         )
-        block = upto
+        at = upto
 
 
 @triton.jit
 def _level(
-    query, scales, shifts, table, out, denominators, held, blocks, ends, block, stop, before, group, softcap,
+    query, scales, shifts, table, out, denominators, segments, at, stop, before, group, softcap,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
     VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
+    ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program's share of a level; ``before`` are the segments of the tables before."""
+    held, counted = shared_out(table, segments, BLOCK, COST, EXTRA, BLOCK_S)
+    ends = tl.cumsum(counted, 0)
     head = tl.arange(0, BLOCK_G)
     asking = head < group
     dtype: tl.constexpr = tl.float16 if HALF else tl.float32
-    while block < stop:
-        segment, first, end, visible = _find(block, held, blocks, ends, BLOCK_S)
+    while at < stop:
+        segment, first, end, visible = _find(at, held, counted, ends, BLOCK_S)
         upto = tl.minimum(stop, end)
-        begin, finish = tl.maximum(block - first - EXTRA, 0), upto - first - EXTRA
+        begin, finish = _own(at, upto, first, EXTRA, COST)
         # Lines and segments begin at such multiples, which Triton cannot know of a number.
         lines = tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16))
         lines = tl.multiple_of(lines, 16 if LINE % 16 == 0 else 8)
@@ -147,7 +170,7 @@ def _level(
         highest, total, weighed, results = nothing_yet(VALUES, VALUE_CHUNKS, BLOCK, BLOCK_G)
         for start in range(begin * BLOCK, finish * BLOCK, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            highest, total, weighed, results = taken_on(
+            highest, total, weighed, results = lines_taken_on(
                 lines, factors, tl.minimum(n, visible - 1), n < visible, q, lacking, scale, shift, softcap,
                 highest, total, weighed, results,
                 KEYS, VALUES, LINE, KEY_CHUNKS, VALUE_CHUNKS, dtype, BLOCK, BLOCK_G, HAS_CAP, ASSEMBLY,
@@ -160,7 +183,7 @@ def _level(
         tl.store(denominators + slot, sum_of_all if HAS_CAP else sum_of_all + shift, asking_here)
         to = out + slot.to(tl.int64) * FIELDS
         put_results(to, asking_here, denominator, weighed, results, VALUES, VALUE_CHUNKS)
-        block = upto
+        at = upto
 
 
 @triton.jit
@@ -169,36 +192,40 @@ def _packed_decode_kernel(
     segments, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, LEVELS: tl.constexpr, COUNT: tl.constexpr,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
-    ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, EXACT_COST: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # The tables and the queries are not of the kernel before, but of those that this one has waited for.
-    held, blocks, ends = (), (), ()
+    totals = ()
     work = tl.zeros([], tl.int32)
     for i in tl.static_range(COUNT + 1):
-        some, counted = blocks_of(tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, EXTRA, BLOCK_S)
-        held = held + (some,)
-        blocks = blocks + (counted,)
-        ends = ends + (tl.cumsum(counted, 0),)
-        work += tl.sum(counted, 0)
-    shares = shares_of(work, tl.num_programs(0))
-    block = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
-    stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
-    _exact(
-        query, tables[0], out, denominators, held[0], blocks[0], ends[0], block,
-        tl.minimum(stop, tl.sum(blocks[0], 0)), kv_heads, group, scaling, softcap, sq_b, sq_h,
-        HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXTRA, BLOCK_S, HAS_CAP,
-    )  # fmt: skip
-    for i in tl.static_range(COUNT):
-        done = tl.sum(blocks[i], 0)
-        block, stop = tl.maximum(block - done, 0), stop - done
-        _level(
-            asked, scales, shifts, tables[i + 1], out, denominators, held[i + 1], blocks[i + 1], ends[i + 1],
-            block, tl.minimum(stop, tl.sum(blocks[i + 1], 0)), (i + 1) * segments, group, softcap,
-            HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
-            constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, EXTRA, BLOCK_S, HAS_CAP, ASSEMBLY,
-            DEPENDENT,
+        # They are looked up again where they are needed: there are no registers for those of all tables.
+        _, counted = shared_out(
+            tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK,
+            EXACT_COST if i == 0 else constant(LEVELS, i - 1, 5), EXTRA, BLOCK_S,
         )  # fmt: skip
+        total = tl.sum(counted, 0)
+        totals = totals + (total,)
+        work += total
+    shares = shares_of(work, tl.num_programs(0), LEAST)
+    at = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
+    if at < tl.minimum(stop, totals[0]):
+        _exact(
+            query, tables[0], out, denominators, segments, at, tl.minimum(stop, totals[0]), kv_heads, group, scaling,
+            softcap, sq_b, sq_h,
+            HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXACT_COST, EXTRA, BLOCK_S, HAS_CAP,
+        )  # fmt: skip
+    for i in tl.static_range(COUNT):
+        at, stop = tl.maximum(at - totals[i], 0), stop - totals[i]
+        if at < tl.minimum(stop, totals[i + 1]):
+            _level(
+                asked, scales, shifts, tables[i + 1], out, denominators, segments, at,
+                tl.minimum(stop, totals[i + 1]), (i + 1) * segments, group, softcap,
+                HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
+                constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, constant(LEVELS, i, 5), EXTRA,
+                BLOCK_S, HAS_CAP, ASSEMBLY, DEPENDENT,
+            )  # fmt: skip
     # Whoever comes next relies on all before it being over.
     pdl.in_turn(DEPENDENT)
 
@@ -215,8 +242,12 @@ class Parts:
         ``[slots, group, elements]`` and ``[slots, group]``, float32.
     programs : int
         That the tables' blocks were shared out to.
-    block, exact_block, extra : int
-        Entries of a block, and blocks that a segment counts beside its own.
+    block, exact_block : int
+        Entries of a block.
+    costs : tuple of int
+        What a block counts in the list, an exact one and those of each level.
+    extra, least : int
+        What a segment counts beside its blocks; the least share.
     """
 
     tables: tuple[Tensor, ...]
@@ -225,7 +256,9 @@ class Parts:
     programs: int
     block: int
     exact_block: int
+    costs: tuple[int, ...]
     extra: int
+    least: int
 
 
 @on_its_device
@@ -241,10 +274,11 @@ def launch_packed_decode(
     programs: int | None = None,
     block: int | None = None,
     exact_block: int = 16,
-    extra: int = 2,
+    extra: int = 12,
+    beside: int = 64,
     warps: int | None = None,
     stages: int = 3,
-    registers: int | None = None,
+    each: int | None = None,
     assembly: bool | None = None,
     early: bool = True,
 ) -> Parts:
@@ -260,8 +294,8 @@ def launch_packed_decode(
         As in `kernels.packed_attention`.
     value_size : int
         Head size of the values.
-    programs, block, exact_block, extra, warps, stages, registers, assembly, early
-        To be measured.
+    programs, block, exact_block, extra, beside, warps, stages, each, assembly, early
+        To be measured; ``each`` programs have registers on a multiprocessor.
     """
     segments, (batch, heads, _, size) = exact.shape[0], query.shape
     group = heads * batch // segments
@@ -272,10 +306,14 @@ def launch_packed_decode(
         warps = 2 if half else 4
     if block is None:
         block = 64 if half and max(size, value_size) <= 128 else 32 if half else 16
+    if each is None:
+        each = WARPS // warps
     if programs is None:
-        programs = (WARPS // warps) * multiprocessors(query.device)
-    if registers is None:
-        registers = REGISTERS // (WARPS // warps * 32 * warps) // 8 * 8
+        programs = each * multiprocessors(query.device)
+    levels = tuple(level_of(form, beside) for form in forms)
+    exact_cost = cost(exact_block * (size + value_size) * query.dtype.itemsize / block, beside)
+    costs = (exact_cost, *(level[5] for level in levels))
+    least = LEAST_BLOCKS * max(costs)
     fields = value_size * (2 if any(apart(form)[1] for form in forms) else 1)
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
@@ -283,11 +321,13 @@ def launch_packed_decode(
     _packed_decode_kernel[(programs,)](
         query, *prepared, (exact, *tables), results, denominators, segments, segments // batch, group, scaling,
         1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=tuple(level_of(form) for form in forms),
+        HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=levels,
         COUNT=len(forms), HALF=half, BLOCK_D=max(16, triton.next_power_of_2(size)),
         BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK_G=max(8, triton.next_power_of_2(group)),
-        BLOCK=block, EXACT_BLOCK=exact_block, EXTRA=extra, BLOCK_S=triton.next_power_of_2(max(segments, 2)),
+        BLOCK=block, EXACT_BLOCK=exact_block, EXACT_COST=exact_cost, EXTRA=extra, LEAST=least,
+        BLOCK_S=triton.next_power_of_2(max(segments, 2)),
         HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
-        num_warps=warps, num_stages=stages, maxnreg=registers, **pdl.options(1 if early else batch, query),
+        num_warps=warps, num_stages=stages,
+        maxnreg=REGISTERS // (each * 32 * warps) // 8 * 8, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
-    return Parts((exact, *tables), results, denominators, programs, block, exact_block, extra)
+    return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, least)

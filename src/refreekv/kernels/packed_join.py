@@ -17,7 +17,7 @@ from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_block import apart, constant
-from refreekv.kernels.packed_decode import Parts, blocks_of, shares_of
+from refreekv.kernels.packed_decode import Parts, shared_out, shares_of
 from refreekv.kernels.probe import LOG2E
 
 LARGEST = tl.constexpr(8192.0)
@@ -91,9 +91,9 @@ def _packed_join_kernel(
     tables, parts, denominators, sinks, means, back, out,
     segments, kv_heads, group, programs, row_of_means, row_of_maps,
     LEVELS: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT_BLOCK: tl.constexpr, EXTRA: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr,
-    EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, COSTS: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some query heads of one segment, some channels of the result."""
     segment = tl.program_id(0)
@@ -105,15 +105,18 @@ def _packed_join_kernel(
     o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     # What the kernel before does not write is fetched while that still runs.
     all_segments = tl.arange(0, BLOCK_S)
-    firsts, ends = (), ()
+    firsts, lasts = (), ()
     work = tl.zeros([], tl.int32)
     for i in tl.static_range(COUNT + 1):
-        _, blocks = blocks_of(tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, EXTRA, BLOCK_S)
-        end = work + tl.sum(tl.where(all_segments <= segment, blocks, 0), 0)
-        firsts = firsts + (end - tl.sum(tl.where(all_segments == segment, blocks, 0), 0) + EXTRA,)
-        ends = ends + (end,)
-        work += tl.sum(blocks, 0)
-    shares = shares_of(work, programs)
+        _, counted = shared_out(
+            tables[i], segments, EXACT_BLOCK if i == 0 else BLOCK, constant(COSTS, i), EXTRA, BLOCK_S
+        )
+        end = work + tl.sum(tl.where(all_segments <= segment, counted, 0), 0)
+        # Where the first and the last block begin.
+        firsts = firsts + (end - tl.sum(tl.where(all_segments == segment, counted, 0), 0) + EXTRA,)
+        lasts = lasts + (end - constant(COSTS, i),)
+        work += tl.sum(counted, 0)
+    shares = shares_of(work, programs, LEAST)
     work = tl.maximum(work, 1)
     matrix = tl.load(
         back + (maps * VALUE + o)[None, :] * VALUE + dv[:, None], (o < VALUE)[None, :] & (dv < VALUE)[:, None], 0.0
@@ -134,7 +137,7 @@ def _packed_join_kernel(
         low = _program_of(firsts[i], work, shares)
         lows = lows + (low,)
         begins = begins + (count,)
-        count += tl.where(ends[i] > firsts[i], _program_of(ends[i] - 1, work, shares) + 1 - low, 0)
+        count += tl.where(lasts[i] >= firsts[i], _program_of(lasts[i], work, shares) + 1 - low, 0)
     for start in range(0, count, BLOCK_P):
         number = start + tl.arange(0, BLOCK_P)
         slot, first_six, end_six = number * 0, number * 0, number * 0
@@ -155,7 +158,7 @@ def _packed_join_kernel(
     exact = tl.zeros([BLOCK_H, BLOCK_OUT], tl.float32)
     exact_mass = tl.zeros([BLOCK_H], tl.float32)
     low = _program_of(firsts[0], work, shares)
-    high = tl.where(ends[0] > firsts[0], _program_of(ends[0] - 1, work, shares) + 1, low)
+    high = tl.where(lasts[0] >= firsts[0], _program_of(lasts[0], work, shares) + 1, low)
     for start in range(low, high, BLOCK_P):
         program = start + tl.arange(0, BLOCK_P)
         real = (program < high)[:, None] & asking[None, :]
@@ -275,7 +278,8 @@ def launch_packed_join(
         found.tables, found.results, found.denominators, query if sinks is None else sinks, means, back, out,
         segments, kv_heads, group, found.programs, *(0 if part.shape[0] == 1 else kv_heads for part in (means, back)),
         LEVELS=tuple(apart(form) for form in forms), COUNT=len(forms), VALUE=size,
-        FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, EXTRA=found.extra,
+        FIELDS=found.results.shape[-1], BLOCK=found.block, EXACT_BLOCK=found.exact_block, COSTS=found.costs,
+        EXTRA=found.extra, LEAST=found.least,
         BLOCK_V=block_v, BLOCK_OUT=out_each, BLOCK_H=heads_each,
         BLOCK_S=triton.next_power_of_2(max(segments, 2)), BLOCK_P=parts_each, HAS_SINKS=sinks is not None,
         EXACT=query.dtype.itemsize > 2, num_warps=warps, **pdl.options(1 if early else batch, query),

@@ -26,8 +26,8 @@ from torch import Tensor
 from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, Side, step
 from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_block import constant
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.sizes import power_of_2
 from refreekv.kernels.storage import _chosen, elements_first
 

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from refreekv.core.packed_lines import Side, step
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_block import constant
+from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.storage import TYPES, _chosen
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels.packed_block import apart
 from refreekv.kernels.packed_join import LARGEST
 from refreekv.kernels.paged import Coded, Rows
 from refreekv.kernels.probe import LOG2E
@@ -178,7 +179,7 @@ def join(
         means = coded.value_means[layer]
         # Compiled once, for however many rows; and no more at once than there are registers for.
         block, at_once = triton.next_power_of_2(max(shares, MOST_SHARES) * each), 16
-        six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if 6 in form.value_widths)
+        six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if apart(form)[1])
     _paged_join_kernel[(count, heads, most)](
         parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),

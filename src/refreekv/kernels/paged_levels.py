@@ -5,7 +5,7 @@ shared out by bytes to a fixed number of programs, whatever it holds: the grid d
 one CUDA graph serves any table. A program leaves a part of the softmax for each rung, in code space, and one for all
 that is exact; `kernels.paged_join` has what is before and after.
 
-Lines are read as in `kernels.packed_decode`. A block of them lies within a page, so that it has one address.
+Lines are read by `kernels.packed_block`. A block of them lies within a page, so that it has one address.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
@@ -20,14 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.kernels import shared_memory
+from refreekv.kernels import paged, shared_memory
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.packed_decode import LEAST_FACTOR, _fields, _where, _words, chunks, constant
-from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool, Rows
+from refreekv.kernels.packed_block import (
+    UNIT,
+    apart,
+    constant,
+    level_of,
+    lines_taken_on,
+    nothing_yet,
+    put_results,
+    queries_of,
+)  # fmt: skip
+from refreekv.kernels.paged import COLUMNS, PagedTable, Pool, Rows
 from refreekv.kernels.paged_exact import line_at, listed_at, taken_on, token_at
 from refreekv.kernels.paged_join import MOST_SHARES, TOLD, Parts, join, prepare
-from refreekv.kernels.probe import _capped
 from refreekv.kernels.storage import TYPES
 
 EXACT_BLOCK, BESIDE_CODES = 128, 32
@@ -46,7 +54,7 @@ REGISTERS = 128
 """Of a thread, at most, where several rungs are read: so four programs have room on a multiprocessor."""
 
 _COLUMNS = tl.constexpr(COLUMNS)
-_UNIT = tl.constexpr(UNIT)
+_UNIT = tl.constexpr(paged.UNIT)
 
 
 # -- shares ---------------------------------------------------------------------------------------
@@ -93,19 +101,10 @@ def _rung(
     PER_PAGE: tl.constexpr = (LINES + BLOCK - 1) // BLOCK
     dtype: tl.constexpr = tl.float16 if HALF else tl.float32
     g = tl.arange(0, BLOCK_G)
-    scale = tl.load(scales + g, asking, 0.0)
+    scale = tl.load(scales + g, asking, 0.0) * UNIT
     shift = tl.load(shifts + g, asking, 0.0)
-    q, results = (), ()
-    for i in tl.static_range(KEY_CHUNKS):
-        for place in tl.static_range(16 // constant(KEYS, i, 0)):
-            channel, _, worth, real = _where(KEYS, i, place)
-            part = tl.load(asked + g[None, :] * HEAD + channel[:, None], asking[None, :] & real[:, None], 0.0)
-            q = q + ((part * worth[:, None]).to(dtype),)
-    for i in tl.static_range(VALUE_CHUNKS):
-        for _ in tl.static_range(16 // constant(VALUES, i, 0)):
-            results = results + (tl.zeros([constant(VALUES, i, 2), BLOCK_G], tl.float32),)
-    highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK, BLOCK_G], tl.float32)
+    q, lacking = queries_of(asked + g * HEAD, asking, KEYS, KEY_CHUNKS, dtype, BLOCK_G)
+    highest, total, weighed, results = nothing_yet(VALUES, VALUE_CHUNKS, BLOCK, BLOCK_G)
     begin = _unit_of(first, LINES, BLOCK)
     at = _page_at((begin + low) // PER_PAGE, pages, offsets, block_stride, LAYERS)
     for unit in range(begin + low, begin + high):
@@ -124,47 +123,15 @@ def _rung(
         inside = (n >= least) & (n <= last)
         # Of others the next one in the segment, which will have no weight: this takes less than masks do.
         line = tl.minimum(tl.maximum(n, least), last)
-        both = tl.load(factors + line)
-        key_factor = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        value_factor = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        products = tl.zeros([BLOCK, BLOCK_G], tl.float32)
-        for i in tl.static_range(KEY_CHUNKS):
-            tiles = _fields(_words(lines, line, KEYS, i, LINE, False), constant(KEYS, i, 0), ASSEMBLY)
-            for place in tl.static_range(16 // constant(KEYS, i, 0)):
-                tile = tiles[place].to(dtype)
-                products = tl.dot(tile, q[constant(KEYS, i, 12) + place], products, input_precision="ieee")
-        logits = products * key_factor[:, None] * scale[None, :]
-        if HAS_CAP:
-            logits = _capped(logits + shift[None, :], softcap, True)
-        logits = tl.where(inside[:, None], logits, float("-inf"))
-        # Weights are at most 1 with the value's factor in them, whatever that is: float16 has room for no more.
-        seen = logits + tl.log2(tl.maximum(value_factor, LEAST_FACTOR))[:, None]
-        # A block holds at least one entry, so this is finite from the first one on.
-        higher = tl.maximum(highest, tl.max(seen, 0))
-        p = tl.exp2(logits - higher[None, :])
-        shrink = tl.exp2(highest - higher)[None, :]
-        highest = higher
-        total = total * shrink + p
-        weights = (p * value_factor[:, None]).to(dtype)
-        new_results = ()
-        for i in tl.static_range(VALUE_CHUNKS):
-            tiles = _fields(_words(lines, line, VALUES, i, LINE, True), constant(VALUES, i, 0), ASSEMBLY)
-            for place in tl.static_range(16 // constant(VALUES, i, 0)):
-                product = tl.dot(tiles[place].to(dtype), weights, input_precision="ieee")
-                new_results = new_results + (results[constant(VALUES, i, 12) + place] * shrink + product,)
-        results = new_results
+        highest, total, weighed, results = lines_taken_on(
+            lines, factors, line, inside, q, lacking, scale, shift, softcap, highest, total, weighed, results,
+            KEYS, VALUES, LINE, KEY_CHUNKS, VALUE_CHUNKS, dtype, BLOCK, BLOCK_G, HAS_CAP, ASSEMBLY,
+        )  # fmt: skip
     denominator = tl.sum(total, 0)
     sum_of_all = highest + tl.log2(denominator)
     # What the mean key adds is the same for all of the segment's entries.
     tl.store(denominators + g, sum_of_all if HAS_CAP else sum_of_all + shift, asking)
-    for i in tl.static_range(VALUE_CHUNKS):
-        for place in tl.static_range(16 // constant(VALUES, i, 0)):
-            _, goes, worth, real = _where(VALUES, i, place)
-            tl.store(
-                partial + g[None, :] * FIELDS + goes[:, None],
-                results[constant(VALUES, i, 12) + place] * worth[:, None] / denominator[None, :],
-                asking[None, :] & real[:, None],
-            )
+    put_results(partial + g * FIELDS, asking, denominator, weighed, results, VALUES, VALUE_CHUNKS)
 
 
 @triton.jit(do_not_specialize=[*TOLD, "layer", "table_stride", "page_stride"])
@@ -301,9 +268,8 @@ def _levels(forms: tuple[PackedFormat, ...], page_bytes: int, block: int) -> tup
     """What the kernel is told of each rung: as `packed_decode`, then lines of a page and what a block costs."""
     found = []
     for form in forms:
-        keys, values = chunks(form.keys, 0), chunks(form.values, form.keys.bytes)
         cost = max(1, round(block * form.entry_bytes / COST))
-        found.append((keys, values, form.line_bytes, len(keys), len(values), page_bytes // form.entry_bytes, cost))
+        found.append((*level_of(form, 0)[:5], page_bytes // form.entry_bytes, cost))
     return tuple(found)
 
 
@@ -354,7 +320,7 @@ def launch_paged_levels(
         registers = REGISTERS
     if coded_block is None:
         coded_block = CODED_BLOCK if product.itemsize == 2 and most <= 16 else 16
-    fields = size * (2 if any(6 in form.value_widths for form in forms) else 1)
+    fields = size * (2 if any(apart(form)[1] for form in forms) else 1)
     parts = Parts.empty(count, heads, shares, 1 + len(forms), most, fields, query.device)
     asked = scales = shifts = query
     segments = table.segments[layer]
