@@ -26,7 +26,6 @@ from devices import copy_bandwidth, device_seconds, header
 from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, decode_attention, random
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype
-from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_decode import launch_packed_decode
 from refreekv.kernels.packed_join import launch_packed_join, launch_prepare
@@ -190,17 +189,14 @@ def main() -> None:
 
 def tuned() -> list[dict[str, Any]]:
     """Launch settings, one change at a time and some together."""
-    multi = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
     return [
-        {}, {"early": False}, {"extra": 0}, {"extra": 1}, {"extra": 4}, {"exact_block": 32}, {"stages": 2},
-        {"programs": 4 * multi}, {"programs": 3 * multi},
-        {"block": 64, "warps": 1, "stages": 2, "programs": 8 * multi, "registers": 248},
-        {"block": 128, "warps": 4, "programs": 3 * multi},
-        {"warps": 4, "stages": 2, "programs": 4 * multi, "registers": 128},
-        {"warps": 4, "stages": 3, "programs": 4 * multi, "registers": 128},
-        {"warps": 4, "stages": 2}, {"warps": 4}, {"stages": 2, "programs": 8 * multi, "registers": 128},
-        {"block": 128, "warps": 4, "stages": 2, "programs": 4 * multi, "registers": 128},
-        {"block": 32, "stages": 2}, {"block": 128, "warps": 8, "stages": 2, "programs": 2 * multi, "registers": 128},
+        {}, {"early": False}, {"extra": 0}, {"extra": 36}, {"beside": 0}, {"beside": 600}, {"exact_block": 32},
+        {"warps": 1, "block": 32, "each": 12}, {"warps": 1, "block": 32, "each": 12, "stages": 2},
+        {"warps": 1, "block": 32, "each": 16, "stages": 2}, {"warps": 1, "block": 32, "each": 16},
+        {"warps": 1, "block": 64, "each": 12}, {"warps": 1, "block": 64, "each": 12, "stages": 2},
+        {"warps": 1, "block": 64, "each": 8}, {"warps": 2, "block": 64, "each": 6},
+        {"warps": 2, "block": 64, "each": 8, "stages": 2}, {"warps": 4, "block": 128, "each": 4, "stages": 2},
+        {"warps": 4, "block": 64, "each": 4, "stages": 2},
     ]  # fmt: skip
 
 
@@ -240,6 +236,7 @@ def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None
         for heads, out, parts, warps in (
             (4, 128, 16, 8), (4, 128, 8, 8), (4, 64, 8, 4), (4, 64, 8, 8), (2, 64, 16, 4), (1, 128, 16, 4),
             (1, 64, 16, 4), (1, 32, 16, 4), (1, 32, 64, 4), (1, 32, 32, 2), (4, 32, 8, 4),
+            (4, 32, 16, 8),
         ):  # fmt: skip
             settings = {"heads_each": heads, "out_each": out, "parts_each": parts, "warps": warps}
             us = dict(split(batch, length, "K4V4", **settings))["join"]

@@ -42,11 +42,10 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu
 TUNED: list[dict[str, Any]] = [
     {"warps": warps, "coded_block": block, "stages": stages, "registers": registers, "block": exact, "shares": shares}
     for warps, block, stages, registers, exact, shares in (
-        (2, 64, 3, None, 32, None), (2, 64, 2, None, 32, None), (2, 64, 4, None, 32, None), (2, 64, 3, 168, 32, None),
-        (2, 64, 2, 168, 32, None), (2, 64, 3, 128, 32, None), (4, 64, 3, None, 32, None), (4, 64, 2, 128, 32, None),
-        (4, 128, 2, None, 32, None), (4, 128, 3, 168, 32, None), (4, 128, 2, 128, 64, None), (1, 32, 3, None, 16, None),
-        (2, 32, 4, None, 32, None), (2, 64, 3, 168, 64, None), (2, 64, 3, 168, 16, None), (2, 64, 3, 168, 32, 4),
-        (2, 64, 3, 168, 32, 6), (2, 64, 3, 168, 32, 16), (2, 64, 3, None, 32, 5),
+        (4, 64, 2, 128, 32, None), (4, 64, 2, 168, 32, None), (2, 64, 2, None, 32, None), (2, 64, 2, 168, 32, None),
+        (2, 64, 2, 128, 32, None), (1, 32, 2, 168, 16, None), (1, 32, 3, 168, 16, None), (1, 64, 2, 168, 16, None),
+        (1, 64, 3, 168, 16, None), (1, 64, 2, 168, 32, None), (1, 32, 2, 128, 16, None), (1, 32, 2, 168, 16, 12),
+        (1, 32, 2, 168, 16, 8), (1, 64, 2, 255, 32, None),
     )
 ]  # fmt: skip
 """Settings of `launch_paged_levels`."""
