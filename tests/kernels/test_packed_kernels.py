@@ -11,7 +11,7 @@ from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_ops, packed_reference, reference
-from refreekv.kernels.packed_block import fields_of
+from refreekv.kernels.packed_block import codes_of_six, fields_of
 from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_storage import launch_pack
@@ -244,6 +244,32 @@ def test_fields_of_words_are_the_same_by_hand(bits, device):
         fields = (torch.arange(65536) >> (bits * place)) & (2**bits - 1)
         want = fields * 2.0 ** (bits * place % 8 - 24)
         assert torch.equal(plain[place].cpu().double(), want.double())
+
+
+def test_codes_of_two_planes_are_the_same_by_hand(device):
+    if device == "cpu":
+        pytest.skip("the interpreter runs no assembly")
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(words, out, ASSEMBLY: tl.constexpr):
+        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        first, second, lower = tl.load(words + at), tl.load(words + 65536 + at), tl.load(words + 2 * 65536 + at)
+        codes = codes_of_six(first, second, lower, ASSEMBLY)
+        for place in tl.static_range(8):
+            tl.store(out + place * 65536 + at, codes[place])
+
+    words = torch.stack([torch.randperm(65536) for _ in range(3)])
+    by_hand, plain = (torch.empty(8, 65536, dtype=torch.float16, device=device) for _ in range(2))
+    kernel[(64,)](words.to(device).to(torch.uint16), by_hand, True)
+    kernel[(64,)](words.to(device).to(torch.uint16), plain, False)
+    assert torch.equal(by_hand, plain)
+    for place in range(8):
+        byte, field = divmod(place, 4)
+        upper = (words[field % 2] >> (8 * byte + 4 * (field // 2))) & 15
+        code = 4 * upper + ((words[2] >> (8 * byte + 2 * field)) & 3)
+        assert torch.equal(plain[place].cpu().double(), code * 16.0 ** (field // 2) * 2.0**-24)
 
 
 # -- writing ------------------------------------------------------------------------------------
