@@ -10,7 +10,7 @@ from kernels.test_segment_kernels import run
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
 from refreekv.core.quantisation import KVDtype
-from refreekv.kernels import packed_ops, packed_reference, reference
+from refreekv.kernels import packed_join, packed_ops, packed_reference, reference
 from refreekv.kernels.packed_block import codes_of_six, fields_of
 from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -194,6 +194,18 @@ def check_attention(
         query.cpu(), *tables, forms, maps, scaling=0.1, softcap=softcap, sinks=None if logits is None else logits.cpu()
     )
     close(plain, want)
+
+
+IN_TWO = (
+    "K6V6", "8642", "three levels, rows of their own", "rows' own means", "heads of 80", "heads of 256",
+    "keys and values differ", "softcap, sinks, group of 16", "empty", "only exact", "37 programs of small blocks",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_TWO)
+def test_attention_joined_in_two_kernels(case, dtype, close, device, monkeypatch):
+    monkeypatch.setattr(packed_join, "MANY", 1)
+    check_attention(dtype, close, device, **CASES[case])
 
 
 def test_attention_over_decoded_entries(dtype, close, device):
