@@ -173,7 +173,7 @@ def check_attention(
     query = torch.randn(batch, 1, 2 * heads, sizes[0], device=device).to(dtype).transpose(1, 2)[:, ::2]
     logits = torch.randn(heads, device=device).to(dtype) * 2 if sinks else None
     # Few programs: the interpreter runs one after the other.
-    settings = {"programs": 5} | settings
+    settings = {"programs": 5, "least": 64} | settings
     arguments = (0.1, softcap, logits)
     got = launch_packed_attention(
         query, PackedKV(kept.table, [part.table for part in packed], forms, on(maps, device)), *arguments, **settings

@@ -392,8 +392,8 @@ def _piece(side: Side, index: int, begins: int, byte: int) -> tuple[float, ...]:
 
 
 def cost(entry_bytes: float, beside: int) -> int:
-    """What a block of entries of so many bytes takes, in 32 bytes each, with ``beside`` for what is not by bytes."""
-    return max(1, round((entry_bytes + beside) / 32))
+    """What a block of entries of so many bytes takes, in 16 bytes each, with ``beside`` for what is not by bytes."""
+    return max(1, round((entry_bytes + beside) / 16))
 
 
 @functools.cache

@@ -45,8 +45,8 @@ REGISTERS = 65_536
 WARPS = 12
 """That are to run on a multiprocessor at once, whatever registers Triton would like."""
 
-LEAST_BLOCKS = 4
-"""Of a program's share: with fewer, what it takes to join the parts is more than what is gained."""
+LEAST_ENTRIES = 256
+"""Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
 
 
 # -- sharing out --------------------------------------------------------------------------------
@@ -274,10 +274,11 @@ def launch_packed_decode(
     programs: int | None = None,
     block: int | None = None,
     exact_block: int = 16,
-    extra: int = 12,
-    beside: int = 64,
+    extra: int = 24,
+    beside: int = 0,
+    least: int = LEAST_ENTRIES,
     warps: int | None = None,
-    stages: int = 3,
+    stages: int | None = None,
     each: int | None = None,
     assembly: bool | None = None,
     early: bool = True,
@@ -294,7 +295,7 @@ def launch_packed_decode(
         As in `kernels.packed_attention`.
     value_size : int
         Head size of the values.
-    programs, block, exact_block, extra, beside, warps, stages, each, assembly, early
+    programs, block, exact_block, extra, beside, least, warps, stages, each, assembly, early
         To be measured; ``each`` programs have registers on a multiprocessor.
     """
     segments, (batch, heads, _, size) = exact.shape[0], query.shape
@@ -302,10 +303,14 @@ def launch_packed_decode(
     half = query.dtype.itemsize == 2
     if query.stride(-1) != 1:
         query = query.contiguous()
+    small = max(size, value_size) <= 128
     if warps is None:
-        warps = 2 if half else 4
+        # One warp waits for no other, and unpacks no value that another one does, too.
+        warps = (1 if small else 2) if half else 4
     if block is None:
-        block = 64 if half and max(size, value_size) <= 128 else 32 if half else 16
+        block = 32 if half else 16
+    if stages is None:
+        stages = 2 if half else 3
     if each is None:
         each = WARPS // warps
     if programs is None:
@@ -313,7 +318,7 @@ def launch_packed_decode(
     levels = tuple(level_of(form, beside) for form in forms)
     exact_cost = cost(exact_block * (size + value_size) * query.dtype.itemsize / block, beside)
     costs = (exact_cost, *(level[5] for level in levels))
-    least = LEAST_BLOCKS * max(costs)
+    most = max(1, least // block) * max(costs)
     fields = value_size * (2 if any(apart(form)[1] for form in forms) else 1)
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
@@ -324,10 +329,10 @@ def launch_packed_decode(
         HEAD=size, VALUE=value_size, FIELDS=fields, LEVELS=levels,
         COUNT=len(forms), HALF=half, BLOCK_D=max(16, triton.next_power_of_2(size)),
         BLOCK_V=max(16, triton.next_power_of_2(value_size)), BLOCK_G=max(8, triton.next_power_of_2(group)),
-        BLOCK=block, EXACT_BLOCK=exact_block, EXACT_COST=exact_cost, EXTRA=extra, LEAST=least,
+        BLOCK=block, EXACT_BLOCK=exact_block, EXACT_COST=exact_cost, EXTRA=extra, LEAST=most,
         BLOCK_S=triton.next_power_of_2(max(segments, 2)),
         HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
         num_warps=warps, num_stages=stages,
         maxnreg=REGISTERS // (each * 32 * warps) // 8 * 8, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
-    return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, least)
+    return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, most)
