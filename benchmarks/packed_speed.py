@@ -190,13 +190,10 @@ def main() -> None:
 def tuned() -> list[dict[str, Any]]:
     """Launch settings, one change at a time and some together."""
     return [
-        {}, {"early": False}, {"extra": 0}, {"extra": 36}, {"beside": 0}, {"beside": 600}, {"exact_block": 32},
-        {"warps": 1, "block": 32, "each": 12}, {"warps": 1, "block": 32, "each": 12, "stages": 2},
-        {"warps": 1, "block": 32, "each": 16, "stages": 2}, {"warps": 1, "block": 32, "each": 16},
-        {"warps": 1, "block": 64, "each": 12}, {"warps": 1, "block": 64, "each": 12, "stages": 2},
-        {"warps": 1, "block": 64, "each": 8}, {"warps": 2, "block": 64, "each": 6},
-        {"warps": 2, "block": 64, "each": 8, "stages": 2}, {"warps": 4, "block": 128, "each": 4, "stages": 2},
-        {"warps": 4, "block": 64, "each": 4, "stages": 2},
+        {}, {"joined": 32}, {"block": 16}, {"block": 16, "joined": 32}, {"block": 16, "each": 16}, {"block": 64},
+        {"stages": 3}, {"each": 16}, {"each": 8, "block": 64}, {"early": False}, {"extra": 0}, {"extra": 96},
+        {"beside": 64}, {"beside": 600}, {"exact_block": 32}, {"warps": 2, "block": 64, "each": 8},
+        {"warps": 2, "block": 32}, {"warps": 4, "block": 128, "each": 4},
     ]  # fmt: skip
 
 
@@ -233,12 +230,11 @@ def tune(names: list[str], bandwidth: float, rows: list[dict[str, Any]]) -> None
     if "K4V4" not in names:
         return
     for batch, length in ((16, 8192), (1, 8192)):
-        for heads, out, parts, warps in (
-            (4, 128, 16, 8), (4, 128, 8, 8), (4, 64, 8, 4), (4, 64, 8, 8), (2, 64, 16, 4), (1, 128, 16, 4),
-            (1, 64, 16, 4), (1, 32, 16, 4), (1, 32, 64, 4), (1, 32, 32, 2), (4, 32, 8, 4),
-            (4, 32, 16, 8),
+        for whole, heads, out, parts, warps in (
+            (True, 4, 128, 16, 8), (True, 4, 64, 8, 4), (True, 1, 32, 64, 4), (False, 1, 128, 32, 4),
+            (False, 1, 128, 32, 2), (False, 1, 128, 16, 4), (False, 2, 128, 16, 4), (False, 4, 128, 16, 8),
         ):  # fmt: skip
-            settings = {"heads_each": heads, "out_each": out, "parts_each": parts, "warps": warps}
+            settings = {"whole": whole, "heads_each": heads, "out_each": out, "parts_each": parts, "warps": warps}
             us = dict(split(batch, length, "K4V4", **settings))["join"]
             print(f"join {batch} x {length} {settings}: {us:.1f} us", flush=True)
     for name in ("K4V4", "K6V4"):

@@ -28,6 +28,7 @@ from refreekv.kernels.linear import gated_linear, linears
 from refreekv.kernels.means import launch_centres, launch_mapped_means
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 from refreekv.kernels.packed_calls import Moved, PackedKV, Transfer
+from refreekv.kernels.packed_join import MANY
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.kernels.packed_recode import launch_recode
 from refreekv.kernels.packed_storage import launch_pack
@@ -159,6 +160,13 @@ def packed(dtype, heads, head_size, layout):
     launch_pack(Transfer(entries, entries, None, table, form, maps, spans, 100, 100, None))
 
 
+def many(dtype, heads, head_size, layout):
+    """So many segments that results come out of code space in a kernel of its own."""
+    query, table, form, maps = lines(dtype, heads, head_size, layout)
+    table, query = table.repeat(MANY, 1), query.repeat(MANY, 1, 1, 1)
+    launch_packed_attention(query, PackedKV(table, [table], [form], maps), 1.0, None, None, assembly=True)
+
+
 def ladder(dtype, heads, head_size, layout):
     query, table, _, maps = lines(dtype, heads, head_size, layout)
     forms = [PackedFormat(head_size, head_size, (width,) * 4, (width,) * 4) for width in (2, 4, 6, 8)]
@@ -218,6 +226,7 @@ CASES = [
     (linear, torch.bfloat16, 32, 256),
     (packed, torch.bfloat16, 4, 128, "6666/4444"),
     (packed, torch.float32, 16, 256, "8888/8888"),
+    (many, torch.float32, 16, 256, "8888/8888"),
     (paged, torch.bfloat16, 4, 128, "k4v2+k4v4+k6v4+k7v6"),
 ]
 # On the smallest of the GPUs alone: what takes long to compile, or little memory.

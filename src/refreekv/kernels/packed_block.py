@@ -326,12 +326,12 @@ def put_results(
 
 
 @functools.cache
-def chunks(side: Side, start: int, joined: bool) -> tuple[tuple[Any, ...], ...]:
+def chunks(side: Side, start: int, joined: int) -> tuple[tuple[Any, ...], ...]:
     """The words of a side whose first byte is ``start``, in parts whose sizes are powers of two, 16 at least.
 
     Of each part: bits of a tile's fields, first word in the line, words, words that are the side's, tiles of the parts
-    before; its pieces and how many; see `_piece`. What is left of a plane and all of the next are one part if
-    ``joined``, where 16 words have room for them.
+    before; its pieces and how many; see `_piece`. What is left of a plane and all of the next are one part where
+    ``joined`` words have room for them.
     """
     found: list[tuple[Any, ...]] = []
     planes, tiles, taken = side.planes, 0, 0
@@ -349,10 +349,10 @@ def chunks(side: Side, start: int, joined: bool) -> tuple[tuple[Any, ...], ...]:
         while at < words:
             left, bits = words - at, plane.bits
             pieces = [_piece(side, index, 0, 2 * at)]
-            if joined and left < 16 and index + 1 < len(planes) and left + planes[index + 1].bytes // 2 <= 16:
-                pieces.append(_piece(side, index + 1, left, 0))
-                taken, bits = planes[index + 1].bytes // 2, planes[index + 1].bits
             size = max(16, 1 << (left.bit_length() - 1))
+            if index + 1 < len(planes) and left + (more := planes[index + 1].bytes // 2) <= joined:
+                pieces.append(_piece(side, index + 1, left, 0))
+                taken, bits, size = more, planes[index + 1].bits, max(16, 1 << (left + more - 1).bit_length())
             first = (start + plane.start) // 2 + at
             found.append((bits, first, size, min(size, left + taken), tiles, tuple(pieces), len(pieces)))
             at += size
@@ -397,7 +397,7 @@ def cost(entry_bytes: float, beside: int) -> int:
 
 
 @functools.cache
-def level_of(form: PackedFormat, beside: int) -> tuple[Any, ...]:
+def level_of(form: PackedFormat, beside: int = 0, joined: int = 16) -> tuple[Any, ...]:
     """What kernels are told of a format: chunks of keys and values, bytes of a line, how many chunks, and its cost."""
-    keys, values = chunks(form.keys, 0, True), chunks(form.values, form.keys.bytes, False)
+    keys, values = chunks(form.keys, 0, joined), chunks(form.values, form.keys.bytes, 0)
     return keys, values, form.line_bytes, len(keys), len(values), cost(form.entry_bytes, beside)

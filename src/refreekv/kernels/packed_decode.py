@@ -277,6 +277,7 @@ def launch_packed_decode(
     extra: int = 24,
     beside: int = 0,
     least: int = LEAST_ENTRIES,
+    joined: int = 16,
     warps: int | None = None,
     stages: int | None = None,
     each: int | None = None,
@@ -295,7 +296,7 @@ def launch_packed_decode(
         As in `kernels.packed_attention`.
     value_size : int
         Head size of the values.
-    programs, block, exact_block, extra, beside, least, warps, stages, each, assembly, early
+    programs, block, exact_block, extra, beside, least, joined, warps, stages, each, assembly, early
         To be measured; ``each`` programs have registers on a multiprocessor.
     """
     segments, (batch, heads, _, size) = exact.shape[0], query.shape
@@ -315,7 +316,7 @@ def launch_packed_decode(
         each = WARPS // warps
     if programs is None:
         programs = each * multiprocessors(query.device)
-    levels = tuple(level_of(form, beside) for form in forms)
+    levels = tuple(level_of(form, beside, joined) for form in forms)
     exact_cost = cost(exact_block * (size + value_size) * query.dtype.itemsize / block, beside)
     costs = (exact_cost, *(level[5] for level in levels))
     most = max(1, least // block) * max(costs)

@@ -269,7 +269,7 @@ def _levels(forms: tuple[PackedFormat, ...], page_bytes: int, block: int) -> tup
     found = []
     for form in forms:
         cost = max(1, round(block * form.entry_bytes / COST))
-        found.append((*level_of(form, 0)[:5], page_bytes // form.entry_bytes, cost))
+        found.append((*level_of(form)[:5], page_bytes // form.entry_bytes, cost))
     return tuple(found)
 
 
