@@ -304,7 +304,7 @@ def launch_packed_decode(
     half = query.dtype.itemsize == 2
     if query.stride(-1) != 1:
         query = query.contiguous()
-    small = max(size, value_size) <= 128
+    small = max(size, value_size) <= 128 and group <= 8
     if warps is None:
         # One warp waits for no other, and unpacks no value that another one does, too.
         warps = (1 if small else 2) if half else 4
