@@ -427,12 +427,6 @@ UNPACKED = {
     "heads of 80": {"levels": ("6444", "8642"), "sizes": (80, 80)},
     "heads of 96 and 64": {"levels": ("8888", "6666"), "sizes": (96, 64)},
     "heads of 128": {"levels": ("8888", "4444"), "sizes": (128, 128), "lengths": [90, 0]},
-    "six bits of 128": {
-        "levels": [("8866", "6666"), ("6666", "6666")],
-        "sizes": (128, 128),
-        "lengths": [90, 0, 64, 33],
-    },
-    "six bits of 256": {"levels": [("8866", "6666")], "sizes": (256, 256), "lengths": [40, 31]},
     "heads of 256": {"levels": ("6666", "4444"), "sizes": (256, 256), "lengths": [20, 31]},
 }
 
