@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import Moments
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.core.quantisation import KVDtype, Ladder
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.quantisation import KVDtype, Ladder, centre_of
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
-from refreekv.kernels.paged_coding import Chosen, code_to_pages
+from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
@@ -137,15 +137,19 @@ class Case:
         listed = torch.zeros(LAYERS, len(forms), HEADS, max(1, int(own.max())), dtype=torch.int32)
         for (layer, head, rung), entries in lists.items():
             listed[layer, rung, head, : len(entries)] = torch.tensor(entries, dtype=torch.int32)
-        chosen = Chosen.of(listed.to(self.device), own, forms)
-        for layer in range(LAYERS):
-            everything = torch.stack([self.token(row, layer, p) for p in range(self.prompts[row])], 1)[None]
-            keys, values = everything.split(self.size, -1)
-            means = [part.float().mean(2) for part in (keys, values)]
-            coded.key_means[layer, slot], coded.value_means[layer, slot] = (m[0] for m in means)
-            maps = (PackedMaps.rotated if codes is None else codes[layer].maps)(*means, self.dtype)
-            firsts_here = [int(first[layer]) for first in firsts_of]
-            code_to_pages(self.pool, forms, maps, keys, values, chosen, layer, firsts_here, pages)
+        prompt = self.prompts[row]
+        source = Source.in_blocks(self.pool, self.block_table[row], prompt)
+        means = centres_in_blocks(self.pool, self.block_table[row], prompt)
+        everything = torch.stack(
+            [torch.stack([self.token(row, layer, p) for p in range(prompt)], 1) for layer in range(LAYERS)]
+        )
+        for found, part in zip(means, everything.split(self.size, -1), strict=True):
+            close = 1e-5 if self.dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found, centre_of(part).float(), atol=close, rtol=close)
+        coded.key_means[:, slot], coded.value_means[:, slot] = means
+        chosen = Chosen.of(source.lines[listed.to(self.device)], own, forms)
+        maps = coded.maps.around(*means)
+        code_to_pages(self.pool, forms, maps, source, chosen, [int(first[0]) for first in firsts_of], pages)
         assert page <= LAYERS * len(pages)
         self.table.segments[:, slot] = 0
         self.table.segments[:, slot, :, 0], self.table.segments[:, slot, :, 1] = firsts, exact

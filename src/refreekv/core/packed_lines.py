@@ -437,6 +437,25 @@ class PackedMaps:
             changed |= {name: getattr(self, name)[:, index] for name in ("key_sum", "value_sum")}
         return replace(self, **changed)
 
+    @classmethod
+    def joined(cls, parts: Sequence["PackedMaps"]) -> "PackedMaps":
+        """The rows of all of these, one behind the other."""
+        tensors = list(zip(*(part.tensors for part in parts), strict=True))
+        return cls(*(torch.cat(some) for some in tensors[:10]), *(torch.cat(some, 1) for some in tensors[10:]))
+
+    def around(self, key_mean: Tensor, value_mean: Tensor) -> "PackedMaps":
+        """The same with these means ``[B, H_kv, D]`` and ``[B, H_kv, Dv]``, in float32."""
+        keys, values = key_mean.contiguous(), value_mean.contiguous()
+        return replace(
+            self, key_mean=keys, value_mean=values, key_offset=_offset(self.key_matrix, keys),
+            value_offset=_offset(self.value_matrix, values),
+        )  # fmt: skip
+
+    def of_span(self, rows: slice) -> "PackedMaps":
+        """Those of some rows that follow each other, as views."""
+        own = [part[rows] if len(part) > 1 else part for part in self.tensors[:10]]
+        return PackedMaps(*own, *(part[:, rows] if part.shape[1] > 1 else part for part in self.tensors[10:]))
+
     def entries(self, keys: Tensor, values: Tensor, row: int, head: int) -> tuple[Tensor, Tensor]:
         """Entries ``[n, D]`` of a segment whose keys and values in code space these are."""
         own = self.of_segment(row, head)

@@ -13,6 +13,7 @@ pruned before there are private blocks for it. A negative number in a list, ``-1
 tensor of the segment's own: an entry that no block holds (a surrogate).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,6 +106,25 @@ class Pool:
         """Coded lines of a page."""
         return self.lines * 2 * self.size * self.cache.element_size() // form.entry_bytes
 
+    @functools.cached_property
+    def begins(self) -> Tensor:
+        """Where each layer's and head's first token is: int64 ``[layers, H_kv, 4]``, as `kernels.table` has segments.
+
+        Lines are of as many elements as a key has: those of keys from the key on, those of values from the value on.
+        """
+        item, size = self.cache.element_size(), self.size
+        block, token, head = self.shared_strides()
+        begins = self.offsets[:, None] * (UNIT * item) + self.cache.data_ptr()
+        begins = begins + torch.arange(self.heads, device=begins.device) * (head * item)
+        lines = ((len(self.cache) - 1) * block + (self.tokens - 1) * token) // size + 1
+        held = torch.full_like(begins, lines)
+        return torch.stack([begins, begins + size * item, held, held], -1)
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether tokens are lines of that many elements: else blocks begin between two."""
+        return all(stride % self.size == 0 for stride in self.shared_strides())
+
     def pages_for(self, lines: int) -> int:
         """Pages that hold so many lines."""
         return -(-lines // self.lines)
@@ -137,6 +157,8 @@ class Coded:
         first private page.
     key_means, value_means : Tensor
         float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were coded.
+    maps : PackedMaps
+        Each layer's into code space, or of one row that is all layers', around nothing.
     key_duals : tuple of Tensor
         Of each layer float32 ``[H_kv, D, D]``: takes queries to code space, from their left.
     key_bounds : tuple of Tensor
@@ -149,6 +171,7 @@ class Coded:
     segments: Tensor
     key_means: Tensor
     value_means: Tensor
+    maps: PackedMaps
     key_duals: tuple[Tensor, ...]
     key_bounds: tuple[Tensor, ...]
     rotation: Tensor
@@ -184,16 +207,18 @@ class Coded:
         segments = torch.zeros(*shape, len(forms), 2, dtype=torch.int64, device=device)
         none = torch.zeros(1, pool.heads, pool.size, device=device)
         if codes is None:
-            maps = [PackedMaps.rotated(none, none, dtype)] * pool.layers
+            maps = PackedMaps.rotated(none, none, dtype)
         else:
-            maps = [own.maps(none, none, dtype) for own in codes]
+            maps = PackedMaps.joined([own.maps(none, none, dtype) for own in codes])
         return cls(
             tuple(forms),
             segments,
             means[0],
             means[1],
-            tuple(own.key_dual[0] for own in maps),
-            tuple(own.key_bound[0] for own in maps),
+            maps,
+            tuple(maps.key_dual.expand(pool.layers, -1, -1, -1).unbind(0)),
+            # Each in memory of its own, which is aligned: else kernels would be compiled once more.
+            tuple(own.clone() for own in maps.key_bound.expand(pool.layers, -1).unbind(0)),
             rotation_like(pool.size, device, dtype),
         )
 

@@ -1,4 +1,4 @@
-"""Coding a prompt's entries on their way to private pages, layer by layer, a segment for each rung and head."""
+"""Coding a prompt's entries on their way to private pages: of several layers at once, a launch a rung."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,8 +8,76 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.quantisation import SINKS
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.paged import Pool, upload
+
+
+class Source(NamedTuple):
+    """Where a prompt's entries are, of some layers: counted in lines of as many elements as a key has.
+
+    Attributes
+    ----------
+    table : Tensor
+        int64 ``[layers, H_kv, 4]``: segments of exact entries, as `kernels.table` has them.
+    lines : Tensor
+        int32 ``[n]``: each token's line in all of them.
+    """
+
+    table: Tensor
+    lines: Tensor
+
+    @classmethod
+    def in_blocks(cls, pool: Pool, blocks: Tensor, prompt: int) -> "Source":
+        """In ordinary blocks, int32 ``[.]``, of a pool that has lines: all layers."""
+        block, token, _ = (stride // pool.size for stride in pool.shared_strides())
+        position = torch.arange(prompt, dtype=torch.int32, device=blocks.device)
+        return cls(pool.begins, blocks[position // pool.tokens] * block + position % pool.tokens * token)
+
+    @classmethod
+    def copied(cls, entries: Tensor) -> "Source":
+        """One layer's in a tensor ``[H_kv, n, 2 * D]``, contiguous, that has to live as long as this is used."""
+        assert entries.is_contiguous()
+        heads, prompt, width = entries.shape
+        item, device = entries.element_size(), entries.device
+        begins = torch.arange(heads, device=device) * (prompt * width * item) + entries.data_ptr()
+        held = torch.full_like(begins, 2 * prompt - 1)
+        table = torch.stack([begins, begins + width // 2 * item, held, held], -1)[None]
+        return cls(table, 2 * torch.arange(prompt, dtype=torch.int32, device=device))
+
+    def of_layers(self, layers: slice) -> "Source":
+        """Those of some layers."""
+        return self._replace(table=self.table[layers])
+
+
+def centres_in_blocks(pool: Pool, blocks: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """`core.quantisation.centre_of` of a prompt's keys and values in all layers, in few launches.
+
+    Parameters
+    ----------
+    pool : Pool
+        The cache.
+    blocks : Tensor
+        int32 ``[.]``: ordinary blocks.
+    prompt : int
+        Tokens.
+
+    Returns
+    -------
+    keys, values : Tensor
+        ``[layers, H_kv, D]`` in float32, with the entries' precision.
+    """
+    first = SINKS if prompt > SINKS else 0
+    if pool.cache.is_cuda:
+        from refreekv.kernels.paged_storage import launch_sum
+
+        total = launch_sum(blocks, pool, first, prompt)
+    else:
+        from refreekv.kernels import paged_reference
+
+        total = paged_reference.sum_of_blocks(pool, blocks, first, prompt)
+    keys, values = (total / (prompt - first)).to(pool.cache.dtype).float().split(pool.size, -1)
+    return keys, values
 
 
 class Chosen(NamedTuple):
@@ -20,11 +88,11 @@ class Chosen(NamedTuple):
     counts : Tensor
         int64 ``[layers, H_kv, R]``, in host memory.
     tables, spans : Tensor
-        int64 ``[layers, R, H_kv, 4]`` and ``[layers, R, H_kv, 3]``: as `kernels.pack_lines` is told.
+        int64 ``[R, layers * H_kv, 4]`` and ``[R, layers * H_kv, 3]``: as `kernels.pack_lines` is told.
     lines, factors : tuple of Tensor
-        Of each rung, room for the layer that has most.
+        Of each rung, one layer's and head's behind the other's.
     listed : Tensor
-        int32 ``[layers, R, H_kv, n]``: the entries, which the spans name.
+        int32 ``[layers, R, H_kv, n]``: lines of a `Source`, which the spans name.
     """
 
     counts: Tensor
@@ -39,18 +107,17 @@ class Chosen(NamedTuple):
         """The first ``counts`` entries of each list, in these formats; everything is told the device at once."""
         assert listed.is_contiguous()
         layers, rungs, heads, length = listed.shape
-        device = listed.device
-        most = counts.sum(1).amax(0).tolist() if layers else [0] * rungs
+        device, totals = listed.device, counts.sum((0, 1)).tolist()
         lines = tuple(
             torch.empty(count, form.line_bytes, dtype=torch.uint8, device=device)
-            for count, form in zip(most, forms, strict=True)
+            for count, form in zip(totals, forms, strict=True)
         )
-        factors = tuple(torch.empty(count, FACTOR_BYTES, dtype=torch.uint8, device=device) for count in most)
-        by_rung = counts.transpose(1, 2)  # [layers, R, H_kv]
+        factors = tuple(torch.empty(count, FACTOR_BYTES, dtype=torch.uint8, device=device) for count in totals)
+        by_rung = counts.permute(2, 0, 1).flatten(1)  # [R, layers * H_kv]
         begins = by_rung.cumsum(-1) - by_rung
         at = [torch.tensor([part.data_ptr() for part in parts])[:, None] for parts in (lines, factors)]
         each = torch.tensor([form.line_bytes for form in forms])[:, None]
-        numbered = torch.arange(layers * rungs * heads).view(layers, rungs, heads)
+        numbered = torch.arange(layers * rungs * heads).view(layers, rungs, heads).transpose(0, 1).flatten(1)
         address = listed.data_ptr() + numbered * length * listed.element_size()
         told = torch.stack(
             [at[0] + begins * each, at[1] + begins * FACTOR_BYTES, by_rung, by_rung, address, by_rung, 0 * by_rung], -1
@@ -64,43 +131,38 @@ def code_to_pages(
     pool: Pool,
     forms: Sequence[PackedFormat],
     maps: PackedMaps,
-    keys: Tensor,
-    values: Tensor,
+    source: Source,
     chosen: Chosen,
-    layer: int,
     firsts: Sequence[int],
     pages: Tensor,
 ) -> None:
-    """Code entries of one layer and write them to coded lines, one head's behind the other's.
+    """Code entries of some layers and write them to coded lines, one layer's and head's behind the other's.
 
     Parameters
     ----------
     pool : Pool
         The cache.
     forms, maps : sequence of PackedFormat, PackedMaps
-        Of the lines of each rung, and into code space.
-    keys, values : Tensor
-        ``[1, H_kv, n, D]``.
-    chosen, layer : Chosen, int
-        Which entries, and which of its layers this is.
+        Of the lines of each rung, and of each layer into code space.
+    source, chosen : Source, Chosen
+        Where the layers' entries are, and lines of which.
     firsts : sequence of int
-        The layer's first line in each rung, counted in lines of the rung.
+        The first line in each rung, counted in lines of the rung.
     pages : Tensor
         int32 ``[.]``: the private blocks.
     """
-    counts = chosen.counts[layer]  # [H_kv, R]
-    totals, most = counts.sum(0).tolist(), counts.amax(0).tolist()
-    if not any(totals):
+    keys, values = pool.cache.split(pool.size, -1)  # for their type
+    exact, most = source.table.flatten(0, 1), chosen.counts.amax((0, 1)).tolist()
+    if not any(most):
         return
-    tables, spans, end = chosen.tables[layer], chosen.spans[layer], keys.shape[2]
-    rungs = zip(forms, tables, spans, most, strict=True)
+    rungs = zip(chosen.tables, forms, chosen.spans, most, strict=True)
     kernels.pack_rungs(
-        [Transfer(keys, values, None, table, form, maps, some, end, n, None) for form, table, some, n in rungs]
+        [Transfer(keys, values, exact, table, form, maps, spans, 0, n, None) for table, form, spans, n in rungs]
     )
-    for rung, (form, first, total) in enumerate(zip(forms, firsts, totals, strict=True)):
-        if not total:
+    for rung, (form, first) in enumerate(zip(forms, firsts, strict=True)):
+        lines, factors = chosen.lines[rung], chosen.factors[rung]
+        if not len(lines):
             continue
-        lines, factors = chosen.lines[rung][:total], chosen.factors[rung][:total]
         if pool.cache.is_cuda:
             from refreekv.kernels.paged_storage import launch_spread
 

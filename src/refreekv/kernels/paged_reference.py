@@ -73,6 +73,16 @@ def move_to_pages(
                 _view(pool, _line(pool, pages, first + new)).copy_(entry)
 
 
+def sum_of_blocks(pool: Pool, blocks: Tensor, first: int, prompt: int) -> Tensor:
+    """Add up the entries from position ``first`` on: ``[layers, H_kv, 2 * D]`` in float32."""
+    found = [
+        _read(pool, [_token(pool, layer, head, blocks, position) for position in range(first, prompt)]).float().sum(0)
+        for layer in range(pool.layers)
+        for head in range(pool.heads)
+    ]
+    return torch.stack(found).view(pool.layers, pool.heads, 2 * pool.size)
+
+
 def spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
     """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
     for index, (line, factor) in enumerate(zip(lines, factors, strict=True)):

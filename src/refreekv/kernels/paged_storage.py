@@ -1,5 +1,6 @@
-"""Writing to private pages in Triton: entries as they are, and coded lines."""
+"""Writing to private pages in Triton: entries as they are, and coded lines; and sums of what ordinary blocks hold."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.paged import COLUMNS, UNIT, PagedTable, Pool
-from refreekv.kernels.paged_exact import line_at, listed_at
+from refreekv.kernels.paged_exact import line_at, listed_at, token_at
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _UNIT = tl.constexpr(UNIT)
@@ -62,6 +63,40 @@ def _paged_spread_kernel(
     source = lines.to(tl.pointer_type(tl.int64)) + entry[:, None].to(tl.int64) * (LINE // 8) + w[None, :]
     target = (bytes_of + at + (line % CODED_LINES) * LINE).to(tl.pointer_type(tl.int64))
     tl.store(target[:, None] + w[None, :], tl.load(source, real), real)
+
+
+@triton.jit(do_not_specialize=["first", "prompt"])
+def _paged_sum_kernel(
+    pool, offsets, blocks, sums, first, prompt, block_stride, token_stride, head_stride,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one layer and head added up, channel by channel."""
+    layer, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    own = tl.load(offsets + layer)
+    w = tl.arange(0, BLOCK_W)
+    total = tl.zeros([BLOCK, BLOCK_W], tl.float32)
+    for start in range(0, EACH, BLOCK):
+        position = first + tl.program_id(0) * EACH + start + tl.arange(0, BLOCK)
+        inside = position < prompt
+        at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
+        total += tl.load(pool + at[:, None] + w[None, :], inside[:, None] & (w < WIDTH)[None, :], 0.0).to(tl.float32)
+    into = sums + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+    tl.store(into + w, tl.sum(total, 0), w < WIDTH)
+
+
+@on_its_device
+def launch_sum(blocks: Tensor, pool: Pool, first: int, prompt: int) -> Tensor:
+    """Add up the entries from position ``first`` on: ``[layers, H_kv, 2 * D]`` in float32."""
+    width, segments, each = 2 * pool.size, pool.layers * pool.heads, 256
+    programs = triton.cdiv(prompt - first, each)
+    sums = torch.empty(programs, segments, width, dtype=torch.float32, device=pool.cache.device)
+    _paged_sum_kernel[(programs, segments)](
+        pool.cache, pool.offsets, blocks, sums, first, prompt, *pool.shared_strides(),
+        HEADS=pool.heads, WIDTH=width, BLOCK_W=triton.next_power_of_2(width), EACH=each, BLOCK=16, TOKENS=pool.tokens,
+        num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0).view(pool.layers, pool.heads, width)
 
 
 @on_its_device

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.engines.vllm.gpu import trial
+from refreekv.engines.vllm.gpu.coding import code_prompt
 from refreekv.engines.vllm.gpu.held import Held, begins
-from refreekv.engines.vllm.gpu.kept import AT_ONCE, KeptPrompt, layer_kept
+from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
 from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
@@ -31,8 +32,8 @@ from refreekv.kernels.paged import (
     paged_attention,
     upload,
 )
-from refreekv.kernels.paged_coding import Chosen, code_to_pages
 from refreekv.policies import Policy
+from refreekv.policies.full import Full
 
 
 class KeptState:
@@ -79,8 +80,10 @@ class KeptState:
         groups: int = 1,
     ):
         self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
-        self.pool = Pool.of([layer.module.kv_cache for layer in layers.values()])
+        self._caches = [layer.module.kv_cache for layer in layers.values()]
+        self.pool = Pool.of(self._caches)
         self.ladder, self.rank, self.ranks, self.groups = ladder, rank, ranks, groups
+        self._evicts = policy.frozen_layers != "all" and not isinstance(policy, Full)
         self.heads = ranks * self.pool.heads
         """KV heads of all ranks."""
         self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)
@@ -237,7 +240,7 @@ class KeptState:
         for part in step.prompts:
             tracked = part.tracked
             assert tracked.probes is not None
-            frozen = self.policy.freezes(index)
+            frozen = not self._evicts or self.policy.freezes(index)
             if not frozen and len(part.index):
                 tracked.probes.queries.setdefault(index, []).append(query[part.index])
             if not part.ends:
@@ -348,61 +351,10 @@ class KeptState:
         blocks = self._blocks_of(slot)
         move_to_pages(self.pool, self.table, slot, blocks, places[:2], pages, int(exact.max()), SINKS)
         if self.table.coded is not None:
-            self._code(self.table.coded, kept, slot, blocks, held.rungs, starts, pages)
+            code_prompt(self.pool, self._caches, self.table.coded, kept, slot, blocks, held.rungs, starts, pages)
         line = torch.zeros_like(self.table.segments[:, slot])
         line[..., FIRST], line[..., HELD] = places[0], places[2]
         self.table.segments[:, slot] = line
         self.table.pages[slot, : len(pages)] = pages
         # What was decided stays in bits, should the request be preempted.
         kept.lists = None
-
-    def _code(
-        self,
-        coded: Coded,
-        kept: KeptPrompt,
-        slot: int,
-        blocks: Tensor,
-        counts: Tensor,
-        starts: list[int],
-        pages: Tensor,
-    ) -> None:
-        """Code entries of each layer and head: ``counts`` ``[L, H_kv, R]`` of them, those of a rung from a page on."""
-        firsts = torch.stack([begins(own) for own in counts.unbind(-1)], -1)
-        for rung, (start, form) in enumerate(zip(starts, self.forms, strict=True)):
-            firsts[..., rung] += start * self.pool.coded_lines(form)
-        used = blocks[: -(-kept.prompt // self.block)].long()
-        ordered = sorted(self.layers.values(), key=lambda layer: layer.facts.index)
-        # Lists of all layers at once would be larger than what is kept.
-        each = max(1, AT_ONCE // (len(self.forms) * self.pool.heads * kept.prompt))
-        for start in range(0, len(ordered), each):
-            some = slice(start, start + each)
-            chosen = Chosen.of(kept.coded_lists(some), counts[some], self.forms)
-            for layer in ordered[some]:
-                self._code_layer(coded, kept, layer, slot, used, chosen, start, firsts, pages)
-        coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), self.device)
-
-    def _code_layer(
-        self,
-        coded: Coded,
-        kept: KeptPrompt,
-        layer: Layer,
-        slot: int,
-        used: Tensor,
-        chosen: Chosen,
-        start: int,
-        firsts: Tensor,
-        pages: Tensor,
-    ) -> None:
-        """Code one layer's entries; ``chosen`` begins with layer ``start``."""
-        index, cache = layer.facts.index, layer.module.kv_cache
-        # [blocks, N, H_kv, 2 * D] to [H_kv, n, 2 * D]
-        entries = cache.transpose(1, 2)[used].flatten(0, 1)[: kept.prompt].transpose(0, 1)
-        means = [centre_of(part) for part in entries.split(self.pool.size, -1)]
-        entries = kept.with_surrogates(entries, index)
-        keys, values = entries[None].split(self.pool.size, -1)
-        coded.key_means[index, slot], coded.value_means[index, slot] = means
-        made = PackedMaps.rotated if self._codes is None else self._codes[index].maps
-        maps = made(means[0][None], means[1][None], cache.dtype)
-        code_to_pages(
-            self.pool, self.forms, maps, keys, values, chosen, index - start, firsts[index, 0].tolist(), pages
-        )

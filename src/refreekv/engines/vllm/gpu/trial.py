@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows, paged_attention
-from refreekv.kernels.paged_coding import Chosen, code_to_pages
+from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages
 from refreekv.storage.trial import CLOSE
 from refreekv.storage.warm_up import available_cores
 
@@ -84,29 +84,36 @@ def _compile(
 def _coded(
     device: torch.device, like: Pool, forms: Sequence[PackedFormat], codes: KeyCodes | None, each: int = EACH
 ) -> tuple[Pool, PagedTable]:
-    """Pages with ``each`` made-up entries of a head in each rung; the sequence's tail is in the blocks from 1 on."""
+    """Pages with ``each`` made-up entries of a head in each rung, coded out of the last blocks.
+
+    The sequence's tail is in the blocks from 1 on.
+    """
     generator = torch.Generator().manual_seed(0)
     rungs, heads, size, dtype = len(forms), like.heads, like.size, like.cache.dtype
     lines = [like.coded_lines(form) for form in forms]
     needed = [-(-heads * each // own) for own in lines]
     ordinary = -(-TAIL // like.tokens)
-    blocks = 1 + ordinary - (-sum(needed) // like.layers)
-    memory = torch.randn(like.layers, blocks, like.tokens, heads, 2 * size, generator=generator).to(device, dtype)
+    blocks, prompt = 1 + ordinary - (-sum(needed) // like.layers), rungs * EACH
+    read = torch.arange(blocks, blocks - (-prompt // like.tokens), dtype=torch.int32)
+    memory = torch.randn(like.layers, blocks + len(read), like.tokens, heads, 2 * size, generator=generator)
+    memory[:, blocks:] += 0.5
+    memory = memory.to(device, dtype)
     pool = Pool.of([part.transpose(1, 2) for part in memory])
-    entries = torch.randn(1, heads, rungs * EACH, 2 * size, generator=generator) + 0.5
-    keys, values = entries.to(device, dtype).split(size, -1)
-    key_mean, value_mean = keys.float().mean(2), values.float().mean(2)
+    used = read.to(device)
+    source = Source.in_blocks(pool, used, prompt).of_layers(slice(0, 1))
+    means = [part[:1] for part in centres_in_blocks(pool, used, prompt)]
     table = PagedTable.empty(pool, 1, blocks)
     coded = Coded.empty(pool, 1, forms, None if codes is None else [codes] * pool.layers)
-    coded.key_means[0, 0], coded.value_means[0, 0] = key_mean[0], value_mean[0]
+    coded.key_means[0, 0], coded.value_means[0, 0] = means[0][0], means[1][0]
     counts = torch.full((1, heads, rungs), each)
     # [1, R, H_kv, n]: each rung has every R-th entry
     numbers = torch.arange(rungs * EACH, dtype=torch.int32).view(EACH, rungs).T
-    chosen = Chosen.of(numbers[None, :, None].expand(1, -1, heads, -1).contiguous().to(device), counts, forms)
+    listed = source.lines[numbers.to(device)][None, :, None].expand(1, -1, heads, -1).contiguous()
+    chosen = Chosen.of(listed, counts, forms)
     pages = torch.arange(1 + ordinary, blocks, dtype=torch.int32)
     firsts = [sum(needed[:rung]) * lines[rung] for rung in range(rungs)]
-    maps = (PackedMaps.rotated if codes is None else codes.maps)(key_mean, value_mean, dtype)
-    code_to_pages(pool, forms, maps, keys, values, chosen, 0, firsts, pages.to(device))
+    maps = coded.maps.around(*means).of_span(slice(0, 1))
+    code_to_pages(pool, forms, maps, source, chosen, firsts, pages.to(device))
     table.pages[0, : len(pages)] = pages.to(device)
     first = torch.tensor(firsts) + each * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
