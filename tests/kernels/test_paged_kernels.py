@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import Moments
-from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder, centre_of
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
@@ -15,7 +15,9 @@ from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, cod
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
 from refreekv.kernels.paged_levels import launch_paged_levels
-from refreekv.kernels.paged_storage import launch_move, launch_spread
+from refreekv.kernels.packed_calls import Transfer
+from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.paged_storage import launch_move, launch_spread, launch_sum
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
 
@@ -291,6 +293,72 @@ def test_coded_entries(dtype, device, close, kind, counts, own):
         assert 1e-4 < (want - full).norm() / full.norm() < most
     else:
         assert 1e-4 < (out.double().cpu() - full).norm() / full.norm() < most
+
+
+@pytest.mark.parametrize("spanned", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "k4v2+k6v4"])
+def test_rows_beside_a_prompt(dtype, device, close, kind, spanned):
+    """Other queries of the step are let alone, and those of the rows get what they get by themselves."""
+    case, counts, lengths, before, behind = Case(dtype, device, size=64), (1, 3, 2), [50, 80, 60], 7, 9
+    case.code(1, kind, by_kernel)
+    query = queries(case, (before, *counts, behind))
+    mine, rows = slice(before, before + sum(counts)), rows_of(case, counts, lengths)
+    told = case.pool, 1, case.block_table
+    alone = torch.empty_like(query[mine])
+    launch_paged_levels(
+        query[mine].contiguous(), *told, rows._replace(whole=True), case.table, alone, 0.2, None, None
+    )
+    shifted = rows._replace(
+        begins=rows.begins + before, ends=rows.ends + before, span=(before, mine.stop) if spanned else None
+    )
+    out = torch.full_like(query, 3.0)
+    launch_paged_levels(query, *told, shifted, case.table, out, 0.2, None, None)
+    close(out[mine], alone.double().cpu())
+    assert (out[:before] == 3).all()
+    assert (out[mine.stop :] == 3).all()
+
+
+def test_sums_of_blocks(dtype, device, close):
+    """Of a prompt of more than a program's share, all layers and heads, and nothing of what is behind it."""
+    case = Case(dtype, device, size=16)
+    blocks, prompt = torch.randperm(BLOCKS, generator=case.generator).int().to(device), 31 * TOKENS + 5
+    total = launch_sum(blocks, case.pool, 4, prompt)
+    for layer, cache in enumerate(case.caches):
+        entries = cache.transpose(1, 2)[blocks.long()].flatten(0, 1)[4:prompt]  # [n, H_kv, 2 * D]
+        close(total[layer] / 100, entries.double().sum(0).cpu() / 100)
+    if device == "cpu":
+        torch.testing.assert_close(total, paged_reference.sum_of_blocks(case.pool, blocks, 4, prompt))
+
+
+@pytest.mark.parametrize("kind", ["int4", "k6v4"])
+def test_coding_out_of_blocks(dtype, device, kind):
+    """Entries are found in blocks in any order, in all layers and heads: the lines are those of a copy."""
+    case = Case(dtype, device, size=64, by_head=kind == "int4")
+    form, prompt = KVDtype(kind).form((64, 64)), 5 * TOKENS + 3
+    blocks = torch.randperm(BLOCKS, generator=case.generator)[:6].int().to(device)
+    source = Source.in_blocks(case.pool, blocks, prompt)
+    maps = PackedMaps.rotated(*centres_in_blocks(case.pool, blocks, prompt), dtype)
+    counts = torch.randint(0, prompt, (LAYERS, HEADS, 1), generator=case.generator)
+    order = torch.stack([torch.randperm(prompt, generator=case.generator) for _ in range(LAYERS * HEADS)])
+    listed = order.int().view(LAYERS, 1, HEADS, prompt).to(device)
+    chosen = Chosen.of(source.lines[listed], counts, [form])
+    keys, values = case.pool.cache.split(64, -1)
+    table = source.table.flatten(0, 1)
+    launch_pack(
+        Transfer(keys, values, table, chosen.tables[0], form, maps, chosen.spans[0], 0, int(counts.max()), None)
+    )
+    at = 0
+    for layer, cache in enumerate(case.caches):
+        entries = cache.transpose(1, 2)[blocks.long()].flatten(0, 1).transpose(0, 1)[None]  # [1, H_kv, n, 2 * D]
+        copy = Chosen.of(listed[layer : layer + 1], counts[layer : layer + 1], [form])
+        dense = entries.split(64, -1)
+        mine = maps.of_span(slice(layer, layer + 1))
+        launch_pack(Transfer(*dense, None, copy.tables[0], form, mine, copy.spans[0], prompt, prompt, None))
+        count = int(counts[layer].sum())
+        assert torch.equal(chosen.lines[0][at : at + count], copy.lines[0])
+        assert torch.equal(chosen.factors[0][at : at + count], copy.factors[0])
+        at += count
+    assert at == len(chosen.lines[0])
 
 
 @pytest.mark.parametrize("more", [{"softcap": 5.0}, {"sinks": True}], ids=["cap", "sinks"])

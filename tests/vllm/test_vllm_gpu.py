@@ -38,6 +38,14 @@ FEW, HYBRID_FEW = 36 * 64 << 10, 104 * 32 << 10
 tokens have no block, whatever the policy. (The first prompt is no longer than a sliding window.)"""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exactly():
+    """Products of float32 in vLLM's own Triton kernels are of float32: by themselves they are TF32's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny"), layers=4)

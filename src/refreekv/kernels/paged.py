@@ -273,6 +273,8 @@ class Rows(NamedTuple):
         Most queries of a row.
     whole : bool
         Whether all queries of the step are in rows, or nobody's.
+    span : tuple of (int, int) or None
+        Where the first row begins and the last one ends, as the host knows; None: anywhere.
     """
 
     begins: Tensor
@@ -282,6 +284,7 @@ class Rows(NamedTuple):
     slots: Tensor
     longest: int
     whole: bool = False
+    span: tuple[int, int] | None = None
 
 
 def paged_attention(

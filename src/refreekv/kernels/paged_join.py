@@ -111,10 +111,10 @@ def prepare(
     return out, scales, shifts
 
 
-@triton.jit(do_not_specialize=["begins", "ends", "slots", "parts"])
+@triton.jit(do_not_specialize=["begins", "ends", "slots", "parts", "skipped"])
 def _paged_join_kernel(
     partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
-    group, parts, so_t, so_h,
+    group, parts, so_t, so_h, skipped,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, SIX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     EACH: tl.constexpr, RUNGS: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def _paged_join_kernel(
             mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
             own = tl.load(slots + row).to(tl.int64) * heads + head
             result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
-            at_coded = coded_out + (token * heads * group + query_head) * HEAD + d
+            at_coded = coded_out + ((token - skipped) * heads * group + query_head) * HEAD + d
             tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
@@ -170,12 +170,15 @@ def join(
     """Join parts of the softmax into ``output`` ``[T, H, D]``, at the rows' queries."""
     count, heads, shares, each, most, fields = parts.results.shape
     size = output.shape[-1]
-    coded_out, means, six = output, parts.denominators, 0
+    coded_out, means, six, first, mine = output, parts.denominators, 0, 0, output
     block = at_once = max(2, triton.next_power_of_2(shares))
     if coded is not None:
-        # To queries of others nothing may be added.
+        # To queries of others nothing may be added; beside a long prompt's these are a small part of all.
         make = torch.empty if rows.whole else torch.zeros
-        coded_out = make(output.shape, dtype=output.dtype, device=output.device)
+        if rows.span is not None:
+            first, last = rows.span
+            mine = output[first:last]
+        coded_out = make(mine.shape, dtype=output.dtype, device=output.device)
         means = coded.value_means[layer]
         # Compiled once, for however many rows; and no more at once than there are registers for.
         block, at_once = triton.next_power_of_2(max(shares, MOST_SHARES) * each), 16
@@ -183,8 +186,9 @@ def join(
     _paged_join_kernel[(count, heads, most)](
         parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
         output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
+        first,
         HEAD=size, FIELDS=fields, SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
         BLOCK_S=block, EACH=at_once, RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     if coded is not None:
-        output.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)
+        mine.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

@@ -199,6 +199,9 @@ class KeptState:
             return
         parts, limits = split_rows(computed, counts, prompts, most)
         step.parts, step.longest = upload(torch.from_numpy(parts), self.device), int(parts[2].max(initial=1))
+        if parts.shape[1]:
+            begins_at = starts[parts[0]] + parts[1]
+            step.span = int(begins_at.min()), int((begins_at + parts[2]).max())
         step.limits = upload(torch.from_numpy(limits), self.device)
         for row in np.flatnonzero(computed < prompts):
             request_id = batch.req_ids[row]

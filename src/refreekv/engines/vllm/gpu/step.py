@@ -60,6 +60,8 @@ class Step:
         int32 ``[most rows]``: each row's slot, and ``0, 1, …``.
     longest : int
         Most queries of a part.
+    span : tuple of (int, int) or None
+        Which of the step's queries the parts' are among.
     """
 
     slots: Tensor
@@ -68,6 +70,7 @@ class Step:
     limits: Tensor | None = None
     stock: bool = False
     parts: Tensor | None = None
+    span: tuple[int, int] | None = None
     prompts: list[PromptPart] = field(default_factory=list)
     ended: list[tuple[str, Tracked]] = field(default_factory=list)
 
@@ -83,7 +86,8 @@ class Step:
         begins = starts[at] + skipped
         stop = starts[at + 1]
         ends = torch.minimum(begins + most, stop)
-        return Rows(begins, ends, lengths[at] - (stop - ends), row.contiguous(), self.slots[at], self.longest)
+        lengths = lengths[at] - (stop - ends)
+        return Rows(begins, ends, lengths, row.contiguous(), self.slots[at], self.longest, span=self.span)
 
 
 def whole_rows(starts: Tensor, lengths: Tensor, slots: Tensor, numbered: Tensor, longest: int) -> Rows:
