@@ -14,9 +14,9 @@ from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, cod
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
-from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_storage import launch_pack
+from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move, launch_spread, launch_sum
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
@@ -305,9 +305,7 @@ def test_rows_beside_a_prompt(dtype, device, close, kind, spanned):
     mine, rows = slice(before, before + sum(counts)), rows_of(case, counts, lengths)
     told = case.pool, 1, case.block_table
     alone = torch.empty_like(query[mine])
-    launch_paged_levels(
-        query[mine].contiguous(), *told, rows._replace(whole=True), case.table, alone, 0.2, None, None
-    )
+    launch_paged_levels(query[mine].contiguous(), *told, rows._replace(whole=True), case.table, alone, 0.2, None, None)
     shifted = rows._replace(
         begins=rows.begins + before, ends=rows.ends + before, span=(before, mine.stop) if spanned else None
     )

@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
+from helpers.counting import counting
 from refreekv import policies
 from refreekv.core.key_codes import Moments
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
-from refreekv.engines.vllm.gpu import trial
+from refreekv.engines.vllm.gpu import coding, trial
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
@@ -69,7 +70,7 @@ class Driver:
         self.state.know_copy_scores([torch.tensor([0.0, 0.5]), *[torch.zeros(HEADS)] * (LAYERS - 1)])
         self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
         self.sequences, self.outcomes, self.orders, self.checked = {}, {}, StepOrders(), 0
-        self.error = 2e-5
+        self.error, self.longest = 2e-5, []
         self.ladder, self.coded = ladder, set()
         """Requests whose codes are compared with those of transformers."""
 
@@ -134,6 +135,7 @@ class Driver:
         common = SimpleNamespace(query_start_loc=torch.from_numpy(starts), seq_lens=lengths)
         step, block_table = self.state.step, self.table[torch.tensor(slots)]
         found_rows = step.rows(common)
+        self.longest.append(0 if found_rows is None else found_rows.longest)
         assert step.stock == watched
         for layer in range(LAYERS):
             name = f"layer{layer}"
@@ -284,6 +286,25 @@ def test_private_entries_may_be_coded(policy):
     driver.step(a=1, b=1)
 
 
+@pytest.mark.parametrize("formats", ["int4", "k4v2+k6v4"])
+@pytest.mark.parametrize("at_once", [1 << 20, 133 * HEADS])
+def test_layers_are_coded_together(monkeypatch, formats, at_once):
+    """One launch a rung for all of them, or for as many as there is memory for; the codes are the same."""
+    monkeypatch.setattr(coding, "AT_ONCE", at_once)
+    driver = Driver(f"{ADAPTIVE},code_unit=0.3", ladder=Ladder.parse(f"{formats}:recent=4"))
+    driver.add("a", 133)
+    driver.step(a=133)
+    driver.step(a=1)
+    driver.move("a")
+    orders, driver.orders = driver.orders, StepOrders()
+    with counting() as counts:
+        driver.state.begin_step(orders)
+    driver.coded = {"a"}
+    driver.step(a=1)
+    packs = sum(number for name, number in counts.launches.items() if name.startswith("kernels.pack_"))
+    assert 0 < packs <= len(driver.state.forms) * (1 if at_once > 1000 else LAYERS)
+
+
 @pytest.mark.parametrize("policy", [f"{ADAPTIVE},code_unit=0.3", "snapkv:ratio=0.7"], ids=["adaptive", "snapkv"])
 @pytest.mark.parametrize("own", [False, True], ids=["rotated", "model's"])
 @pytest.mark.parametrize("formats", ["k4v2+k4v4+k6v4+k7v6", "k4v2+int8:generated=0", "int4"])
@@ -376,6 +397,25 @@ def test_preempted_requests_see_the_same_again():
     driver.move("a")
     driver.step(a=1, b=1, c=30)
     driver.step(a=1, b=1, c=1)
+
+
+def test_an_answer_is_computed_again_by_the_kernel_of_single_tokens():
+    """However many of its tokens a step has: for more queries at once the kernel would be compiled meanwhile."""
+    driver = Driver("snapkv:ratio=0.4")
+    driver.add("a", 80)
+    driver.add("b", 50)
+    driver.step(a=80, b=50)
+    for _ in range(20):
+        driver.step(a=1, b=1)
+    driver.preempt("a")
+    checked = driver.checked
+    driver.step(a=97, b=1)
+    assert driver.state.step is None
+    assert driver.checked == checked + LAYERS * HEADS * GROUP * 18
+    assert driver.longest[-1] == 4
+    driver.step(a=3, b=1)
+    assert driver.longest[-1] <= 4
+    assert all(longest * GROUP <= 8 for longest in driver.longest)
 
 
 def test_preempted_before_the_prompt_has_ended():

@@ -49,13 +49,18 @@ def code_prompt(
     means = centres_in_blocks(pool, used, kept.prompt)
     coded.key_means[:, slot], coded.value_means[:, slot] = means
     maps = coded.maps.around(*means)
-    there = Source.in_blocks(pool, used, kept.prompt) if kept.lines is None and pool.has_lines else None
+    there = None
+    if kept.lines is None and pool.has_lines:
+        there = Source.in_blocks(pool, used, kept.prompt)
     # A copy of the entries themselves is some times larger than all else.
     each = 1 if there is None else max(1, AT_ONCE // (pool.heads * kept.prompt))
     for start in range(0, pool.layers, each):
         some = slice(start, start + each)
-        copy = _copy(caches[start], kept, used, start) if there is None else None
-        source = Source.copied(copy) if copy is not None else there.of_layers(some)
+        if there is None:
+            copy = _copy(caches[start], kept, used, start)  # lives as long as this
+            source = Source.copied(copy)
+        else:
+            source = there.of_layers(some)
         chosen = Chosen.of(source.lines[kept.coded_lists(some)], counts[some], coded.forms)
         code_to_pages(pool, coded.forms, maps.of_span(some), source, chosen, firsts[start, 0].tolist(), pages)
     coded.segments[:, slot] = upload(torch.stack([firsts, counts], -1), pool.cache.device)

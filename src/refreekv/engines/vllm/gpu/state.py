@@ -23,7 +23,6 @@ from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import (
     FIRST,
     HELD,
-    MOST_QUERIES,
     Coded,
     PagedTable,
     Pool,
@@ -34,6 +33,9 @@ from refreekv.kernels.paged import (
 )
 from refreekv.policies import Policy
 from refreekv.policies.full import Full
+
+EASY = 8
+"""Queries of a KV head's group that the kernel of a step with one token a request has room for."""
 
 
 class KeptState:
@@ -64,6 +66,8 @@ class KeptState:
         one needs whose heads keep most.
     groups : int
         KV cache groups that the model has; one of them is pruned.
+    drafts : int
+        Queries of a request in a step that graphs hold: more than one with drafts.
     """
 
     def __init__(
@@ -78,12 +82,12 @@ class KeptState:
         rank: int = 0,
         ranks: int = 1,
         groups: int = 1,
+        drafts: int = 1,
     ):
         self.policy, self.layers, self.gather, self._blocks_of = policy, layers, gather, blocks_of
         self._caches = [layer.module.kv_cache for layer in layers.values()]
         self.pool = Pool.of(self._caches)
         self.ladder, self.rank, self.ranks, self.groups = ladder, rank, ranks, groups
-        self._evicts = policy.frozen_layers != "all" and not isinstance(policy, Full)
         self.heads = ranks * self.pool.heads
         """KV heads of all ranks."""
         self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)
@@ -94,6 +98,8 @@ class KeptState:
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
         self.group = next(iter(layers.values())).module.impl.num_heads // self.pool.heads
+        self.together = max(drafts, EASY // self.group, 1)
+        """Queries of a sequence that are read together: for more the kernel would be compiled once more."""
         self.requests: dict[str, Tracked] = {}
         self.step: Step | None = None
         self.slots = torch.zeros(slots, dtype=torch.int32, device=self.device)
@@ -192,12 +198,11 @@ class KeptState:
         starts: Ints = batch.query_start_loc_np[: count + 1]
         counts = np.diff(starts)
         prompts = self._prompts[slots]
-        most = MOST_QUERIES // self.group
         self.step = step = Step(self.slots, self.numbered, int(counts.max()))
         step.stock = bool((computed < prompts).any())
-        if not step.stock and step.longest <= most:
+        if not step.stock and step.longest <= self.together:
             return
-        parts, limits = split_rows(computed, counts, prompts, most)
+        parts, limits = split_rows(computed, counts, prompts, self.together)
         step.parts, step.longest = upload(torch.from_numpy(parts), self.device), int(parts[2].max(initial=1))
         if parts.shape[1]:
             begins_at = starts[parts[0]] + parts[1]
@@ -243,7 +248,8 @@ class KeptState:
         for part in step.prompts:
             tracked = part.tracked
             assert tracked.probes is not None
-            frozen = not self._evicts or self.policy.freezes(index)
+            # Whoever keeps everything needs to see nothing.
+            frozen = isinstance(self.policy, Full) or self.policy.freezes(index)
             if not frozen and len(part.index):
                 tracked.probes.queries.setdefault(index, []).append(query[part.index])
             if not part.ends:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows, paged_attention
+from refreekv.kernels.paged import LIST, LISTED, Coded, PagedTable, Pool, Rows, move_to_pages, paged_attention
 from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages
 from refreekv.storage.trial import CLOSE
 from refreekv.storage.warm_up import available_cores
@@ -113,11 +113,22 @@ def _coded(
     pages = torch.arange(1 + ordinary, blocks, dtype=torch.int32)
     firsts = [sum(needed[:rung]) * lines[rung] for rung in range(rungs)]
     maps = coded.maps.around(*means).of_span(slice(0, 1))
+    if len(pages):
+        _move_one(pool, table, used, pages.to(device))
     code_to_pages(pool, forms, maps, source, chosen, firsts, pages.to(device))
     table.pages[0, : len(pages)] = pages.to(device)
     first = torch.tensor(firsts) + each * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
     return pool, replace(table, coded=coded)
+
+
+def _move_one(pool: Pool, table: PagedTable, blocks: Tensor, pages: Tensor) -> None:
+    """Have the moving of exact entries compiled: what it writes is written over."""
+    zero = torch.zeros(1, dtype=torch.int32, device=pages.device)
+    table.segments[0, 0, :, LIST], table.segments[0, 0, :, LISTED] = zero.data_ptr(), 1
+    places = torch.zeros(2, pool.layers, pool.heads, dtype=torch.int64, device=pages.device)
+    move_to_pages(pool, table, 0, blocks, places, pages, 1)
+    table.segments.zero_()
 
 
 def _attended(of: tuple[Pool, PagedTable], group: int, scaling: float, softcap: float | None) -> Tensor:

@@ -20,7 +20,7 @@ from refreekv.engines.vllm.gpu import backend
 from refreekv.engines.vllm.gpu.runner import KeptModelRunner
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.spec import PrivateAttentionSpec
-from refreekv.engines.vllm.worker_side.calibration import measure_constants, measure_copy_scores
+from refreekv.engines.vllm.worker_side.calibration import measure_constants, measure_copy_scores, warm_up
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import MOST_QUERIES
@@ -102,6 +102,7 @@ class RefreekvGPUWorker(Worker):
             get_tensor_model_parallel_rank(),
             ranks,
             len(groups),
+            runner.decode_query_len,
         )
         connector.state = runner.kept = state
         for builder in builders:
@@ -118,6 +119,7 @@ class RefreekvGPUWorker(Worker):
         elif self._policy.reads_copy_scores:
             state.know_copy_scores(measure_copy_scores(*measured))
         self._try_codes(state)
+        warm_up(*measured)
         return super().compile_or_warm_up_model()
 
     def _try_codes(self, state: KeptState) -> None:

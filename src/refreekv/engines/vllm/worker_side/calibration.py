@@ -67,6 +67,18 @@ def measure_constants(runner: Any, state: Any, vllm_config: Any) -> tuple[list[T
     return scores, codes_of(first, others, len(starts), layers)
 
 
+def warm_up(runner: Any, state: Any, vllm_config: Any) -> None:
+    """Have a prompt read and decided about as any request's is, so that the first one waits for no compiler.
+
+    Parameters
+    ----------
+    runner, state, vllm_config
+        As in `measure_copy_scores`.
+    """
+    prompt, _ = _prompt(runner, state, vllm_config, TOKENS)
+    _read(runner, state, vllm_config, prompt, state.policy)
+
+
 def _prompt(runner: Any, state: Any, vllm_config: Any, most: int) -> tuple[list[int], int]:
     """Tokens said twice, as many as there is room for."""
     model, blocks = vllm_config.model_config, runner.kv_cache_config.num_blocks
