@@ -48,7 +48,7 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         inner = kv_cache_manager.coordinator
         managers = inner.single_type_managers
-        pruned = self._scheduler_side().bind(managers, kv_cache_manager.block_pool)
+        pruned = self._scheduler_side().bind(managers, kv_cache_manager.block_pool, kv_cache_manager)
         if len(pruned) < len(managers):
             kv_cache_manager.coordinator = HybridCoordinator(inner, pruned[0])
         elif len(managers) > 1:
@@ -59,7 +59,8 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler_side().ledger.open(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Nothing is ever loaded from outside."""
+        """Nothing is ever loaded from outside. Asked right before vLLM looks for a request's blocks."""
+        self._scheduler_side().admit(request)
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:

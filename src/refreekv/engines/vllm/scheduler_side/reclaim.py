@@ -9,6 +9,7 @@ from refreekv.engines.vllm.messages import CopyOrder, PruningOutcome, StepOrders
 from refreekv.engines.vllm.metrics import PruningStats
 from refreekv.engines.vllm.scheduler_side.ledger import Entry, Ledger
 from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
+from refreekv.engines.vllm.scheduler_side.reserve import Reserve
 
 
 class Reclaimer:
@@ -26,11 +27,14 @@ class Reclaimer:
         self.ledger = Ledger()
         self._managers: tuple[PrunedAttentionManager, ...] = ()
         self._pool: BlockPool | None = None
+        self._reserve: Reserve | None = None
         self._copies: list[tuple[PruningOutcome, CopyOrder]] = []
         self._stats = PruningStats()
 
-    def bind(self, managers: Sequence[Any], pool: BlockPool) -> tuple[PrunedAttentionManager, ...]:
+    def bind(self, managers: Sequence[Any], pool: BlockPool, whole: Any = None) -> tuple[PrunedAttentionManager, ...]:
         """Take hold of those of the managers, one a group, that prune, and of the pool they share with all others.
+
+        ``whole`` is vLLM's KV cache manager.
 
         Raises
         ------
@@ -46,6 +50,7 @@ class Reclaimer:
         for manager in pruned:
             manager.ledger = self.ledger
         self._managers, self._pool = pruned, pool
+        self._reserve = Reserve(whole, pruned[0].block_size)
         return pruned
 
     def receive(self, outcomes: list[PruningOutcome]) -> None:
@@ -55,6 +60,8 @@ class Reclaimer:
             if entry is None:
                 continue
             self._stats.count_outcome(outcome, first=entry.outcome is None)
+            if self._reserve is not None:
+                self._reserve.learn(outcome)
             entry.outcome, entry.freed = outcome, 0
             entry.pending = [index for index, group in enumerate(outcome.groups) if group.copies]
             for index, group in enumerate(outcome.groups):
@@ -63,6 +70,11 @@ class Reclaimer:
         for entry in self.ledger.entries.values():
             if entry.pending:
                 self._copy(entry)
+
+    def admit(self, request: Any) -> None:
+        """VLLM is about to see whether there is room for a request."""
+        if self._reserve is not None:
+            self._reserve.admit(int(request.num_prompt_tokens), self.ledger.entries.values())
 
     def _copy(self, entry: Entry) -> None:
         """Order copies group by group, as far as there are free blocks."""
