@@ -39,7 +39,7 @@ def test_a_prompt_leaves_room_for_what_moving_the_last_ones_took():
 def test_little_is_kept_free_where_moving_gives_little_back():
     reserve = Reserve(None, BLOCK)
     reserve.learn(outcome(1600, 95))
-    assert reserve.foresee(1600, []) == 3 * 5
+    assert reserve.foresee(1600, []) == 2
     # What keeps everything moves nothing.
     nothing = Reserve(None, BLOCK)
     nothing.learn(PruningOutcome("r", 0, 1600, (1600,), (1600,), (None,), (GroupOutcome(0, 0),), False))
@@ -58,9 +58,9 @@ def test_vllm_is_told_and_what_its_user_asked_for_stays():
     reserve = Reserve(manager, BLOCK)
     reserve.admit(1600, [])
     assert manager.watermark_blocks == 25
-    reserve.learn(outcome(1600, 40))
+    reserve.learn(outcome(1600, 30))
     reserve.admit(1600, [])
-    assert manager.watermark_blocks == 40
+    assert manager.watermark_blocks == 30
     reserve.admit(160, [])
     assert manager.watermark_blocks == 25
     Reserve(SimpleNamespace(), BLOCK).admit(1600, [])

@@ -10,8 +10,8 @@ from refreekv.engines.vllm.scheduler_side.ledger import Entry
 RECENT = 16
 """Prompts by which the next one is judged."""
 
-WORTH = 3
-"""Most blocks that are held free for each that moving gives back."""
+GIVEN_BACK = 2
+"""Blocks that moving gives back for each that is kept free, at least: else a request fewer runs for too little."""
 
 
 class Reserve:
@@ -19,7 +19,7 @@ class Reserve:
 
     vLLM admits a prompt once it fits. If nothing is free then, what is kept of it finds no private blocks when the
     prompt has been read: the prompt's own blocks stay taken, until a request ends or one is preempted, most likely
-    the one that was read last, which is then read again.
+    the one that was read last, which is then read again (`benchmarks/vllm_queue.py` has a model of it).
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Reserve:
         waiting = max((_needed(entry) for entry in decided), default=0)
         # In the few steps that it takes, some of those that run go on to another block.
         growing = len(decided) // 2 if copies else 0
-        return max(min(copies, WORTH * (whole - copies)), waiting) + growing
+        return max(min(copies, (whole - copies) // GIVEN_BACK), waiting) + growing
 
     def admit(self, prompt: int, entries: Collection[Entry]) -> None:
         """Set it for the request that vLLM is about to admit."""
