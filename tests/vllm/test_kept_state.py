@@ -467,6 +467,23 @@ def test_a_slot_is_clean_for_the_next_request():
     driver.step(b=1)
 
 
+def test_of_the_plugin_s_own_prompts_nothing_is_left():
+    """Their lists are freed, and graphs are captured with any slot: nobody may follow their addresses."""
+    driver = Driver(ADAPTIVE, ladder=Ladder.of("int8", recent=4))
+    driver.add("own", 133)
+    driver.step(own=133)
+    table = driver.state.table
+    assert table.segments.any()
+    assert table.starts.any()
+    driver.orders.finished.append("own")
+    driver.sequences.clear()
+    driver.state.begin_step(driver.orders)
+    driver.state.clear()
+    assert not table.segments.any()
+    assert not table.starts.any()
+    assert not table.coded.segments.any()
+
+
 def test_vllm_s_own_warm_up_is_not_pruned():
     driver = Driver("snapkv:ratio=0.3")
     state = driver.state

@@ -145,6 +145,13 @@ class KeptState:
             for name, layer in self.layers.items()
         }
 
+    def clear(self) -> None:
+        """Keep nothing of anybody: graphs are captured with any slots, and lists of the plugin's prompts are gone."""
+        self.table.segments.zero_()
+        self.table.starts.zero_()
+        if self.table.coded is not None:
+            self.table.coded.segments.zero_()
+
     # Before a step
 
     def before_forward(self, orders: StepOrders) -> None:

@@ -120,6 +120,7 @@ class RefreekvGPUWorker(Worker):
             state.know_copy_scores(measure_copy_scores(*measured))
         self._try_codes(state)
         warm_up(*measured)
+        state.clear()
         return super().compile_or_warm_up_model()
 
     def _try_codes(self, state: KeptState) -> None:
