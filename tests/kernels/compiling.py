@@ -15,13 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from refreekv import kernels
+from refreekv.core.four_bits import FourBits
 from refreekv.core.needs import Grading, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import FORMATS, from_file
-from refreekv.kernels import block_products, fused, shared_memory
+from refreekv.kernels import block_products, four_bits, fused, shared_memory
 from refreekv.kernels.cut import launch_cut
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.linear import gated_linear, linears
@@ -215,6 +216,17 @@ def in_blocks(dtype, rows, name):
     block_products.unpack(blocks, dtype)
 
 
+def of_four_bits(dtype, rows, nested):
+    """Products with codes; of shared memory their table of 32 KiB comes on top of what is said."""
+    codes, book, size = torch.zeros(64 * 8192 // 2, dtype=torch.uint8), torch.zeros(16), 8192
+    factors = torch.zeros(64 * size // 64, dtype=torch.uint8 if nested else torch.float32)
+    parts = (torch.zeros(256), torch.zeros(32), torch.zeros(())) if nested else None
+    weights, x = FourBits(codes, book, factors, parts, 64, (64, size)), torch.zeros(rows, 1, size, dtype=dtype)
+    four_bits.linears(x, [weights] * 2, [None] * 2, assembly=True)
+    four_bits.linears(x[..., :96].contiguous(), [weights._replace(shape=(64, 96))], [x[0, 0]], assembly=True)
+    four_bits.gated_linear(x, weights, weights, False, assembly=True)
+
+
 CASES = [
     (stand_ins, torch.float32, 6, 128),  # Qwen2.5-1.5B: did not fit an H100
     (stand_ins, torch.bfloat16, 8, 128),
@@ -244,6 +256,8 @@ ONCE = [
     (paged, torch.float32, 3, 64, "k4v2+int8", 2),
     *((in_blocks, torch.bfloat16, 1, name) for name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0")),
     (in_blocks, torch.float32, 8, "Q4_K"),
+    (of_four_bits, torch.bfloat16, 1, True),
+    (of_four_bits, torch.float16, 4, False),
 ]
 
 

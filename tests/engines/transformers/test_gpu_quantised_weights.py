@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import refreekv
 from helpers.equivalence import same_steps
 from helpers.models import prompts
-from refreekv.engines.transformers import fingerprint, graph, model_constants
+from refreekv.engines.transformers import fingerprint, fusion, graph, model_constants
 from refreekv.engines.transformers.naming import NAME
 
 pytestmark = [
@@ -131,6 +131,20 @@ def test_each_runs_captured_or_eagerly_for_one_logged_reason(folder, kind, monke
     else:
         assert len(reasons) == 1 or (len(graphs) == 1 and not reasons)
     same_steps(eager, captured, LENGTH, 5e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_products_of_nf4_are_ours_for_a_few_rows(folder, rows):
+    model = load(folder, "nf4")
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    ids = prompts((1,) * rows, seed=4)[0].cuda()
+    with torch.no_grad():
+        before = model(ids).logits
+        with fusion.fused(model, rows):
+            assert len(layers) == 4 * 7
+            assert all("forward" in vars(layer) for layer in layers)
+            after = model(ids).logits
+    assert (after - before).norm() <= 2e-2 * before.norm()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])

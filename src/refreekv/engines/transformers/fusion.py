@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refreekv.core.four_bits import MOST_ROWS as MOST_ROWS_OF_4_BITS
+from refreekv.engines.transformers import four_bits
+
 ROTARY = "apply_rotary_pos_emb"
 MOST_ROWS = 32
 """Rows up to which our products with weights are known to beat the library's; see lab/performance.md."""
@@ -64,20 +67,20 @@ def _kinds(module: nn.Module, rows: int) -> Iterator[tuple[Any, list[Maker]]]:
 
     A kind is what modules share for which one comparison is enough.
     """
-    few = rows <= MOST_ROWS
     weights = [(tuple(p.shape), p.dtype) for p in module.parameters(recurse=False)]
-    shapes = (type(module), rows, *((name, *_shape(p)) for name, p in module.named_children() if _plain(p)))
+    forms = {name: _form(part, rows) for name, part in module.named_children()}
+    shapes = (type(module), rows, *((name, form) for name, form in forms.items() if form is not None))
     if type(module).__name__.endswith("RMSNorm") and len(weights) == 1 and len(weights[0][0]) == 1:
         yield (type(module), weights[0], _epsilon(module)), [_norm(False), _norm(True)]
     elif hasattr(module, "down_proj") and _linears(module):
         makers: list[Maker] = [_gated(False), _gated(True)]
-        if few and all(_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj")):
+        if all(forms.get(name) is not None for name in ("gate_proj", "up_proj")):
             makers = [_gated_linear(False), _gated_linear(True), *makers]
         yield shapes, makers
-    if few and all(_plain(getattr(module, name, None)) for name in PROJECTIONS):
+    if all(forms.get(name) is not None for name in PROJECTIONS):
         yield (*shapes, PROJECTIONS), [_linears_of(*PROJECTIONS)]
-    elif few and _plain(module):
-        yield (type(module), *_shape(module)), [_linears_of()]
+    elif (form := _form(module, rows)) is not None:
+        yield (type(module), form), [_linears_of()]
     if ROTARY in getattr(getattr(_undecorated(type(module).forward)[-1], "__code__", None), "co_names", ()):
         yield (type(module), ROTARY), [_rotary]
 
@@ -98,13 +101,32 @@ def _plain(module: Any) -> bool:
     )
 
 
-def _shape(linear: Any) -> tuple[Any, ...]:
-    return tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None
+def _form(linear: Any, rows: int) -> tuple[Any, ...] | None:
+    """What linear layers share for which one comparison is enough; None if our products do not do for them."""
+    if _plain(linear):
+        return (tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None) if rows <= MOST_ROWS else None
+    coded = four_bits.held(linear) if rows <= MOST_ROWS_OF_4_BITS else None
+    return None if coded is None else (*four_bits.form(coded), linear.bias is not None)
 
 
-def _few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is one token in each of a few rows, of the type of the weights."""
-    return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and x.dtype == weight.dtype
+def _products(parts: list[Any]) -> tuple[Any, list[Any], Callable[[Tensor], bool]]:
+    """Kernels for the products of linear layers with one input, their matrices, and for what input they are."""
+    if all(_plain(part) for part in parts):
+        from refreekv.kernels import linear
+
+        kind = parts[0].weight.dtype
+        return linear, [part.weight for part in parts], lambda x: _few_rows(x, MOST_ROWS) and x.dtype == kind
+    from refreekv.kernels import four_bits as kernels
+
+    coded = [matrix for part in parts if (matrix := four_bits.held(part)) is not None]
+    if len(coded) < len(parts) or not four_bits.of_one_kind(coded):
+        raise AttributeError("matrices of different kinds")
+    return kernels, coded, lambda x: _few_rows(x, MOST_ROWS_OF_4_BITS) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _few_rows(x: Tensor, most: int) -> bool:
+    """Whether this is one token in each of a few rows."""
+    return x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= most
 
 
 def _linears(module: nn.Module) -> list[Any]:
@@ -150,6 +172,8 @@ def _input(part: nn.Module, rows: int, like: Tensor) -> Tensor:
     """Random input of a module, the same for modules of one input size: joint replacements look at that."""
     if children := _linears(part):
         return _random(like, rows, 1, children[0].in_features)
+    if isinstance(size := getattr(part, "in_features", None), int):
+        return _random(like, rows, 1, size)
     parameter = next(part.parameters())
     return _random(parameter, rows, 1, parameter.shape[-1])
 
@@ -204,17 +228,17 @@ def _gated(gelu: bool) -> Maker:
 
 def _gated_linear(gelu: bool) -> Maker:
     """Both products and the activation in one launch."""
-    from refreekv.kernels import linear as kernels
 
     def make(module: Any) -> Forwards:
         gate, up = module.gate_proj, module.up_proj
-        if gate.bias is not None or up.bias is not None or gate.weight.shape != up.weight.shape:
+        kernels, (first, second), fits = _products([gate, up])
+        if gate.bias is not None or up.bias is not None or first.shape != second.shape:
             raise AttributeError("gate and up projection have biases or different shapes")
 
         def forward(x: Tensor) -> Any:
-            if not _few_rows(x, gate.weight):
+            if not fits(x):
                 return type(module).forward(module, x)
-            return module.down_proj(kernels.gated_linear(x.contiguous(), gate.weight, up.weight, gelu))
+            return module.down_proj(kernels.gated_linear(x.contiguous(), first, second, gelu))
 
         return {module: forward}
 
@@ -227,12 +251,12 @@ def _linears_of(*names: str) -> Maker:
     The first child is asked for; the others' results are there when they are asked for with the
     same input.
     """
-    from refreekv.kernels import linear as kernels
 
     def make(module: Any) -> Forwards:
         parts = [getattr(module, name) for name in names] or [module]
         if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
             raise AttributeError("projections of different kinds")
+        kernels, weights, fits = _products(parts)
         # The last input and its results, always replaced together: threads may share the module.
         known: list[tuple[Any, Any]] = [(None, None)]
 
@@ -240,12 +264,12 @@ def _linears_of(*names: str) -> Maker:
             part = parts[index]
 
             def forward(x: Tensor) -> Tensor:
-                if not _few_rows(x, part.weight):
-                    return nn.functional.linear(x, part.weight, part.bias)
+                if not fits(x):
+                    own: Tensor = type(part).forward(part, x)
+                    return own
                 asked, outputs = known[0]
                 if asked is not x or index == 0:
-                    weights, biases = [p.weight for p in parts], [p.bias for p in parts]
-                    outputs = kernels.linears(x.contiguous(), weights, biases)
+                    outputs = kernels.linears(x.contiguous(), weights, [p.bias for p in parts])
                     known[0] = x, outputs
                 out: Tensor = outputs[index]
                 return out
