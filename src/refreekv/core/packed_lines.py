@@ -447,8 +447,8 @@ class PackedMaps:
         """The same with these means ``[B, H_kv, D]`` and ``[B, H_kv, Dv]``, in float32."""
         keys, values = key_mean.contiguous(), value_mean.contiguous()
         return replace(
-            self, key_mean=keys, value_mean=values, key_offset=_offset(self.key_matrix, keys),
-            value_offset=_offset(self.value_matrix, values),
+            self, key_mean=keys, value_mean=values, key_offset=in_code_space(self.key_matrix, keys),
+            value_offset=in_code_space(self.value_matrix, values),
         )  # fmt: skip
 
     def of_span(self, rows: slice) -> "PackedMaps":
