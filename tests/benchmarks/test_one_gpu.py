@@ -300,3 +300,12 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     assert "GiB; " in hosted[2]
     assert sum(row.startswith("| tiny |") for row in rows) == 2
     assert "CPU, counted and not measured" in text
+
+
+def test_a_forecast_leaves_the_model_as_it_is():
+    """The configuration is the running model's, whose attention is read from it at each call."""
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
+    assert model.config is SHAPES["tiny"]
+    settings = one_gpu.Settings(Variant("full", "bf16", "16", None), 2048, 24, 0.02, 2**19, 1e9)
+    one_gpu.forecast(Row.parse("tiny:bf16:1GB"), "full", 300, settings)
+    assert model.config._attn_implementation == "sdpa"

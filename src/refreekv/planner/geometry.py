@@ -6,6 +6,7 @@ KV heads, head sizes of their own, windows, shared layers, latent vectors and re
 states need no rule each.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ def skeleton(config: Any) -> Any:
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM
 
+    # A copy: the caller's may be that of a model which runs, and transformers reads it at each call.
+    config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         for name in getattr(config, "architectures", None) or ():
