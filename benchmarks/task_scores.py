@@ -346,9 +346,10 @@ def _rest(model: Model, useful: Sequence[str]) -> str:
     late = [name for name in env["asked"] if name not in model.table]
     if late:
         text += f" Not reached by the run: {', '.join(late)}."
-    missing = env["not_run"]
+    # What was missing when the run began may have been there when it went on.
+    missing = [name for name in env["not_run"] if name not in model.table]
     if missing:
-        text += f" Not run, for their data or permission was missing: {', '.join(missing)}."
+        text += f" Not run, for their data, a package or permission was missing: {', '.join(missing)}."
     return text
 
 
