@@ -45,7 +45,8 @@ int4 --prompt-kv int4`, which reads prompts over 4 bits and loses more
 ([lab/quantisation.md](../lab/quantisation.md#prompts-read-over-their-own-codes)). From `refreekv plan`, which reserves
 {reserve} for the driver and fragmentation and reads prompts in chunks of 2,048 tokens; {longest:,} is where these
 models end. What tensors take was measured at three points, within 1.1 %
-([lab/performance.md](../lab/performance.md#products-with-weights-of-4-bits)), and no row on a card with so little memory. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
+([lab/performance.md](../lab/performance.md#products-with-weights-of-4-bits)), and no row on a card with so little
+memory. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
 fit.
 """
 SHARES = """Entries are taken to be stored in these shares: {source}.
