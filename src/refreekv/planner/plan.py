@@ -331,7 +331,7 @@ def _notes(
         notes.append(
             "Expected is what was measured on other prompts and maybe other models; the worst case is the limit."
         )
-    narrow = [row for row in rows if row.read not in ("bf16", str(PROMPT_DTYPE)) and row.read != rows[0].read]
+    narrow = [row for row in rows if row.read not in ("bf16", str(PROMPT_DTYPE))]
     if auto and narrow:
         notes.append(
             f"Until its end the prompt is held in {narrow[-1].read}, as it does not fit in {PROMPT_DTYPE}: that loses "

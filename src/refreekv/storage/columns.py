@@ -152,7 +152,9 @@ class Levels:
         return tuple(self.counts[head % len(self.counts)][rung] for head in range(kv_heads))
 
     def at_most(self, rung: int) -> "Levels":
-        """The same with that rung in place of higher ones."""
+        """The same with that rung in place of higher ones, which are no longer listed by rung then."""
+        if rung == len(self.counts[0]) - 1:
+            return self
         counts = tuple((*own[:rung], sum(own[rung:]), *[0] * (len(own) - rung - 1)) for own in self.counts)
         return Levels(tuple(head.clamp(max=rung) for head in self.heads), counts)
 

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def warm_up(
     tried(lambda: storage(SINKS + 1))
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend] if attends else []
-    jobs += [lambda rung=rung: decode(rung) for rung in range(len(ladder.rungs))]  # type: ignore[misc]
+    jobs += [partial(decode, rung) for rung in range(len(ladder.rungs))]
     # What is generated, and what a later turn brings, is coded from exact entries.
     jobs += [code_exact, code]
     if len(ladder.rungs) > 1:

@@ -215,6 +215,20 @@ def test_formats_follow_chunks_where_memory_runs_out():
     assert fitting.Manner(128).smaller(free=False) is None
 
 
+def test_a_format_that_was_asked_for_stays_where_memory_runs_out(model, monkeypatch, caplog):
+    """And nobody is told that memory is the reason for it."""
+    ids, mask = prompts((150,), seed=6)
+    failing = Failing(8)
+    failing.patch(monkeypatch)
+    cache = ReFreeKVCache(model, "full", kv_dtype="int4", prompt_dtype="int4")
+    monkeypatch.setattr(fitting, "LEAST", CHUNK)
+    monkeypatch.setattr(fitting, "forecast", lambda *_: fitting.manner_for(model, cache, 1, 150, 0))
+    with caplog.at_level(logging.WARNING, "refreekv"), pytest.raises(torch.OutOfMemoryError):
+        greedy(model, ids, mask, cache)
+    assert caplog.records == []
+    assert failing.failed == 1
+
+
 def test_a_cpu_reads_a_prompt_in_one_call(model, calls):
     ids, mask = prompts((600,), seed=6)
     with refreekv.compress(model, "full"):
@@ -251,7 +265,7 @@ def test_chunks_that_fit():
     # Held in 8 bits until the end, and in fewer from then on; or in fewer all the time.
     coded = taken(2048, 0, held=0.51 * 32 * layer)
     assert chunk(coded, kv_dtype="int4") == chunk(coded, kv_dtype="int8") == 2048
-    assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == (8192, "int4")
+    assert chunk(coded, kv_dtype="int4", prompt_dtype="int4") == 8192
     assert chunk(coded, kv_dtype="int4", prompt_dtype=None) == 512
     # In fewer than 8 if that does not do, which makes no difference where all is kept in 16 bits.
     narrow = str(PROMPT_DTYPES[1])

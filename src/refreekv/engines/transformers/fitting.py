@@ -165,15 +165,15 @@ def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int
     if wanted is None:
         fitting = (n for n in CHUNKS if rows * (full + called_bytes(reader, itemsize, n, length)) <= free)
         return Manner(next(fitting, CHUNKS[-1]))
-    numbers = PROMPT_DTYPES if isinstance(wanted, str) else (wanted,)
-    for number in numbers:
+    free_choice = isinstance(wanted, str)
+    for number in PROMPT_DTYPES if isinstance(wanted, str) else (wanted,):
         hosted = _hosted(layers, cache, model, rows, new, number)
         kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, number)) for layer in layers)
         for chunk in CHUNKS:
             taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted, queries=queries)
             if rows * taken <= free:
-                return Manner(chunk, number)
-    return Manner(CHUNKS[-1], numbers[-1])
+                return Manner(chunk, number) if free_choice else Manner(chunk)
+    return Manner(CHUNKS[-1], PROMPT_DTYPES[-1]) if free_choice else Manner(CHUNKS[-1])
 
 
 def unpacked_bytes(model: Any) -> int:

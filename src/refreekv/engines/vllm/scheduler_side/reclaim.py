@@ -72,7 +72,7 @@ class Reclaimer:
                 self._copy(entry)
 
     def admit(self, request: Any) -> None:
-        """VLLM is about to see whether there is room for a request."""
+        """Called when vLLM is about to see whether there is room for a request."""
         if self._reserve is not None:
             self._reserve.admit(int(request.num_prompt_tokens), self.ledger.entries.values())
 
