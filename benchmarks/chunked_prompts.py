@@ -191,7 +191,7 @@ def main() -> None:
             if not missing or not shortest <= prompt.shape[1] <= longest:
                 continue
             tokens, wanted, means = answer(model, prompt, plan.continuation)
-            shapes = ReFreeKVCache(model, "full", prompt_dtype=None, decode="eager")
+            shapes = DynamicCache(config=model.config.get_text_config(decoder=True))
             feed(model, prompt[:, :8], shapes, 0, 1)
             records = []
             for kind in missing:

@@ -144,10 +144,16 @@ class Memory:
         if device.type == "cuda":
             torch.zeros(1, device=device)
             free, total = torch.cuda.mem_get_info(device)
-            # What the driver holds is part of a smaller card's memory, too.
             self.context = total - free - torch.cuda.memory_reserved(device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - self.context) / total), device)
         self._counted = 0
+        self._limit_tensors()
+
+    def _limit_tensors(self) -> None:
+        """What the driver holds by now is part of a smaller card's memory, too."""
+        if self.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.device)[1]
+            share = min(1.0, (self.limit - self.driver) / total)
+            torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     @property
     def driver(self) -> int:
@@ -168,6 +174,7 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._limit_tensors()
 
     def count(self, held: int) -> None:
         """On a CPU: so many bytes are held now; OutOfMemoryError past the limit."""
