@@ -34,7 +34,7 @@ def test_freed_rows_stay_freed():
     there = HostArena.moved(arena)
     assert there.freed == there.back().freed == [False, True]
     assert there.lengths == [(5, 7), (0, 0)]
-    there.lengthen([(40, 40), (0, 0)])
+    there.lengthen([(40, 40), (0, 0)], torch.tensor([40, 40, 0, 0]))
     assert there.lengths == [(45, 47), (0, 0)]
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "put_surrogates",
     "ragged_decode",
     "recode_lines",
+    "take_out",
     "uni_metric_cut",
     "unpack_lines",
 ]
@@ -360,6 +361,26 @@ def fetch(source: Tensor, target: Tensor, *, key_bytes: int, value_bytes: int) -
         launch_fetch(source, target, key_bytes, value_bytes)
     else:
         reference.fetch(source, target, key_bytes, value_bytes)
+
+
+def take_out(table: Tensor, told: Tensor, *, key_bytes: int, value_bytes: int) -> None:
+    """Take entries out of segments, in place: those behind them move up, and the table's lengths become less.
+
+    Parameters
+    ----------
+    table : Tensor
+        See `kernels.table`.
+    told : Tensor
+        int64 ``[2, segments]``: of each segment the first entry that goes, and how many do. They must be there.
+    key_bytes, value_bytes : int
+        Of one entry; multiples of 4.
+    """
+    if _at_once(table):
+        from refreekv.kernels.storage import launch_take_out
+
+        launch_take_out(table, told, key_bytes, value_bytes)
+    else:
+        reference.take_out(table, told, key_bytes, value_bytes)
 
 
 def ragged_decode(

@@ -19,6 +19,7 @@ from refreekv.kernels.table import (
     check_move,
     check_query,
     check_spans,
+    check_take_out,
     entries,
 )
 
@@ -139,6 +140,16 @@ def move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> No
         lines = (key_bytes, value_bytes), (torch.uint8,) * 2
         for there, here in zip(entries(line, 0, *lines), entries(line, 1, *lines), strict=True):
             here.copy_(there)
+
+
+def take_out(table: Tensor, told: Tensor, key_bytes: int, value_bytes: int) -> None:
+    """`kernels.take_out`."""
+    check_take_out(table, told, key_bytes, value_bytes)
+    for segment, (first, count) in enumerate(told.T.tolist()):
+        length = int(table[segment, LENGTH])
+        for lines in entries(table, segment, (key_bytes, value_bytes), (torch.uint8,) * 2):
+            lines[first : length - count] = lines[first + count : length].clone()
+        table[segment, LENGTH] -= count
 
 
 def fetch(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int) -> None:

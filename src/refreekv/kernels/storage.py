@@ -14,7 +14,7 @@ from torch import Tensor
 from refreekv.kernels import pdl
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.sizes import blocks_of, power_of_2
-from refreekv.kernels.table import Format, check_entries, check_move, check_spans
+from refreekv.kernels.table import Format, check_entries, check_move, check_spans, check_take_out
 
 TYPES = {
     torch.float16: tl.float16,
@@ -143,6 +143,34 @@ def _fetch_kernel(source, target, segments, LANE: tl.constexpr, KEY_BYTES: tl.co
             tl.store(target + line + 2, length)
 
 
+@triton.jit
+def _close_up(base, first, count, length, BYTES: tl.constexpr, LANE: tl.constexpr):
+    """Move what lies behind ``count`` entries from ``first`` on over them, the front part first."""
+    WORD: tl.constexpr = 8 if BYTES % 8 == 0 else 4
+    words = base.to(tl.pointer_type(tl.int64 if WORD == 8 else tl.int32))
+    to, behind = first * (BYTES // WORD), (first + count) * (BYTES // WORD)
+    left = (length - first - count) * (BYTES // WORD)
+    for start in range(0, left, LANE):
+        word = start + tl.arange(0, LANE)
+        part = tl.load(words + behind + word, word < left)
+        # A part is read before any of it is written over. What is read later lies behind all that is written by then.
+        tl.debug_barrier()
+        tl.store(words + to + word, part, word < left)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _take_out_kernel(table, told, segments, LANE: tl.constexpr, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr):
+    segment = tl.program_id(0)
+    first, count = tl.load(told + segment), tl.load(told + segments + segment)
+    length = tl.load(table + segment * 4 + 2)
+    if count > 0:
+        _close_up(tl.load(table + segment * 4), first, count, length, KEY_BYTES, LANE)
+        _close_up(tl.load(table + segment * 4 + 1), first, count, length, VALUE_BYTES, LANE)
+        # All threads have read the length before any of them gets here.
+        tl.debug_barrier()
+        tl.store(table + segment * 4 + 2, length - count)
+
+
 FETCHING = 32
 """Programs that fetch: enough to keep the bus to host memory busy, and few enough to leave the others in peace."""
 
@@ -196,6 +224,15 @@ def launch_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int
     blocks = blocks_of(max(longest, 1) * words, lane)
     _move_kernel[(blocks, source.shape[0])](
         source, target, LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8
+    )
+
+
+@on_its_device
+def launch_take_out(table: Tensor, told: Tensor, key_bytes: int, value_bytes: int, lane: int = 2048) -> None:
+    """Take entries out of segments; parameters as in `kernels.take_out`."""
+    check_take_out(table, told, key_bytes, value_bytes)
+    _take_out_kernel[(table.shape[0],)](
+        table, told, table.shape[0], LANE=lane, KEY_BYTES=key_bytes, VALUE_BYTES=value_bytes, num_warps=8, num_stages=1
     )
 
 

@@ -117,6 +117,20 @@ def check_move(source: Tensor, target: Tensor, key_bytes: int, value_bytes: int)
     check_table(target, source)
     if source.shape != target.shape:
         raise ValueError(f"{source.shape[0]} segments cannot be moved to {target.shape[0]}")
+    _check_bytes(key_bytes, value_bytes)
+
+
+def check_take_out(table: Tensor, told: Tensor, key_bytes: int, value_bytes: int) -> None:
+    """Check what `kernels.take_out` is given; ValueError."""
+    check_table(table, told)
+    if told.shape != (2, table.shape[0]) or told.dtype != torch.int64 or not told.is_contiguous():
+        raise ValueError(
+            f"what is taken out is told in contiguous int64 [2, {table.shape[0]}], got {told.dtype} {list(told.shape)}"
+        )
+    _check_bytes(key_bytes, value_bytes)
+
+
+def _check_bytes(key_bytes: int, value_bytes: int) -> None:
     if key_bytes % 4 or value_bytes % 4:
         raise ValueError(
             f"entries are moved 4 or 8 bytes at a time; got keys of {key_bytes} and values of {value_bytes}"

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from operator import add, sub
+from operator import add, gt, sub
 from typing import Any, Self
 
 import torch
@@ -20,8 +20,9 @@ from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
 from refreekv.storage.base import FlatKV, Piece
 from refreekv.storage.columns import Columns, Levels
+from refreekv.storage.members import Counts
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
-from refreekv.storage.runs import each
+from refreekv.storage.runs import each, flat
 
 LEAST_GROWTH = 16
 """Entries that a segment can always take before its layer has to move."""
@@ -59,11 +60,21 @@ class KVArena(FlatKV):
         *,
         told: bool = True,
     ):
-        self.keys, self.values, self._lengths = keys, values, list(lengths)
-        self._growth = list(growth)
-        self._left = _least(growth)
-        self._appended = 0
+        self.keys, self.values = keys, values
+        self._freed = [extra < 0 for extra in growth]
+        self._hold(lengths, capacities_of(lengths, growth))
         self._ready(told=told)
+
+    def _hold(self, lengths: Counts, capacities: Counts) -> None:
+        """Note what is held from now on, and what there is room for."""
+        self._lengths, self._capacities = [tuple(row) for row in lengths], [tuple(row) for row in capacities]
+        self._appended = 0
+        self._left = min(self._room(), default=LEAST_GROWTH)
+
+    def _room(self) -> list[int]:
+        """Entries that each segment has room for, of rows that were not freed."""
+        held = zip(self._capacities, self.lengths, self._freed, strict=True)
+        return [n for most, own, freed in held if not freed for n in map(sub, most, own)]
 
     def _ready(self, *, told: bool = True) -> None:
         """Make what belongs to this process and device only; a table that is not ``told`` of follows with others."""
@@ -94,7 +105,7 @@ class KVArena(FlatKV):
         lengths = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         rest = growth_for(lengths) if growth is None else growth
         growths = [-1 if gone else rest for gone in freed]
-        storages = [allocated(lengths, growths, part) for part in (keys, values)]
+        storages = [allocated(capacities_of(lengths, growths), part) for part in (keys, values)]
         return cls(storages[0], storages[1], lengths, growths, told=told)
 
     @classmethod
@@ -146,7 +157,7 @@ class KVArena(FlatKV):
     @property
     def batch(self) -> int:
         """Rows. Does not wait for lengths, either."""
-        return len(self._growth)
+        return len(self._freed)
 
     @property
     def kv_heads(self) -> int:
@@ -167,17 +178,17 @@ class KVArena(FlatKV):
 
     @property
     def freed(self) -> list[bool]:
-        return [growth < 0 for growth in self._growth]
+        return list(self._freed)
 
     @property
     def capacities(self) -> list[tuple[int, ...]]:
         """Lines of each row's KV heads."""
-        return _capacities(self.lengths, self._growth)
+        return self._capacities
 
     @property
     def uniform(self) -> bool:
         """Whether all segments have one length and one capacity, so that `stacked` is a view."""
-        return len({length for row in self.lengths for length in row}) <= 1 and len(set(self._growth)) == 1
+        return all(len(set(flat(rows))) <= 1 for rows in (self.lengths, self._capacities))
 
     def row_nbytes(self, row: int) -> int:
         return sum(self.capacities[row]) * sum(self.line_bytes)
@@ -185,8 +196,7 @@ class KVArena(FlatKV):
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
         length = self.lengths[0][0]
-        capacity = length + self._growth[0]
-        shape = (len(self.lengths), self.kv_heads, capacity, -1)
+        shape = (len(self.lengths), self.kv_heads, self._capacities[0][0], -1)
         return self.keys.view(shape)[:, :, :length], self.values.view(shape)[:, :, :length]
 
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -203,7 +213,7 @@ class KVArena(FlatKV):
         start = sum(sum(lines) for lines in capacities[:row])
         stop = start + sum(capacities[row])
         keys, values = self.keys[start:stop], self.values[start:stop]
-        if self.even(row):
+        if self.even(row) and len(set(capacities[row])) == 1:
             length, shape = self.lengths[row][0], (self.kv_heads, capacities[row][0], -1)
             if stop == start:
                 return keys.view(self.kv_heads, 0, keys.shape[-1]), values.view(self.kv_heads, 0, values.shape[-1])
@@ -282,9 +292,12 @@ class KVArena(FlatKV):
     def reserve(self, tokens: int) -> bool:
         if self._left >= tokens:
             return False
-        growth = growth_for(self.lengths) + tokens
-        self._reallocate(self.lengths, [-1 if freed else growth for freed in self.freed])
+        self._reallocate(self.lengths, self._with_room(self.lengths, growth_for(self.lengths) + tokens))
         return True
+
+    def _with_room(self, lengths: Counts, growth: int) -> list[tuple[int, ...]]:
+        """Capacities for segments of these lengths that are to grow by so much; a freed row's take nothing."""
+        return capacities_of(lengths, [-1 if freed else growth for freed in self._freed])
 
     @property
     def left(self) -> int:
@@ -312,48 +325,40 @@ class KVArena(FlatKV):
         if not gone:
             return
         none = (0,) * self.kv_heads
-        lengths = [none if row in gone else kept for row, kept in enumerate(self.lengths)]
-        self._reallocate(lengths, [-1 if row in gone else growth for row, growth in enumerate(self._growth)])
+        lengths, capacities = (
+            [none if row in gone else own for row, own in enumerate(rows)] for rows in (self.lengths, self._capacities)
+        )
+        self._freed = [freed or row in gone for row, freed in enumerate(self._freed)]
+        self._reallocate(lengths, capacities)
 
-    def lengthen(self, counts: Sequence[Sequence[int]]) -> None:
-        """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written."""
+    def lengthen(self, counts: Counts, told: Tensor, growth: int = 0) -> None:
+        """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written.
+
+        ``told`` are the counts on the device, int64 ``[segments]``. Where there is no room for them, the segments get
+        room for ``growth`` more, and 2.5%.
+        """
         longer = each(add, self.lengths, counts)
-        grown = [max(row) for row in counts]
-        if all(
-            freed or (min(row) == most <= growth)
-            for row, most, growth, freed in zip(counts, grown, self._growth, self.freed, strict=True)
-        ):
-            with self.table_in_turn() as own:
-                own[:, LENGTH] += on_device([[n for row in counts for n in row]], own.device)[0]
-            self._lengths = longer
-            self._growth = [
-                growth if growth < 0 else growth - most for growth, most in zip(self._growth, grown, strict=True)
-            ]
-            self._left = _least(self._growth)
+        if any(map(gt, flat(longer), flat(self._capacities))):
+            growth = max(2 * LEAST_GROWTH, growth, growth_for(longer))
+            self._reallocate(longer, self._with_room(longer, growth))
             return
-        growth = max(2 * LEAST_GROWTH, growth_for(longer))
-        self._reallocate(longer, [-1 if freed else growth for freed in self.freed])
-
-    def cut(self, firsts: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], growth: int) -> None:
-        """Take entries out of each row's KV heads, from ``firsts[b][h]`` on, and leave ``growth`` for others."""
         with self.table_in_turn() as own:
-            old, storages = own.clone(), (self.keys, self.values)
-            lengths = each(sub, self.lengths, counts)
-            growths = [-1 if freed else growth for freed in self.freed]
-            self.keys, self.values = (self._new(lengths, growths, storage) for storage in storages)
-            self._lengths, self._growth, self._appended, self._left = lengths, growths, 0, _least(growths)
-            own.copy_(on_device(self._lines(), own.device))
-            flat = [[n for row in numbers for n in row] for numbers in (firsts, counts)]
-            first, count = on_device(flat, own.device)
-            before, after, target = old.clone(), old, own.clone()
-            before[:, LENGTH] = first
-            after[:, LENGTH] -= first + count
-            target[:, LENGTH] -= first
-            for side, line in zip((KEY, VALUE), self.line_bytes, strict=True):
-                after[:, side] += (first + count) * line
-                target[:, side] += first * line
-            self._take(before)
-            self._take(after, target)
+            own[:, LENGTH] += told
+        self._hold(longer, self._capacities)
+
+    def cut(self, counts: Counts, told: Tensor, growth: int) -> None:
+        """Take so many entries out of each row's KV heads, in place: those behind them move up.
+
+        ``told`` is what `kernels.take_out` is told. Memory is given back where a segment would have more than twice the
+        room of ``growth``, or of 2.5%; then all get that.
+        """
+        (key, value), shorter = self.line_bytes, each(sub, self.lengths, counts)
+        with self.table_in_turn() as own:
+            kernels.take_out(own, told, key_bytes=key, value_bytes=value)
+            self._hold(shorter, self._capacities)
+            growth = max(growth, growth_for(shorter))
+            if max(self._room(), default=0) > 2 * growth:
+                self._move_to(shorter, self._with_room(shorter, growth))
 
     @contextmanager
     def table_in_turn(self) -> Iterator[Tensor]:
@@ -380,21 +385,20 @@ class KVArena(FlatKV):
         with self.table_in_turn() as own, torch.inference_mode(False):
             self.table = own.clone()
 
-    def _reallocate(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
+    def _reallocate(self, lengths: Counts, capacities: Counts) -> None:
         with self.table_in_turn():
-            self._move_to(lengths, growth)
+            self._move_to(lengths, capacities)
 
-    def _move_to(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
+    def _move_to(self, lengths: Counts, capacities: Counts) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
-        self.keys, self.values = (self._new(lengths, growth, storage) for storage in old_storages)
-        self._lengths, self._growth, self._appended = list(lengths), list(growth), 0
-        self._left = _least(growth)
+        self.keys, self.values = (self._new(capacities, storage) for storage in old_storages)
+        self._hold(lengths, capacities)
         self.table.copy_(on_device(self._lines(), self.table.device))
         self._take(old)
 
-    def _new(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor) -> Tensor:
+    def _new(self, capacities: Counts, like: Tensor) -> Tensor:
         """Memory for entries like others."""
-        return allocated(lengths, growth, like)
+        return allocated(capacities, like)
 
     def _take(self, source: Tensor, target: Tensor | None = None) -> None:
         """Copy the entries of a table's segments to this arena's, or to those of ``target``, a part of this arena."""
@@ -405,10 +409,9 @@ class KVArena(FlatKV):
 
     def _read_lengths(self) -> None:
         self._lengths = [
-            row if growth < 0 else tuple(length + self._appended for length in row)
-            for row, growth in zip(self._lengths, self._growth, strict=True)
+            row if freed else tuple(length + self._appended for length in row)
+            for row, freed in zip(self._lengths, self._freed, strict=True)
         ]
-        self._growth = [growth if growth < 0 else growth - self._appended for growth in self._growth]
         self._appended = 0
 
     def _lines(self) -> list[list[int]]:
@@ -447,23 +450,18 @@ def growth_within(keys: Tensor, lengths: Sequence[Sequence[int]]) -> int:
     return min(growth_for(lengths), max(LEAST_GROWTH, evicted))
 
 
-def _least(growth: Sequence[int]) -> int:
-    return min((r for r in growth if r >= 0), default=LEAST_GROWTH)
-
-
-def _capacities(lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> list[tuple[int, ...]]:
+def capacities_of(lengths: Counts, growth: Sequence[int]) -> list[tuple[int, ...]]:
+    """Capacities of segments of these lengths, of which those of each row can grow by so much; -1: they hold nothing."""
     return [
         tuple(length + extra if extra >= 0 else 0 for length in row) for row, extra in zip(lengths, growth, strict=True)
     ]
 
 
-def allocated(
-    lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor, *, pinned: bool = False
-) -> Tensor:
-    """Memory for segments of these lengths, with room to grow: on the device of ``like``, or pinned on the host."""
+def allocated(capacities: Counts, like: Tensor, *, pinned: bool = False) -> Tensor:
+    """Memory for segments of so many entries each: on the device of ``like``, or pinned on the host."""
     # Not in inference mode: what is made there cannot be changed in place outside of it.
     with torch.inference_mode(False):
-        lines = sum(map(sum, _capacities(lengths, growth)))
+        lines = sum(map(sum, capacities))
         return torch.empty(
             lines, like.shape[-1], dtype=like.dtype, device="cpu" if pinned else like.device, pin_memory=pinned
         )

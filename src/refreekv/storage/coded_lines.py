@@ -6,7 +6,7 @@ behind the last one that somebody gave a rung, which are in the rung of what is 
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
-from refreekv.storage.arena import KVArena, Span, on_device, together
+from refreekv.core.quantisation import FLUSH
+from refreekv.storage.arena import KVArena, Span, growth_for, on_device, together
 from refreekv.storage.coding import Coding
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted
@@ -25,6 +26,11 @@ from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
+
+
+ROOM = 4 * FLUSH
+"""Generated entries that each segment gets room for at once, at least where lines have to move for them: all lines of
+the rung do, and as much memory is asked for."""
 
 
 class Packing(NamedTuple):
@@ -51,6 +57,24 @@ class Packing(NamedTuple):
         return torch.cat([own[start : start + n] for own, start, n in where])
 
 
+class Addition(NamedTuple):
+    """What is coded behind the lines of a rung: of each segment so many exact entries, and which.
+
+    ``listed`` are the entries of all segments that have numbers, int32; None: those from a segment's first one on.
+    """
+
+    rung: int
+    counts: Lengths
+    starts: list[int]
+    spans: list[Span]
+    listed: Tensor | None = None
+
+    @property
+    def told(self) -> list[Sequence[Sequence[int]]]:
+        """What the device has to know of it."""
+        return [self.spans, [self.starts, flat(self.counts)]]
+
+
 class CodedLines:
     """The coded entries of a layer, one segment per (row, KV head); `extend` and `free_rows` change them in place.
 
@@ -66,6 +90,7 @@ class CodedLines:
 
     def __init__(self, rungs: Sequence[KVArena], members: Members, coding: Coding):
         self.rungs, self.members, self.coding = tuple(rungs), members, coding
+        self._lengths: Lengths | None = None
 
     @classmethod
     def to_pack(
@@ -99,7 +124,7 @@ class CodedLines:
             members, by_rung = Members.none(counts, device), _all_in(coding.generated, len(coding.forms), counts)
         arenas, work, starts = [], [], [0] * len(listed)
         for rung, (form, own) in enumerate(zip(coding.forms, by_rung, strict=True)):
-            arenas.append(_lines(form, own, device))
+            arenas.append(_lines(form, own, device, _room(counts) if rung == coding.generated else 0))
             if any(map(any, own)):
                 work.append(Packing(rung, listed, starts, own, end))
             starts = list(map(add, starts, flat(own)))
@@ -142,7 +167,9 @@ class CodedLines:
     @property
     def lengths(self) -> list[tuple[int, ...]]:
         """Entries of each row's KV heads, in whatever rung."""
-        return sums([arena.lengths for arena in self.rungs])
+        if self._lengths is None:
+            self._lengths = sums([arena.lengths for arena in self.rungs])
+        return self._lengths
 
     @property
     def nbytes(self) -> int:
@@ -226,45 +253,41 @@ class CodedLines:
 
     # -- in place -------------------------------------------------------------------------------
 
-    def extend(self, source: KVArena, firsts: Counts, counts: Lengths, asked: Tensor | None = None) -> None:
-        """Code so many of each segment's exact entries, those after the first ones, behind those that are here.
+    def to_extend(self, firsts: Counts, counts: Lengths, asked: Tensor | None = None) -> list[Addition]:
+        """How `extend` is told to code so many of each segment's exact entries, those after the first ones.
 
         ``asked`` are their rungs, uint8 ``[entries]``; None: all are coded as generated ones.
         """
-        device = source.keys.device
+        if asked is None:
+            rung = self.coding.generated
+            return [Addition(rung, counts, flat(self.rungs[rung].lengths), [(0, 0, first) for first in flat(firsts)])]
+        numbers = runs(flat(firsts), flat(counts), asked.device).int()[asked.argsort(stable=True)]
+        self.members = self.members.extended(self.rung_of_each(), self.lengths, asked, counts)
+        found, at = [], 0
+        for rung, own in enumerate(counted(asked, counts, len(self.rungs))):
+            if count := sum(map(sum, own)):
+                listed = numbers[at : at + count]
+                found.append(Addition(rung, own, flat(self.rungs[rung].lengths), spans(listed, flat(own), 0), listed))
+                at += count
+        return found
+
+    def extend(self, source: KVArena, additions: Sequence[Addition], told: Sequence[Tensor]) -> None:
+        """Code exact entries behind the lines that are here; ``told`` is what the additions say, on the device."""
         self.coding = coding = self.coding.of_type(source.types[0])
-        by_rung, numbers = _all_in(coding.generated, len(self.rungs), counts), None
-        if asked is not None:
-            numbers = runs([0] * len(flat(counts)), flat(counts), device).int()
-            self.members = self.members.extended(self.rung_of_each(), self.lengths, asked, counts)
-            by_rung = counted(asked, counts, len(self.rungs))
-            numbers = (numbers + spread(flat(firsts), flat(counts), device).int())[asked.argsort(stable=True)]
-        at, told, firsts_of = 0, [], []
-        for arena, own in zip(self.rungs, by_rung, strict=True):
-            count = sum(map(sum, own))
-            firsts_of.append([(first,) for first in flat(arena.lengths)])
-            where: list[Span] = [(0, 0, first) for first in flat(firsts)]
-            if count:
-                arena.lengthen(own)
-                if numbers is not None:
-                    where = spans(numbers[at : at + count], flat(own), 0)
-            told.append(where)
-            at += count
-        # What is told before anything is launched stays alive until all is.
-        sent = together([*told, *firsts_of], device)
         with ExitStack() as stack:
-            exact = stack.enter_context(source.table_in_turn())
-            rungs = zip(coding.forms, self.rungs, by_rung, sent[: len(told)], sent[len(told) :], strict=True)
-            given = []
-            for form, arena, own, some, starts in rungs:
+            exact, given = stack.enter_context(source.table_in_turn()), []
+            for (rung, counts, *_), where, (starts, more) in zip(additions, told[::2], told[1::2], strict=True):
+                arena = self.rungs[rung]
                 table = stack.enter_context(arena.table_in_turn())
-                longest = max(map(max, own))
+                arena.lengthen(counts, more, ROOM if rung == coding.generated else 0)
+                form, longest = coding.forms[rung], max(map(max, counts))
                 given.append(
                     kernels.Transfer(
-                        source.keys, source.values, exact, table, form, coding.maps, some, 0, longest, starts.flatten()
+                        source.keys, source.values, exact, table, form, coding.maps, where, 0, longest, starts
                     )
                 )
             kernels.pack_rungs(given)
+        self._lengths = sums([self.lengths, *(addition.counts for addition in additions)])
 
     @property
     def in_host_memory(self) -> bool:
@@ -291,6 +314,7 @@ class CodedLines:
         """Give the memory of finished rows back."""
         for arena in self.rungs:
             arena.free_rows(rows)
+        self._lengths = None
         freed = self.rungs[0].freed
         left = [(0,) * len(own) if gone else own for own, gone in zip(self.members.counts, freed, strict=True)]
         self.members = self.members.truncated(left)
@@ -307,12 +331,17 @@ def spans(index: Tensor, counts: Sequence[int], end: int) -> list[Span]:
 
 def sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """Counts of several storages, added up."""
-    return list(parts[0]) if len(parts) == 1 else each(lambda *numbers: sum(numbers), *parts)
+    return list(reduce(partial(each, add), parts))
 
 
-def _lines(form: PackedFormat, lengths: Sequence[tuple[int, ...]], device: torch.device) -> KVArena:
+def _lines(form: PackedFormat, lengths: Lengths, device: torch.device, room: int) -> KVArena:
     """An arena for so many packed lines, which are still to be written, as is its table."""
-    return KVArena.like(*_like(form.line_bytes, device), lengths, growth=0, told=False)
+    return KVArena.like(*_like(form.line_bytes, device), lengths, growth=room, told=False)
+
+
+def _room(counts: Lengths) -> int:
+    """Generated entries that each segment can take when a prompt ends: whole blocks, of 2.5% of what is coded."""
+    return min(growth_for(counts), ROOM) // FLUSH * FLUSH
 
 
 @lru_cache(maxsize=32)

@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from refreekv.storage.arena import KVArena, allocated, growth_for
+from refreekv.storage.arena import KVArena, allocated, capacities_of, growth_for
 from refreekv.storage.base import Piece
 from refreekv.storage.host import NoRoomError
+from refreekv.storage.members import Counts
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.staging import Copies, Lines, Staging
 
@@ -52,7 +53,8 @@ class HostArena(KVArena):
 
     @classmethod
     def _empty(cls, like: KVArena, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> Self:
-        keys, values = (pinned(lengths, growth, part, like.device) for part in (like.keys, like.values))
+        capacities = capacities_of(lengths, growth)
+        keys, values = (pinned(capacities, part, like.device) for part in (like.keys, like.values))
         return cls(keys, values, lengths, growth, like.device)
 
     def back(self) -> KVArena:
@@ -84,11 +86,11 @@ class HostArena(KVArena):
         left = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         return self._empty(self, left, [-1 if gone else growth_for(left) for gone in freed])
 
-    def _new(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor) -> Tensor:
-        return pinned(lengths, growth, like, self._device)
+    def _new(self, capacities: Counts, like: Tensor) -> Tensor:
+        return pinned(capacities, like, self._device)
 
-    def _move_to(self, lengths: Sequence[tuple[int, ...]], growth: Sequence[int]) -> None:
-        super()._move_to(lengths, growth)
+    def _move_to(self, lengths: Counts, capacities: Counts) -> None:
+        super()._move_to(lengths, capacities)
         # What was moved from is given to whoever asks for pinned memory next, and kernels still read it.
         self._wait()
 
@@ -160,8 +162,8 @@ class HostedPrompts:
         return HostedPrompts(self.device, self._copies)
 
 
-def pinned(lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tensor, device: torch.device) -> Tensor:
-    """Host memory for segments of these lengths, pinned where ``device`` is a GPU.
+def pinned(capacities: Counts, like: Tensor, device: torch.device) -> Tensor:
+    """Host memory for segments of so many entries each, pinned where ``device`` is a GPU.
 
     Raises
     ------
@@ -169,7 +171,7 @@ def pinned(lengths: Sequence[tuple[int, ...]], growth: Sequence[int], like: Tens
         The system gives no more memory.
     """
     try:
-        return allocated(lengths, growth, like, pinned=device.type == "cuda")
+        return allocated(capacities, like, pinned=device.type == "cuda")
     except RuntimeError as error:  # also what CUDA says when nothing can be pinned
-        size = sum(map(sum, lengths)) * like.shape[-1] * like.element_size()
+        size = sum(map(sum, capacities)) * like.shape[-1] * like.element_size()
         raise NoRoomError(f"the system gives no {size:,} bytes of pinned host memory; ask for less of it") from error

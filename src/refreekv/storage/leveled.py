@@ -106,7 +106,7 @@ class LeveledKV(KVStorage):
         lengths = each(lambda n, c: n - c + after, counts, coded)
         # Room until entries are coded together; less where coding saves little, as a prompt must not grow by it.
         longest = max(map(max, coded))
-        growth = min(FLUSH + LEAST_GROWTH, max(LEAST_GROWTH, longest // 2)) if longest else None
+        growth = min(FLUSH, max(LEAST_GROWTH, longest // 2)) if longest else None
         growth = growth_within(keys, lengths) if growth is None else growth
         exact = KVArena.like(keys, values, lengths, growth, told=False)
         by_rung = members = None
@@ -280,7 +280,7 @@ class LeveledKV(KVStorage):
         if asked is not None:
             ends = zip(starts_of(flat_counts), flat(made._firsts()), flat(left), strict=True)
             asked = asked[runs([start + first + n for start, first, n in ends], flat(due), device)]
-        made._code(due, asked)
+        _code([(made, due, asked)])
         return made
 
     def _chosen(self, kept: Sequence[Columns], after: int) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -310,47 +310,32 @@ class LeveledKV(KVStorage):
         In whole blocks of `FLUSH`, so that it does not matter how many entries a call brought; or ``all_due``, as
         at the end of a prompt, which ``after`` entries follow.
         """
-        if self._wait > 0 and not all_due:
-            return False
-        return self._code(self._due(after, 1 if all_due else FLUSH))
+        return code_older([self], after, all_due=all_due)
 
-    def _code(self, counts: Lengths, asked: Tensor | None = None) -> bool:
-        """Code so many of each segment's exact entries, those after the first ones; whether any were.
+    def _firsts(self, otherwise: int | None = None) -> Counts:
+        """How many exact entries lie before the coded ones of each row's KV heads.
 
-        ``asked`` are their rungs, uint8 ``[entries]``, None where all are coded as generated ones.
+        Where nothing is coded ``otherwise``, or if that is None as many as would lie there.
         """
-        count = sum(map(sum, counts))
-        if count:
-            firsts = self._firsts()
-            self.lines.extend(self.exact, firsts, counts, asked)
-            self.exact.cut(firsts, counts, growth=FLUSH + LEAST_GROWTH)
-            self.sinks = _where_coded(firsts, self.lines.lengths)
-        self._wait = self._until_due()
-        return count > 0
-
-    def _firsts(self) -> list[tuple[int, ...]]:
-        """How many exact entries lie, or would lie, before the coded ones of each row's KV heads."""
+        if all(map(all, self.sinks)):
+            return self.sinks
         held = self.sinks, self.lines.lengths, self.exact.lengths
-        return each(lambda first, coded, n: first if coded else min(SINKS, n), *held)
+        return each(
+            lambda first, coded, n: first if coded else min(SINKS, n) if otherwise is None else otherwise, *held
+        )
 
-    def _due(self, after: int, block: int) -> list[tuple[int, ...]]:
-        """How many entries of each row's KV heads are to be coded now."""
+    def _surplus(self) -> Lengths:
+        """How many entries of each row's KV heads are neither coded nor among the newest; below 0: they are missing."""
         recent = self.lines.coding.recent
+        return each(lambda n, first: n - first - recent, self.exact.lengths, self._firsts(SINKS))
 
-        def due(first: int, coded: int, n: int) -> int:
-            return max(0, n - after - (first if coded else SINKS) - recent) // block * block
-
-        return each(due, self.sinks, self.lines.lengths, self.exact.lengths)
+    def _due(self, after: int, block: int) -> Lengths:
+        """How many entries of each row's KV heads are to be coded now."""
+        return each(lambda n: max(0, n - after) // block * block, self._surplus())
 
     def _until_due(self) -> int:
         """Entries that can be appended before any segment has a block of them to code."""
-        surplus = [
-            n - (first if held else SINKS) - self.lines.coding.recent
-            for rows in zip(self.sinks, self.lines.lengths, self.exact.lengths, self.freed, strict=True)
-            if not rows[3]
-            for first, held, n in zip(*rows[:3], strict=True)
-        ]
-        return FLUSH - max(surplus, default=0)
+        return FLUSH - max(map(max, self._surplus()))
 
     def reserve(self, tokens: int) -> bool:
         return self.exact.reserve(tokens)
@@ -366,7 +351,7 @@ class LeveledKV(KVStorage):
             if not rows[2]
             for n, first in zip(*rows[:2], strict=True)
         ]
-        if min(newest, default=0) < tokens or not self.exact.drop(tokens, FLUSH + LEAST_GROWTH):
+        if min(newest, default=0) < tokens or not self.exact.drop(tokens, FLUSH):
             return False
         self._wait += tokens
         return True
@@ -375,6 +360,39 @@ class LeveledKV(KVStorage):
         self.exact.free_rows(rows)
         self.lines.free_rows(rows)
         self.sinks = _where_coded(self.sinks, self.lines.lengths)
+
+
+def code_older(storages: Sequence[KVStorage], after: int = 0, *, all_due: bool = False) -> bool:
+    """Do `LeveledKV.code_older` for several layers together, where entries are coded; whether any were.
+
+    What the device has to know of all layers goes there in one copy, and nothing waits for it.
+    """
+    coded = [storage for storage in storages if isinstance(storage, LeveledKV)]
+    block = 1 if all_due else FLUSH
+    return _code([(own, own._due(after, block), None) for own in coded if own._wait <= 0 or all_due])
+
+
+def _code(work: Sequence[tuple[LeveledKV, Lengths, Tensor | None]]) -> bool:
+    """Code so many of each segment's exact entries, those after the first ones, in each storage; whether any were.
+
+    Beside them are their rungs, uint8 ``[entries]``, None where all are coded as generated ones.
+    """
+    jobs, told = [], list[Sequence[Sequence[int]]]()
+    for storage, counts, asked in work:
+        if any(map(any, counts)):
+            firsts = storage._firsts()
+            additions = storage.lines.to_extend(firsts, counts, asked)
+            jobs.append((storage, firsts, counts, additions))
+            told += [*chain.from_iterable(each.told for each in additions), [flat(firsts), flat(counts)]]
+    if jobs:
+        sent = iter(together(told, jobs[0][0].keys.device))
+        for storage, firsts, counts, additions in jobs:
+            storage.lines.extend(storage.exact, additions, [next(sent) for _ in range(2 * len(additions))])
+            storage.exact.cut(counts, next(sent), growth=FLUSH)
+            storage.sinks = _where_coded(firsts, storage.lines.lengths)
+    for storage, *_ in work:
+        storage._wait = storage._until_due()
+    return bool(jobs)
 
 
 def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:

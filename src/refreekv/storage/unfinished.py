@@ -19,7 +19,7 @@ from refreekv.kernels.table import KEY, LENGTH, VALUE
 from refreekv.storage.arena import KVArena, on_device
 from refreekv.storage.coding import Pair, maps_of
 from refreekv.storage.hosted import HostedPrompts, pinned
-from refreekv.storage.runs import flat, spread
+from refreekv.storage.runs import flat, runs, spread, starts_of
 from refreekv.storage.staging import Lines
 
 MOVED = 16384
@@ -302,7 +302,7 @@ class UnfinishedKV:
                 torch.empty(0, FACTOR_BYTES // 2, dtype=torch.float16, device=device),
             )
             if hosted:
-                parts = [pinned([(math.prod(shape),)], [0], part, device) for part in like]
+                parts = [pinned([(math.prod(shape),)], part, device) for part in like]
             else:
                 parts = [part.new_empty(math.prod(shape), part.shape[1]) for part in like]
         return parts[0].view(*shape, -1), parts[1].view(*shape, -1)
@@ -414,7 +414,7 @@ class UnfinishedKV:
         self._stale = count.scatter_add(2, columns.long().clamp(max=last), there.to(torch.uint8)) > 0
 
     def move_lines(self, columns: Tensor, counts: Sequence[Sequence[int]], arena: KVArena) -> None:
-        """Put lines of chosen columns, so many of each row's KV heads, in place of those in an arena without room.
+        """Put lines of chosen columns, so many of each row's KV heads, in place of those in an arena.
 
         Only of columns that are coded; others stay as they are.
         """
@@ -422,6 +422,7 @@ class UnfinishedKV:
         capacity = self._lines[0].shape[2]
         segment = spread(range(len(flat(counts))), flat(counts), columns.device)
         at = segment * capacity + columns.long().clamp(max=capacity - 1)
+        places = runs(starts_of(flat(arena.capacities)), flat(counts), columns.device)
         there = columns < self.coded
         if self._stale is not None:
             there = there & ~self._stale.flatten()[at]
@@ -430,7 +431,8 @@ class UnfinishedKV:
             # Two copies of all lines would be more than a layer's entries in full precision.
             for start in range(0, len(at), MOVED):
                 some = slice(start, start + MOVED)
-                into[some] = torch.where(there[some, None], lines[at[some]], into[some])
+                to = places[some]
+                into[to] = torch.where(there[some, None], lines[at[some]], into[to])
 
     # -- copies: addresses do not travel --------------------------------------------------------
 

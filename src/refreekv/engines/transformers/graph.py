@@ -28,6 +28,7 @@ from refreekv.engines.transformers.naming import NAME, NAMES, cache_argument, ca
 from refreekv.engines.transformers.step_tables import Form, Reads, TableCache
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
+from refreekv.storage.leveled import code_older
 from refreekv.storage.staging import Copies, Lines, Staging, copies_on
 
 logger = logging.getLogger("refreekv")
@@ -292,9 +293,11 @@ class Decoder:
         layers = self._layers(cache)
         storages = _storages(layers)
         with self._lock:
-            coded = [layer.code_older() for layer in layers]
+            coded = code_older(storages)
             step = self._step_for(forward, ids.shape[0], storages, cache.state.host)
-            if any(coded):
+            if coded:
+                for layer in layers:
+                    layer.note_moved()
                 step.make_room(storages)
             if not step.can_grow(length):
                 for layer in layers:

@@ -160,13 +160,10 @@ class StoredLayer(DynamicLayer):
         if self.ragged.reserve(tokens):
             self._store(self.ragged)
 
-    def code_older(self) -> bool:
-        """Code generated entries that are no longer among the newest, where entries are coded; whether any were."""
+    def note_moved(self) -> None:
+        """Look where entries are after the storage was changed in place by others."""
         assert self.ragged is not None
-        coded = self.ragged.code_older()
-        if coded:
-            self._store(self.ragged)
-        return coded
+        self._store(self.ragged)
 
     def note_appended(self, tokens: int) -> None:
         """Count entries that a captured forward wrote to the arena."""
