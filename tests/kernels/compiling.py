@@ -40,7 +40,7 @@ from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_spread, launch_sum
 from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.kernels.queries import launch_asked
-from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move
+from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move, launch_take_out
 from refreekv.kernels.surrogates import launch_put, launch_surrogates
 from refreekv.kernels.table import Format
 
@@ -106,6 +106,7 @@ def storage(dtype, tokens, head_size):
     launch_gather(entries, entries, table, spans, tokens, tokens, form)
     launch_move(table, table, head_size * dtype.itemsize, head_size * dtype.itemsize, tokens)
     launch_fetch(table, table, head_size * dtype.itemsize, 4)
+    launch_take_out(table, torch.zeros(2, 1, dtype=torch.int64), head_size * dtype.itemsize, 4)
     one, places = entries[:, :, :1], torch.zeros(1, 1, 1, dtype=torch.int64)
     launch_put(Surrogates(places, one, one, places == 0), entries, entries, torch.ones(1, 1, tokens, dtype=torch.bool))
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from helpers.segments import LENGTHS, run
+from refreekv import kernels
 from refreekv.kernels import ops, reference
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.reference import decode_segment
-from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move
+from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move, launch_take_out
 from refreekv.kernels.table import Format
 
 POISON = float("nan")
@@ -198,6 +199,35 @@ def test_fetch_copies_what_is_there_by_then(which, programs, device):
             assert torch.equal(new.keys[segment][:length], old.keys[segment][:length])
             assert torch.equal(new.values[segment][:length], old.values[segment][:length])
             assert new.keys[segment][length:].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("lane", [64, 2048])
+def test_what_is_behind_those_taken_out_moves_up(which, lane, device):
+    """Also over places that it is read from: little is taken out before much, in parts."""
+    lengths, told = [0, 40, 300, 300, 300, 96, 7], [[0, 4, 0, 4, 290, 4, 3], [0, 32, 1, 3, 10, 0, 4]]
+    segments = Segments(lengths, (80, 2), torch.float16, device, growth=3).fill()
+    before = [[part.clone() for part in side] for side in (segments.keys, segments.values)]
+    extra = (lane,) if which == "kernel" else ()
+    run(which, device, launch_take_out, reference.take_out, segments.table,
+        torch.tensor(told, device=device), 160, 4, *extra)  # fmt: skip
+    left = [n - count for n, count in zip(lengths, told[1], strict=True)]
+    assert segments.table[:, 2].tolist() == left
+    for segment, (length, first, count) in enumerate(zip(lengths, *told, strict=True)):
+        for side, old in zip((segments.keys, segments.values), before, strict=True):
+            stay = torch.cat([old[segment][:first], old[segment][first + count : length]])
+            assert torch.equal(side[segment][: left[segment]], stay)
+            assert side[segment][length:].isnan().all()
+
+
+def test_what_is_taken_out_is_told_of_each_segment():
+    segments = Segments([5, 9], (16, 16), torch.float32, "cpu").fill()
+    for told in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64).T[:1]):
+        with pytest.raises(ValueError, match=r"told in contiguous int64 \[2, 2\], got"):
+            kernels.take_out(segments.table, told, key_bytes=64, value_bytes=64)
+    with pytest.raises(ValueError, match="4 or 8 bytes at a time; got keys of 6"):
+        kernels.take_out(segments.table, torch.zeros(2, 2, dtype=torch.int64), key_bytes=6, value_bytes=64)
+    assert segments.table[:, 2].tolist() == [5, 9]
 
 
 def test_the_operators_are_what_torch_expects_of_them():

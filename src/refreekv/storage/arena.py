@@ -343,7 +343,7 @@ class KVArena(FlatKV):
             self._reallocate(longer, self._with_room(longer, growth))
             return
         with self.table_in_turn() as own:
-            own[:, LENGTH] += told
+            own[:, LENGTH].add_(told)  # one launch, where ``+=`` writes the column back once more
         self._hold(longer, self._capacities)
 
     def cut(self, counts: Counts, told: Tensor, growth: int) -> None:
