@@ -18,7 +18,6 @@ from refreekv.planner import geometry, memory
 from refreekv.planner import plan as plans
 from refreekv.planner.memory import Load, Machine, Scenario
 from refreekv.storage import unfinished as unfinished_prompts
-from refreekv.storage.arena import LEAST_GROWTH
 
 LAYERS, PROMPT, CHUNK = 10, 2400, 240
 
@@ -82,7 +81,7 @@ def test_a_forecast_is_what_is_held(model, number, kv_dtype, ratio):
     unfinished = sum(layer.unfinished_bytes(read, number) for layer in layers)
     assert max(after[:-1]) == pytest.approx(unfinished, rel=0.05)
     # What is coded has room for entries that are not yet, which plans leave out: of a real prompt it is little.
-    room = 0 if kv_dtype is None else LAYERS * 2 * 256 * (FLUSH + LEAST_GROWTH)
+    room = 0 if kv_dtype is None else LAYERS * 2 * 256 * FLUSH
     assert after[-1] == pytest.approx(kept + room, rel=0.05)
     forecast = reading_bytes(layers, PROMPT, number, kept)
     if number is None:
@@ -108,7 +107,7 @@ def test_the_peak_is_the_forecast(kv_dtype, ratio, monkeypatch):
         with LiveBytes() as bytes_of, cache.prompt_until(PROMPT):
             for piece in pieces:
                 small(piece, past_key_values=cache, logits_to_keep=1)
-    room = 0 if kv_dtype is None else LAYERS * 4 * 256 * (FLUSH + LEAST_GROWTH)
+    room = 0 if kv_dtype is None else LAYERS * 4 * 256 * FLUSH
     forecast = chunked_bytes(layers, PROMPT, CHUNK, number, kept + room, Reader.of(small.config))
     assert bytes_of.peak == pytest.approx(forecast, rel=0.05)
 

@@ -367,7 +367,7 @@ def test_bytes_at_a_length_where_they_matter():
         coded = number.coded(1000)
         # Float32 means of keys and values, as they are and rotated.
         least = heads * (coded * number.entry_bytes((64, 64)) + ((1000 - coded) * 2 + 8) * 128)
-        room = heads * (FLUSH + 16) * 256
+        room = heads * FLUSH * 256
         assert report.bytes_after == least + room
         sizes[kind] = report.bytes_after / report.bytes_before
     assert sizes["int4"] < 0.4 < sizes["k6v4"] < sizes["int8"] < 0.65
