@@ -7,8 +7,8 @@ import torch
 
 from helpers.counting import counting
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
+from refreekv.kernels import Transfer
 from refreekv.kernels.packed_reference import pack
-from refreekv.storage import coded_lines
 from refreekv.storage.arena import KVArena
 from refreekv.storage.coded_lines import ROOM
 from refreekv.storage.columns import Columns, Levels
@@ -16,6 +16,7 @@ from refreekv.storage.hosted import HostArena
 from refreekv.storage.leveled import LeveledKV, code_older
 
 LADDER = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6", recent=8)
+FOUR_BITS = Ladder.of("int4", recent=8)
 ROWS, HEADS, SIZES = 2, 3, (32, 16)
 
 
@@ -50,7 +51,7 @@ def held(storage):
     return found
 
 
-@pytest.mark.parametrize("ladder", [LADDER, Ladder.of("int4", recent=8), Ladder.of("k4v2", "int8", generated=0, recent=8)], ids=str)
+@pytest.mark.parametrize("ladder", [LADDER, FOUR_BITS, Ladder.of("k4v2", "int8", recent=8, generated=0)], ids=str)
 def test_layers_together_hold_what_each_holds_alone(ladder):
     together = [layer(seed, ladder, drop=drop) for seed, drop in ((1, 0), (2, 195), (3, 150))]
     together[2].free_rows([1])
@@ -66,25 +67,24 @@ def test_layers_together_hold_what_each_holds_alone(ladder):
     assert together[1].lines.lengths[0] == (188 + 3 * FLUSH,) * 2 + (2 * FLUSH,)  # 5 entries were left of its prompt
 
 
-@pytest.mark.parametrize("ladder", [LADDER, Ladder.of("int4", recent=8)], ids=str)
+@pytest.mark.parametrize("ladder", [LADDER, FOUR_BITS], ids=str)
 def test_lines_are_what_each_entry_s_own_code_is(ladder):
     """Bit by bit: those that the plain version makes of one entry at a time."""
     storage = layer(1, ladder)
     before, new = copy.deepcopy(storage), entries(2 * FLUSH, 2)
-    waiting = torch.cat([KVArena.of(before.exact.full()).stacked()[0], new[0]], 2), torch.cat(
-        [KVArena.of(before.exact.full()).stacked()[1], new[1]], 2
-    )
+    waiting = [torch.cat(pair, 2) for pair in zip(before.exact.full().stacked(), new, strict=True)]
     for at in range(2 * FLUSH):
         storage.append(*(part[:, :, at : at + 1] for part in new))
     storage.code_older()
     form, rung = storage.coding.forms[ladder.generated], ladder.generated
+    assert storage.lines.lengths[0][0] == before.lines.lengths[0][0] + 2 * FLUSH
     like = torch.empty(0, form.line_bytes, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.float16)
     for number in range(2 * FLUSH):
         one = KVArena.like(*like, [(1,) * HEADS] * ROWS, growth=0)
         at = SINKS + number
         entry = [part[:, :, at : at + 1].contiguous() for part in waiting]
         spans = torch.tensor([(0, 0, 0)] * (ROWS * HEADS))
-        pack(coded_lines.kernels.Transfer(*entry, None, one.table, form, storage.coding.maps, spans, 1, 1, None))
+        pack(Transfer(*entry, None, one.table, form, storage.coding.maps, spans, 1, 1, None))
         for row in range(ROWS):
             old = before.lines.rungs[rung].lengths[row]
             for mine, wanted in zip(storage.lines.rungs[rung].segments(row), one.segments(row), strict=True):
@@ -92,6 +92,10 @@ def test_lines_are_what_each_entry_s_own_code_is(ladder):
                     assert torch.equal(mine[head][old[head] + number], wanted[head][0])
     for own, other in zip(storage.exact.full().stacked(), waiting, strict=True):
         assert torch.equal(own, torch.cat([other[:, :, :SINKS], other[:, :, SINKS + 2 * FLUSH :]], 2))
+
+
+def addresses_of(layers):
+    return [part.data_ptr() for own in layers for arena in own.tables for part in (arena.keys, arena.values)]
 
 
 LAUNCHES = 3
@@ -107,13 +111,12 @@ def test_what_it_asks_of_a_gpu(even):
         for storage in layers:
             for at in range(FLUSH):
                 storage.append(*entries(1, at))
-        addresses = [part.data_ptr() for storage in layers for arena in storage.tables for part in (arena.keys, arena.values)]
+        addresses = addresses_of(layers)
         with counting() as counts:
             assert code_older(layers)
         assert not counts.waits
         assert counts.sent == 1
-        now = [part.data_ptr() for storage in layers for arena in storage.tables for part in (arena.keys, arena.values)]
-        assert now == addresses
+        assert addresses_of(layers) == addresses
         asked.append((counts.total, counts.made))
         assert not code_older(layers)
     (few, made), (many, more) = asked

@@ -69,12 +69,10 @@ class KVArena(FlatKV):
         """Note what is held from now on, and what there is room for."""
         self._lengths, self._capacities = [tuple(row) for row in lengths], [tuple(row) for row in capacities]
         self._appended = 0
-        self._left = min(self._room(), default=LEAST_GROWTH)
-
-    def _room(self) -> list[int]:
-        """Entries that each segment has room for, of rows that were not freed."""
-        held = zip(self._capacities, self.lengths, self._freed, strict=True)
-        return [n for most, own, freed in held if not freed for n in map(sub, most, own)]
+        held = zip(self._capacities, self._lengths, self._freed, strict=True)
+        room = [n for most, own, freed in held if not freed for n in map(sub, most, own)]
+        # What any segment has room for, and what all have, of rows that were not freed.
+        self._widest, self._left = max(room, default=0), min(room, default=LEAST_GROWTH)
 
     def _ready(self, *, told: bool = True) -> None:
         """Make what belongs to this process and device only; a table that is not ``told`` of follows with others."""
@@ -338,7 +336,7 @@ class KVArena(FlatKV):
         room for ``growth`` more, and 2.5%.
         """
         longer = each(add, self.lengths, counts)
-        if any(map(gt, flat(longer), flat(self._capacities))):
+        if max(map(max, counts)) > self._left and any(map(gt, flat(longer), flat(self._capacities))):
             growth = max(2 * LEAST_GROWTH, growth, growth_for(longer))
             self._reallocate(longer, self._with_room(longer, growth))
             return
@@ -357,7 +355,7 @@ class KVArena(FlatKV):
             kernels.take_out(own, told, key_bytes=key, value_bytes=value)
             self._hold(shorter, self._capacities)
             growth = max(growth, growth_for(shorter))
-            if max(self._room(), default=0) > 2 * growth:
+            if self._widest > 2 * growth:
                 self._move_to(shorter, self._with_room(shorter, growth))
 
     @contextmanager
@@ -409,7 +407,7 @@ class KVArena(FlatKV):
 
     def _read_lengths(self) -> None:
         self._lengths = [
-            row if freed else tuple(length + self._appended for length in row)
+            row if freed else tuple(map(self._appended.__add__, row))
             for row, freed in zip(self._lengths, self._freed, strict=True)
         ]
         self._appended = 0
@@ -451,7 +449,7 @@ def growth_within(keys: Tensor, lengths: Sequence[Sequence[int]]) -> int:
 
 
 def capacities_of(lengths: Counts, growth: Sequence[int]) -> list[tuple[int, ...]]:
-    """Capacities of segments of these lengths, of which those of each row can grow by so much; -1: they hold nothing."""
+    """Capacities of segments of these lengths, where those of each row can grow by so much; -1: they hold nothing."""
     return [
         tuple(length + extra if extra >= 0 else 0 for length in row) for row, extra in zip(lengths, growth, strict=True)
     ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.core.quantisation import FLUSH
-from refreekv.storage.arena import KVArena, Span, growth_for, on_device, together
+from refreekv.storage.arena import KVArena, Span, growth_for, on_device
 from refreekv.storage.coding import Coding
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Counts, Lengths, Members, counted

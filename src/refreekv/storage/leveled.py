@@ -324,18 +324,18 @@ class LeveledKV(KVStorage):
             lambda first, coded, n: first if coded else min(SINKS, n) if otherwise is None else otherwise, *held
         )
 
-    def _surplus(self) -> Lengths:
-        """How many entries of each row's KV heads are neither coded nor among the newest; below 0: they are missing."""
-        recent = self.lines.coding.recent
-        return each(lambda n, first: n - first - recent, self.exact.lengths, self._firsts(SINKS))
+    def _newest(self) -> Lengths:
+        """How many exact entries of each row's KV heads lie behind coded ones, or would; below 0 where sinks lack."""
+        return each(sub, self.exact.lengths, self._firsts(SINKS))
 
     def _due(self, after: int, block: int) -> Lengths:
         """How many entries of each row's KV heads are to be coded now."""
-        return each(lambda n: max(0, n - after) // block * block, self._surplus())
+        stay = self.lines.coding.recent + after
+        return each(lambda n: max(0, n - stay) // block * block, self._newest())
 
     def _until_due(self) -> int:
         """Entries that can be appended before any segment has a block of them to code."""
-        return FLUSH - max(map(max, self._surplus()))
+        return FLUSH + self.lines.coding.recent - max(map(max, self._newest()))
 
     def reserve(self, tokens: int) -> bool:
         return self.exact.reserve(tokens)
@@ -425,5 +425,5 @@ def _listed(
     return by_rung, Members.of(torch.cat(rungs), coded)
 
 
-def _where_coded(sinks: Counts, coded: Counts) -> list[tuple[int, ...]]:
-    return each(lambda first, n: first if n else 0, sinks, coded)
+def _where_coded(sinks: Counts, coded: Counts) -> Counts:
+    return sinks if all(map(all, coded)) else each(lambda first, n: first if n else 0, sinks, coded)
