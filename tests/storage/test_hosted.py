@@ -1,5 +1,6 @@
 """Arenas in host memory against exact storage, and the buffers that entries come to the device through."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +35,8 @@ def test_freed_rows_stay_freed():
     there = HostArena.moved(arena)
     assert there.freed == there.back().freed == [False, True]
     assert there.lengths == [(5, 7), (0, 0)]
-    there.lengthen([(40, 40), (0, 0)], torch.tensor([40, 40, 0, 0]))
+    there.make_room(np.array([(40, 40), (0, 0)]))
+    there.note_changed(np.array([(40, 40), (0, 0)]))
     assert there.lengths == [(45, 47), (0, 0)]
 
 

@@ -22,7 +22,7 @@ from refreekv.storage import trial, warm_up
 CPU = torch.device("cpu")
 LADDER = Ladder.of("k4v2", "k6v4", "int8")
 GIVEN = CPU, torch.bfloat16, 2, (64, 64), LADDER, None
-SLOW = ("_pack_kernel", "_unpack_kernel", "_packed_decode_kernel", "_packed_join_kernel")
+SLOW = ("_pack_kernel", "_code_oldest_kernel", "_unpack_kernel", "_packed_decode_kernel", "_packed_join_kernel")
 """Kernels that take long to compile."""
 
 
@@ -52,10 +52,10 @@ def test_a_turn_of_another_length_compiles_nothing(printed):
 def test_what_is_compiled_ahead_is_what_is_used(printed):
     """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
     ahead = [name for name in printed["ahead"] if name.split()[0] in SLOW]
-    # Packing of prompts and of exact entries; unpacking in four formats; joining two kinds, and attention.
-    assert len(ahead) == 1 + 1 + 4 + 1 + 1
+    # Packing of prompts, of a turn and of what is generated; unpacking in four formats; joining, and attention.
+    assert len(ahead) == 1 + 1 + 1 + 4 + 1 + 1
     for use, found in printed["uses"].items():
-        kinds = SLOW if use.startswith("1 x") else SLOW[:2]
+        kinds = SLOW if use.startswith("1 x") else SLOW[:3]
         used = {name for name in found if name.split()[0] in kinds}
         assert len(used) >= 6, use
         assert used <= set(ahead), use
@@ -64,7 +64,7 @@ def test_what_is_compiled_ahead_is_what_is_used(printed):
 def test_each_kernel_in_a_thread_of_its_own(monkeypatch):
     """All begin before any has ended."""
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
-    together = threading.Barrier(6, timeout=30)  # three formats that are read, and coding: two ways, and anew
+    together = threading.Barrier(7, timeout=30)  # three formats that are read, and coding: three ways, and anew
     done = []
 
     def waiting(name, told):
@@ -78,12 +78,13 @@ def test_each_kernel_in_a_thread_of_its_own(monkeypatch):
         monkeypatch.setattr(kernels, name, call)
 
     waiting("pack_rungs", lambda given: given[0].exact is not None)
+    waiting("code_oldest", len)
     waiting("recode_lines", lambda given: given.target)
     waiting("unpack_lines", lambda *args, **kwargs: args[3].key_widths[0])
     warm_up.warm_up(*GIVEN)
     assert not together.broken
     assert sorted(done) == [
-        ("pack_rungs", False), ("pack_rungs", True), ("recode_lines", 0),
+        ("code_oldest", 1), ("pack_rungs", False), ("pack_rungs", True), ("recode_lines", 0),
         ("unpack_lines", 4), ("unpack_lines", 6), ("unpack_lines", 8),
     ]  # fmt: skip
 

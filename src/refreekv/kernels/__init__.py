@@ -24,13 +24,14 @@ from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates
 from refreekv.core.weight_blocks import WeightBlocks, sliced, unpacked
 from refreekv.kernels import ops, packed_ops, packed_reference, probe_blocks, reference
-from refreekv.kernels.packed_calls import Moved, Transfer
+from refreekv.kernels.packed_calls import Moved, Oldest, Transfer
 from refreekv.kernels.table import Format
 
 __all__ = [
     "Format",
     "Moved",
     "Needs",
+    "Oldest",
     "ProbeReductions",
     "Probes",
     "Transfer",
@@ -39,6 +40,7 @@ __all__ = [
     "available",
     "block_linear",
     "centres",
+    "code_oldest",
     "fetch",
     "gather",
     "kept_first",
@@ -474,6 +476,21 @@ def pack_rungs(given: Sequence[Transfer]) -> None:
         for each in given:
             if each.longest:
                 packed_ops.pack_lines(*each.flat)
+
+
+def code_oldest(layers: Sequence[Oldest]) -> None:
+    """Code exact entries of layers to lines behind those that are there, and let the ones behind them move up.
+
+    Lengths in both tables change with it. One copy to the device and one launch on CUDA, where layers are alike. What
+    is told must be there: entries to code, and capacity for their lines.
+    """
+    if _at_once(layers[0].exact):
+        from refreekv.kernels.packed_oldest import launch_code_oldest
+
+        launch_code_oldest(layers)
+    else:
+        for layer in layers:
+            packed_reference.code_oldest(layer)
 
 
 def unpack_lines(

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
@@ -90,6 +92,66 @@ class Transfer(NamedTuple):
             raise TypeError(
                 f"maps are for entries in {maps.key_sum.dtype}, keys are in {keys.dtype} and values in {values.dtype}: "
                 "see PackedMaps.of_type"
+            )
+
+
+class Oldest(NamedTuple):
+    """Exact entries of a layer to be coded, as `kernels.code_oldest` is given them.
+
+    Attributes
+    ----------
+    keys, values : Tensor
+        The storages that ``exact`` has the addresses of, of one type.
+    exact, table : Tensor
+        See `kernels.table`: of the exact entries, and of the lines of ``form``.
+    form, maps
+        As in `kernels.pack_lines`.
+    told : ndarray
+        int64 ``[3, segments]``, on the host: of each segment the first entry that is coded, how many are, and the lines
+        that are there.
+    """
+
+    keys: Tensor
+    values: Tensor
+    exact: Tensor
+    table: Tensor
+    form: PackedFormat
+    maps: PackedMaps
+    told: NDArray[np.int64]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a row."""
+        return self.maps.key_mean.shape[1]
+
+    @property
+    def alike(self) -> object:
+        """What layers have in common that are coded in one launch."""
+        maps = self.maps
+        shapes = maps.key_mean.shape, maps.key_matrix.shape, maps.value_matrix.shape
+        return self.form, self.keys.dtype, self.exact.device, len(self.exact), shapes
+
+    @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Of both tables and of what maps take entries to code space with; int64 ``[8]``, the last one 0."""
+        maps = self.maps
+        parts = maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum
+        return np.array([part.data_ptr() for part in (self.exact, self.table, *parts)] + [0], dtype=np.int64)
+
+    def check(self) -> None:
+        """ValueError or TypeError unless shapes, types and devices go together."""
+        check_table(self.exact)
+        check_table(self.table, self.exact)
+        _check_maps(self.maps, self.form, self.table)
+        if self.table.shape != self.exact.shape or self.told.shape != (3, len(self.exact)):
+            raise ValueError(
+                f"{len(self.exact)} segments of exact entries, {len(self.table)} of lines, and what is told of them "
+                f"{list(self.told.shape)}: expected [3, segments] of as many"
+            )
+        if not self.maps.key_sum.dtype == self.keys.dtype == self.values.dtype:
+            raise TypeError(
+                f"maps are for entries in {self.maps.key_sum.dtype}, keys are in {self.keys.dtype} and values in "
+                f"{self.values.dtype}: see PackedMaps.of_type"
             )
 
 

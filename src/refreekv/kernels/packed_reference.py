@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
-from refreekv.kernels.packed_calls import Moved, Transfer
-from refreekv.kernels.reference import as_written
+from refreekv.kernels.packed_calls import Moved, Oldest, Transfer
+from refreekv.kernels.reference import as_written, take_out
 from refreekv.kernels.table import LENGTH, entries
 
 
@@ -41,6 +41,22 @@ def pack(given: Transfer) -> None:
     for segment, (first, *new) in enumerate(zip(firsts, *(part.split(counts) for part in packed), strict=True)):
         for there, own in zip(lines_of(table, segment, form), new, strict=True):
             there[first : first + len(own)] = own
+
+
+def code_oldest(given: Oldest) -> None:
+    """`kernels.code_oldest` of one layer."""
+    given.check()
+    firsts, counts, starts = (torch.from_numpy(part) for part in given.told)
+    given.table[:, LENGTH] = starts + counts
+    spans = torch.stack([torch.zeros_like(firsts), torch.zeros_like(firsts), firsts], -1)
+    pack(
+        Transfer(
+            given.keys, given.values, given.exact, given.table, given.form, given.maps, spans, 0, int(counts.max()),
+            starts,
+        )
+    )  # fmt: skip
+    lines = [part.shape[-1] * part.element_size() for part in (given.keys, given.values)]
+    take_out(given.exact, torch.stack([firsts, counts]), *lines)
 
 
 @as_written

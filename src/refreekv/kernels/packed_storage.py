@@ -233,6 +233,44 @@ def _of(tables, number):
     return found
 
 
+@triton.jit
+def _pack_entries(
+    key_from, value_from, sk_n, sv_n, source, real, lines_at, factors_at, line, rung, means, maps, lines, key_grid,
+    value_grid, key_places, value_places, key_offset, key_matrix, key_worth, value_offset, value_matrix, key_rest,
+    value_rest, HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr,
+    KEY_WORDS: tl.constexpr, VALUE_TILES: tl.constexpr, VALUE_TILE: tl.constexpr, VALUE_WORDS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Code the entries ``source`` of one segment, as far as they are ``real``, to as many lines of a rung."""
+    # Lines are a multiple of 8 bytes, planes of 4.
+    line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
+    key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
+    value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
+    to = tl.multiple_of(lines_at.to(tl.pointer_type(tl.uint16)), 8) + line * line_words
+    w = _in_code_space(
+        key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest,
+        HEAD, KEY_TILES, KEY_TILE, BLOCK_T, BLOCK_IN, EXACT,
+    )  # fmt: skip
+    key_factor = _write_side(
+        w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
+        key_words, key_worth + maps * HEAD, to, real, to, True, False, HEAD, KEY_TILES, KEY_TILE, BLOCK_T,
+        KEY_WORDS, BLOCK_W,
+    )  # fmt: skip
+    w = _in_code_space(
+        value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
+        value_rest, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T, BLOCK_IN, EXACT,
+    )  # fmt: skip
+    value_factor = _write_side(
+        w, real, value_grid + rung * 4 * VALUE_TILES,
+        value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
+        key_worth, to + key_words, real, to, False, False, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
+        VALUE_WORDS, BLOCK_W,
+    )  # fmt: skip
+    both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    tl.store(factors_at.to(tl.pointer_type(tl.uint32)) + line, both, real)
+
+
 # Another prompt's length, and more rows, are no reason to compile for seconds.
 @triton.jit(do_not_specialize=["end", "kv_heads", "row_of_means", "row_of_maps", "blocks_0", "blocks_1", "blocks_2"])
 def _pack_kernel(
@@ -257,7 +295,6 @@ def _pack_kernel(
     if block * BLOCK_T < length:
         real = t < length
         source = _chosen(listed, segment, t, length, end)
-        line = first + t.to(tl.int64)
         if FROM_ARENA:
             key_from = tl.multiple_of(tl.load(arena + segment * 4).to(tl.pointer_type(keys.dtype.element_ty)), 16)
             value_from = tl.load(arena + segment * 4 + 1).to(tl.pointer_type(values.dtype.element_ty))
@@ -265,35 +302,23 @@ def _pack_kernel(
         else:
             key_from = keys + row * sk_b + head * sk_h
             value_from = values + row * sv_b + head * sv_h
-        maps, means = row * row_of_maps + head, row * row_of_means + head
-        # Lines are a multiple of 8 bytes, planes of 4.
-        line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
-        key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
-        value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
-        to = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16)), 8) + line * line_words
-        w = _in_code_space(
-            key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest,
-            HEAD, KEY_TILES, KEY_TILE, BLOCK_T, BLOCK_IN, EXACT,
+        _pack_entries(
+            key_from, value_from, sk_n, sv_n, source, real, tl.load(table + segment * 4),
+            tl.load(table + segment * 4 + 1), first + t.to(tl.int64), rung, row * row_of_means + head,
+            row * row_of_maps + head, lines, key_grid, value_grid, key_places, value_places, key_offset, key_matrix,
+            key_worth, value_offset, value_matrix, key_rest, value_rest, HEAD, VALUE, KEY_TILES, KEY_TILE, KEY_WORDS,
+            VALUE_TILES, VALUE_TILE, VALUE_WORDS, BLOCK_W, BLOCK_IN, BLOCK_T, EXACT,
         )  # fmt: skip
-        key_factor = _write_side(
-            w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
-            key_words, key_worth + maps * HEAD, to, real, to, True, False, HEAD, KEY_TILES, KEY_TILE, BLOCK_T,
-            KEY_WORDS, BLOCK_W,
-        )  # fmt: skip
-        w = _in_code_space(
-            value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
-            value_rest, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T, BLOCK_IN, EXACT,
-        )  # fmt: skip
-        value_factor = _write_side(
-            w, real, value_grid + rung * 4 * VALUE_TILES,
-            value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
-            key_worth, to + key_words, real, to, False, False, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
-            VALUE_WORDS, BLOCK_W,
-        )  # fmt: skip
-        both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        factors = tl.load(table + segment * 4 + 1).to(tl.pointer_type(tl.uint32))
-        tl.store(factors + line, both, real)
+
+
+def block_of(kind: torch.dtype) -> int:
+    """Entries of a program."""
+    return 64 if kind.itemsize == 2 else 32
+
+
+def registers_of(kind: torch.dtype, form: PackedFormat) -> int | None:
+    """Registers of a thread, at most: for three programs on a multiprocessor where they are enough."""
+    return 168 if kind.itemsize == 2 and max(form.key_size, form.value_size) <= 128 else None
 
 
 @on_its_device
@@ -313,13 +338,12 @@ def launch_pack(
     keys, values, kv_heads = elements_first(keys), elements_first(values), given.kv_heads
     strides = given._replace(keys=keys, values=values).strides
     told = tables_of(tuple(each.form for each in rungs), keys.device)
-    narrow, small = keys.dtype.itemsize == 2, max(form.key_size, form.value_size) <= 128
     if block is None:
-        block = 64 if narrow else 32
+        block = block_of(keys.dtype)
     if warps is None:
         warps = 4  # more than four would share out an entry's channels
-    if registers is None and narrow and small:
-        registers = 168  # three programs on a multiprocessor
+    if registers is None:
+        registers = registers_of(keys.dtype, form)
     every = [rungs[number] if number < len(rungs) else given for number in range(MOST_RUNGS)]
     firsts = tuple(table if each.starts is None else each.starts for each in every)
     ends = list(accumulate(-(-each.longest // block) for each in rungs))
@@ -332,5 +356,6 @@ def launch_pack(
         maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"),
         BLOCK_W=told.block, BLOCK_IN=BLOCK_IN, BLOCK_T=block, FROM_ARENA=source is not None,
-        HAS_STARTS=starts is not None, EXACT=not narrow, num_warps=warps, num_stages=stages, maxnreg=registers,
+        HAS_STARTS=starts is not None, EXACT=keys.dtype.itemsize > 2, num_warps=warps, num_stages=stages,
+        maxnreg=registers,
     )  # fmt: skip

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from operator import add, gt, sub
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +20,8 @@ from refreekv import kernels
 from refreekv.kernels.table import CAPACITY, KEY, LENGTH, VALUE
 from refreekv.storage.base import FlatKV, Piece
 from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.members import Counts
+from refreekv.storage.members import Array, Counts, Lengths
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
-from refreekv.storage.runs import each, flat
 
 LEAST_GROWTH = 16
 """Entries that a segment can always take before its layer has to move."""
@@ -61,18 +60,17 @@ class KVArena(FlatKV):
         told: bool = True,
     ):
         self.keys, self.values = keys, values
-        self._freed = [extra < 0 for extra in growth]
-        self._hold(lengths, capacities_of(lengths, growth))
+        self._freed = np.array([extra < 0 for extra in growth])
+        self._hold(np.array(lengths), np.array(capacities_of(lengths, growth)))
         self._ready(told=told)
 
-    def _hold(self, lengths: Counts, capacities: Counts) -> None:
+    def _hold(self, lengths: Array, capacities: Array) -> None:
         """Note what is held from now on, and what there is room for."""
-        self._lengths, self._capacities = [tuple(row) for row in lengths], [tuple(row) for row in capacities]
-        self._appended = 0
-        held = zip(self._capacities, self._lengths, self._freed, strict=True)
-        room = [n for most, own, freed in held if not freed for n in map(sub, most, own)]
+        # Never changed in place. Arrays, as the lists of all layers are more than the host can go through at a token.
+        self._lengths, self._capacities, self._appended = lengths, capacities, 0
+        room = (capacities - lengths)[~self._freed]
         # What any segment has room for, and what all have, of rows that were not freed.
-        self._widest, self._left = max(room, default=0), min(room, default=LEAST_GROWTH)
+        self._widest, self._left = (int(room.max()), int(room.min())) if room.size else (0, LEAST_GROWTH)
 
     def _ready(self, *, told: bool = True) -> None:
         """Make what belongs to this process and device only; a table that is not ``told`` of follows with others."""
@@ -125,7 +123,7 @@ class KVArena(FlatKV):
 
     def fill(self, keys: Tensor, values: Tensor, spans: Tensor, end: int) -> None:
         """Write all entries, from dense ``[B, H_kv, n, D]``; ``spans`` and ``end`` as in `kernels.gather`."""
-        longest = max(map(max, self._lengths))
+        longest = int(self.counts.max())
         kernels.gather(keys, values, self.table, spans, self.form, end=end, longest=longest)
 
     @classmethod
@@ -148,8 +146,13 @@ class KVArena(FlatKV):
     @property
     def lengths(self) -> list[tuple[int, ...]]:  # type: ignore[override]  # nobody sets them
         """Entries of each row's KV heads."""
+        return as_lists(self.counts)
+
+    @property
+    def counts(self) -> Array:
+        """The same, int64 ``[B, H_kv]``, not to be changed."""
         if self._appended:
-            self._read_lengths()
+            self._lengths, self._appended = self._lengths + self._appended * ~self._freed[:, None], 0
         return self._lengths
 
     @property
@@ -160,7 +163,7 @@ class KVArena(FlatKV):
     @property
     def kv_heads(self) -> int:
         """KV heads of each row. Does not wait for lengths: it is asked for at each token."""
-        return len(self._lengths[0])
+        return int(self._lengths.shape[1])
 
     @property
     def tables(self) -> "tuple[KVArena, ...]":
@@ -176,17 +179,17 @@ class KVArena(FlatKV):
 
     @property
     def freed(self) -> list[bool]:
-        return list(self._freed)
+        return [bool(freed) for freed in self._freed]
 
     @property
     def capacities(self) -> list[tuple[int, ...]]:
         """Lines of each row's KV heads."""
-        return self._capacities
+        return as_lists(self._capacities)
 
     @property
     def uniform(self) -> bool:
         """Whether all segments have one length and one capacity, so that `stacked` is a view."""
-        return all(len(set(flat(rows))) <= 1 for rows in (self.lengths, self._capacities))
+        return all((counts == counts.flat[0]).all() for counts in (self.counts, self._capacities))
 
     def row_nbytes(self, row: int) -> int:
         return sum(self.capacities[row]) * sum(self.line_bytes)
@@ -194,7 +197,7 @@ class KVArena(FlatKV):
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All rows as ``[B, kv_heads, L, D]`` views; only where `uniform`."""
         length = self.lengths[0][0]
-        shape = (len(self.lengths), self.kv_heads, self._capacities[0][0], -1)
+        shape = (self.batch, self.kv_heads, int(self._capacities[0, 0]), -1)
         return self.keys.view(shape)[:, :, :length], self.values.view(shape)[:, :, :length]
 
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -290,12 +293,8 @@ class KVArena(FlatKV):
     def reserve(self, tokens: int) -> bool:
         if self._left >= tokens:
             return False
-        self._reallocate(self.lengths, self._with_room(self.lengths, growth_for(self.lengths) + tokens))
+        self._reallocate(self.counts, growth_for(self.counts) + tokens)
         return True
-
-    def _with_room(self, lengths: Counts, growth: int) -> list[tuple[int, ...]]:
-        """Capacities for segments of these lengths that are to grow by so much; a freed row's take nothing."""
-        return capacities_of(lengths, [-1 if freed else growth for freed in self._freed])
 
     @property
     def left(self) -> int:
@@ -322,41 +321,33 @@ class KVArena(FlatKV):
         gone = {row for row in rows if not self.freed[row]}
         if not gone:
             return
-        none = (0,) * self.kv_heads
-        lengths, capacities = (
-            [none if row in gone else own for row, own in enumerate(rows)] for rows in (self.lengths, self._capacities)
-        )
-        self._freed = [freed or row in gone for row, freed in enumerate(self._freed)]
-        self._reallocate(lengths, capacities)
+        room = self._capacities - self.counts
+        self._freed = self._freed.copy()
+        self._freed[list(gone)] = True
+        self._reallocate(self.counts * ~self._freed[:, None], room)
 
-    def lengthen(self, counts: Counts, told: Tensor, growth: int = 0) -> None:
-        """Add entries behind the segments' last ones, so many for each row's KV heads, that are still to be written.
+    def make_room(self, counts: Array, growth: int = 0) -> None:
+        """Have room for so many more entries of each segment; where there is none, all get ``growth`` more, or 2.5%."""
+        longer = self.counts + counts
+        if (longer > self._capacities).any():
+            self._reallocate(self.counts, counts + max(2 * LEAST_GROWTH, growth, growth_for(longer)))
 
-        ``told`` are the counts on the device, int64 ``[segments]``. Where there is no room for them, the segments get
-        room for ``growth`` more, and 2.5%.
-        """
-        longer = each(add, self.lengths, counts)
-        if max(map(max, counts)) > self._left and any(map(gt, flat(longer), flat(self._capacities))):
-            growth = max(2 * LEAST_GROWTH, growth, growth_for(longer))
-            self._reallocate(longer, self._with_room(longer, growth))
-            return
+    def note_changed(self, counts: Array) -> None:
+        """Count entries that somebody added through the table, or took out, where numbers are negative."""
+        self._hold(self.counts + counts, self._capacities)
+
+    def take_out(self, firsts: Array, counts: Array) -> None:
+        """Have the device take so many entries out of each segment, from the first ones on; see `note_changed`."""
+        key, value = self.line_bytes
         with self.table_in_turn() as own:
-            own[:, LENGTH].add_(told)  # one launch, where ``+=`` writes the column back once more
-        self._hold(longer, self._capacities)
-
-    def cut(self, counts: Counts, told: Tensor, growth: int) -> None:
-        """Take so many entries out of each row's KV heads, in place: those behind them move up.
-
-        ``told`` is what `kernels.take_out` is told. Memory is given back where a segment would have more than twice the
-        room of ``growth``, or of 2.5%; then all get that.
-        """
-        (key, value), shorter = self.line_bytes, each(sub, self.lengths, counts)
-        with self.table_in_turn() as own:
+            told = on_device([firsts.ravel().tolist(), counts.ravel().tolist()], own.device)
             kernels.take_out(own, told, key_bytes=key, value_bytes=value)
-            self._hold(shorter, self._capacities)
-            growth = max(growth, growth_for(shorter))
-            if self._widest > 2 * growth:
-                self._move_to(shorter, self._with_room(shorter, growth))
+
+    def trim(self, growth: int) -> None:
+        """Give memory back where a segment has more than twice the room of ``growth``, or of 2.5%: all get that."""
+        growth = max(growth, growth_for(self.counts))
+        if self._widest > 2 * growth:
+            self._reallocate(self.counts, growth)
 
     @contextmanager
     def table_in_turn(self) -> Iterator[Tensor]:
@@ -383,52 +374,43 @@ class KVArena(FlatKV):
         with self.table_in_turn() as own, torch.inference_mode(False):
             self.table = own.clone()
 
-    def _reallocate(self, lengths: Counts, capacities: Counts) -> None:
+    def _reallocate(self, lengths: Array, growth: Array | int) -> None:
+        """Move what stays to memory for segments of these lengths that are to grow by so much; not for freed rows."""
         with self.table_in_turn():
-            self._move_to(lengths, capacities)
+            self._move_to(lengths, (lengths + growth) * ~self._freed[:, None])
 
-    def _move_to(self, lengths: Counts, capacities: Counts) -> None:
+    def _move_to(self, lengths: Array, capacities: Array) -> None:
         old, old_storages = self.table.clone(), (self.keys, self.values)
         self.keys, self.values = (self._new(capacities, storage) for storage in old_storages)
         self._hold(lengths, capacities)
         self.table.copy_(on_device(self._lines(), self.table.device))
         self._take(old)
 
-    def _new(self, capacities: Counts, like: Tensor) -> Tensor:
+    def _new(self, capacities: Array, like: Tensor) -> Tensor:
         """Memory for entries like others."""
         return allocated(capacities, like)
 
     def _take(self, source: Tensor, target: Tensor | None = None) -> None:
         """Copy the entries of a table's segments to this arena's, or to those of ``target``, a part of this arena."""
-        (key, value), longest = self.line_bytes, max(map(max, self.lengths))
+        (key, value), longest = self.line_bytes, int(self.counts.max())
         if longest:
             target = self.table if target is None else target
             kernels.move(source, target, key_bytes=key, value_bytes=value, longest=longest)
 
-    def _read_lengths(self) -> None:
-        self._lengths = [
-            row if freed else tuple(map(self._appended.__add__, row))
-            for row, freed in zip(self._lengths, self._freed, strict=True)
-        ]
-        self._appended = 0
-
     def _lines(self) -> list[list[int]]:
         """The table, as the host knows it."""
-        lines, at, steps = [], 0, self.line_bytes
-        for lengths, capacities in zip(self.lengths, self.capacities, strict=True):
-            for length, capacity in zip(lengths, capacities, strict=True):
-                line = [0] * 4
-                line[KEY] = self.keys.data_ptr() + at * steps[0]
-                line[VALUE] = self.values.data_ptr() + at * steps[1]
-                line[LENGTH], line[CAPACITY] = length, capacity
-                lines.append(line)
-                at += capacity
-        return lines
+        capacities, steps = self._capacities.ravel(), self.line_bytes
+        starts = capacities.cumsum() - capacities
+        lines = np.empty((len(starts), 4), dtype=np.int64)
+        lines[:, KEY] = self.keys.data_ptr() + starts * steps[0]
+        lines[:, VALUE] = self.values.data_ptr() + starts * steps[1]
+        lines[:, LENGTH], lines[:, CAPACITY] = self.counts.ravel(), capacities
+        found: list[list[int]] = lines.tolist()
+        return found
 
     # -- copies: addresses do not travel --------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        self._read_lengths()
         return {name: value for name, value in self.__dict__.items() if name not in ("table", "_lock", "_stream")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -436,10 +418,15 @@ class KVArena(FlatKV):
         self._ready()
 
 
-def growth_for(lengths: Sequence[Sequence[int]]) -> int:
+def as_lists(counts: Array) -> Lengths:
+    """Numbers ``[B, H_kv]`` as lists."""
+    return [tuple(row) for row in counts.tolist()]
+
+
+def growth_for(lengths: Counts | Array) -> int:
     """Entries that each segment of a layer gets room for, beyond those it holds."""
-    count = sum(len(row) for row in lengths)
-    return max(LEAST_GROWTH, sum(map(sum, lengths)) // max(count, 1) // GROWTH_SHARE)
+    counts = np.asarray(lengths)
+    return max(LEAST_GROWTH, int(counts.sum()) // max(counts.size, 1) // GROWTH_SHARE)
 
 
 def growth_within(keys: Tensor, lengths: Sequence[Sequence[int]]) -> int:
@@ -455,11 +442,11 @@ def capacities_of(lengths: Counts, growth: Sequence[int]) -> list[tuple[int, ...
     ]
 
 
-def allocated(capacities: Counts, like: Tensor, *, pinned: bool = False) -> Tensor:
+def allocated(capacities: Counts | Array, like: Tensor, *, pinned: bool = False) -> Tensor:
     """Memory for segments of so many entries each: on the device of ``like``, or pinned on the host."""
     # Not in inference mode: what is made there cannot be changed in place outside of it.
     with torch.inference_mode(False):
-        lines = sum(map(sum, capacities))
+        lines = int(np.asarray(capacities).sum())
         return torch.empty(
             lines, like.shape[-1], dtype=like.dtype, device="cpu" if pinned else like.device, pin_memory=pinned
         )

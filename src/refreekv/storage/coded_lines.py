@@ -10,27 +10,23 @@ from functools import lru_cache, partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
-from refreekv.core.quantisation import FLUSH
-from refreekv.storage.arena import KVArena, Span, growth_for, on_device
-from refreekv.storage.coding import Coding
+from refreekv.kernels.table import LENGTH
+from refreekv.storage.arena import KVArena, Span, as_lists, on_device, together
+from refreekv.storage.coding import ROOM, Coding, room_for
 from refreekv.storage.hosted import HostArena
-from refreekv.storage.members import Counts, Lengths, Members, counted
+from refreekv.storage.members import Array, Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.recoding import recoded
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
-
-
-ROOM = 4 * FLUSH
-"""Generated entries that each segment gets room for at once, at least where lines have to move for them: all lines of
-the rung do, and as much memory is asked for."""
 
 
 class Packing(NamedTuple):
@@ -57,24 +53,6 @@ class Packing(NamedTuple):
         return torch.cat([own[start : start + n] for own, start, n in where])
 
 
-class Addition(NamedTuple):
-    """What is coded behind the lines of a rung: of each segment so many exact entries, and which.
-
-    ``listed`` are the entries of all segments that have numbers, int32; None: those from a segment's first one on.
-    """
-
-    rung: int
-    counts: Lengths
-    starts: list[int]
-    spans: list[Span]
-    listed: Tensor | None = None
-
-    @property
-    def told(self) -> list[Sequence[Sequence[int]]]:
-        """What the device has to know of it."""
-        return [self.spans, [self.starts, flat(self.counts)]]
-
-
 class CodedLines:
     """The coded entries of a layer, one segment per (row, KV head); `extend` and `free_rows` change them in place.
 
@@ -90,7 +68,6 @@ class CodedLines:
 
     def __init__(self, rungs: Sequence[KVArena], members: Members, coding: Coding):
         self.rungs, self.members, self.coding = tuple(rungs), members, coding
-        self._lengths: Lengths | None = None
 
     @classmethod
     def to_pack(
@@ -124,7 +101,7 @@ class CodedLines:
             members, by_rung = Members.none(counts, device), _all_in(coding.generated, len(coding.forms), counts)
         arenas, work, starts = [], [], [0] * len(listed)
         for rung, (form, own) in enumerate(zip(coding.forms, by_rung, strict=True)):
-            arenas.append(_lines(form, own, device, _room(counts) if rung == coding.generated else 0))
+            arenas.append(_lines(form, own, device, room_for(counts) if rung == coding.generated else 0))
             if any(map(any, own)):
                 work.append(Packing(rung, listed, starts, own, end))
             starts = list(map(add, starts, flat(own)))
@@ -167,9 +144,12 @@ class CodedLines:
     @property
     def lengths(self) -> list[tuple[int, ...]]:
         """Entries of each row's KV heads, in whatever rung."""
-        if self._lengths is None:
-            self._lengths = sums([arena.lengths for arena in self.rungs])
-        return self._lengths
+        return as_lists(self.counts)
+
+    @property
+    def counts(self) -> Array:
+        """The same, int64 ``[B, H_kv]``, not to be changed."""
+        return reduce(np.add, [arena.counts for arena in self.rungs])
 
     @property
     def nbytes(self) -> int:
@@ -253,41 +233,50 @@ class CodedLines:
 
     # -- in place -------------------------------------------------------------------------------
 
-    def to_extend(self, firsts: Counts, counts: Lengths, asked: Tensor | None = None) -> list[Addition]:
-        """How `extend` is told to code so many of each segment's exact entries, those after the first ones.
+    def oldest(self, source: KVArena, firsts: Array, counts: Array) -> kernels.Oldest:
+        """What `kernels.code_oldest` is told to code so many of each segment's exact entries, from the first ones on.
 
-        ``asked`` are their rungs, uint8 ``[entries]``; None: all are coded as generated ones.
+        They are coded as generated ones, for which there is room then.
         """
-        if asked is None:
-            rung = self.coding.generated
-            return [Addition(rung, counts, flat(self.rungs[rung].lengths), [(0, 0, first) for first in flat(firsts)])]
-        numbers = runs(flat(firsts), flat(counts), asked.device).int()[asked.argsort(stable=True)]
+        self.coding = coding = self.coding.of_type(source.types[0])
+        arena, form = self.rungs[coding.generated], coding.forms[coding.generated]
+        arena.make_room(counts, ROOM)
+        told = np.stack([firsts, counts, arena.counts]).reshape(3, -1)
+        return kernels.Oldest(source.keys, source.values, source.table, arena.table, form, coding.maps, told)
+
+    def extend(self, source: KVArena, firsts: Counts, counts: Lengths, asked: Tensor) -> None:
+        """Code so many of each segment's exact entries, from the first ones on, behind the lines that are here.
+
+        ``asked`` are their rungs, uint8 ``[entries]``.
+        """
+        device = source.keys.device
+        self.coding = coding = self.coding.of_type(source.types[0])
+        numbers = runs(flat(firsts), flat(counts), device).int()[asked.argsort(stable=True)]
         self.members = self.members.extended(self.rung_of_each(), self.lengths, asked, counts)
-        found, at = [], 0
+        at, told, work = 0, list[Sequence[Sequence[int]]](), []
         for rung, own in enumerate(counted(asked, counts, len(self.rungs))):
             if count := sum(map(sum, own)):
-                listed = numbers[at : at + count]
-                found.append(Addition(rung, own, flat(self.rungs[rung].lengths), spans(listed, flat(own), 0), listed))
+                starts = flat(self.rungs[rung].lengths)
+                told += [spans(numbers[at : at + count], flat(own), 0), [starts, flat(own)]]
+                self.rungs[rung].make_room(np.array(own))
+                work.append((rung, own))
                 at += count
-        return found
-
-    def extend(self, source: KVArena, additions: Sequence[Addition], told: Sequence[Tensor]) -> None:
-        """Code exact entries behind the lines that are here; ``told`` is what the additions say, on the device."""
-        self.coding = coding = self.coding.of_type(source.types[0])
+        # What is told before anything is launched stays alive until all is.
+        sent = iter(together(told, device))
         with ExitStack() as stack:
             exact, given = stack.enter_context(source.table_in_turn()), []
-            for (rung, counts, *_), where, (starts, more) in zip(additions, told[::2], told[1::2], strict=True):
-                arena = self.rungs[rung]
-                table = stack.enter_context(arena.table_in_turn())
-                arena.lengthen(counts, more, ROOM if rung == coding.generated else 0)
-                form, longest = coding.forms[rung], max(map(max, counts))
+            for rung, own in work:
+                arena, where, (starts, more) = self.rungs[rung], next(sent), next(sent)
+                table, longest = stack.enter_context(arena.table_in_turn()), max(map(max, own))
+                table[:, LENGTH].add_(more)  # one launch, where ``+=`` writes the column back once more
+                arena.note_changed(np.array(own))
                 given.append(
                     kernels.Transfer(
-                        source.keys, source.values, exact, table, form, coding.maps, where, 0, longest, starts
+                        source.keys, source.values, exact, table, coding.forms[rung], coding.maps, where, 0, longest,
+                        starts,
                     )
-                )
+                )  # fmt: skip
             kernels.pack_rungs(given)
-        self._lengths = sums([self.lengths, *(addition.counts for addition in additions)])
 
     @property
     def in_host_memory(self) -> bool:
@@ -314,7 +303,6 @@ class CodedLines:
         """Give the memory of finished rows back."""
         for arena in self.rungs:
             arena.free_rows(rows)
-        self._lengths = None
         freed = self.rungs[0].freed
         left = [(0,) * len(own) if gone else own for own, gone in zip(self.members.counts, freed, strict=True)]
         self.members = self.members.truncated(left)
@@ -337,11 +325,6 @@ def sums(parts: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, ...]]:
 def _lines(form: PackedFormat, lengths: Lengths, device: torch.device, room: int) -> KVArena:
     """An arena for so many packed lines, which are still to be written, as is its table."""
     return KVArena.like(*_like(form.line_bytes, device), lengths, growth=room, told=False)
-
-
-def _room(counts: Lengths) -> int:
-    """Generated entries that each segment can take when a prompt ends: whole blocks, of 2.5% of what is coded."""
-    return min(growth_for(counts), ROOM) // FLUSH * FLUSH
 
 
 @lru_cache(maxsize=32)

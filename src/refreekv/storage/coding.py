@@ -10,10 +10,21 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
-from refreekv.core.quantisation import Ladder
+from refreekv.core.quantisation import FLUSH, Ladder
+from refreekv.storage.arena import growth_for
+from refreekv.storage.members import Counts
 
 Pair = tuple[Tensor, Tensor]
 """Of keys and of values."""
+
+ROOM = 4 * FLUSH
+"""Generated entries that each segment gets room for, at most when a prompt ends, and at least where lines have to move
+for them: all lines of the rung do, and as much memory is asked for."""
+
+
+def room_for(counts: Counts) -> int:
+    """Generated entries that each segment can take when a prompt ends: whole blocks, of 2.5% of what is coded."""
+    return min(growth_for(counts), ROOM) // FLUSH * FLUSH
 
 
 @dataclass(frozen=True)

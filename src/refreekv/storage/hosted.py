@@ -8,13 +8,14 @@ whatever is in the storage. `storage.staging` brings entries to the device ahead
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refreekv.storage.arena import KVArena, allocated, capacities_of, growth_for
 from refreekv.storage.base import Piece
 from refreekv.storage.host import NoRoomError
-from refreekv.storage.members import Counts
+from refreekv.storage.members import Array, Counts
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.staging import Copies, Lines, Staging
 
@@ -86,10 +87,10 @@ class HostArena(KVArena):
         left = [(0,) * len(row) if gone else row for row, gone in zip(lengths, freed, strict=True)]
         return self._empty(self, left, [-1 if gone else growth_for(left) for gone in freed])
 
-    def _new(self, capacities: Counts, like: Tensor) -> Tensor:
+    def _new(self, capacities: Array, like: Tensor) -> Tensor:
         return pinned(capacities, like, self._device)
 
-    def _move_to(self, lengths: Counts, capacities: Counts) -> None:
+    def _move_to(self, lengths: Array, capacities: Array) -> None:
         super()._move_to(lengths, capacities)
         # What was moved from is given to whoever asks for pinned memory next, and kernels still read it.
         self._wait()
@@ -162,7 +163,7 @@ class HostedPrompts:
         return HostedPrompts(self.device, self._copies)
 
 
-def pinned(capacities: Counts, like: Tensor, device: torch.device) -> Tensor:
+def pinned(capacities: Counts | Array, like: Tensor, device: torch.device) -> Tensor:
     """Host memory for segments of so many entries each, pinned where ``device`` is a GPU.
 
     Raises
@@ -173,5 +174,5 @@ def pinned(capacities: Counts, like: Tensor, device: torch.device) -> Tensor:
     try:
         return allocated(capacities, like, pinned=device.type == "cuda")
     except RuntimeError as error:  # also what CUDA says when nothing can be pinned
-        size = sum(map(sum, capacities)) * like.shape[-1] * like.element_size()
+        size = int(np.asarray(capacities).sum()) * like.shape[-1] * like.element_size()
         raise NoRoomError(f"the system gives no {size:,} bytes of pinned host memory; ask for less of it") from error

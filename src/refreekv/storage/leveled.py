@@ -11,18 +11,19 @@ from itertools import chain
 from operator import sub
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
-from refreekv.storage.arena import LEAST_GROWTH, KVArena, growth_within, on_device, tell, together
+from refreekv.storage.arena import LEAST_GROWTH, KVArena, as_lists, growth_within, on_device, tell, together
 from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.members import Counts, Lengths, Members, counted
+from refreekv.storage.members import Array, Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
@@ -44,8 +45,6 @@ class LeveledKV(KVStorage):
         Sinks and newest entries, keys and values of one type.
     lines : CodedLines
         The coded entries.
-    sinks : list of tuple of int
-        How many exact entries lie before the coded ones of each row's KV heads; 0 where nothing is coded.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class LeveledKV(KVStorage):
         self._types = exact.types if types is None else types
         exact.widen(*exact.types[::-1])
         self.exact, self.lines = exact, lines
-        self.sinks = _where_coded(sinks, lines.lengths)
+        self._sinks = np.array(sinks) * (lines.counts > 0)
         self._wait = self._until_due()
         """Entries that may be appended before it is worth looking whether some are due to be coded."""
 
@@ -149,6 +148,11 @@ class LeveledKV(KVStorage):
     @property
     def coding(self) -> Coding:
         return self.lines.coding
+
+    @property
+    def sinks(self) -> Lengths:
+        """How many exact entries lie before the coded ones of each row's KV heads; 0 where nothing is coded."""
+        return as_lists(self._sinks)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -278,10 +282,23 @@ class LeveledKV(KVStorage):
         )
         due = made._due(after, 1)
         if asked is not None:
-            ends = zip(starts_of(flat_counts), flat(made._firsts()), flat(left), strict=True)
-            asked = asked[runs([start + first + n for start, first, n in ends], flat(due), device)]
-        _code([(made, due, asked)])
+            ends = zip(starts_of(flat_counts), flat(made._firsts().tolist()), flat(left), strict=True)
+            asked = asked[runs([start + first + n for start, first, n in ends], due.ravel().tolist(), device)]
+        if asked is not None and due.any():
+            before = made._firsts()
+            made.lines.extend(made.exact, as_lists(before), as_lists(due), asked)
+            made.exact.take_out(before, due)
+            made._note_coded(before, due)
+            made._wait = made._until_due()
+        elif asked is None:
+            made.code_older(after, all_due=True)
         return made
+
+    def _note_coded(self, firsts: Array, counts: Array) -> None:
+        """Note that so many exact entries of each segment, from the first ones on, are coded now and gone."""
+        self.exact.note_changed(-counts)
+        self.exact.trim(FLUSH)
+        self._sinks = firsts * (self.lines.counts > 0)
 
     def _chosen(self, kept: Sequence[Columns], after: int) -> tuple[Tensor, list[tuple[int, ...]]]:
         """The numbers of entries that stay, among all of all segments, and how many they are of each."""
@@ -312,30 +329,21 @@ class LeveledKV(KVStorage):
         """
         return code_older([self], after, all_due=all_due)
 
-    def _firsts(self, otherwise: int | None = None) -> Counts:
-        """How many exact entries lie before the coded ones of each row's KV heads.
+    def _firsts(self) -> Array:
+        """How many exact entries lie, or would lie, before the coded ones of each row's KV heads."""
+        return np.where(self.lines.counts, self._sinks, np.minimum(self.exact.counts, SINKS))
 
-        Where nothing is coded ``otherwise``, or if that is None as many as would lie there.
-        """
-        if all(map(all, self.sinks)):
-            return self.sinks
-        held = self.sinks, self.lines.lengths, self.exact.lengths
-        return each(
-            lambda first, coded, n: first if coded else min(SINKS, n) if otherwise is None else otherwise, *held
-        )
-
-    def _newest(self) -> Lengths:
+    def _newest(self) -> Array:
         """How many exact entries of each row's KV heads lie behind coded ones, or would; below 0 where sinks lack."""
-        return each(sub, self.exact.lengths, self._firsts(SINKS))
+        return self.exact.counts - np.where(self.lines.counts, self._sinks, SINKS)
 
-    def _due(self, after: int, block: int) -> Lengths:
+    def _due(self, after: int, block: int) -> Array:
         """How many entries of each row's KV heads are to be coded now."""
-        stay = self.lines.coding.recent + after
-        return each(lambda n: max(0, n - stay) // block * block, self._newest())
+        return np.maximum(self._newest() - self.lines.coding.recent - after, 0) // block * block
 
     def _until_due(self) -> int:
         """Entries that can be appended before any segment has a block of them to code."""
-        return FLUSH + self.lines.coding.recent - max(map(max, self._newest()))
+        return FLUSH + self.lines.coding.recent - int(self._newest().max())
 
     def reserve(self, tokens: int) -> bool:
         return self.exact.reserve(tokens)
@@ -345,13 +353,8 @@ class LeveledKV(KVStorage):
         self._wait -= tokens
 
     def drop(self, tokens: int) -> bool:
-        newest = [
-            n - first
-            for rows in zip(self.exact.lengths, self.sinks, self.freed, strict=True)
-            if not rows[2]
-            for n, first in zip(*rows[:2], strict=True)
-        ]
-        if min(newest, default=0) < tokens or not self.exact.drop(tokens, FLUSH):
+        newest = (self.exact.counts - self._sinks)[[not freed for freed in self.freed]]
+        if newest.min(initial=tokens) < tokens or not self.exact.drop(tokens, FLUSH):
             return False
         self._wait += tokens
         return True
@@ -359,40 +362,32 @@ class LeveledKV(KVStorage):
     def free_rows(self, rows: Sequence[int]) -> None:
         self.exact.free_rows(rows)
         self.lines.free_rows(rows)
-        self.sinks = _where_coded(self.sinks, self.lines.lengths)
+        self._sinks = self._sinks * (self.lines.counts > 0)
 
 
 def code_older(storages: Sequence[KVStorage], after: int = 0, *, all_due: bool = False) -> bool:
     """Do `LeveledKV.code_older` for several layers together, where entries are coded; whether any were.
 
-    What the device has to know of all layers goes there in one copy, and nothing waits for it.
+    On CUDA it is one copy to the device and one launch for all of them, and nothing waits for it.
     """
-    coded = [storage for storage in storages if isinstance(storage, LeveledKV)]
     block = 1 if all_due else FLUSH
-    return _code([(own, own._due(after, block), None) for own in coded if own._wait <= 0 or all_due])
-
-
-def _code(work: Sequence[tuple[LeveledKV, Lengths, Tensor | None]]) -> bool:
-    """Code so many of each segment's exact entries, those after the first ones, in each storage; whether any were.
-
-    Beside them are their rungs, uint8 ``[entries]``, None where all are coded as generated ones.
-    """
-    jobs, told = [], list[Sequence[Sequence[int]]]()
-    for storage, counts, asked in work:
-        if any(map(any, counts)):
-            firsts = storage._firsts()
-            additions = storage.lines.to_extend(firsts, counts, asked)
-            jobs.append((storage, firsts, counts, additions))
-            told += [*chain.from_iterable(each.told for each in additions), [flat(firsts), flat(counts)]]
-    if jobs:
-        sent = iter(together(told, jobs[0][0].keys.device))
-        for storage, firsts, counts, additions in jobs:
-            storage.lines.extend(storage.exact, additions, [next(sent) for _ in range(2 * len(additions))])
-            storage.exact.cut(counts, next(sent), growth=FLUSH)
-            storage.sinks = _where_coded(firsts, storage.lines.lengths)
-    for storage, *_ in work:
-        storage._wait = storage._until_due()
-    return bool(jobs)
+    asked = [own for own in storages if isinstance(own, LeveledKV) and (own._wait <= 0 or all_due)]
+    work = [(own, counts) for own in asked if (counts := own._due(after, block)).any()]
+    if work:
+        firsts = [own._firsts() for own, _ in work]
+        with ExitStack() as stack:
+            for own, _ in work:
+                for arena in (own.exact, own.lines.rungs[own.coding.generated]):
+                    stack.enter_context(arena.table_in_turn())
+            kernels.code_oldest(
+                [own.lines.oldest(own.exact, first, counts) for (own, counts), first in zip(work, firsts, strict=True)]
+            )
+            for (own, counts), first in zip(work, firsts, strict=True):
+                own.lines.rungs[own.coding.generated].note_changed(counts)
+                own._note_coded(first, counts)
+    for own in asked:
+        own._wait = own._until_due()
+    return bool(work)
 
 
 def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:
@@ -423,7 +418,3 @@ def _listed(
     ]
     by_rung = [some[own.argsort(stable=True)] for some, own in zip(columns, rungs, strict=True)]
     return by_rung, Members.of(torch.cat(rungs), coded)
-
-
-def _where_coded(sinks: Counts, coded: Counts) -> Counts:
-    return sinks if all(map(all, coded)) else each(lambda first, n: first if n else 0, sinks, coded)

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from operator import add
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
@@ -12,7 +15,10 @@ Counts = Sequence[Sequence[int]]
 """A number for each row's KV heads."""
 
 Lengths = list[tuple[int, ...]]
-"""The same, as storages hold it."""
+"""The same, as storages give it out."""
+
+Array: TypeAlias = NDArray[np.int64]
+"""The same, as storages hold it: ``[B, H_kv]``."""
 
 EACH = 4
 """Entries of a byte."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.storage.arena import KVArena, on_device
+from refreekv.storage.arena import KVArena, growth_for, on_device
+from refreekv.storage.coding import room_for
 from refreekv.storage.members import Lengths, Members, counted
 from refreekv.storage.runs import flat, runs, starts_of
 
@@ -50,7 +51,8 @@ def recoded(lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Len
         at += sum(map(sum, own))
     starts, made = on_device(firsts, device), []
     for rung, own in enumerate(by_rung):
-        arena = _alike(arenas[rung], forms[rung], own)
+        growth = max(growth_for(own), room_for(counts) if rung == lines.coding.generated else 0)
+        arena = _alike(arenas[rung], forms[rung], own, growth)
         if longest := max(map(max, own)):
             with ExitStack() as stack:
                 # Lines are read by address: what another stream still writes is waited for.
@@ -64,7 +66,7 @@ def recoded(lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Len
     return made, Members.of(rungs, counts)
 
 
-def _alike(arena: KVArena, form: PackedFormat, lengths: Sequence[tuple[int, ...]]) -> KVArena:
-    """An arena on the device for so many lines, with room as others have, which are still to be written."""
+def _alike(arena: KVArena, form: PackedFormat, lengths: Sequence[tuple[int, ...]], growth: int) -> KVArena:
+    """An arena on the device for so many lines, with room for others, which are still to be written."""
     like = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=arena.device)
-    return KVArena.like(like, arena.values.new_empty(0, 2, device=arena.device), lengths, freed=arena.freed)
+    return KVArena.like(like, arena.values.new_empty(0, 2, device=arena.device), lengths, growth, arena.freed)

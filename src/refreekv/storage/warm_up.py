@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,13 @@ def warm_up(
         own, (keys, values) = storage(SINKS + ladder.recent)
         own.append(keys[:, :, : 2 * FLUSH], values[:, :, : 2 * FLUSH]).code_older()
 
+    def code_asked() -> None:
+        own, (keys, values) = storage(SINKS + ladder.recent)
+        own.append(keys[:, :, :1], values[:, :, :1])
+        rungs = torch.zeros(heads, dtype=torch.uint8, device=device)
+        own.lines.extend(own.exact, [(SINKS,) * heads], [(1,) * heads], rungs)
+        own.exact.take_out(np.full((1, heads), SINKS), np.ones((1, heads), dtype=np.int64))
+
     def attend() -> None:
         own, _ = storage(SINKS + 1)
         query = made_up(device, dtype, heads, sizes, 1)[2]
@@ -116,9 +124,9 @@ def warm_up(
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend] if attends else []
     jobs += [partial(decode, rung) for rung in range(len(ladder.rungs))]
-    # What is generated, and what a later turn brings, is coded from exact entries.
     jobs += [code_exact, code]
     if len(ladder.rungs) > 1:
-        jobs.append(recode)
+        # What a later turn leaves of earlier ones, and what it brings.
+        jobs += [recode, code_asked]
     with ThreadPoolExecutor(min(cores, len(jobs)), thread_name_prefix="refreekv-compile") as pool:
         list(pool.map(tried, jobs))

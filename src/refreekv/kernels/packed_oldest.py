@@ -1,0 +1,94 @@
+"""Coding what waited in full precision, in Triton: the oldest exact entries of all layers at once, in one launch.
+
+A program has one segment of one layer. It codes the entries that are told, as `packed_storage` codes those of a prompt,
+behind the lines that are there; then the entries behind them move up, and both tables say so.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.packed_calls import Oldest
+from refreekv.kernels.packed_storage import BLOCK_IN, _pack_entries, block_of, registers_of, tables_of
+from refreekv.kernels.storage import TYPES, _close_up
+
+ADDRESSES = tl.constexpr(8)
+"""Of a layer, before what is told of its segments."""
+
+
+@triton.jit(do_not_specialize=["segments", "kv_heads", "row_of_means", "row_of_maps"])
+def _code_oldest_kernel(
+    told, lines, key_grid, value_grid, key_places, value_places, segments, kv_heads, row_of_means, row_of_maps,
+    key_rest, value_rest, TYPE: tl.constexpr, BYTES: tl.constexpr, LANE: tl.constexpr,
+    HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr, KEY_WORDS: tl.constexpr,
+    VALUE_TILES: tl.constexpr, VALUE_TILE: tl.constexpr, VALUE_WORDS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    own = told + tl.program_id(1) * (ADDRESSES + 3 * segments)
+    first, count = tl.load(own + ADDRESSES + segment), tl.load(own + ADDRESSES + segments + segment)
+    start = tl.load(own + ADDRESSES + 2 * segments + segment)
+    if count > 0:
+        row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
+        exact = tl.load(own).to(tl.pointer_type(tl.int64)) + segment * 4
+        table = tl.load(own + 1).to(tl.pointer_type(tl.int64)) + segment * 4
+        key_at, value_at, length = tl.load(exact), tl.load(exact + 1), tl.load(exact + 2)
+        lines_at, factors_at = tl.load(table), tl.load(table + 1)
+        key_offset = tl.multiple_of(tl.load(own + 2).to(tl.pointer_type(tl.float32)), 16)
+        key_matrix = tl.multiple_of(tl.load(own + 3).to(tl.pointer_type(TYPE)), 16)
+        key_worth = tl.multiple_of(tl.load(own + 4).to(tl.pointer_type(tl.float32)), 16)
+        value_offset = tl.multiple_of(tl.load(own + 5).to(tl.pointer_type(tl.float32)), 16)
+        value_matrix = tl.multiple_of(tl.load(own + 6).to(tl.pointer_type(TYPE)), 16)
+        key_from = tl.multiple_of(key_at.to(tl.pointer_type(TYPE)), 16)
+        value_from = tl.multiple_of(value_at.to(tl.pointer_type(TYPE)), 16)
+        for begin in range(0, count, BLOCK_T):
+            t = begin + tl.arange(0, BLOCK_T)
+            _pack_entries(
+                key_from, value_from, HEAD, VALUE, first + t, t < count, lines_at, factors_at, start + t, 0,
+                row * row_of_means + head, row * row_of_maps + head, lines, key_grid, value_grid, key_places,
+                value_places, key_offset, key_matrix, key_worth, value_offset, value_matrix, key_rest, value_rest,
+                HEAD, VALUE, KEY_TILES, KEY_TILE, KEY_WORDS, VALUE_TILES, VALUE_TILE, VALUE_WORDS, BLOCK_W, BLOCK_IN,
+                BLOCK_T, EXACT,
+            )  # fmt: skip
+        # All are read by then.
+        tl.debug_barrier()
+        _close_up(key_at, first, count, length, HEAD * BYTES, LANE)
+        _close_up(value_at, first, count, length, VALUE * BYTES, LANE)
+        tl.debug_barrier()
+        tl.store(exact + 2, length - count)
+        tl.store(table + 2, start + count)
+
+
+def launch_code_oldest(layers: Sequence[Oldest]) -> None:
+    """`kernels.code_oldest`, in one launch for all layers that are alike."""
+    alike: dict[object, list[Oldest]] = {}
+    for layer in layers:
+        layer.check()
+        alike.setdefault(layer.alike, []).append(layer)
+    for some in alike.values():
+        _launch(some[0].exact, some)
+
+
+@on_its_device
+def _launch(exact: torch.Tensor, layers: Sequence[Oldest]) -> None:
+    """For layers that are alike; the table says on what device they are."""
+    one = layers[0]
+    form, maps, told = one.form, one.maps, tables_of((one.form,), exact.device)
+    kind = one.keys.dtype
+    sent = np.stack([np.concatenate([layer.addresses, layer.told.ravel()]) for layer in layers])  # [L, ADDRESSES + 3 S]
+    numbers = torch.from_numpy(sent)
+    if exact.is_cuda:
+        numbers = numbers.pin_memory().to(exact.device, non_blocking=True)
+    segments, block = len(exact), block_of(kind)
+    _code_oldest_kernel[(segments, len(layers))](
+        numbers, *told, segments, one.kv_heads,
+        0 if maps.key_mean.shape[0] == 1 else one.kv_heads, 0 if maps.key_matrix.shape[0] == 1 else one.kv_heads,
+        maps.key_sum.stride(0), maps.value_sum.stride(0), TYPE=TYPES[kind], BYTES=kind.itemsize, LANE=1024,
+        HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"), BLOCK_W=told.block,
+        BLOCK_IN=BLOCK_IN, BLOCK_T=block, EXACT=kind.itemsize > 2, num_warps=4, num_stages=2,
+        maxnreg=registers_of(kind, form),
+    )  # fmt: skip
