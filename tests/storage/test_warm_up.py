@@ -184,11 +184,11 @@ def test_no_thread_multiplies_matrices(monkeypatch, codes):
                 return [call(job) for job in jobs]
 
     # What kernels launch is no operator of PyTorch.
-    for name in ("pack_rungs", "recode_lines", "unpack_lines", "packed_attention", "move"):
+    for name in ("pack_rungs", "code_oldest", "take_out", "recode_lines", "unpack_lines", "packed_attention", "move"):
         monkeypatch.setattr(kernels, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda *args, **kwargs: OneByOne())
     warm_up.warm_up(*GIVEN[:-1], known)
-    assert len(jobs) == 1 + 3 + 2 + 1
+    assert len(jobs) == 1 + 3 + 2 + 2
     assert asked["sum"]
     assert not {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot"} & set(asked)
