@@ -27,7 +27,8 @@ BELOW = {
 OUTSIDE = {
     "core": {"torch"},
     "kernels": {"torch", "triton"},
-    "storage": {"torch", "safetensors"},  # files of what finds no room in memory
+    # Files of what finds no room in memory; and lengths on the host, which no operator of PyTorch has to go through.
+    "storage": {"torch", "safetensors", "numpy"},
     "policies": {"torch"},
     "pruning": {"torch"},
 }

@@ -8,7 +8,6 @@ import json
 import pkgutil
 from dataclasses import replace
 
-import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -162,7 +161,7 @@ def packed(dtype, heads, head_size, layout):
     launch_packed_attention(query, PackedKV(table, [table], [form], maps), 1.0, None, None, assembly=True)
     entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
     launch_pack(Transfer(entries, entries, None, table, form, maps, spans, 100, 100, None))
-    launch_code_oldest([Oldest(entries, entries, table, table, form, maps, np.ones((3, 1), dtype=np.int64))])
+    launch_code_oldest([Oldest(entries, entries, table, table, form, maps, torch.ones(3, 1, dtype=torch.int64))])
 
 
 def many(dtype, heads, head_size, layout):

@@ -1,6 +1,5 @@
 """Coding the oldest exact entries of several layers: kernel and reference, against packing and copying them."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,7 +25,7 @@ class Layer:
         self.lines = [[part.clone() for part in side] for side in (self.packed.lines, self.packed.factors)]
         self.maps = maps_of(self.sizes, dtype, rows)
         storages = (torch.empty(0, size, dtype=dtype, device=device) for size in self.sizes)
-        told = np.array([FIRSTS, COUNTS, THERE])
+        told = torch.tensor([FIRSTS, COUNTS, THERE])
         self.given = Oldest(*storages, self.kept.table, self.packed.table, form, on(self.maps, device), told)
 
     def check(self):
@@ -66,7 +65,7 @@ def test_what_does_not_go_together_is_refused():
     layer = Layer(form_of("4444", "4444"), torch.float32, "cpu")
     given, before = layer.given, layer.kept.table.clone()
     for wrong, error, words in (
-        ({"told": given.told[:2]}, ValueError, "expected \\[3, segments\\]"),
+        ({"told": given.told[:2]}, ValueError, "expected int64 \\[3, segments\\]"),
         ({"table": given.table[:2]}, ValueError, "4 segments of exact entries, 2 of lines"),
         ({"keys": given.keys.half()}, TypeError, "maps are for entries in torch.float32, keys are in torch.float16"),
         ({"form": form_of("4444", "4444", (32, 64))}, ValueError, "maps of heads of 64"),

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
@@ -106,7 +104,7 @@ class Oldest(NamedTuple):
         See `kernels.table`: of the exact entries, and of the lines of ``form``.
     form, maps
         As in `kernels.pack_lines`.
-    told : ndarray
+    told : Tensor
         int64 ``[3, segments]``, on the host: of each segment the first entry that is coded, how many are, and the lines
         that are there.
     """
@@ -117,7 +115,7 @@ class Oldest(NamedTuple):
     table: Tensor
     form: PackedFormat
     maps: PackedMaps
-    told: NDArray[np.int64]
+    told: Tensor
 
     @property
     def kv_heads(self) -> int:
@@ -132,21 +130,22 @@ class Oldest(NamedTuple):
         return self.form, self.keys.dtype, self.exact.device, len(self.exact), shapes
 
     @property
-    def addresses(self) -> NDArray[np.int64]:
-        """Of both tables and of what maps take entries to code space with; int64 ``[8]``, the last one 0."""
+    def addresses(self) -> list[int]:
+        """Of both tables, of what maps take entries to code space with, and 0."""
         maps = self.maps
         parts = maps.key_offset, maps.key_sum, maps.key_worth, maps.value_offset, maps.value_sum
-        return np.array([part.data_ptr() for part in (self.exact, self.table, *parts)] + [0], dtype=np.int64)
+        return [*(part.data_ptr() for part in (self.exact, self.table, *parts)), 0]
 
     def check(self) -> None:
         """ValueError or TypeError unless shapes, types and devices go together."""
         check_table(self.exact)
         check_table(self.table, self.exact)
         _check_maps(self.maps, self.form, self.table)
-        if self.table.shape != self.exact.shape or self.told.shape != (3, len(self.exact)):
+        told = self.told
+        if self.table.shape != self.exact.shape or told.shape != (3, len(self.exact)) or told.dtype != torch.int64:
             raise ValueError(
-                f"{len(self.exact)} segments of exact entries, {len(self.table)} of lines, and what is told of them "
-                f"{list(self.told.shape)}: expected [3, segments] of as many"
+                f"{len(self.exact)} segments of exact entries, {len(self.table)} of lines, and {told.dtype} "
+                f"{list(told.shape)} that is told of them: expected int64 [3, segments] of as many"
             )
         if not self.maps.key_sum.dtype == self.keys.dtype == self.values.dtype:
             raise TypeError(

@@ -6,7 +6,6 @@ behind the lines that are there; then the entries behind them move up, and both 
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -79,8 +78,8 @@ def _launch(exact: torch.Tensor, layers: Sequence[Oldest]) -> None:
     one = layers[0]
     form, maps, told = one.form, one.maps, tables_of((one.form,), exact.device)
     kind = one.keys.dtype
-    sent = np.stack([np.concatenate([layer.addresses, layer.told.ravel()]) for layer in layers])  # [L, ADDRESSES + 3 S]
-    numbers = torch.from_numpy(sent)
+    addresses, numbers = torch.tensor([layer.addresses for layer in layers]), torch.stack([own.told for own in layers])
+    numbers = torch.cat([addresses, numbers.flatten(1)], 1)  # [L, 8], [L, 3, S] -> [L, 8 + 3 S]
     if exact.is_cuda:
         numbers = numbers.pin_memory().to(exact.device, non_blocking=True)
     segments, block = len(exact), block_of(kind)

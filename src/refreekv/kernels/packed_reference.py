@@ -46,7 +46,7 @@ def pack(given: Transfer) -> None:
 def code_oldest(given: Oldest) -> None:
     """`kernels.code_oldest` of one layer."""
     given.check()
-    firsts, counts, starts = (torch.from_numpy(part) for part in given.told)
+    firsts, counts, starts = given.told
     given.table[:, LENGTH] = starts + counts
     spans = torch.stack([torch.zeros_like(firsts), torch.zeros_like(firsts), firsts], -1)
     pack(

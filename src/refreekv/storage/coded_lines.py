@@ -241,7 +241,7 @@ class CodedLines:
         self.coding = coding = self.coding.of_type(source.types[0])
         arena, form = self.rungs[coding.generated], coding.forms[coding.generated]
         arena.make_room(counts, ROOM)
-        told = np.stack([firsts, counts, arena.counts]).reshape(3, -1)
+        told = torch.from_numpy(np.stack([firsts, counts, arena.counts]).reshape(3, -1))
         return kernels.Oldest(source.keys, source.values, source.table, arena.table, form, coding.maps, told)
 
     def extend(self, source: KVArena, firsts: Counts, counts: Lengths, asked: Tensor) -> None:
