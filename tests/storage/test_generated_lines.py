@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.counting import counting
+from refreekv import kernels
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
 from refreekv.kernels import Transfer
 from refreekv.kernels.packed_reference import pack
@@ -25,9 +26,9 @@ def entries(tokens, seed):
     return [torch.randn(ROWS, HEADS, tokens, size, generator=generator) for size in SIZES]
 
 
-def layer(seed, ladder=LADDER, length=200, drop=0):
+def layer(seed, ladder=LADDER, length=200, drop=0, dtype=torch.float32):
     """A layer after a prompt, of whose first row ``drop`` entries are gone in the last KV head."""
-    dense = entries(length, seed)
+    dense = [part.to(dtype) for part in entries(length, seed)]
     everything = torch.arange(length, dtype=torch.int32)
     columns = [
         Columns(heads=tuple(everything[drop if (row, head) == (0, HEADS - 1) else 0 :] for head in range(HEADS)))
@@ -115,6 +116,33 @@ def test_what_it_asks_of_a_gpu(even):
         assert not counts.made
         assert addresses_of(layers) == addresses
         assert not code_older(layers)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `test_leveled` runs the kernel")
+def test_the_kernel_does_to_storages_what_plain_torch_does(monkeypatch):
+    """In Triton's interpreter; one of three layers has a row that was freed, and one heads of different lengths."""
+    packed_oldest = pytest.importorskip("refreekv.kernels.packed_oldest", reason="needs triton")
+    plain = [layer(seed, drop=drop, dtype=torch.float16) for seed, drop in ((1, 0), (2, 195), (3, 150))]
+    plain[2].free_rows([1])
+    others = copy.deepcopy(plain)
+    for at in range(2):
+        for pair in zip(plain, others, strict=True):
+            new = [part.half() for part in entries(FLUSH, at)]
+            for storage in pair:
+                storage.exact.append(*new)
+                storage._wait -= FLUSH
+        code_older(plain)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "code_oldest", packed_oldest.launch_code_oldest)
+            code_older(others)
+    for one, other in zip(plain, others, strict=True):
+        assert one.lines.lengths == other.lines.lengths
+        mine, wanted = held(one), held(other)
+        exact = len(mine) // len(one.tables)
+        assert mine[:exact] == wanted[:exact]
+        query = torch.randn(ROWS, HEADS, 1, SIZES[0]).half()
+        got = [storage.attend(query, None, None, None) for storage in (other, one)]
+        torch.testing.assert_close(*got, atol=1e-2, rtol=1e-2)
 
 
 def test_lines_move_rarely_and_have_little_room():

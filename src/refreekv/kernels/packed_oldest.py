@@ -37,10 +37,10 @@ def _code_oldest_kernel(
         table = tl.load(own + 1).to(tl.pointer_type(tl.int64)) + segment * 4
         key_at, value_at, length = tl.load(exact), tl.load(exact + 1), tl.load(exact + 2)
         lines_at, factors_at = tl.load(table), tl.load(table + 1)
-        key_offset = tl.multiple_of(tl.load(own + 2).to(tl.pointer_type(tl.float32)), 16)
+        key_offset = tl.load(own + 2).to(tl.pointer_type(tl.float32))
         key_matrix = tl.multiple_of(tl.load(own + 3).to(tl.pointer_type(TYPE)), 16)
-        key_worth = tl.multiple_of(tl.load(own + 4).to(tl.pointer_type(tl.float32)), 16)
-        value_offset = tl.multiple_of(tl.load(own + 5).to(tl.pointer_type(tl.float32)), 16)
+        key_worth = tl.load(own + 4).to(tl.pointer_type(tl.float32))
+        value_offset = tl.load(own + 5).to(tl.pointer_type(tl.float32))
         value_matrix = tl.multiple_of(tl.load(own + 6).to(tl.pointer_type(TYPE)), 16)
         key_from = tl.multiple_of(key_at.to(tl.pointer_type(TYPE)), 16)
         value_from = tl.multiple_of(value_at.to(tl.pointer_type(TYPE)), 16)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from refreekv.kernels import kept_first
+from refreekv.storage.members import Counts, Members
 from refreekv.storage.runs import spread
 
 Range = tuple[int, int]
@@ -182,3 +183,33 @@ def _compose(outer: Sequence[Range], inner: Sequence[Range]) -> list[Range]:
                 result.append((start + low, start + high))
         offset += size
     return result
+
+
+def rungs_asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:
+    """The rung that each chosen entry is to have: uint8 ``[entries]``; the ``after`` last ones stay where they are."""
+    tail = torch.full((after,), widest, dtype=torch.uint8, device=levels[0].heads[0].device)
+    parts = []
+    for row, own in zip(levels, counts, strict=True):
+        for head in range(len(own)):
+            parts += [row.heads[head % len(row.heads)], tail]
+    return torch.cat(parts)
+
+
+def listed_by_rung(
+    levels: Sequence[Levels], columns: Sequence[Tensor], sinks: Counts, coded: Counts
+) -> tuple[list[Tensor], Members]:
+    """The ``columns`` int32 ``[coded]`` of each segment, those of the first rung first, and all rungs by column."""
+    heads = range(len(coded[0]))
+    if all(row.listed for row in levels):
+        listed, packed = (
+            [own[head % len(own)] for own in parts for head in heads]
+            for parts in ([row.listed for row in levels], [row.packed for row in levels])
+        )
+        return listed, Members.joined(packed, coded)
+    rungs = [
+        row.heads[head % len(row.heads)][first : first + n]
+        for row, firsts, own in zip(levels, sinks, coded, strict=True)
+        for head, (first, n) in enumerate(zip(firsts, own, strict=True))
+    ]
+    by_rung = [some[own.argsort(stable=True)] for some, own in zip(columns, rungs, strict=True)]
+    return by_rung, Members.of(torch.cat(rungs), coded)

@@ -22,8 +22,8 @@ from refreekv.storage.arena import LEAST_GROWTH, KVArena, as_lists, growth_withi
 from refreekv.storage.base import KVStorage, Piece
 from refreekv.storage.coded_lines import CodedLines, spans, sums
 from refreekv.storage.coding import Coding, Pair
-from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.members import Array, Counts, Lengths, Members, counted
+from refreekv.storage.columns import Columns, Levels, listed_by_rung, rungs_asked
+from refreekv.storage.members import Array, Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import each, flat, runs, spread, starts_of
 
@@ -110,7 +110,7 @@ class LeveledKV(KVStorage):
         exact = KVArena.like(keys, values, lengths, growth, told=False)
         by_rung = members = None
         if levels is not None and len(coding.forms) > 1:
-            between, members = _listed(levels, between, sinks, coded)
+            between, members = listed_by_rung(levels, between, sinks, coded)
             by_rung = [[row.for_heads(heads, rung) for row in levels] for rung in range(len(coding.forms))]
         lines, work = CodedLines.to_pack(between, coded, coding, end, by_rung, members)
         tell([exact, *lines.rungs])
@@ -268,7 +268,7 @@ class LeveledKV(KVStorage):
         coded_at = number - firsts + coded_starts
         exact_at = torch.where(early, number, number - held) + exact_starts
         rungs = len(self.lines.rungs)
-        asked = None if levels is None or rungs == 1 else _asked(levels, counts, after, rungs - 1)
+        asked = None if levels is None or rungs == 1 else rungs_asked(levels, counts, after, rungs - 1)
         sides = counted((early + 2 * is_coded).to(torch.uint8), counts, 3)
         left = sides[2]
         # Exact ones, then coded ones: without asking the device once more how many they are.
@@ -388,33 +388,3 @@ def code_older(storages: Sequence[KVStorage], after: int = 0, *, all_due: bool =
     for own in asked:
         own._wait = own._until_due()
     return bool(work)
-
-
-def _asked(levels: Sequence[Levels], counts: Counts, after: int, widest: int) -> Tensor:
-    """The rung that each chosen entry is to have: uint8 ``[entries]``; the ``after`` last ones stay where they are."""
-    tail = torch.full((after,), widest, dtype=torch.uint8, device=levels[0].heads[0].device)
-    parts = []
-    for row, own in zip(levels, counts, strict=True):
-        for head in range(len(own)):
-            parts += [row.heads[head % len(row.heads)], tail]
-    return torch.cat(parts)
-
-
-def _listed(
-    levels: Sequence[Levels], columns: Sequence[Tensor], sinks: Counts, coded: Counts
-) -> tuple[list[Tensor], Members]:
-    """The ``columns`` int32 ``[coded]`` of each segment, those of the first rung first, and all rungs by column."""
-    heads = range(len(coded[0]))
-    if all(row.listed for row in levels):
-        listed, packed = (
-            [own[head % len(own)] for own in parts for head in heads]
-            for parts in ([row.listed for row in levels], [row.packed for row in levels])
-        )
-        return listed, Members.joined(packed, coded)
-    rungs = [
-        row.heads[head % len(row.heads)][first : first + n]
-        for row, firsts, own in zip(levels, sinks, coded, strict=True)
-        for head, (first, n) in enumerate(zip(firsts, own, strict=True))
-    ]
-    by_rung = [some[own.argsort(stable=True)] for some, own in zip(columns, rungs, strict=True)]
-    return by_rung, Members.of(torch.cat(rungs), coded)
