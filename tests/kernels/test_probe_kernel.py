@@ -146,9 +146,8 @@ def test_a_hidden_logit_of_any_size_does_no_harm(device):
 
 def test_the_operator_is_what_torch_expects_of_one():
     query, key, at = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 20, 16), torch.tensor([[5, 10, 19]])
-    torch.library.opcheck(
-        ops.probe_reductions_op, (query, key, at, None, None, None, 0.25, 2, None, None, True, None), test_utils="test_schema"
-    )
+    given = query, key, at, None, None, None, 0.25, 2, None, None, True, None
+    torch.library.opcheck(ops.probe_reductions_op, given, test_utils="test_schema")
 
 
 @pytest.mark.gpu

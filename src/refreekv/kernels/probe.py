@@ -1,10 +1,10 @@
 """Probe reductions in Triton: attention of many queries, reduced per position while keys stream by.
 
-Three kernels, of which the first two are left out where attention has told its own denominators. The first finds each query's softmax denominator over one split of the keys, the
-second joins the splits. The third takes a block of keys, holds it, runs all queries that can see it
-past it, and writes up to three numbers a key. No row ever leaves the chip. The query heads of one KV
-head are rows of one matrix, so that each key is read once for all of them, in the first kernel and
-in the third.
+Three kernels. The first finds each query's softmax denominator over one split of the keys, the
+second joins the splits; both are left out where attention has told its own. The third takes a block
+of keys, holds it, runs all queries that can see it past it, and writes up to three numbers a key.
+No row ever leaves the chip. The query heads of one KV head are rows of one matrix, so that each key
+is read once for all of them, in the first kernel and in the third.
 
 Most blocks of queries see a block of keys either whole or not at all: loops are in two parts, of
 which one compares no columns.

@@ -133,7 +133,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")
             right = tells_denominators(module, base)
             asks = base == "sdpa" and exact and right is not False and (unproved or layer.asks_denominators())
-            with listening(call, key, wanted=asks) as heard:
+            with listening(call, key.shape[2], wanted=asks) as heard:
                 output, weights = function(called, query, key, value, attention_mask, **kwargs)
             told = None if heard is None else heard.logsumexp
             if unproved or (told is not None and right is None):

@@ -56,9 +56,9 @@ class Listening(TorchDispatchMode):
         return told.view(self._shape)
 
 
-def listening(call: AttentionCall, key: Tensor, *, wanted: bool) -> AbstractContextManager[Listening | None]:
-    """Listen to attention within, if ``wanted`` and the call's queries are all of a prompt's, without padding."""
-    whole = call.query.shape[2] == key.shape[2] > 1 and call.mask is None
+def listening(call: AttentionCall, keys: int, *, wanted: bool) -> AbstractContextManager[Listening | None]:
+    """Listen to attention within, if ``wanted`` and the call's queries are those of all its keys, without padding."""
+    whole = call.query.shape[2] == keys > 1 and call.mask is None
     plain = call.softcap is None and call.sink_logits is None
     if wanted and whole and plain and listens_on(call.query.device) and not torch.compiler.is_compiling():
         return Listening(call)
@@ -68,4 +68,3 @@ def listening(call: AttentionCall, key: Tensor, *, wanted: bool) -> AbstractCont
 def listens_on(device: torch.device) -> bool:
     """Whether probes compute denominators apart on a device: on a CPU a softmax is one pass."""
     return device.type == "cuda"
-
