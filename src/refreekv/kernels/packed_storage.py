@@ -161,6 +161,7 @@ def _write_side(
     size = tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / SIZE))
     unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
+    factor = tl.zeros([BLOCK_T], tl.float32)
     # A loop of the program's own, as unrolled it takes four times as long to compile.
     for number in range(SHARES):
         share = tl.full([], constant(OF_SIZE, 0, 0), tl.float32)
@@ -171,9 +172,10 @@ def _write_side(
         products, norms = _sums(w, tried, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
         # With the best factor, the error is what the entry holds, less this.
         gain = products * products / tl.maximum(norms, TINY)
-        unit = tl.where(gain > best, tried, unit)
+        better = gain > best
+        unit = tl.where(better, tried, unit)
+        factor = tl.where(better, products / tl.maximum(norms, TINY), factor)
         best = tl.maximum(best, gain)
-    products, norms = _sums(w, unit, grid, worth, HAS_WORTH, SIZE, TILES, TILE, BLOCK_T)
     for start in range(0, words, BLOCK_W):
         word = start + tl.arange(0, BLOCK_W)
         put = tl.zeros([BLOCK_T, BLOCK_W], tl.float32)
@@ -190,7 +192,7 @@ def _write_side(
         if COPIES:
             put = tl.where(same[:, None], tl.load(earlier[:, None] + word[None, :], there & same[:, None], 0), put)
         tl.store(to[:, None] + word[None, :], put, there)
-    return tl.minimum(tl.maximum(products / tl.maximum(norms, TINY), 0.0), LARGEST_FACTOR)
+    return tl.minimum(tl.maximum(factor, 0.0), LARGEST_FACTOR)
 
 
 @triton.jit
