@@ -5,7 +5,7 @@ now, so that training in place is no news to it, while any tensor that moved is.
 values, wherever they are.
 """
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
 
 def of_addresses(model: nn.Module) -> Hashable:
     """What changes when parameters or buffers move or are replaced, or when adapters are switched."""
-    states = _states(model)
-    held = [part for state in states for part in _held(state, state["_buffers"])]
+    states, held = _walk(model, lambda state: state["_buffers"])
     return tuple(_place(part) for part in held), _adapters(states)
 
 
@@ -28,41 +27,42 @@ def of_contents(model: nn.Module) -> Hashable:
     anew for each long prompt. What autograd does not count goes unnoticed: changes through ``.data``, and to inference
     tensors in place.
     """
-    states = _states(model)
-    held = [part for state in states for part in _held(state, lasting_buffers(state) if state["_buffers"] else ())]
-    return tuple((*_place(part), 0 if part.is_inference() else part._version) for part in held), _adapters(states)
+    states, held = _walk(model, lasting_buffers)
+    places = [(part.data_ptr(), part.dtype, part.shape, 0 if part.is_inference() else part._version) for part in held]
+    return tuple(places), _adapters(states)
 
 
-def _states(model: nn.Module) -> list[dict[str, Any]]:
-    """Attributes of all modules, each once. A walk of its own: asked before each prefill, while the device waits."""
-    found, states = {model}, [vars(model)]
+def _walk(
+    model: nn.Module, named: Callable[[dict[str, Any]], Collection[str]]
+) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Attributes of all modules, each once, and the tensors with memory of their own that they compute with.
+
+    Of buffers those are counted that are ``named``. One loop, as it is asked before each prefill, while the device
+    waits.
+    """
+    found, states, held = {model}, [vars(model)], list[Tensor]()
     for state in states:
-        for child in state["_modules"].values() if state["_modules"] else ():
-            if child is not None and child not in found:
-                found.add(child)
-                states.append(vars(child))
-    return states
+        if state["_modules"]:
+            for child in state["_modules"].values():
+                if child is not None and child not in found:
+                    found.add(child)
+                    states.append(vars(child))
+        for tensor in state["_parameters"].values():
+            if type(tensor) is nn.Parameter:  # as most are
+                held.append(tensor)
+            else:
+                held += parts(tensor)
+        if state["_buffers"]:
+            wanted = named(state)
+            held += [part for name, own in state["_buffers"].items() if name in wanted for part in parts(own)]
+        weight = state["_parameters"].get("weight")
+        if "state" in state or (weight is not None and "SCB" in vars(weight)):
+            held += scales(state)
+    return states, held
 
 
 def _place(tensor: Tensor) -> tuple[int, Any, Any]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape
-
-
-def _held(state: dict[str, Any], buffers: Collection[str]) -> list[Tensor]:
-    """Tensors with memory of their own that a module computes with, of its buffers those that are named."""
-    found: list[Tensor] = []
-    for tensor in state["_parameters"].values():
-        if type(tensor) is nn.Parameter:  # as most are
-            found.append(tensor)
-        else:
-            found += parts(tensor)
-    for name, tensor in state["_buffers"].items() if buffers else ():
-        if name in buffers:
-            found += parts(tensor)
-    weight = state["_parameters"].get("weight")
-    if "state" in state or (weight is not None and "SCB" in vars(weight)):
-        found += scales(state)
-    return found
 
 
 def lasting_buffers(state: dict[str, Any]) -> set[str]:
