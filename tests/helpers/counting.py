@@ -24,7 +24,7 @@ MAKES = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal"}
 KERNELS = {
     "append": 1, "gather": 1, "move": 1, "fetch": 1, "ragged_decode": 2, "pack_lines": 1, "pack_rungs": 1,
-    "unpack_lines": 1, "recode_lines": 1, "packed_attention": 2, "kept_first": 2, "probe_reductions": 3, "needed": 3,
+    "unpack_lines": 1, "recode_lines": 1, "packed_attention": 2, "kept_first": 1, "probe_reductions": 3, "needed": 3,
     "make_surrogates": 5, "leveled": 1, "centres": 2, "mapped_means": 1, "asked": 1,
     "put_surrogates": 2, "uni_metric_cut": 3, "take_out": 1, "code_oldest": 1,
 }  # fmt: skip

@@ -129,7 +129,7 @@ def choosing(dtype, heads, head_size):
     for earlier in (None, torch.zeros(1, 1, 300, dtype=torch.bool)):
         for grading in (None, Grading(rules, torch.zeros(1, 1, 4))):
             launch_needs(reductions, reductions, torch.zeros(1, 1), rules, earlier, grading)
-    order, kept = launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
+    order, kept, _ = launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
     launch_leveled(order, kept, torch.zeros(1, 1, 300, dtype=torch.uint8), 4, 4, 64)
 
 

@@ -76,8 +76,11 @@ def test_the_front_gives_what_torch_gives_whoever_computes_it(change, device):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_kept_first(n, share, device):
     keep = torch.rand(2, 3, n, device=device) < share
-    order, counts = launch_kept_first(keep)
-    plain, numbers = reference.kept_first(keep.cpu())
+    order, counts, marks = launch_kept_first(keep)
+    plain, numbers, bits = reference.kept_first(keep.cpu())
+    torch.testing.assert_close(marks.cpu(), bits)
+    unpacked = marks.cpu()[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    assert torch.equal(unpacked.flatten(-2)[..., : keep.shape[-1]].bool(), keep.cpu())
     assert torch.equal(counts.cpu(), numbers)
     for got, want, number in zip(order.cpu().flatten(0, 1), plain.flatten(0, 1), numbers.flatten(), strict=True):
         assert torch.equal(got[:number], want[:number])
@@ -101,7 +104,7 @@ def test_rungs_come_with_what_is_kept(n, damage_rows, device):
 @pytest.mark.parametrize("groups", [(3, 3), (1, 3), (3, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("n", [1, 60, 2048, 5000])
 def test_rungs_in_the_order_of_what_is_kept(n, groups, device):
-    order, kept = launch_kept_first(torch.rand(2, groups[0], n, device=device) < 0.6)
+    order, kept, _ = launch_kept_first(torch.rand(2, groups[0], n, device=device) < 0.6)
     found = torch.randint(0, 6, (2, groups[1], n), dtype=torch.uint8, device=device)
     ordered, counts, listed, packed = launch_leveled(order, kept, found, 4, 4, 20)
     plain, numbers, by_rung, four = reference.leveled(order.cpu(), kept.cpu(), found.cpu(), 4, 4, 20)

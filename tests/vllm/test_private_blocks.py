@@ -147,7 +147,7 @@ class Worker:
             self.read["coded"] += len(coded)
         positions = list(range(one.prompt))
         if self.kept.get(name) is not None:
-            where, counts = self.kept[name]
+            where, counts, _ = self.kept[name]
             positions = where[layer, head, : int(counts[layer, head])].tolist()
         positions += range(one.prompt, length)
         wanted = [(one.tokens[position], position, layer, head) for position in positions]

@@ -138,8 +138,8 @@ def uni_metric_cut(
     return selection.uni_metric_cut(rows, sinks=sinks, threshold=threshold, includes_sinks=includes_sinks, valid=valid)
 
 
-def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the kept entries are. The host does not wait for it.
+def kept_first(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the kept entries are. One launch on CUDA, and the host does not wait for it.
 
     Parameters
     ----------
@@ -151,6 +151,8 @@ def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
     order, counts : Tensor
         int32 ``[B, G, n]``, the indices of the True entries in ascending order and then zeros; and
         how many they are, ``[B, G]``.
+    marks : Tensor
+        uint8 ``[B, G, bytes]``: a bit for each entry, the first in the lowest bit.
     """
     if keep.is_cuda and available():
         from refreekv.kernels.needs import launch_kept_first

@@ -166,35 +166,45 @@ def launch_needs(
     return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)), rungs)
 
 
-@triton.jit(do_not_specialize=["length"])
-def _order_kernel(keep, order, counts, length, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["length", "size"])
+def _order_kernel(keep, order, counts, marks, length, size, BLOCK: tl.constexpr):
     chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keep += line * length
+    order += line * length
     place = tl.arange(0, BLOCK)
     # Counted anew by each program: a few bytes an entry, in place of a launch that adds up.
     before = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, chunk * BLOCK, BLOCK):
-        before += tl.load(keep + first + place).to(tl.int32)
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, length, BLOCK):
+        here = tl.load(keep + first + place, first + place < length, 0).to(tl.int32)
+        total += here
+        before += tl.where(first < chunk * BLOCK, here, 0)
     n = chunk * BLOCK + place
     here = tl.load(keep + n, n < length, 0).to(tl.int32)
-    earlier = tl.sum(before, 0)
-    tl.store(order + line * length + earlier + tl.cumsum(here, 0) - 1, n, here != 0)
-    if chunk == tl.num_programs(0) - 1:
-        tl.store(counts + line, earlier + tl.sum(here, 0))
+    held = tl.sum(total, 0)
+    tl.store(order + tl.sum(before, 0) + tl.cumsum(here, 0) - 1, n, here != 0)
+    tl.store(order + n, tl.zeros([BLOCK], tl.int32), (n >= held) & (n < length))  # readers gather with all of it
+    if chunk == 0:
+        tl.store(counts + line, held)
+    byte, eight = chunk * (BLOCK // 8) + tl.arange(0, BLOCK // 8), tl.arange(0, 8)
+    at = byte[:, None] * 8 + eight[None, :]
+    bits = tl.load(keep + at, at < length, 0).to(tl.int32) << eight[None, :]
+    tl.store(marks + line * size + byte, tl.sum(bits, 1).to(tl.uint8), byte < size)
 
 
 @on_its_device
-def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.kept_first`."""
     keep = keep.contiguous()
     length = keep.shape[-1]
-    order = torch.zeros(keep.shape, dtype=torch.int32, device=keep.device)  # readers gather with all of it
+    order = torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
     counts = torch.empty(keep.shape[:-1], dtype=torch.int32, device=keep.device)
+    marks = torch.empty(*keep.shape[:-1], blocks_of(length, 8), dtype=torch.uint8, device=keep.device)
     block = 2048
     _order_kernel[(blocks_of(length, block), counts.numel())](
-        keep.view(torch.uint8), order, counts, length, BLOCK=block, num_warps=8
+        keep.view(torch.uint8), order, counts, marks, length, marks.shape[-1], BLOCK=block, num_warps=8
     )
-    return order, counts
+    return order, counts, marks
 
 
 @triton.jit(do_not_specialize=["length", "so_b", "so_g", "sl_b", "sl_g", "sk_b", "sk_g"])

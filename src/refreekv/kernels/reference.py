@@ -27,13 +27,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def kept_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+def kept_first(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.kept_first`."""
     length = keep.shape[-1]
+    eights = torch.nn.functional.pad(keep, (0, -length % 8)).unflatten(-1, (-1, 8))  # [B, G, bytes, 8]
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=keep.device)
     slot = torch.where(keep, keep.cumsum(-1) - 1, length)
     index = torch.arange(length, dtype=torch.int32, device=keep.device).expand_as(keep)
     order = torch.zeros(*keep.shape[:-1], length + 1, dtype=torch.int32, device=keep.device)
-    return order.scatter_(-1, slot, index)[..., :length], keep.sum(-1, dtype=torch.int32)
+    order = order.scatter_(-1, slot, index)[..., :length]
+    return order, keep.sum(-1, dtype=torch.int32), (eights * weights).sum(-1, dtype=torch.uint8)
 
 
 def asked(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -161,8 +162,8 @@ class Queries:
     ordinals : Tensor
         Integer ``[B | 1, r]``: how many real queries of the prompt are before each. The last
         one is always right; so is that of every real query.
-    whole : bool
-        Whether these are all queries of a prompt, or a turn, without padding.
+    start : int or None
+        Where these are all queries of a prompt, or a turn, without padding, the column of the first one.
     logsumexp : Tensor or None
         ``[B, H, r]`` float32, as `AttentionCall` has it; None: nobody knows them.
     """
@@ -171,7 +172,7 @@ class Queries:
     columns: Tensor
     real: Tensor | None
     ordinals: Tensor
-    whole: bool = False
+    start: int | None = None
     logsumexp: Tensor | None = None
 
     @classmethod
@@ -181,12 +182,13 @@ class Queries:
         ``earlier`` are queries of the same prompt before the call.
         """
         stop = first + states.shape[2]
-        columns = torch.arange(first, stop, device=states.device)[None]
+        stream = _stream(states.device)
+        columns = _numbers(first, stop, states.device, stream)
         real = None if valid is None else valid[:, first:stop]
-        ordinals = columns - first if real is None else real.cumsum(1) - 1
+        ordinals = _numbers(0, stop - first, states.device, stream) if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
-        return cls(states, columns, real, ordinals, whole=real is None and earlier is None)
+        return cls(states, columns, real, ordinals, first if real is None and earlier is None else None)
 
     def after(self, earlier: "Queries | None") -> "Queries":
         """These, with earlier ones in front."""
@@ -213,9 +215,14 @@ class Queries:
             each = spread_step(plan.spread, self.states.shape[2])
             return self._some(slice(each - 1, None, each))
         batch, heads, _, dim = self.states.shape
-        index, *numbers = kernels.asked(
-            self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
-        )
+        if self.whole:
+            assert self.start is not None
+            device, stop = self.states.device, self.start + self.states.shape[2]
+            index, *numbers = _asked_of_all(self.start, stop, plan, device, _stream(device))
+        else:
+            index, *numbers = kernels.asked(
+                self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
+            )
         states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
         return Queries(states, numbers[0], numbers[2], numbers[1])
 
@@ -223,6 +230,11 @@ class Queries:
         """Views of some of those of which none is padding."""
         told = None if self.logsumexp is None else self.logsumexp[:, :, some]
         return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some], logsumexp=told)
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all queries of a prompt, or a turn, without padding."""
+        return self.start is not None
 
     def row(self, index: int) -> "Queries":
         """Those of one row."""
@@ -237,6 +249,26 @@ class Queries:
         real = None if self.real is None else of(self.real)
         told = None if self.logsumexp is None else _rows(self.logsumexp, indices)
         return Queries(_rows(self.states, indices), of(self.columns), real, of(self.ordinals), logsumexp=told)
+
+
+def _stream(device: torch.device) -> int:
+    """Whose order what is launched on a device has, as numbers that are shared are those of one stream."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=4)
+def _numbers(first: int, stop: int, device: torch.device, stream: int) -> Tensor:
+    """The numbers from ``first`` to ``stop``, ``[1, n]``, not to be written to: all layers of a prompt ask for them."""
+    with torch.inference_mode(False):
+        return torch.arange(first, stop, device=device)[None]
+
+
+@lru_cache(maxsize=4)
+def _asked_of_all(first: int, stop: int, plan: ProbePlan, device: torch.device, stream: int) -> tuple[Tensor, ...]:
+    """Of all queries of a prompt, or a turn, those that a plan asks for: the same in all of its layers."""
+    columns, ordinals = _numbers(first, stop, device, stream), _numbers(0, stop - first, device, stream)
+    with torch.inference_mode(False):
+        return kernels.asked(columns, ordinals, None, rows=plan.rows, spread=plan.spread, count=plan.count)
 
 
 def _rows(numbers: Tensor, indices: Sequence[int]) -> Tensor:

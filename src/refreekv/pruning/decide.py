@@ -62,6 +62,7 @@ class Decision:
         self._batch, _, self._length, _ = entries.keys.shape
         self._selection, self._in_place = selection, entries.in_place
         self._order: Tensor | None = None
+        self._marks: Tensor | None = None
         self._levels: Tensor | None = None
         self._by_rung: tuple[Tensor, Tensor] | None = None
         self._ladder = ladder
@@ -70,9 +71,7 @@ class Decision:
         if selection is not None and selection.metric is not None:
             numbers.append((["metric"], selection.metric[:, None]))
         if isinstance(selection, Selection) and selection.reasons:
-            numbers.append(
-                ([REASON + name for name in selection.reasons], torch.stack([*selection.reasons.values()], 1))
-            )
+            numbers += [([REASON + name], share[:, None]) for name, share in selection.reasons.items()]
         if isinstance(selection, CutSelection) and entries.valid is None:
             numbers.append((["cut"], selection.cut[:, None]))
         elif selection is not None or entries.valid is not None:
@@ -106,7 +105,7 @@ class Decision:
                 keep, valid = keep | hidden, valid | hidden
                 numbers.append((["hides"], hidden.any(2).any(1)[:, None]))
             numbers.append(_numbered("real", valid.sum(-1)))
-        self._order, kept = kept_first(keep)
+        self._order, kept, self._marks = kept_first(keep)
         numbers.append(_numbered("kept", kept))
         if isinstance(selection, Selection) and selection.levels is not None and self._ladder is not None:
             numbers += self._leveled(selection, keep, selection.levels, self._ladder, kept)
@@ -162,7 +161,8 @@ class Decision:
                 # Where nothing goes no list has to say what stays.
                 columns = Columns.of_ranges((0, self._length))
             else:
-                columns = Columns(heads=tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True)))
+                heads = tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True))
+                columns = Columns(heads=heads, marks=None if self._marks is None else self._marks[row])
         elif isinstance(self._selection, CutSelection):
             assert cut is not None
             sinks = min(self._selection.sinks, cut)

@@ -32,12 +32,15 @@ class Columns:
         In the place of both: uint8 ``[G, bytes]``, a bit for each column, the first in the lowest bit.
     held : tuple of int
         How many of the bits of each group are set.
+    marks : Tensor or None
+        Beside ``heads``: the same as bits, where these are at hand.
     """
 
     ranges: tuple[Range, ...] | None = None
     heads: tuple[Tensor, ...] = ()
     bits: Tensor | None = None
     held: tuple[int, ...] = ()
+    marks: Tensor | None = None
 
     @classmethod
     def of_ranges(cls, *ranges: Range) -> "Columns":
@@ -61,7 +64,7 @@ class Columns:
         """As int32 indices on ``device``, one for all KV heads or one for each."""
         if self.bits is not None:
             fields = self.bits.to(device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
-            order, _ = kept_first(fields.flatten(1).bool())  # [G, bytes, 8] -> [G, columns]
+            order, *_ = kept_first(fields.flatten(1).bool())  # [G, bytes, 8] -> [G, columns]
             return tuple(own[:n] for own, n in zip(order, self.held, strict=True))
         if self.ranges is None:
             return tuple(head.to(device) for head in self.heads)
@@ -117,6 +120,12 @@ def lasting(rows: Sequence[Columns], end: int) -> list[Columns]:
     if 4 * sum(counts) <= size * len(lists):
         parts = iter(torch.cat(lists).int().split(counts))
         return [Columns(heads=tuple(next(parts) for _ in row.heads)) if row.heads else row for row in rows]
+    known = [row.marks for row in rows if row.heads]
+    if all(part is not None and part.shape[-1] == size for part in known):
+        with torch.inference_mode(False):
+            own = torch.cat([part for part in known if part is not None])
+        groups = iter(own.split([len(row.heads) for row in rows if row.heads]))
+        return [Columns(bits=next(groups), held=row.counts) if row.heads else row for row in rows]
     marks = torch.zeros(len(lists) * size * 8, dtype=torch.uint8, device=lists[0].device)
     starts = range(0, len(marks), size * 8)
     # Not by assignment, which copies its number from the host and waits for the device.

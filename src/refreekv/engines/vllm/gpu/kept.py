@@ -158,7 +158,7 @@ class KeptPrompt:
         keep = unpacked(self.bits[layers], 1, self.prompt).bool()
         levels = None if self.levels is None else unpacked(self.levels[layers], 2, self.prompt)
         coded = rungs_of(keep, levels, self.ladder)
-        order, _ = kept_first(coded.flatten(0, 1))
+        order, *_ = kept_first(coded.flatten(0, 1))
         return order.view(coded.shape).contiguous()
 
     def with_surrogates(self, entries: Tensor, layer: int) -> Tensor:
@@ -204,7 +204,7 @@ def _stacked(
 
 def _lists_of(keep: Tensor, columns: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lists and counts of what is kept, ``[L, H_kv, n]``."""
-    order, counts = kept_first(keep)
+    order, counts, _ = kept_first(keep)
     order = order.contiguous()  # kernels are told where it begins, and how long a list is
     if columns is None or real is None:
         return order, counts
