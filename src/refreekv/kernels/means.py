@@ -12,6 +12,8 @@ from refreekv.kernels.storage import elements_first
 
 CHUNK, BLOCK = 512, 64
 """Entries of a program, and entries that it adds up at a time."""
+MAPPED = 32
+"""Channels of a mean that a program takes to code space."""
 
 
 @triton.jit
@@ -65,15 +67,14 @@ def _means_of_entries_kernel(
 
 @triton.jit
 def _mapped(mean, matrix, wide, offset, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """A mean in float32, and in code space."""
-    d = tl.arange(0, BLOCK_D)
+    """A mean in float32, by the first program, and some of its channels in code space."""
+    d, start = tl.arange(0, BLOCK_D), tl.program_id(2) * BLOCK
     own = tl.load(mean + d, d < SIZE, 0.0).to(tl.float32)
-    tl.store(wide + d, own, d < SIZE)
-    for start in range(0, SIZE, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
-        there = (channel < SIZE)[:, None] & (d < SIZE)[None, :]
-        part = tl.load(matrix + channel[:, None] * SIZE + d[None, :], there, 0.0)
-        tl.store(offset + channel, tl.sum(part * own[None, :], 1), channel < SIZE)
+    tl.store(wide + d, own, (d < SIZE) & (start == 0))
+    channel = start + tl.arange(0, BLOCK)
+    there = (channel < SIZE)[:, None] & (d < SIZE)[None, :]
+    part = tl.load(matrix + channel[:, None] * SIZE + d[None, :], there, 0.0)
+    tl.store(offset + channel, tl.sum(part * own[None, :], 1), channel < SIZE)
 
 
 @triton.jit(do_not_specialize=["kv_heads"])
@@ -100,9 +101,9 @@ def launch_mapped_means(means: tuple[Tensor, Tensor], matrices: tuple[Tensor, Te
     )
     (batch, heads, size), value_size = means[0].shape, means[1].shape[-1]
     made = [torch.empty(mean.shape, dtype=torch.float32, device=mean.device) for mean in (*means, *means)]
-    _mapped_means_kernel[(batch * heads, 2)](
+    _mapped_means_kernel[(batch * heads, 2, blocks_of(max(size, value_size), MAPPED))](
         *means, *matrices, *made, heads, HEAD=size, VALUE=value_size, BLOCK_D=power_of_2(size),
-        BLOCK_V=power_of_2(value_size), BLOCK=32,
+        BLOCK_V=power_of_2(value_size), BLOCK=MAPPED,
     )  # fmt: skip
     return made
 
