@@ -18,7 +18,7 @@ from refreekv.storage import arena, runs
 VIEWS = {
     "view", "_unsafe_view", "slice", "select", "expand", "transpose", "permute", "unsqueeze", "squeeze", "t", "alias",
     "as_strided", "detach", "unbind", "split", "split_with_sizes", "_reshape_alias", "diagonal", "lift_fresh",
-    "unfold", "narrow", "is_pinned", "_has_compatible_shallow_copy_type",
+    "unfold", "narrow", "is_pinned", "_has_compatible_shallow_copy_type", "promote_types",
 }  # fmt: skip
 MAKES = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal"}

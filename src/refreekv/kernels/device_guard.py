@@ -12,6 +12,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream in whose order a device does what is launched now: what is shared between launches is of one."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     """Make the device of the first tensor among the arguments, or in them, the current one for the length of the call.
 

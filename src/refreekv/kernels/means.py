@@ -70,7 +70,7 @@ def _mapped(mean, matrix, wide, offset, SIZE: tl.constexpr, BLOCK_D: tl.constexp
     """A mean in float32, by the first program, and some of its channels in code space."""
     d, start = tl.arange(0, BLOCK_D), tl.program_id(2) * BLOCK
     own = tl.load(mean + d, d < SIZE, 0.0).to(tl.float32)
-    tl.store(wide + d, own, (d < SIZE) & (start == 0))
+    tl.store(wide + d, own, d < tl.where(start == 0, SIZE, 0))
     channel = start + tl.arange(0, BLOCK)
     there = (channel < SIZE)[:, None] & (d < SIZE)[None, :]
     part = tl.load(matrix + channel[:, None] * SIZE + d[None, :], there, 0.0)

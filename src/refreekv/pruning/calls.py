@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.kernels.device_guard import stream_of
 from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
 from refreekv.storage.base import KVStorage
@@ -182,7 +183,7 @@ class Queries:
         ``earlier`` are queries of the same prompt before the call.
         """
         stop = first + states.shape[2]
-        stream = _stream(states.device)
+        stream = stream_of(states.device)
         columns = _numbers(first, stop, states.device, stream)
         real = None if valid is None else valid[:, first:stop]
         ordinals = _numbers(0, stop - first, states.device, stream) if real is None else real.cumsum(1) - 1
@@ -218,7 +219,7 @@ class Queries:
         if self.whole:
             assert self.start is not None
             device, stop = self.states.device, self.start + self.states.shape[2]
-            index, *numbers = _asked_of_all(self.start, stop, plan, device, _stream(device))
+            index, *numbers = _asked_of_all(self.start, stop, plan, device, stream_of(device))
         else:
             index, *numbers = kernels.asked(
                 self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
@@ -249,11 +250,6 @@ class Queries:
         real = None if self.real is None else of(self.real)
         told = None if self.logsumexp is None else _rows(self.logsumexp, indices)
         return Queries(_rows(self.states, indices), of(self.columns), real, of(self.ordinals), logsumexp=told)
-
-
-def _stream(device: torch.device) -> int:
-    """Whose order what is launched on a device has, as numbers that are shared are those of one stream."""
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 @lru_cache(maxsize=4)

@@ -29,6 +29,9 @@ PAGE = 2**16
 APART = 2**18
 """Bytes without a gap from which on a copy of their own is worth it."""
 
+RUNS = 16
+"""Runs without a gap of a tensor up to which each is put where it goes; else a copy of the tensor is."""
+
 ALIGNED = 16
 """What the bytes begin at a multiple of."""
 
@@ -398,8 +401,9 @@ def _beside(tensors: Sequence[Tensor]) -> Tensor:
     gap = torch.empty(ALIGNED, dtype=torch.uint8, device=tensors[0].device)
     parts = []
     for tensor in tensors:
-        parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        if short := -len(parts[-1]) % ALIGNED:
+        runs = list(itertools.islice(_runs(tensor.detach()), RUNS + 1))
+        parts += runs if len(runs) <= RUNS else [tensor.detach().reshape(-1).view(torch.uint8)]
+        if short := -tensor.nbytes % ALIGNED:
             parts.append(gap[:short])
     return torch.cat(parts)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.storage.arena import LEAST_GROWTH, KVArena, as_lists, growth_within, on_device, tell, together
 from refreekv.storage.base import KVStorage, Piece
@@ -67,14 +68,15 @@ class LeveledKV(KVStorage):
         columns: Sequence[Columns],
         after: int,
         ladder: Ladder,
-        centres: Pair,
+        centres: Pair | PackedMaps,
         levels: Sequence[Levels] | None = None,
         codes: KeyCodes | None = None,
         read: "UnfinishedKV | None" = None,
     ) -> Self:
         """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
-        ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``. ``levels`` say of each
+        ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``, or the maps that take
+        them out. ``levels`` say of each
         row's columns which rung they go to; None: all to that of what is generated. ``codes`` are the model's own.
         ``read`` is the prompt as it was coded while it was read, in the format of a rung: entries that go to that rung
         keep their lines, and its means are taken out of all.
@@ -82,10 +84,12 @@ class LeveledKV(KVStorage):
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.
         keys, values = (part.to(torch.promote_types(*types)) for part in (keys, values))
-        if read is None:
-            coding = Coding.of(ladder, centres, keys.dtype, codes)
-        else:
+        if read is not None:
             coding = Coding.by(ladder, read.maps.of_type(keys.dtype), codes)
+        elif isinstance(centres, PackedMaps):
+            coding = Coding.by(ladder, centres.of_type(keys.dtype), codes)
+        else:
+            coding = Coding.of(ladder, centres, keys.dtype, codes)
         end = keys.shape[2] - after
         counts = [row.for_heads(heads) for row in columns]
         coded = each(ladder.coded, counts)

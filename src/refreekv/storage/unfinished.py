@@ -7,6 +7,7 @@ at the end, get a decoded copy of one layer at a time.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
+from refreekv.kernels.device_guard import stream_of
 from refreekv.kernels.table import KEY, LENGTH, VALUE
 from refreekv.storage.arena import KVArena, on_device
 from refreekv.storage.coding import Pair, maps_of
@@ -76,6 +78,7 @@ class UnfinishedKV:
         self._sink_columns: Tensor | None = None
         # [B]: real entries among those coded, by row; None: all are.
         self._real_coded: Tensor | None = None
+        self._goes_on = True
         # [B, H_kv, capacity]: whether a line is no longer what is at its place.
         self._stale: Tensor | None = None
 
@@ -158,7 +161,7 @@ class UnfinishedKV:
     def _decode(self, keys: Tensor, values: Tensor) -> None:
         assert self._table is not None
         assert self._maps is not None
-        spans = torch.zeros(len(self._table), 3, dtype=torch.int64, device=keys.device)
+        spans = _from_the_first(len(self._table), keys.device, stream_of(keys.device))
         table = self._table if self._host is None else self._host[0].table(self._host[1])
         kernels.unpack_lines(keys, values, table, self.form, self._maps, spans, end=self.coded, longest=self.coded)
         for out, sinks in zip((keys, values), self._sinks or (), strict=False):
@@ -208,19 +211,16 @@ class UnfinishedKV:
         keys, values = self._tail
         kind = torch.promote_types(*self.types)
         device, segments = keys.device, len(self._table)
-        self._table[:, LENGTH] = stop
-        spans = torch.zeros(segments, 3, dtype=torch.int64, device=device)
-        spans[:, 1] = count
         maps = self._maps.of_type(kind)
         table, before = self._table, self.coded
         if self._host is not None:
             # Kernels write to the host in whole words, and not byte by byte as they code.
             new = self._allocated(count, device)
             table, before = _table_of(new, count, device), 0
-        starts = torch.full((segments,), before, dtype=torch.int64, device=device)
+        starts = torch.full((segments,), before, dtype=torch.int64, device=device) if before else None
         kernels.pack_lines(
-            keys.to(kind), values.to(kind), table, self.form, maps, spans, end=keys.shape[2], longest=count,
-            starts=starts,
+            keys.to(kind), values.to(kind), table, self.form, maps, _from_the_first(segments, device, stream_of(device)),
+            end=keys.shape[2], longest=count, starts=starts,
         )  # fmt: skip
         if self._host is not None:
             there = self._table.clone()
@@ -229,7 +229,9 @@ class UnfinishedKV:
             there[:, LENGTH] = count
             kernels.move(table, there, key_bytes=self.form.line_bytes, value_bytes=FACTOR_BYTES, longest=count)
         self.coded = stop
-        self._tail = keys[:, :, count:].clone(), values[:, :, count:].clone()
+        self._tail = keys[:, :, count:], values[:, :, count:]
+        if self._goes_on:  # nothing holds on to a chunk
+            self._tail = self._tail[0].clone(), self._tail[1].clone()
 
     def _fix_means(self, real: Tensor | None) -> None:
         """Means of all that is exact, for rows of which no entry was coded yet."""
@@ -254,7 +256,9 @@ class UnfinishedKV:
         keys, values = self._tail
         if real is None:
             if self.coded == 0:
-                self._sinks = keys[:, :, : min(SINKS, count)].clone(), values[:, :, : min(SINKS, count)].clone()
+                self._sinks = keys[:, :, : min(SINKS, count)], values[:, :, : min(SINKS, count)]
+                if self._goes_on:
+                    self._sinks = self._sinks[0].clone(), self._sinks[1].clone()
             return
         if self._sinks is None:
             with torch.inference_mode(False):
@@ -285,13 +289,15 @@ class UnfinishedKV:
     def _make_room(self, stop: int) -> None:
         """Allocate lines for ``stop`` columns; at once for as many as the prompt is going to have."""
         if self._lines is not None and self._lines[0].shape[2] >= stop:
+            assert self._table is not None
+            self._table[:, LENGTH] = stop
             return
         capacity, device = max(stop, self._columns - self.number.recent), self._tail[0].device
         lines, factors = self._allocated(capacity, device, hosted=self._host is not None)
         self._wait()
         for old, new in zip(self._lines or (), (lines, factors), strict=False):
             new[:, :, : self.coded] = old[:, :, : self.coded]
-        self._hold(lines, factors)
+        self._hold(lines, factors, stop)
 
     def _allocated(self, capacity: int, device: torch.device, *, hosted: bool = False) -> Pair:
         """Lines and factors ``[B, H_kv, capacity, ...]``, which are still to be written."""
@@ -307,11 +313,11 @@ class UnfinishedKV:
                 parts = [part.new_empty(math.prod(shape), part.shape[1]) for part in like]
         return parts[0].view(*shape, -1), parts[1].view(*shape, -1)
 
-    def _hold(self, lines: Tensor, factors: Tensor) -> None:
-        """Go on with these lines, and a table of them."""
-        self._lines = lines, factors
+    def _hold(self, lines: Tensor, factors: Tensor, length: int | None = None) -> None:
+        """Go on with these lines, and a table of them, of ``length`` entries or of those that are coded."""
+        self._lines, length = (lines, factors), self.coded if length is None else length
         with torch.inference_mode(False):
-            self._table = _table_of(self._lines, self.coded, self._tail[0].device)
+            self._table = _table_of(self._lines, length, self._tail[0].device)
         if self._host is not None:
             capacities = [lines.shape[2]] * len(self._table)
             self._host[0].hold(self._host[1], Lines(self._table, capacities, self.form.line_bytes, FACTOR_BYTES))
@@ -326,20 +332,18 @@ class UnfinishedKV:
         values: Tensor,
         real: Tensor | None = None,
         codes: KeyCodes | None = None,
-        means: Pair | None = None,
+        maps: PackedMaps | None = None,
     ) -> "UnfinishedKV":
         """A whole prompt ``[B, H_kv, n, D]`` that was read in one piece; ``real`` as for `append`.
 
-        ``means`` are those of its entries, as `core.quantisation.centre_of` gives them, if they are known.
+        ``maps`` are those that take its means out, if they are known. Of what is not coded there are views, as it is
+        going to be kept elsewhere and nothing is appended to it here.
         """
         whole = cls(number, (keys, values), keys.shape[2], sinks=True, codes=codes)
-        if means is not None:
-            whole._maps = maps_of(means, torch.promote_types(*whole.types), codes)
+        whole._maps, whole._goes_on = maps, False
         whole._tail = keys, values
         if whole._due >= FLUSH:
             whole._code(whole._due, real)
-        else:
-            whole._tail = keys.clone(), values.clone()
         return whole
 
     @property
@@ -464,6 +468,13 @@ def _table_of(lines: Pair, length: int, device: torch.device) -> Tensor:
         [[first + number * step for first, step in zip(firsts, steps, strict=True)] + [length, capacity]
          for number in range(segments)], device,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _from_the_first(segments: int, device: torch.device, stream: int) -> Tensor:
+    """Spans of entries from each segment's first one on, ``[segments, 3]``, not to be written to."""
+    with torch.inference_mode(False):
+        return torch.zeros(segments, 3, dtype=torch.int64, device=device)
 
 
 def _empty_sinks(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
 from refreekv.core.key_codes import KeyCodes
+from refreekv.core.packed_lines import PackedMaps
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE
 from refreekv.engines.transformers.proof import hides_nothing
@@ -28,6 +29,7 @@ from refreekv.pruning.queries import HeldQueries
 from refreekv.pruning.records import after_pruning
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
+from refreekv.storage.coding import maps_of
 from refreekv.storage.columns import lasting
 from refreekv.storage.compaction import compacted, takes_arena
 from refreekv.storage.leveled import LeveledKV
@@ -51,8 +53,8 @@ class ReFreeKVLayer(RememberingLayer):
         # What attention read of a ragged layer in full precision, for a policy that looks at it right behind.
         self.rows_of_call: list[tuple[Tensor, Tensor]] | None = None
         self._unverified: AttentionCall | None = None
-        # Number formats, the means that are taken out and the model's codes, of what is coded at the prompt's end.
-        self._coded: tuple[Ladder, tuple[Tensor, Tensor], KeyCodes | None] | None = None
+        # Number formats, the maps that take means out and the model's codes, of what is coded at the prompt's end.
+        self._coded: tuple[Ladder, PackedMaps, KeyCodes | None] | None = None
 
     # -- what the attention function calls --------------------------------------------------
 
@@ -119,17 +121,20 @@ class ReFreeKVLayer(RememberingLayer):
         self.state.check_scores(self._length)
         policy, parts = self.state.policy, self._entries(call, after)
         codes_prompt = self.ragged is None and self.ladder is not None
-        means = _centres(*parts) if codes_prompt and self._read is None else None
+        codes, maps = self.state.codes_of(self.ordinal), None
+        if self._read is not None:
+            maps = self._read.maps
+        elif codes_prompt:
+            kind = torch.promote_types(parts[0].keys.dtype, parts[0].values.dtype)
+            maps = maps_of(_centres(*parts), kind, codes)
         if self.state.past is not None:  # before surrogates are written over what goes
-            known = means if parts[0].valid is None else None
+            known = maps if parts[0].valid is None and self._read is None else None
             self._keep_all(self.state.past, parts[0].queries, self._length - after, known)
         self._queries = HeldQueries()
         self._unverified = None
         self.state.changed = True
-        if self._read is not None:
-            means = self._read.maps.key_mean, self._read.maps.value_mean
-        if self.ladder is not None and means is not None:
-            self._coded = self.ladder, means, self.state.codes_of(self.ordinal)
+        if self.ladder is not None and maps is not None:
+            self._coded = self.ladder, maps, codes
         if self.state.verification is not None:
             self.state.verification.hold(self, call, parts, after)
             return
@@ -143,7 +148,6 @@ class ReFreeKVLayer(RememberingLayer):
                 self._put_away(code=False)
             return
         scores = self.state.scores_of(self.ordinal)
-        codes = self.state.codes_of(self.ordinal)
         decisions = [
             decide(policy, call, part, self.ordinal, self.state.layers, scores, self.ladder, codes) for part in parts
         ]
@@ -216,8 +220,8 @@ class ReFreeKVLayer(RememberingLayer):
         if self.ragged is not None:
             storage = self.ragged.keep([kept.columns for kept in chosen], after, levels)
         elif self._coded is not None:
-            ladder, means, codes = self._coded
-            storage = LeveledKV.gathered(*self.dense, columns, after, ladder, means, levels, codes, self._read)
+            ladder, maps, codes = self._coded
+            storage = LeveledKV.gathered(*self.dense, columns, after, ladder, maps, levels, codes, self._read)
         else:
             storage = compacted(self.dense, columns, after, self.state.arena)
         self._coded = self._read = None

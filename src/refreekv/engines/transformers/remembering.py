@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from refreekv.core.packed_lines import PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.intake import IntakeLayer
 from refreekv.engines.transformers.reading import Reading
@@ -113,10 +114,10 @@ class RememberingLayer(IntakeLayer):
         if columns.shape[1]:
             self._queries = HeldQueries(Queries(states, columns, real, ordinals))
 
-    def _keep_all(self, past: Past, queries: Queries, end: int, means: Pair | None = None) -> None:
+    def _keep_all(self, past: Past, queries: Queries, end: int, maps: PackedMaps | None = None) -> None:
         """At a prompt's end, keep all entries up to logical length ``end`` with those of ``queries`` that are asked.
 
-        ``means`` are those of these entries, if they are known.
+        ``maps`` are those that take the means of these entries out, if they are known.
         """
         reading, came_back = self._whole, self._came_back
         self._whole, self._came_back = None, False
@@ -144,7 +145,7 @@ class RememberingLayer(IntakeLayer):
             past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
         else:
             codes = self.state.codes_of(self.ordinal)
-            whole = UnfinishedKV.of(number, keys, values, self._real(end), codes, means)
+            whole = UnfinishedKV.of(number, keys, values, self._real(end), codes, maps)
             past.put(self.ordinal, whole, extras, length=end, continues=False)
 
     def _codes_right(self, number: KVDtype, keys: Tensor, values: Tensor) -> bool:
