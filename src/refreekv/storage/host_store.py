@@ -23,6 +23,11 @@ LEAST_FREE = 2**30
 _UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a part of another one: a file takes no two that share memory."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 class Filed:
     """Tensors in a file, which is removed when nobody refers to it any more: as `Parked`, but on disk.
 
@@ -33,7 +38,7 @@ class Filed:
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor]):
-        on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        on_host = {name: _own(tensor.detach().to("cpu").contiguous()) for name, tensor in tensors.items()}
         self.nbytes = sum(tensor.nbytes for tensor in on_host.values())
         if shutil.disk_usage(folder).free < self.nbytes + LEAST_FREE:
             raise OSError(f"{folder} would have less than {LEAST_FREE:,} bytes left")

@@ -218,9 +218,10 @@ class UnfinishedKV:
             new = self._allocated(count, device)
             table, before = _table_of(new, count, device), 0
         starts = torch.full((segments,), before, dtype=torch.int64, device=device) if before else None
+        spans = _from_the_first(segments, device, stream_of(device))
         kernels.pack_lines(
-            keys.to(kind), values.to(kind), table, self.form, maps, _from_the_first(segments, device, stream_of(device)),
-            end=keys.shape[2], longest=count, starts=starts,
+            keys.to(kind), values.to(kind), table, self.form, maps, spans, end=keys.shape[2], longest=count,
+            starts=starts,
         )  # fmt: skip
         if self._host is not None:
             there = self._table.clone()
