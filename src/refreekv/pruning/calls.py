@@ -1,6 +1,6 @@
 """What a layer hands over when its prompt ends: the attention call, the stored entries, the queries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,6 +64,8 @@ class Entries:
     hidden : Tensor or None
         Boolean of the shape of ``valid``: real entries that the last query does not see, and no policy is
         asked about. They stay. None where ``valid`` is.
+    before_writing : callable or None
+        To be called before an entry is replaced in place: somebody may be reading them yet.
     """
 
     keys: Tensor
@@ -75,6 +77,7 @@ class Entries:
     in_place: bool = False
     gapless: bool = False
     hidden: Tensor | None = None
+    before_writing: Callable[[], None] | None = None
 
     @classmethod
     def of_dense(
@@ -85,6 +88,7 @@ class Entries:
         padding: Tensor | None,
         queries: "Queries",
         earlier_length: int,
+        before_writing: Callable[[], None] | None = None,
     ) -> "Entries":
         """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``earlier_length`` are an earlier prompt's.
 
@@ -94,7 +98,10 @@ class Entries:
         columns = queries.columns[0] if same else torch.arange(keys.shape[2], device=keys.device)
         earlier = (columns < earlier_length)[None, None] if earlier_length else None
         valid, hidden = _told_apart(visible, padding)
-        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)
+        return cls(
+            keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden,
+            before_writing=before_writing,
+        )  # fmt: skip
 
     @classmethod
     def of_ragged(
