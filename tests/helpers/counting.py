@@ -77,7 +77,9 @@ def counting():
         function = getattr(kernels, name)
 
         def counted(*args, **kwargs):
-            if name == "needed" and kwargs.get("real") is not None:  # is the plain version on CUDA, too
+            if (
+                name == "needed" and kwargs.get("real") is not None and kwargs.get("origins") is None
+            ):  # is the plain version on CUDA, too
                 return function(*args, **kwargs)
             if not counts.paused:
                 counts.launches[f"kernels.{name}"] += launches

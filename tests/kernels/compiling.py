@@ -128,7 +128,8 @@ def choosing(dtype, heads, head_size):
     rules = Rules(4, 32, 1e-3, 1e-3, 0.1, 4, 0.9, 0.3)
     for earlier in (None, torch.zeros(1, 1, 300, dtype=torch.bool)):
         for grading in (None, Grading(rules, torch.zeros(1, 1, 4))):
-            launch_needs(reductions, reductions, torch.zeros(1, 1), rules, earlier, grading)
+            for origins in (None, torch.zeros(1, 1, dtype=torch.int32)):
+                launch_needs(reductions, reductions, torch.zeros(1, 1), rules, earlier, grading, origins)
     order, kept, _ = launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
     launch_leveled(order, kept, torch.zeros(1, 1, 300, dtype=torch.uint8), 4, 4, 64)
 

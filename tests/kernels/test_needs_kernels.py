@@ -72,6 +72,30 @@ def test_the_front_gives_what_torch_gives_whoever_computes_it(change, device):
         assert not got.keep[..., :5].any()
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("n", [300, 1025, 2600])
+def test_heads_that_hold_different_numbers(n, earlier, device):
+    """Padded on the left; some of them are so short that they are kept whole, or hold nothing but the newest."""
+    window, spread = probes(n, device)
+    origins = torch.tensor([[0, n // 3, n - 25], [7, n - 1, n // 2]], dtype=torch.int32, device=device)
+    real = torch.arange(n, device=device) >= origins[..., None]
+    window, spread = (part.each(lambda x: x.masked_fill(~real, 0.0)) for part in (window, spread))
+    rules = PLAIN._replace(min_length=100, unit=0.4, spread_unit=0.5, share=0.2)
+    kept = torch.rand(1, 3, n, device=device) < 0.05 if earlier else None
+    damage = torch.rand(1, 3, 4, device=device).sort(-1, descending=True).values
+    by = rules._replace(unit=0.03, spread_unit=0.07, copying_weight=3.0, code_unit=2.0)
+    got = launch_needs(window, spread, SCORES.to(device), rules, kept, Grading(by, damage), origins)
+    on_cpu, padding = [part.each(torch.Tensor.cpu) for part in (window, spread)], real.cpu()
+    want = needs(*on_cpu, SCORES, rules, real=padding, earlier=None if kept is None else kept.cpu())
+    assert torch.equal(got.keep.cpu(), want.keep)
+    assert not want.keep[real.cpu()].all()
+    rungs = levels(*on_cpu, SCORES, by, damage.cpu(), real=padding)
+    assert torch.equal(got.levels.cpu()[padding], rungs[padding])
+    torch.testing.assert_close(got.lost.cpu(), want.lost)
+    for name, share in want.shares.items():
+        torch.testing.assert_close(got.shares[name].cpu(), share)
+
+
 @pytest.mark.parametrize("n", [1, 31, 2047, 2048, 2049, 5000])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_kept_first(n, share, device):

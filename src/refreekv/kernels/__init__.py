@@ -105,18 +105,21 @@ def needed(
     real: Tensor | None = None,
     earlier: Tensor | None = None,
     grading: Grading | None = None,
+    origins: Tensor | None = None,
 ) -> Needs:
     """The entries that probed queries look at, their surroundings, and all of the heads that copy.
 
     Parameters and results are those of `core.needs.needs`, which this is on the CPU, with padding, without copy
     scores and where all heads keep one set. Else it is three launches on CUDA. With ``grading`` their rungs come with
-    them, those of `core.needs.levels`.
+    them, those of `core.needs.levels`. ``origins``, integers ``[B | 1, H_kv]``, say that each head's real entries are
+    those from there on.
     """
-    peak, plain = window.peak, real is None and not rules.together
-    if peak.is_cuda and available() and plain and scores is not None and peak.shape[-1] >= rules.min_length:
+    peak, plain = window.peak, (real is None or origins is not None) and not rules.together
+    long = origins is not None or peak.shape[-1] >= rules.min_length
+    if peak.is_cuda and available() and plain and scores is not None and long:
         from refreekv.kernels.needs import launch_needs
 
-        return launch_needs(window, spread, scores, rules, earlier, grading)
+        return launch_needs(window, spread, scores, rules, earlier, grading, origins)
     found = needs_in_torch.needs(window, spread, scores, rules, real=real, earlier=earlier)
     if grading is None:
         return found

@@ -16,6 +16,8 @@ from refreekv.kernels.sizes import blocks_of, power_of_2
 
 BLOCK = 1024
 NEVER = tl.constexpr(-(2**30))
+REAL = tl.constexpr(9)
+"""Where among a chunk's numbers is how many entries it has, if heads have different numbers of them."""
 LOST = tl.constexpr(8)
 """Where among a chunk's numbers the highest peak is that is not kept; before it the `REASONS`, in their order."""
 
@@ -44,12 +46,12 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
     tl.store(out + (pair * chunks + chunk) * 32 + exponent, held)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "ss_b", "st_b", "st_h"])
+@triton.jit(do_not_specialize=["length", "chunks", "ss_b", "st_b", "st_h", "so_b", "min_length"])
 def _needs_kernel(
-    peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out,
-    length, kv_heads, ss_b, st_b, st_h, sd_b, sinks, recent, follow, chunks,
+    peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out, origins,
+    length, kv_heads, ss_b, st_b, st_h, sd_b, so_b, sinks, recent, follow, chunks, min_length,
     unit, spread_unit, hit, share, copying, level_unit, level_spread_unit, level_copying, weight, code_unit,
-    LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr,
+    LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_ORIGINS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -64,7 +66,9 @@ def _needs_kernel(
 
     start = chunk * BLOCK
     n = start + tl.arange(0, BLOCK)
-    inside, first, last = n < length, n >= 1, n + 1 < length
+    # What comes before a head's first entry fills its line up.
+    origin = tl.load(origins + batch * so_b + head) if HAS_ORIGINS else 0
+    inside, first, last = (n < length) & (n >= origin), n > origin, n + 1 < length
     peak += pair * length
     spread += pair * length
     here, left = tl.load(peak + n, inside, -1.0), tl.load(peak + n - 1, inside & first, -1.0)
@@ -73,12 +77,12 @@ def _needs_kernel(
     far = tl.maximum(far, tl.load(spread + n + 1, last, -1.0))
     # The newest hit before each position: within the chunk, or among the last ones before it.
     before = start - 1 - tl.arange(0, BLOCK_F)
-    found = tl.load(peak + before, before >= 0, -1.0)
-    carried = tl.max(tl.where((before >= 0) & (found >= hit), before, NEVER), 0)
+    found = tl.load(peak + before, before >= origin, -1.0)
+    carried = tl.max(tl.where((before >= origin) & (found >= hit), before, NEVER), 0)
     latest = tl.associative_scan(tl.where(first & (left >= hit), n - 1, NEVER), 0, _larger)
     latest = tl.maximum(latest, carried)
 
-    why_sinks, why_recent = n < sinks, n >= length - recent
+    why_sinks, why_recent = n < origin + sinks, n >= length - recent
     why_window, why_spread = around >= unit, far >= spread_unit
     why_following = (latest >= 0) & (latest >= n - follow)
     why_mass = here >= at_mass
@@ -90,6 +94,9 @@ def _needs_kernel(
         why_earlier = tl.load(earlier + batch * st_b + head * st_h + n, inside, 0) != 0
         keep = keep | why_earlier
         tl.store(out + 7, tl.sum((why_earlier & inside).to(tl.float32), 0))
+    if HAS_ORIGINS:
+        keep = (keep | (length - origin < min_length)) & inside
+        tl.store(out + REAL, tl.sum(inside.to(tl.float32), 0))
     tl.store(out + 0, tl.sum((why_sinks & inside).to(tl.float32), 0))
     tl.store(out + 1, tl.sum((why_recent & inside).to(tl.float32), 0))
     tl.store(out + 2, tl.sum((why_window & inside).to(tl.float32), 0))
@@ -98,7 +105,7 @@ def _needs_kernel(
     tl.store(out + 5, tl.sum((why_mass & inside).to(tl.float32), 0))
     tl.store(out + 6, tl.sum((why_copying & inside).to(tl.float32), 0))
     tl.store(out + LOST, tl.max(tl.where(inside & (keep == 0), here, 0.0), 0))
-    tl.store(keep_out + pair * length + n, keep.to(tl.uint8), inside)
+    tl.store(keep_out + pair * length + n, keep.to(tl.uint8), n < length)
     if RUNGS > 1:
         # Divided as `core.needs.levels` does it: to the nearest number.
         worth = tl.maximum(tl.div_rn(around, level_unit), tl.div_rn(far, level_spread_unit))
@@ -107,12 +114,15 @@ def _needs_kernel(
         for rung in tl.static_range(RUNGS - 1):
             does = tl.load(damage + batch * sd_b + head * RUNGS + rung)
             level += (worth * does > code_unit).to(tl.int32)
-        tl.store(levels_out + pair * length + n, level.to(tl.uint8), inside)
+        tl.store(levels_out + pair * length + n, tl.where(inside, level, 0).to(tl.uint8), n < length)
 
 
 @triton.jit(do_not_specialize=["lines"])
-def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
-    """All chunks of all heads of a row together: sums, as shares of its entries, and the largest of what is lost."""
+def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr, HAS_ORIGINS: tl.constexpr):
+    """All chunks of all heads of a row together: sums, as shares of its entries, and the largest of what is lost.
+
+    ``share`` is one over how many they are, if all heads have equally many.
+    """
     row, which, some = tl.program_id(0), tl.arange(0, 16), tl.arange(0, BLOCK)
     total, highest = tl.zeros([16], tl.float32), tl.zeros([16], tl.float32)
     for start in range(0, lines, BLOCK):
@@ -120,7 +130,11 @@ def _tally_kernel(stats, out, lines, share, BLOCK: tl.constexpr):
         part = tl.load(stats + (row * lines + line) * 16 + which[None, :], line < lines, 0.0)
         total += tl.sum(part, 0)
         highest = tl.maximum(highest, tl.max(part, 0))
-    tl.store(out + row * 16 + which, tl.where(which == LOST, highest, total * share))
+    if HAS_ORIGINS:
+        total = tl.div_rn(total, tl.maximum(tl.sum(tl.where(which == REAL, total, 0.0), 0), 1.0) + total * 0.0)
+    else:
+        total *= share
+    tl.store(out + row * 16 + which, tl.where(which == LOST, highest, total))
 
 
 @on_its_device
@@ -131,10 +145,12 @@ def launch_needs(
     rules: Rules,
     earlier: Tensor | None = None,
     grading: Grading | None = None,
+    origins: Tensor | None = None,
 ) -> Needs:
     """`core.needs.needs` of rows without padding that are no shorter than ``min_length``, head by head.
 
-    With ``grading`` `core.needs.levels` as well.
+    With ``grading`` `core.needs.levels` as well. With ``origins``, integers ``[B | 1, H_kv]``, what is before a head's
+    first entry is not real, and heads may be shorter than that.
     """
     assert window.mean is not None
     peak, mass, far = (part.contiguous() for part in (window.peak, window.mean, spread.peak))
@@ -153,15 +169,20 @@ def launch_needs(
         step = damage.stride(0) if damage.shape[0] > 1 else 0
     _needs_kernel[(chunks, pairs)](
         peak, far, masses, scores, keep if places is None else places, keep.view(torch.uint8), stats,
-        damage, keep.view(torch.uint8) if rungs is None else rungs,
+        damage, keep.view(torch.uint8) if rungs is None else rungs, stats if origins is None else origins,
         length, kv_heads, scores.stride(0) if scores.shape[0] > 1 else 0,
-        *((0, 0) if places is None else places.stride()[:2]), step, rules.sinks, rules.recent, rules.follow, chunks,
+        *((0, 0) if places is None else places.stride()[:2]), step,
+        origins.stride(0) if origins is not None and origins.shape[0] > 1 else 0, rules.sinks, rules.recent,
+        rules.follow, chunks, rules.min_length,
         rules.unit, rules.spread_unit, rules.hit, rules.share, rules.copying,
         float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight), float(by.code_unit),
-        LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None, BLOCK=BLOCK,
+        LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None,
+        HAS_ORIGINS=origins is not None, BLOCK=BLOCK,
         BLOCK_F=power_of_2(max(rules.follow, 1)), BLOCK_C=power_of_2(chunks), num_warps=8,
     )  # fmt: skip
-    _tally_kernel[(batch,)](stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64)
+    _tally_kernel[(batch,)](
+        stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64, HAS_ORIGINS=origins is not None
+    )
     names = REASONS if places is not None else REASONS[:-1]
     return Needs(keep, numbers[:, LOST.value], dict(zip(names, numbers.unbind(1), strict=False)), rungs)
 

@@ -181,8 +181,9 @@ class Adaptive(Policy):
             kept_by = rules._replace(unit=unit * self.evict_unit, spread_unit=rules.spread_unit * self.evict_unit)
         grading = None if damage is None else Grading(rules, damage)
         found = kernels.needed(
-            view.window, view.spread, scores, kept_by, real=real, earlier=view.earlier, grading=grading
-        )
+            view.window, view.spread, scores, kept_by, real=real, earlier=view.earlier, grading=grading,
+            origins=view.origins,
+        )  # fmt: skip
         keep = found.keep
         if self.shared and (view.valid is None or view.valid.dim() == 2):
             keep = keep[:, :1]

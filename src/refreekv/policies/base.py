@@ -108,6 +108,8 @@ class LayerView:
         nobody measured it.
     earlier : Tensor or None
         Boolean ``[1, 1 | H_kv, n]``: what earlier prompts of the conversation left; None if this is the first.
+    origins : Tensor or None
+        int32 ``[B | 1, H_kv]``, where ``valid`` says that each head's entries are those from there on, and no more.
     forms : tuple of PackedFormat
         The rungs of the ladder that what is kept will be stored in, from narrow to wide; empty: there is none.
     key_power : Tensor or None
@@ -131,6 +133,7 @@ class LayerView:
     heads: int = 0
     copy_scores: Tensor | None = None
     earlier: Tensor | None = None
+    origins: Tensor | None = None
     forms: tuple[PackedFormat, ...] = ()
     key_power: Tensor | None = None
     damage: Tensor | None = None

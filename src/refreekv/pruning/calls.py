@@ -64,6 +64,8 @@ class Entries:
     hidden : Tensor or None
         Boolean of the shape of ``valid``: real entries that the last query does not see, and no policy is
         asked about. They stay. None where ``valid`` is.
+    origins : Tensor or None
+        int32 ``[1, H_kv]``: where each head's entries begin, if ``valid`` says that and no more.
     before_writing : callable or None
         To be called before an entry is replaced in place: somebody may be reading them yet.
     """
@@ -77,6 +79,7 @@ class Entries:
     in_place: bool = False
     gapless: bool = False
     hidden: Tensor | None = None
+    origins: Tensor | None = None
     before_writing: Callable[[], None] | None = None
 
     @classmethod
@@ -130,8 +133,9 @@ class Entries:
             if visible is not None and padding is not None:
                 # [G, stored]: of the columns that each head holds
                 valid, hidden = _told_apart(visible[row][held.long()], padding[row][held.long()])
-            uneven = storage.visible(row)
+            uneven, origins = storage.visible(row), None
             if uneven is not None:
+                origins = storage.origins(row) if valid is None else None
                 uneven = uneven[:, :stored]
                 valid = uneven if valid is None else valid & uneven
                 hidden = None if hidden is None else hidden & uneven
@@ -141,7 +145,8 @@ class Entries:
             earlier = (held < earlier_length)[None] if earlier_length else None
             own = queries.row(row)
             entries = keys[None, :, :stored], values[None, :, :stored]
-            parts.append(cls(*entries, valid, held[0], own, earlier, hidden=hidden))
+            begins = None if origins is None else origins[None]
+            parts.append(cls(*entries, valid, held[0], own, earlier, hidden=hidden, origins=begins))
         return parts
 
 

@@ -94,17 +94,19 @@ class Decision:
             if isinstance(selection, CutSelection):
                 keep = selection.mask(valid)
                 columns = torch.arange(self._length, device=valid.device)
-                numbers.append((["cut"], (valid & (columns < selection.cut[:, None])).sum(-1, keepdim=True)))
+                cut = (valid & (columns < selection.cut[:, None])).sum(-1, keepdim=True, dtype=torch.int32)
+                numbers.append((["cut"], cut))
             hidden = entries.hidden
             if valid.dim() == 2:
                 valid, hidden = valid[:, None], None if hidden is None else hidden[:, None]
             if not isinstance(selection, CutSelection):
                 keep = valid if selection is None else selection.keep & valid
-            numbers.append((["ends_real", "any_real"], torch.stack([valid[:, :, -1].all(-1), valid.any(2).any(1)], 1)))
+            ends, any_real = valid[:, :, -1].all(-1), valid.any(2).any(1)
+            numbers.append((["ends_real", "any_real"], torch.stack([ends, any_real], 1).int()))
             if hidden is not None:
                 keep, valid = keep | hidden, valid | hidden
-                numbers.append((["hides"], hidden.any(2).any(1)[:, None]))
-            numbers.append(_numbered("real", valid.sum(-1)))
+                numbers.append((["hides"], hidden.any(2).any(1)[:, None].int()))
+            numbers.append(_numbered("real", valid.sum(-1, dtype=torch.int32)))
         self._order, kept, self._marks = kept_first(keep)
         numbers.append(_numbered("kept", kept))
         if isinstance(selection, Selection) and selection.levels is not None and self._ladder is not None:
@@ -284,6 +286,7 @@ def layer_view(
         heads=entries.queries.states.shape[1],
         copy_scores=copy_scores,
         earlier=entries.earlier,
+        origins=entries.origins,
     )
     if plan.reduced:
         window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)

@@ -120,12 +120,20 @@ class KVStorage(ABC):
 
     def visible(self, row: int) -> Tensor | None:
         """Boolean ``[kv_heads, L]``, False where `rows` padded a head of this row; None if it padded none."""
+        origins = self.origins(row)
+        if origins is None:
+            return None
+        return torch.arange(max(self.lengths[row]), dtype=torch.int32, device=self.keys.device) >= origins[:, None]
+
+    def origins(self, row: int) -> Tensor | None:
+        """How many places `rows` padded of each of this row's heads: int32 ``[kv_heads]``; None if it padded none."""
         if self.even(row):
             return None
-        longest = max(self.lengths[row])
-        places = torch.arange(longest, device=self.keys.device)
-        # Numbers become arguments of launches: a copy of a list would make the host wait for the device.
-        return torch.stack([places >= longest - length for length in self.lengths[row]])
+        longest, pinned = max(self.lengths[row]), self.keys.is_cuda
+        numbers = [longest - length for length in self.lengths[row]]
+        # From pinned memory, so that the host does not wait for the device.
+        told = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        return told.to(self.keys.device, non_blocking=True)
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``; where there are tables."""
