@@ -133,10 +133,10 @@ class Entries:
             if visible is not None and padding is not None:
                 # [G, stored]: of the columns that each head holds
                 valid, hidden = _told_apart(visible[row][held.long()], padding[row][held.long()])
-            uneven, origins = storage.visible(row), None
-            if uneven is not None:
-                origins = storage.origins(row) if valid is None else None
-                uneven = uneven[:, :stored]
+            uneven, origins = None, storage.origins(row)
+            if origins is not None:
+                places = _numbers(0, stored, keys.device, stream_of(keys.device))
+                uneven = places >= origins[:, None]
                 valid = uneven if valid is None else valid & uneven
                 hidden = None if hidden is None else hidden & uneven
             if valid is not None and len(valid) > 1:
@@ -145,7 +145,8 @@ class Entries:
             earlier = (held < earlier_length)[None] if earlier_length else None
             own = queries.row(row)
             entries = keys[None, :, :stored], values[None, :, :stored]
-            begins = None if origins is None else origins[None]
+            # Where there is padding, too, heads do not only begin at different places.
+            begins = None if origins is None or visible is not None else origins[None]
             parts.append(cls(*entries, valid, held[0], own, earlier, hidden=hidden, origins=begins))
         return parts
 

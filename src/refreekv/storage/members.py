@@ -124,8 +124,7 @@ def counted(rungs: Tensor, counts: Counts, most: int) -> list[list[tuple[int, ..
     ``rungs`` are those of all entries, one segment after the other.
     """
     segments, heads = sum(map(len, counts)), len(counts[0])
-    segment = spread(range(segments), flat(counts), rungs.device)
-    places = segment * most + rungs
+    places = spread(range(0, segments * most, most), flat(counts), rungs.device) + rungs
     # Without `bincount`, which asks the device for the largest number first.
     found = torch.zeros(segments * most, dtype=torch.int64, device=rungs.device)
     found.index_add_(0, places, torch.ones_like(places))

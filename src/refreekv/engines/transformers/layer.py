@@ -30,7 +30,7 @@ from refreekv.pruning.records import after_pruning
 from refreekv.storage.arena import KVArena
 from refreekv.storage.base import KVStorage
 from refreekv.storage.coding import maps_of
-from refreekv.storage.columns import lasting
+from refreekv.storage.columns import Columns, lasting
 from refreekv.storage.compaction import compacted, takes_arena
 from refreekv.storage.leveled import LeveledKV
 
@@ -53,6 +53,8 @@ class ReFreeKVLayer(RememberingLayer):
         # What attention read of a ragged layer in full precision, for a policy that looks at it right behind.
         self.rows_of_call: list[tuple[Tensor, Tensor]] | None = None
         self._unverified: AttentionCall | None = None
+        # Columns of what is stored, between looking at it and compacting it.
+        self._columns_now: list[Columns] | None = None
         # Number formats, the maps that take means out and the model's codes, of what is coded at the prompt's end.
         self._coded: tuple[Ladder, PackedMaps, KeyCodes | None] | None = None
 
@@ -182,7 +184,7 @@ class ReFreeKVLayer(RememberingLayer):
             keys, values = (entries[:, :, :end] for entries in self.dense)
             before = None if self.state.past is None else self._finish_aside
             return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length, before)]
-        columns = [self.columns(row) for row in range(self.batch)]
+        self._columns_now = columns = [self.columns(row) for row in range(self.batch)]
         rows, self.rows_of_call = self.rows_of_call or self.ragged.rows(), None
         return Entries.of_ragged(self.ragged, rows, columns, after, visible, padding, queries, self._earlier_length)
 
@@ -207,10 +209,11 @@ class ReFreeKVLayer(RememberingLayer):
                 self._store(self.ragged)
             return
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
-        columns = [
-            kept.columns if self.ragged is None else self.columns(row).take(kept.columns, device)
-            for row, kept in enumerate(chosen)
-        ]
+        columns = [row.columns for row in chosen]
+        if self.ragged is not None:
+            now = self._columns_now or [self.columns(row) for row in range(self.batch)]
+            columns = [held.take(kept, device) for held, kept in zip(now, columns, strict=True)]
+        self._columns_now = None
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
         if levels is not None and self._read is not None and self._coded is not None:
