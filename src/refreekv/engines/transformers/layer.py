@@ -200,6 +200,7 @@ class ReFreeKVLayer(RememberingLayer):
     def _compact(self, decisions: Sequence[Decision], after: int) -> None:
         if self._aside is not None:
             self._finish_aside()
+        held, self._columns_now = self._columns_now, None
         chosen = [row for decision in decisions for row in decision.rows()]
         self.reports = after_pruning(self.reports, chosen)
         self.holds_hidden = any(row.hides for row in chosen)
@@ -211,9 +212,8 @@ class ReFreeKVLayer(RememberingLayer):
         device = (self.dense if self.ragged is None else (self.ragged.keys,))[0].device
         columns = [row.columns for row in chosen]
         if self.ragged is not None:
-            now = self._columns_now or [self.columns(row) for row in range(self.batch)]
-            columns = [held.take(kept, device) for held, kept in zip(now, columns, strict=True)]
-        self._columns_now = None
+            held = held or [self.columns(row) for row in range(self.batch)]
+            columns = [own.take(kept, device) for own, kept in zip(held, columns, strict=True)]
         given = [row.levels for row in chosen if row.levels is not None]
         levels = given if len(given) == len(chosen) else None
         if levels is not None and self._read is not None and self._coded is not None:
