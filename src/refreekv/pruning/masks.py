@@ -8,6 +8,8 @@ saw, and nothing else.
 import torch
 from torch import Tensor
 
+from refreekv.storage.runs import numbers
+
 
 def visible_columns(mask: Tensor | None, query: int, batch: int, columns: int) -> Tensor | None:
     """Which columns a query sees.
@@ -124,7 +126,8 @@ def mask_for_columns(mask: Tensor, row: int, columns: Tensor, heads: int) -> Ten
 
 def causal_mask(queries: int, entries: int, device: torch.device) -> Tensor:
     """Boolean ``[1, 1, queries, entries]``: the last ``queries`` entries are the queries' own."""
-    return torch.ones(1, 1, queries, entries, dtype=torch.bool, device=device).tril(entries - queries)
+    own = numbers(entries - queries, entries, device)
+    return (numbers(0, entries, device) <= own[:, None])[None, None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from refreekv.storage.runs import numbers
+
 if TYPE_CHECKING:
     from refreekv.storage.arena import KVArena
     from refreekv.storage.coding import Coding
@@ -123,16 +125,16 @@ class KVStorage(ABC):
         origins = self.origins(row)
         if origins is None:
             return None
-        return torch.arange(max(self.lengths[row]), dtype=torch.int32, device=self.keys.device) >= origins[:, None]
+        return numbers(0, max(self.lengths[row]), self.keys.device) >= origins[:, None]
 
     def origins(self, row: int) -> Tensor | None:
         """How many places `rows` padded of each of this row's heads: int32 ``[kv_heads]``; None if it padded none."""
         if self.even(row):
             return None
         longest, pinned = max(self.lengths[row]), self.keys.is_cuda
-        numbers = [longest - length for length in self.lengths[row]]
+        before = [longest - length for length in self.lengths[row]]
         # From pinned memory, so that the host does not wait for the device.
-        told = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        told = torch.tensor(before, dtype=torch.int32, device="cpu", pin_memory=pinned)
         return told.to(self.keys.device, non_blocking=True)
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refreekv.kernels import kept_first
 from refreekv.storage.members import Counts, Members
-from refreekv.storage.runs import spread
+from refreekv.storage.runs import numbers, spread
 
 Range = tuple[int, int]
 
@@ -63,12 +63,12 @@ class Columns:
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """As int32 indices on ``device``, one for all KV heads or one for each."""
         if self.bits is not None:
-            fields = self.bits.to(device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+            fields = self.bits.to(device)[..., None] >> numbers(0, 8, device, torch.uint8) & 1
             order, *_ = kept_first(fields.flatten(1).bool())  # [G, bytes, 8] -> [G, columns]
             return tuple(own[:n] for own, n in zip(order, self.held, strict=True))
         if self.ranges is None:
             return tuple(head.to(device) for head in self.heads)
-        parts = [torch.arange(start, stop, dtype=torch.int32, device=device) for start, stop in self.ranges]
+        parts = [numbers(start, stop, device, torch.int32) for start, stop in self.ranges]
         return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=device),)
 
     def padded(self, device: torch.device) -> Tensor:
@@ -92,7 +92,7 @@ class Columns:
         if self.ranges is not None:
             return Columns.of_ranges(*self.ranges, (start, stop))
         device = (self.heads[0] if self.bits is None else self.bits).device
-        tail = torch.arange(start, stop, dtype=torch.int32, device=device)
+        tail = numbers(start, stop, device, torch.int32)
         return Columns(heads=tuple(torch.cat([head, tail]) for head in self.tensors(device)))
 
     def take(self, kept: "Columns", device: torch.device) -> "Columns":
@@ -131,7 +131,7 @@ def lasting(rows: Sequence[Columns], end: int) -> list[Columns]:
     # Not by assignment, which copies its number from the host and waits for the device.
     marks.index_fill_(0, torch.cat(lists) + spread(starts, counts, marks.device), 1)
     # [lists * bytes * 8] -> [lists, bytes]
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=marks.device)
+    weights = 1 << numbers(0, 8, marks.device, torch.uint8)
     packed = (marks.view(-1, 8) * weights).sum(1, dtype=torch.uint8).view(-1, size)
     groups = iter(packed.split([len(row.heads) for row in rows if row.heads]))
     return [Columns(bits=next(groups), held=row.counts) if row.heads else row for row in rows]

@@ -26,7 +26,7 @@ from refreekv.storage.coding import Coding, Pair
 from refreekv.storage.columns import Columns, Levels, listed_by_rung, rungs_asked
 from refreekv.storage.members import Array, Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
-from refreekv.storage.runs import each, flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, numbers, runs, spread, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
@@ -310,7 +310,7 @@ class LeveledKV(KVStorage):
         starts = iter(starts_of(flat(self.lengths)))
         for columns, lengths in zip(kept, self.lengths, strict=True):
             longest, index = max(lengths), columns.tensors(device)
-            tail = torch.arange(longest - after, longest, dtype=torch.int32, device=device)
+            tail = numbers(longest - after, longest, device, torch.int32)
             for head, length in enumerate(lengths):
                 parts += [index[head % len(index)], tail]
                 shifts.append(next(starts) - (longest - length))

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refreekv.storage.runs import each, flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, numbers, runs, spread, starts_of
 
 Counts = Sequence[Sequence[int]]
 """A number for each row's KV heads."""
@@ -51,7 +51,7 @@ class Members:
             rungs = padded
         four = rungs.reshape(-1, EACH)  # [bytes, entries of a byte]
         with torch.inference_mode(False):
-            places = torch.arange(0, 8, 8 // EACH, dtype=torch.uint8, device=rungs.device)
+            places = numbers(0, 8, rungs.device, torch.uint8)[:: 8 // EACH]
             return cls((four << places).sum(1, dtype=torch.uint8), counts)
 
     @classmethod
@@ -78,7 +78,7 @@ class Members:
     def rungs(self) -> Tensor:
         """All that are here: uint8 ``[entries]``, one segment after the other."""
         each = flat(self.counts)
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=self.packed.device)
+        shifts = numbers(0, 8, self.packed.device, torch.uint8)[::2]
         fields = (self.packed[:, None] >> shifts & 3).flatten()  # [bytes, 4] -> [bytes * 4]
         return fields if len(fields) == sum(each) else fields[_shifted(each, fields.device)]
 
@@ -127,7 +127,7 @@ def counted(rungs: Tensor, counts: Counts, most: int) -> list[list[tuple[int, ..
     places = spread(range(0, segments * most, most), flat(counts), rungs.device) + rungs
     # Without `bincount`, which asks the device for the largest number first.
     found = torch.zeros(segments * most, dtype=torch.int64, device=rungs.device)
-    found.index_add_(0, places, torch.ones_like(places))
+    found.index_add_(0, places, numbers(1, 2, rungs.device).expand_as(places))
     # [segments * rungs] -> [rungs, rows, KV heads]
     by_rung = found.view(-1, heads, most).permute(2, 0, 1).tolist()
     return [[tuple(row) for row in rows] for rows in by_rung]
