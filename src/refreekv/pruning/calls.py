@@ -1,6 +1,6 @@
 """What a layer hands over when its prompt ends: the attention call, the stored entries, the queries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,8 +66,6 @@ class Entries:
         asked about. They stay. None where ``valid`` is.
     origins : Tensor or None
         int32 ``[1, H_kv]``: where each head's entries begin, if ``valid`` says that and no more.
-    before_writing : callable or None
-        To be called before an entry is replaced in place: somebody may be reading them yet.
     """
 
     keys: Tensor
@@ -80,7 +78,6 @@ class Entries:
     gapless: bool = False
     hidden: Tensor | None = None
     origins: Tensor | None = None
-    before_writing: Callable[[], None] | None = None
 
     @classmethod
     def of_dense(
@@ -91,7 +88,6 @@ class Entries:
         padding: Tensor | None,
         queries: "Queries",
         earlier_length: int,
-        before_writing: Callable[[], None] | None = None,
     ) -> "Entries":
         """A whole batch's ``[B, H_kv, n, D]``, of which columns before ``earlier_length`` are an earlier prompt's.
 
@@ -101,10 +97,7 @@ class Entries:
         columns = queries.columns[0] if same else torch.arange(keys.shape[2], device=keys.device)
         earlier = (columns < earlier_length)[None, None] if earlier_length else None
         valid, hidden = _told_apart(visible, padding)
-        return cls(
-            keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden,
-            before_writing=before_writing,
-        )  # fmt: skip
+        return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)
 
     @classmethod
     def of_ragged(

@@ -250,8 +250,6 @@ def with_surrogates(
 
 def replace_entries(entries: Entries, selection: Selection, chosen: Surrogates, widest: int) -> Selection:
     """Write the surrogates over entries that go, and keep these, in the ``widest`` rung: each stands for many."""
-    if entries.before_writing is not None:
-        entries.before_writing()
     levels = selection.levels
     if levels is not None:
         # [B, H_kv, m]; those that are not real may name any column

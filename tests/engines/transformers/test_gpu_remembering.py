@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch
 from helpers.conversations import Talk, full, turns_of
 from helpers.models import build
 from refreekv import HostStore, ReFreeKVCache
-from refreekv.storage.aside import Aside
 from refreekv.storage.host import SLAB
 
 pytestmark = [
@@ -183,27 +181,3 @@ def test_the_oldest_goes_to_files(tmp_path, models):
     assert one.cache.report.remembered.disk_bytes > 0 == one.cache.report.remembered.host_bytes
     one.ask(*turns[1])
     assert one.cache.report.remembered.restored
-
-
-@pytest.mark.parametrize("case", ["adaptive", "surrogates", "joint"])
-@pytest.mark.parametrize("length", [700, 3000])
-def test_what_is_kept_beside_is_what_would_be_kept_at_once(case, length, models, monkeypatch):
-    """Coded on the copy stream, while the layer is decided on and the next one computes: bit by bit."""
-    model, kept = models[1], []
-    name, parameters = CASES[case]
-    torch.manual_seed(0)
-    ids = torch.randint(2, 90, (1, length), device="cuda")
-    beside = Aside.work
-    for at_once in (True, False, False):
-        monkeypatch.setattr(Aside, "work", (lambda self, lent: nullcontext()) if at_once else beside)
-        cache = ReFreeKVCache(model, name, **parameters, keep_evicted="host")
-        with torch.inference_mode(), cache.prompt_until(length):
-            model(ids, past_key_values=cache, logits_to_keep=1)
-        cache.state.finish()
-        past = cache.state.past
-        stored = [one for layer in range(len(cache.pruned_layers)) for one in past.layer(layer).stored]
-        kept.append([part for one in stored for part in one.on_host().values()])
-    for other in kept[1:]:
-        assert len(other) == len(kept[0])
-        for part, wanted in zip(other, kept[0], strict=True):
-            assert torch.equal(part, wanted)

@@ -182,8 +182,7 @@ class ReFreeKVLayer(RememberingLayer):
         queries = queries.after(held)
         if self.ragged is None:
             keys, values = (entries[:, :, :end] for entries in self.dense)
-            before = None if self.state.past is None else self._finish_aside
-            return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length, before)]
+            return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length)]
         self._columns_now = columns = [self.columns(row) for row in range(self.batch)]
         rows, self.rows_of_call = self.rows_of_call or self.ragged.rows(), None
         return Entries.of_ragged(self.ragged, rows, columns, after, visible, padding, queries, self._earlier_length)
@@ -198,8 +197,6 @@ class ReFreeKVLayer(RememberingLayer):
             self._compact(decisions, after)
 
     def _compact(self, decisions: Sequence[Decision], after: int) -> None:
-        if self._aside is not None:
-            self._finish_aside()
         held, self._columns_now = self._columns_now, None
         chosen = [row for decision in decisions for row in decision.rows()]
         self.reports = after_pruning(self.reports, chosen)

@@ -18,10 +18,9 @@ from refreekv.pruning.calls import Queries
 from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.storage import trial
-from refreekv.storage.aside import Aside
 from refreekv.storage.coding import Pair
 from refreekv.storage.past import Past, PastLayer
-from refreekv.storage.unfinished import MEANS, UnfinishedKV
+from refreekv.storage.unfinished import UnfinishedKV
 
 PROBED_LENGTH = 8192
 """A policy may ask for no queries of a prompt that is short; of one of so many tokens it asks for what it ever does."""
@@ -34,10 +33,6 @@ class RememberingLayer(IntakeLayer):
         super()._clear()
         # Whether exact entries of this turn's beginning are those that are kept elsewhere.
         self._came_back = False
-        # What still reads keys and values, beside what the device computes.
-        if (aside := getattr(self, "_aside", None)) is not None:
-            aside.finish()
-        self._aside: Aside | None = None
 
     def _come_back(self, past: Past, keys: Tensor, values: Tensor) -> None:
         """Put all that earlier turns held in the place of what was kept, if a next turn begins with these entries."""
@@ -149,20 +144,9 @@ class RememberingLayer(IntakeLayer):
         if number is None:
             past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
         else:
-            codes, real = self.state.codes_of(self.ordinal), self._real(end)
-            means = [] if maps is None else [getattr(maps, name) for name in MEANS]
-            lent = [*extras.values(), *means, *([] if real is None else [real])]
-            # Keys and values stay until the layer is compacted.
-            self._aside = Aside(keys.device)
-            with self._aside.work(lent):
-                whole = UnfinishedKV.of(number, keys, values, real, codes, maps)
-                past.put(self.ordinal, whole, extras, length=end, continues=False)
-
-    def _finish_aside(self) -> None:
-        """Let the device wait for what reads keys and values beside, before they are given up or written over."""
-        aside, self._aside = self._aside, None
-        if aside is not None:
-            aside.finish()
+            codes = self.state.codes_of(self.ordinal)
+            whole = UnfinishedKV.of(number, keys, values, self._real(end), codes, maps)
+            past.put(self.ordinal, whole, extras, length=end, continues=False)
 
     def _codes_right(self, number: KVDtype, keys: Tensor, values: Tensor) -> bool:
         """Whether entries that are coded so come out as they are to, on their device."""
