@@ -82,9 +82,7 @@ def counting():
             ):  # is the plain version on CUDA, too
                 return function(*args, **kwargs)
             if not counts.paused:
-                # Two of a probe's three kernels find denominators.
-                told = name == "probe_reductions" and args[2].logsumexp is not None
-                counts.launches[f"kernels.{name}"] += launches - 2 * told
+                counts.launches[f"kernels.{name}"] += launches
             with counts.pause():
                 return function(*args, **kwargs)
 

@@ -24,8 +24,7 @@ WIDENED = 2**24
 def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
     """`core.reductions.probe_reductions`: its parameters, results and errors."""
     batch, heads, count, dim = query.shape
-    # Denominators that are known save nothing here: a softmax in place is one pass.
-    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, _told = probes
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
     kv_heads, length = key.shape[1], key.shape[2]
     check_heads(heads, kv_heads)
     group = heads // kv_heads
