@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from helpers.sweep import hidden_columns, hidden_logits, logits_of
 from helpers.tiny import CannotBuildError, tiny
+import refreekv
 from refreekv import ReFreeKVCache
 
 LENGTH = 40
@@ -96,7 +97,16 @@ def outcome_of(kind: str) -> Outcome:
         (first, *others) = sorted(refusals)
         failed = bool(others) or worst > 0 or first.startswith("unknown")
         return Outcome(kind, "failed" if failed else "refused", "; ".join([first, *others]))
-    return Outcome(kind, "equal" if worst < TOLERANCE else "wrong", f"{worst:.1e}")
+    if worst >= TOLERANCE:
+        return Outcome(kind, "wrong", f"{worst:.1e}")
+    try:
+        with refreekv.compress(model, min_length=0) as kv:  # the default policy, which measures the model first
+            got = logits_of(model, inputs, STEPS)
+    except Exception as error:
+        return Outcome(kind, "failed", f"by default: {_line(error)}")
+    if not got.isfinite().all() or not kv.report.prunable:
+        return Outcome(kind, "failed", "no answer, or no report, by default")
+    return Outcome(kind, "equal", f"{worst:.1e}")
 
 
 def _cause(error: Exception) -> str | None:

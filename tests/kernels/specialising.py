@@ -22,6 +22,7 @@ from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.storage import warm_up
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
+from refreekv.storage.made_up import MadeUpEntries
 
 CPU, HEADS, SIZES = torch.device("cpu"), 2, (128, 128)
 LADDER = Ladder.parse("k4v2+k4v4+k6v4+k7v6")
@@ -93,7 +94,7 @@ def main():
     shared_memory.bytes_of = lambda device: LIMITS[90]
     warm_up.available_cores = lambda: 4
     triton.runtime.driver.set_active(Driver(90))
-    warm_up.warm_up(CPU, torch.bfloat16, HEADS, SIZES, LADDER, None)
+    warm_up.warm_up(MadeUpEntries(CPU, torch.bfloat16, HEADS, SIZES, LADDER))
     ahead = sorted(found)
     uses = {}
     for batch, length, group in ((1, 300, 2), (1, 320, 4), (1, 5001, 4), (3, 416, 4)):

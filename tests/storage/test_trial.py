@@ -8,10 +8,11 @@ from helpers.models import build
 from refreekv import kernels
 from refreekv.core.quantisation import Ladder
 from refreekv.storage import trial
+from refreekv.storage.made_up import MadeUpEntries
 
 CPU = torch.device("cpu")
 LADDER = Ladder.of("k4v2", "k6v4", "int8")
-
+GIVEN = MadeUpEntries(CPU, torch.float32, 2, (64, 64), LADDER)
 
 TRIED = trial.fault
 
@@ -25,7 +26,7 @@ def fresh():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (80, 96)])
 def test_what_is_right(sizes, dtype):
-    assert trial.fault(CPU, dtype, 2, sizes, LADDER, None) is None
+    assert trial.fault(MadeUpEntries(CPU, dtype, 2, sizes, LADDER)) is None
 
 
 def test_what_is_wrong_or_does_not_run(monkeypatch):
@@ -36,14 +37,14 @@ def test_what_is_wrong_or_does_not_run(monkeypatch):
         return real(*args, **kwargs) * (1.1 if len(calls) == 1 else 1.0)
 
     monkeypatch.setattr(kernels, "packed_attention", wrong_once)
-    assert "attention differ by 0.1" in trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None)
+    assert "attention differ by 0.1" in trial.fault(GIVEN)
     TRIED.cache_clear()
 
     def fails(*args, **kwargs):
         raise RuntimeError("out of resource\nand more")
 
     monkeypatch.setattr(kernels, "pack_rungs", fails)
-    assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) == "RuntimeError: out of resource"
+    assert trial.fault(GIVEN) == "RuntimeError: out of resource"
 
 
 def test_a_lack_of_memory_is_no_fault_and_not_remembered(monkeypatch):
@@ -53,8 +54,8 @@ def test_a_lack_of_memory_is_no_fault_and_not_remembered(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "pack_rungs", fails)
         with pytest.raises(torch.OutOfMemoryError):
-            trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None)
-    assert trial.fault(CPU, torch.float32, 2, (64, 64), LADDER, None) is None
+            trial.fault(GIVEN)
+    assert trial.fault(GIVEN) is None
 
 
 def test_a_cache_goes_without_codes_where_they_are_wrong(monkeypatch, caplog):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder
 from refreekv.storage import trial, warm_up
+from refreekv.storage.made_up import MadeUpEntries
 
 CPU = torch.device("cpu")
 LADDER = Ladder.of("k4v2", "k6v4", "int8")
-GIVEN = CPU, torch.bfloat16, 2, (64, 64), LADDER, None
+GIVEN = MadeUpEntries(CPU, torch.bfloat16, 2, (64, 64), LADDER)
 SLOW = ("_pack_kernel", "_code_oldest_kernel", "_unpack_kernel", "_packed_decode_kernel", "_packed_join_kernel")
 """Kernels that take long to compile."""
 
@@ -81,7 +83,7 @@ def test_each_kernel_in_a_thread_of_its_own(monkeypatch):
     waiting("code_oldest", len)
     waiting("recode_lines", lambda given: given.target)
     waiting("unpack_lines", lambda *args, **kwargs: args[3].key_widths[0])
-    warm_up.warm_up(*GIVEN)
+    warm_up.warm_up(GIVEN)
     assert not together.broken
     assert sorted(done) == [
         ("code_oldest", 1), ("pack_rungs", False), ("pack_rungs", True), ("recode_lines", 0),
@@ -93,16 +95,16 @@ def test_not_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
     monkeypatch.setattr(warm_up, "free_memory", lambda device: warm_up.ROOM - 1)
-    warm_up.warm_up(torch.device("cuda"), *GIVEN[1:])
+    warm_up.warm_up(replace(GIVEN, device=torch.device("cuda")))
     monkeypatch.setattr(warm_up, "free_memory", lambda device: warm_up.ROOM)
     with pytest.raises(TypeError):  # the pool that is None
-        warm_up.warm_up(torch.device("cuda"), *GIVEN[1:])
+        warm_up.warm_up(replace(GIVEN, device=torch.device("cuda")))
 
 
 def test_one_core_has_nothing_to_share(monkeypatch):
     monkeypatch.setattr(warm_up, "available_cores", lambda: 1)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", None)
-    warm_up.warm_up(*GIVEN)
+    warm_up.warm_up(GIVEN)
 
 
 def test_what_fails_is_for_the_trial_to_say(monkeypatch, caplog):
@@ -111,20 +113,20 @@ def test_what_fails_is_for_the_trial_to_say(monkeypatch, caplog):
     def fails(*args, **kwargs):
         raise RuntimeError("no compiler")
 
+    def fails_ahead(storage):
+        return fails() if threading.current_thread().name.startswith("refreekv-compile") else real(storage)
+
+    real = warm_up.LeveledKV.full
     trial.fault.cache_clear()
     monkeypatch.setattr(trial, "due", lambda device: True)
     with caplog.at_level(logging.DEBUG, "refreekv"), monkeypatch.context() as patch:
-        patch.setattr(warm_up.LeveledKV, "full", fails)
-        patch.setattr(trial, "LeveledKV", type("Whole", (trial.LeveledKV,), {"full": REAL_FULL}))
-        assert trial.fault(*GIVEN) is None
+        patch.setattr(warm_up.LeveledKV, "full", fails_ahead)
+        assert trial.fault(GIVEN) is None
     assert caplog.text.count("a kernel could not be compiled ahead: no compiler") == 3
     trial.fault.cache_clear()
     monkeypatch.setattr(kernels, "pack_rungs", fails)
-    assert trial.fault(*GIVEN) == "RuntimeError: no compiler"
+    assert trial.fault(GIVEN) == "RuntimeError: no compiler"
     trial.fault.cache_clear()
-
-
-REAL_FULL = warm_up.LeveledKV.full
 
 
 @pytest.mark.parametrize("available", [True, False])
@@ -144,9 +146,9 @@ def test_on_a_gpu_nothing_is_left_to_compile(monkeypatch, cores):
     from triton import knobs
 
     ladder = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6")
-    given = torch.device("cuda", torch.cuda.current_device()), torch.float16, 4, (128, 128), ladder, None
+    given = MadeUpEntries(torch.device("cuda", torch.cuda.current_device()), torch.float16, 4, (128, 128), ladder)
     monkeypatch.setattr(warm_up, "available_cores", lambda: cores)
-    warm_up.warm_up(*given)
+    warm_up.warm_up(given)
     compiled = []
 
     def noting(*, src, cache_hit, **about):
@@ -156,7 +158,7 @@ def test_on_a_gpu_nothing_is_left_to_compile(monkeypatch, cores):
     monkeypatch.setattr(knobs.compilation, "listener", noting)
     monkeypatch.setattr(warm_up, "available_cores", lambda: 1)
     trial.fault.cache_clear()
-    assert trial.fault(*given) is None
+    assert trial.fault(given) is None
     trial.fault.cache_clear()
     assert not set(compiled) & set(SLOW)
 
@@ -188,7 +190,7 @@ def test_no_thread_multiplies_matrices(monkeypatch, codes):
         monkeypatch.setattr(kernels, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda *args, **kwargs: OneByOne())
-    warm_up.warm_up(*GIVEN[:-1], known)
+    warm_up.warm_up(replace(GIVEN, codes=known))
     assert len(jobs) == 1 + 3 + 2 + 2
     assert asked["sum"]
     assert not {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot"} & set(asked)

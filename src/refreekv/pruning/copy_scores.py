@@ -89,6 +89,6 @@ def tokens_said_twice(config: Any, most: int = TOKENS) -> tuple[list[int], int]:
     count = min(most, vocabulary // 2)
     # Drawn on the CPU with a seed of their own.
     drawn = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:count].tolist()
-    begin = config.bos_token_id
+    begin = getattr(config, "bos_token_id", None)  # not every text decoder's configuration has one
     first = [begin] if isinstance(begin, int) and 0 <= begin < vocabulary else []
     return [*first, *drawn, *drawn], count

@@ -4,16 +4,16 @@ Kernels are compiled for each card, by the Triton that is installed. What comes 
 plain torch on some made-up entries, in milliseconds; a card on which it differs, or fails, is said to be one.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from refreekv.core.key_codes import KeyCodes
-from refreekv.core.quantisation import SINKS, Ladder, centre_of
+from refreekv.core.quantisation import SINKS
 from refreekv.storage import warm_up
-from refreekv.storage.columns import Columns, Levels
-from refreekv.storage.leveled import LeveledKV
+from refreekv.storage.columns import Levels
+from refreekv.storage.made_up import MadeUpEntries
 
 MORE = 160
 """Entries of a head that are coded in a trial."""
@@ -27,37 +27,13 @@ def due(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=64)
-def fault(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    sizes: tuple[int, int],
-    ladder: Ladder,
-    codes: KeyCodes | None,
-    attends: bool = True,
-) -> str | None:
-    """What is wrong with coded entries on a device; None if nothing is. OutOfMemoryError is passed on.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where entries will be.
-    dtype : torch.dtype
-        Of the entries.
-    heads, sizes : int, pair of int
-        KV heads, and the elements of a key and of a value.
-    ladder, codes : Ladder, KeyCodes or None
-        How they will be coded.
-    attends : bool
-        Whether a token's attention reads them as they are; else they are decoded first.
-    """
+def fault(entries: MadeUpEntries) -> str | None:
+    """What is wrong with such entries, coded on their device; None if nothing is. OutOfMemoryError is passed on."""
     try:
-        if due(device):
-            warm_up.warm_up(device, dtype, heads, sizes, ladder, codes, attends=attends)
+        if due(entries.device):
+            warm_up.warm_up(entries)
         with torch.inference_mode(False), torch.no_grad():
-            tried, plain = (
-                _outcome(place, dtype, heads, sizes, ladder, codes, attends) for place in (device, torch.device("cpu"))
-            )
+            tried, plain = _outcome(entries), _outcome(replace(entries, device=torch.device("cpu")))
     except torch.OutOfMemoryError:  # which says nothing about kernels, and would be remembered
         raise
     except Exception as error:  # a compiler's, a driver's, whatever keeps kernels from running
@@ -69,24 +45,13 @@ def fault(
     return None
 
 
-def _outcome(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    sizes: tuple[int, int],
-    ladder: Ladder,
-    codes: KeyCodes | None,
-    attends: bool,
-) -> tuple[Tensor, ...]:
-    """Decoded keys and values, and attention over them, of made-up entries that are coded on a device: on the CPU."""
-    length, rungs = SINKS + MORE + ladder.recent, len(ladder.rungs)
-    keys, values, query = warm_up.made_up(device, dtype, heads, sizes, length)
+def _outcome(entries: MadeUpEntries) -> tuple[Tensor, ...]:
+    """Decoded keys and values, and attention over them, of entries that are coded on their device: on the CPU."""
+    length, rungs = SINKS + MORE + entries.ladder.recent, len(entries.ladder.rungs)
+    keys, values, query = entries.drawn(length)
     rung = (torch.arange(length) % rungs).to(torch.uint8)
     counts = tuple(int((rung[SINKS : SINKS + MORE] == number).sum()) for number in range(rungs))
-    storage = LeveledKV.gathered(
-        keys, values, [Columns.of_ranges((0, length))], 0, ladder, (centre_of(keys), centre_of(values)),
-        [Levels((rung.to(device),), (counts,))], codes,
-    )  # fmt: skip
+    storage = entries.stored(keys, values, Levels((rung.to(entries.device),), (counts,)))
     decoded = storage.full().stacked()
-    attention = (storage.attend(query, None, None, None),) if attends else ()
+    attention = (storage.attend(query, None, None, None),) if entries.attends else ()
     return tuple(part.float().cpu() for part in (*decoded, *attention))

@@ -14,17 +14,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.device_memory import free_memory
-from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES
-from refreekv.core.quantisation import FLUSH, SINKS, Ladder, centre_of
+from refreekv.core.quantisation import FLUSH, SINKS
 from refreekv.storage.arena import KVArena
 from refreekv.storage.coding import Pair
-from refreekv.storage.columns import Columns
 from refreekv.storage.leveled import LeveledKV
+from refreekv.storage.made_up import MadeUpEntries
 
 SOME = 32
 """Entries of a head that are coded."""
@@ -39,38 +37,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def made_up(
-    device: torch.device, dtype: torch.dtype, heads: int, sizes: tuple[int, int], length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values ``[1, H_kv, n, D]``, and a query ``[1, H, 1, D]`` of two heads for each of theirs."""
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(1, heads, length, size, generator=generator) for size in sizes)
-    query = torch.randn(1, 2 * heads, 1, sizes[0], generator=generator)
-    return (keys + 0.5).to(device, dtype), (values + 0.5).to(device, dtype), query.to(device, dtype)
-
-
-def warm_up(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    sizes: tuple[int, int],
-    ladder: Ladder,
-    codes: KeyCodes | None,
-    *,
-    attends: bool = True,
-) -> None:
-    """Compile what coding, decoding and, if it ``attends``, attention need, parameters as for `trial.fault`.
+def warm_up(entries: MadeUpEntries) -> None:
+    """Compile what coding, decoding and, if a token's attention reads them, attention to such entries need.
 
     Nothing is changed and nothing is raised: what fails here is found where it is used.
     """
+    device, heads, ladder = entries.device, entries.heads, entries.ladder
     if (cores := available_cores()) < 2 or (device.type == "cuda" and free_memory(device) < ROOM):
         return
 
     def storage(length: int) -> tuple[LeveledKV, Pair]:
-        keys, values, _ = made_up(device, dtype, heads, sizes, length)
-        kept = [Columns.of_ranges((0, length))]
-        own = LeveledKV.gathered(keys, values, kept, 0, ladder, (centre_of(keys), centre_of(values)), None, codes)
-        return own, (keys, values)
+        keys, values, _ = entries.drawn(length)
+        return entries.stored(keys, values), (keys, values)
 
     def code() -> None:
         storage(SINKS + SOME + ladder.recent)
@@ -107,7 +85,7 @@ def warm_up(
 
     def attend() -> None:
         own, _ = storage(SINKS + 1)
-        query = made_up(device, dtype, heads, sizes, 1)[2]
+        query = entries.drawn(1)[2]
         tables = [arena.table for arena in own.tables]
         kernels.packed_attention(query, tables[0], tables[1:], own.coding.forms, own.coding.maps)
 
@@ -122,7 +100,7 @@ def warm_up(
     # What belongs to the model is made here, once: a thread that multiplies matrices takes memory on a GPU for good.
     tried(lambda: storage(SINKS + 1))
     # The longest one first.
-    jobs: list[Callable[[], None]] = [attend] if attends else []
+    jobs: list[Callable[[], None]] = [attend] if entries.attends else []
     jobs += [partial(decode, rung) for rung in range(len(ladder.rungs))]
     jobs += [code_exact, code]
     if len(ladder.rungs) > 1:

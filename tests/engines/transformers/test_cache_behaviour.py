@@ -230,6 +230,16 @@ def test_an_assistant_model(llama):
     assert cache.report.budget < 1
 
 
+def test_an_assistant_model_with_windows_that_is_compressed_as_well():
+    """Its drafts are taken back out of layers with a window, too, which the 50 tokens overfill."""
+    model, assistant = build("gemma3", attention="sdpa"), build("gemma3", attention="sdpa", seed=1)
+    ids, _ = prompts((50,), seed=13)
+    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    with refreekv.compress(model, **PRUNING), refreekv.compress(assistant, **PRUNING):
+        wanted = model.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **settings), wanted)
+
+
 # -- lengths and padding ----------------------------------------------------------------------------
 
 

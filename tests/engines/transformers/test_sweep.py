@@ -19,6 +19,7 @@ STAND_FOR = {
     "bloom": "attention of its own",
     "cohere_compass": "equal",
     "diffllama": "keys or values changed after the cache",
+    "dory": "equal",  # layers that run several times
     "doge": "sparse attention by a mask of its own",
     "gemma3n_text": "layers that share keys and values",
     "gemma4_text": "equal",  # full and sliding layers of different heads
@@ -35,6 +36,7 @@ STAND_FOR = {
     "nemotron_h": "equal",  # layers without attention
     "qwen2_vl": "equal",  # positions of three numbers
     "qwen3_next": "equal",
+    "qwen3_vl": "equal",  # a text decoder without a first token of its own
     "t5gemma2": "an encoder and a decoder",
     "xlnet": "no KV cache",
     "zamba2": "no layer that keeps all tokens",

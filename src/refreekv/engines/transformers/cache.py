@@ -345,6 +345,10 @@ class PrunedCache(DynamicCache):
             for layer in self.pruned_layers
         ]
 
+    def _kind_of(self, index: int) -> str:
+        """What a model calls a layer; some run layers several times, and add one to the cache for each time."""
+        return self.kinds[index] if index < len(self.kinds) else _kind(self.layers[index])
+
     @property
     def report(self) -> CompressionReport:
         """What is kept and what it saves, now."""
@@ -353,7 +357,7 @@ class PrunedCache(DynamicCache):
             policy=self.policy.spec,
             tokens=self.get_seq_length(self.pruned_layers[0].index),
             layers=tuple(
-                layer_report(index, self.kinds[index], layer)
+                layer_report(index, self._kind_of(index), layer)
                 for index, layer in enumerate(self.layers)
                 if isinstance(layer, CacheLayerMixin)
             ),

@@ -95,6 +95,9 @@ def prepare_generation_config(
     if cache is None:
         assert opened is not None
         cache = model_kwargs[NAME] = opened.new_cache()
+        if settings.is_assistant:
+            # Drafts are taken back, also out of layers with a window, which have to be told before.
+            cache.activate_past_recording()
     if not answer.is_seen:
         # The settings end with the call, just before the cache may.
         weakref.finalize(settings, _tell_owner, weakref.ref(cache)).atexit = False

@@ -16,6 +16,7 @@ from refreekv.policies.joint import JointPolicy
 from refreekv.storage import trial
 from refreekv.storage.coding import Pair
 from refreekv.storage.hosted import HostedPrompts
+from refreekv.storage.made_up import MadeUpEntries
 from refreekv.storage.past import Past
 from refreekv.storage.unfinished import UnfinishedKV
 
@@ -144,7 +145,7 @@ class IntakeLayer(StoredLayer):
         if codes is not None and codes.order.shape != (keys.shape[1], keys.shape[3]):
             codes = self.state.codes_of(self.ordinal)
         dtype = torch.promote_types(keys.dtype, values.dtype)
-        return trial.fault(keys.device, dtype, keys.shape[1], sizes, ladder, codes, attends)
+        return trial.fault(MadeUpEntries(keys.device, dtype, keys.shape[1], sizes, ladder, codes, attends))
 
     # -- a prompt in chunks ----------------------------------------------------------------
 
