@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,32 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_version(run):
     assert run("--version").out == f"refreekv {refreekv.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "wanted"),
+    [
+        ({}, ("policies",), "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, ("policies",), "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ("policies",), None),
+        ({}, ("serve", "nothing-there", "--engine", "transformers"), "expandable_segments:True"),
+        ({}, ("serve", "nothing-there", "--dry-run"), None),  # vLLM has settings of its own
+    ],
+)
+def test_the_allocator_of_a_gpu_grows_its_segments_unless_told_otherwise(run, monkeypatch, given, arguments, wanted):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run(*arguments)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == wanted
+
+
+def test_the_command_line_comes_to_its_commands_without_torch():
+    """PyTorch may read its allocator's settings as early as it is imported."""
+    program = "import sys, refreekv.cli.commands; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_help_names_every_command(run):

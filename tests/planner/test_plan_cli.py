@@ -61,6 +61,14 @@ def test_how_a_prompt_is_held_until_its_end(run, llama_file):
         held[options[-1] if options else None] = result["scenarios"][-1]["peak_bytes"]
     assert held[None] == held["int8"]
     assert held["int4"] < held["int8"] < held["bf16"]
+    for number in ("int8", "int4"):
+        shown = run(*arguments[:-1], "--prompt-kv", number).out.splitlines()
+        heading = next(line for line in shown if "K/V a token" in line)
+        columns = heading.split("  ")
+        at = [name.strip() for name in columns if name.strip()].index("prompt held in") + 1
+        rows = [line for line in shown if line.startswith(("full cache", "worst case"))]
+        assert [[cell for cell in row.split("   ") if cell.strip()][at].strip() for row in rows] == ["bf16", number]
+    assert "prompt held in" not in run(*arguments[:-1], "--prompt-kv", "bf16").out
 
 
 def test_quantised_and_too_large(run, llama_file):

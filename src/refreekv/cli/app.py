@@ -1,6 +1,7 @@
 """The typer application that the commands join, and how it fails."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -55,6 +56,16 @@ def refusals() -> Iterator[None]:
         raise UserError(one_line(error)) from error
 
 
+def grow_segments() -> None:
+    """Have PyTorch's allocator grow its segments, unless the user has settings for it; before torch is imported.
+
+    Else what a cache gives back layer by layer leaves gaps that nothing larger fits in, and a GPU that is nearly full
+    runs out of memory.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"refreekv {refreekv.__version__}")
@@ -63,10 +74,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     del version  # its callback did it
+    if context.invoked_subcommand != "serve":  # which may start vLLM, that has an allocator's settings of its own
+        grow_segments()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

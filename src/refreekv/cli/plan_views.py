@@ -63,16 +63,21 @@ def _hosted(plan: Plan, row: Row) -> str:
 
 
 def _scenarios(plan: Plan) -> Table:
-    headings = ("", "kept", "K/V a token", "K/V in all", "at the peak", "fits", "longest context", "at once")
-    return table(headings, [_cells(plan, row) for row in plan.rows])
+    headings = ["", "kept", "K/V a token", "K/V in all", "at the peak", "fits", "longest context", "at once"]
+    rows = [_cells(plan, row) for row in plan.rows]
+    if any(row.read != "bf16" for row in plan.rows):
+        headings.insert(4, "prompt held in")
+        for cells, row in zip(rows, plan.rows, strict=True):
+            cells.insert(4, row.read)
+    return table(headings, rows)
 
 
-def _cells(plan: Plan, row: Row) -> tuple[str | Text, ...]:
+def _cells(plan: Plan, row: Row) -> list[str | Text]:
     limit = plan.model.context
     longest = f"{row.longest_context:,}" if row.longest_context else "none"
     if limit is not None and row.longest_context >= limit:
         longest += " (the model's)"
-    return (
+    return [
         row.scenario if row.stored == "bf16" else f"{row.scenario}, {row.stored}",
         f"{row.budget:.0%}",
         format_size(round(row.bytes_per_token)),
@@ -81,7 +86,7 @@ def _cells(plan: Plan, row: Row) -> tuple[str | Text, ...]:
         Text("yes", style="green") if row.fits else Text("no", style="bold red"),
         longest,
         f"{row.requests:,}",
-    )
+    ]
 
 
 def load_view(

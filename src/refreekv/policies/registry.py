@@ -38,7 +38,7 @@ def available() -> dict[str, str]:
 def get(name: str) -> type[Policy]:
     """The policy class registered under ``name``; ValueError, with the nearest name, if there is none."""
     if name not in _POLICIES:
-        raise ValueError(f"no policy is named {name!r}{suggestion(name, _POLICIES)}; see refreekv.policies.available()")
+        raise ValueError(f"no policy is named {name!r}{suggestion(name, _POLICIES)}; `refreekv policies` lists them")
     return _POLICIES[name]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refreekv.cli import options
-from refreekv.cli.app import UserError, app, one_line, refusals
+from refreekv.cli.app import UserError, app, grow_segments, one_line, refusals
 from refreekv.cli.options import DEFAULT_POLICY, CalibrationOption, PolicyOption, VerifyOption
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def serve(
         other = next(name for name in ENGINES if name != engine)
         raise UserError(f"{', '.join(foreign.values())}: for --engine {other} only, and this is --engine {engine}")
     if engine == "transformers":
+        grow_segments()
         from refreekv.cli.serving import ServeOptions
         from refreekv.cli.serving import serve as serve_here
 
