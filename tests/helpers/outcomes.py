@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+import refreekv
 from helpers.sweep import hidden_columns, hidden_logits, logits_of
 from helpers.tiny import CannotBuildError, tiny
-import refreekv
 from refreekv import ReFreeKVCache
 
 LENGTH = 40

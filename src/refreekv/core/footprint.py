@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from refreekv.core.configuration import head_size, largest
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.quantisation import FLUSH, SINKS, Count, KVDtype, Ladder
 
@@ -188,12 +189,10 @@ def activation_elements(text: Any) -> int:
     beside the K/V on an H100 (README).
     """
     hidden = int(text.hidden_size)
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
-    if isinstance(inner, list | tuple):
-        inner = max(inner)
+    inner = largest(text, "intermediate_size") or largest(text, "ffn_dim") or 4 * hidden
     experts = getattr(text, "num_experts_per_tok", None) or 0
     of_expert = getattr(text, "moe_intermediate_size", None) or inner
-    return 4 * hidden + 3 * max(int(inner), int(experts) * int(of_expert))
+    return 4 * hidden + 3 * max(inner, int(experts) * int(of_expert))
 
 
 MASK_BYTES = 3
@@ -220,11 +219,10 @@ class Reader:
     def of(cls, text: Any, unpacked: int = 0) -> "Reader":
         """Of a language model's configuration."""
         hidden, widest = int(text.hidden_size), activation_elements(text)
-        heads = int(getattr(text, "num_attention_heads", None) or 1)
-        shared = int(getattr(text, "num_key_value_heads", None) or heads) < heads
-        size = int(getattr(text, "head_dim", None) or hidden // heads)
+        heads = largest(text, "num_attention_heads") or 1
+        shared = (largest(text, "num_key_value_heads") or heads) < heads
         inner = (widest - 4 * hidden) // 3
-        repeated = 2 * heads * size if shared else 0
+        repeated = 2 * heads * head_size(text) if shared else 0
         return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, unpacked)
 
     def behind(self, tokens: int, itemsize: int) -> int:

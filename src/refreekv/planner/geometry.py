@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from refreekv.core.configuration import head_size
 from refreekv.core.footprint import PLAIN_BYTES, LayerKind, LayerKV, Mix
 from refreekv.core.quantisation import KVDtype
 from refreekv.planner.source import Model, ModelError
@@ -201,7 +202,7 @@ def _read(model: Model, error: Exception) -> list[LayerKV]:
             found.append(LayerKV("latent", 1, rank, config.qk_rope_head_dim))
             continue
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = head_size(config)
         window = getattr(layer, "sliding_window", None)
         found.append(LayerKV("full" if window is None else "window", heads, size, size, window))
     return found

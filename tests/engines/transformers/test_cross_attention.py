@@ -73,3 +73,13 @@ def test_text_without_an_image(mllama):
     del cache
     torch.testing.assert_close(got, hidden_logits(mllama, inputs, STEPS, hidden)[0], atol=1e-4, rtol=1e-4)
     assert report.layers[1].bytes_after == 0
+
+
+def test_in_chunks():
+    """The model looks at what each layer of the cache holds, also at those of text whose prompt is not finished."""
+    model = build_mllama(hidden_size=128)
+    text = {"input_ids": torch.arange(2, 102).repeat(1, 2), "attention_mask": torch.ones(1, 200, dtype=torch.long)}
+    wanted = logits_of(model, text, STEPS)
+    cache = ReFreeKVCache(model, "full", kv_dtype=None, prompt_dtype="int8")
+    got = logits_of(model, {**text, "prefill_chunk_size": 64}, STEPS, cache)
+    torch.testing.assert_close(got[0], wanted[0], atol=0.05 * float(wanted.abs().max()), rtol=0)

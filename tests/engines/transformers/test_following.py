@@ -197,6 +197,33 @@ def test_drafts_in_a_loop_of_ones_own(model, ids):
     assert got.kept_ranges() == wanted.kept_ranges()
 
 
+# -- a model that drops its cache ------------------------------------------------------------------
+
+
+def longrope():
+    """A Phi-3 whose rotary factors are others behind 64 tokens; there it drops the cache and reads all of it again."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "rope_parameters": rope}
+    return build("phi3", attention="sdpa", **changes)
+
+
+@pytest.mark.parametrize("length", [58, 80])  # while it answers, and at once
+def test_a_cache_that_the_model_drops_is_filled_again(length):
+    model, (ids, _) = longrope(), prompts((length,), seed=2)
+    wanted = model.generate(ids, **SETTINGS)
+    with refreekv.compress(model, "full") as kv:
+        assert torch.equal(model.generate(ids, **SETTINGS), wanted)
+    assert kv.report.tokens == length + 19
+    own = ReFreeKVCache(model, **WINDOW)
+    answer = model.generate(ids, past_key_values=own, **SETTINGS)
+    assert own.report.tokens == length + 19
+    assert [layer.rows[0].kept for layer in own.report.prunable] == [20] * len(own.report.prunable)
+    with refreekv.compress(model, **WINDOW) as kv:
+        assert torch.equal(model.generate(ids, **SETTINGS), answer)
+    assert kv.report == own.report
+
+
 # -- defaults --------------------------------------------------------------------------------------
 
 

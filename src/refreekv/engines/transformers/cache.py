@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from refreekv.core.configuration import largest
 from refreekv.core.footprint import Reader
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.accounting import index_bytes, layer_report, padded_bytes, remembered
@@ -112,7 +113,7 @@ class PrunedCache(DynamicCache):
             kinds = ", ".join(sorted(set(self.kinds))) if self.layers else "none"
             raise ValueError(
                 f"{text.model_type} has no full-attention layer to prune (its layers: {kinds}"
-                + (f", sliding window {window})" if (window := getattr(text, "sliding_window", None)) else ")")
+                + (f", sliding window {window})" if (window := largest(text, "sliding_window")) else ")")
             )
 
         # What was asked for: a verification may find that nothing is to be coded.

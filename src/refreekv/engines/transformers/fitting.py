@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
+from refreekv.core.configuration import head_size, largest
 from refreekv.core.device_memory import free_memory
 from refreekv.core.footprint import LayerKV, Reader, called_bytes, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPE, PROMPT_DTYPES, KVDtype, Ladder
@@ -206,10 +207,10 @@ def _format(layer: LayerKV, ladder: Ladder | None, read: KVDtype | None) -> KVDt
 
 def _layers(text: Any, cache: PrunedCache, itemsize: int) -> list[LayerKV]:
     """What each layer of a cache stores, of a row."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    configs = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text] * len(cache.layers)
     found = []
-    for layer in cache.layers:
+    for layer, config in zip(cache.layers, configs, strict=False):
+        heads, size = largest(config, "num_key_value_heads") or int(config.num_attention_heads), head_size(config)
         window = getattr(layer, "sliding_window", None)
         if isinstance(layer, ReFreeKVLayer) and layer.get_seq_length():
             found.append(LayerKV("full", layer.kv_heads, *layer.sizes, itemsize=itemsize))

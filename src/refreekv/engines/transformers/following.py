@@ -129,6 +129,21 @@ def prepare_model_inputs(
     return original(inputs, bos_token_id, model_kwargs, *args, **kwargs)
 
 
+def prepare_inputs_for_generation(
+    attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Stay with the cache of a call where a model drops it, as Phi-3 does where its long rotary factors begin.
+
+    Everything is read again from there on: into the same cache, which forgets what it held.
+    """
+    cache, inputs = cache_given(kwargs), original(*args, **kwargs)
+    if isinstance(cache, PrunedCache) and cache_given(inputs) is None:
+        if not cache.is_unused:
+            cache.reset()
+        inputs[NAME] = cache
+    return inputs
+
+
 def get_candidate_generator(attachment: "Attachment", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Keep drafts to where the cache stays as it is: what is pruned is decided on over verified tokens alone."""
     generator = original(*args, **kwargs)
@@ -219,6 +234,7 @@ ROLES = {
     "generate": generate,
     "_prepare_generation_config": prepare_generation_config,
     "_prepare_model_inputs": prepare_model_inputs,
+    "prepare_inputs_for_generation": prepare_inputs_for_generation,
     "_prefill": prefill,
     "_get_candidate_generator": get_candidate_generator,
     "init_continuous_batching": init_continuous_batching,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refreekv.core.configuration import of_layers
+
 SHAPE = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "layer_types", "sliding_window", "rope_parameters",
@@ -29,7 +31,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 def shape_of(config: Any) -> dict[str, Any]:
     """What keys and values depend on, as JSON gives it back."""
     text = config.get_text_config(decoder=True)
-    found = {name: getattr(text, name, None) for name in SHAPE}
+    found = {name: of_layers(text, name) for name in SHAPE}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

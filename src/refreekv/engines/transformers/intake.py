@@ -194,7 +194,10 @@ class IntakeLayer(StoredLayer):
         assert self.reading is not None
         storage = self.reading.put_away(self._padding.real_since(self.reading.start), code=code)
         if storage is None:
-            self.keys = self.values = None
+            # Nothing, and not None: models look at what an initialised layer holds (Llama-3.2-Vision).
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         else:
             self._store(storage)
 

@@ -81,13 +81,19 @@ class StoredLayer(DynamicLayer):
     def dense(self) -> tuple[Tensor, Tensor]:
         """``keys`` and ``values`` ``[B, H_kv, n, D]``; only while nothing was evicted, and a copy where coded."""
         assert self.ragged is None
-        if self.reading is not None and self.keys is None:
+        if self._is_put_away:
+            assert self.reading is not None
             held = self.reading.whole()
             assert isinstance(held, tuple)
             return held
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
+
+    @property
+    def _is_put_away(self) -> bool:
+        """Whether an unfinished prompt is held coded, and nothing of it in full precision."""
+        return self.reading is not None and (self.keys is None or not self.keys.numel())
 
     @property
     def batch(self) -> int:
@@ -102,7 +108,8 @@ class StoredLayer(DynamicLayer):
     @property
     def _shape(self) -> tuple[int, int]:
         """Rows and KV heads of a layer that is not ragged."""
-        if self.reading is not None and self.keys is None:
+        if self._is_put_away:
+            assert self.reading is not None
             return self.reading.prompt.shape
         return (self.keys.shape[0], self.keys.shape[1]) if self.keys is not None and self._length else (0, 0)
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 import refreekv
 from refreekv import policies
+from refreekv.core.configuration import head_size
 from refreekv.core.quantisation import Ladder
 from refreekv.engines import DEFAULT_POLICY
 from refreekv.engines.transformers.finding import decoder_of
@@ -193,8 +194,7 @@ def candidates(model: PreTrainedModel, more: Sequence[str] = ()) -> tuple[dict[s
 
 def head_sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Elements of a key and of a value, as the configuration has them."""
-    config = model.config.get_text_config(decoder=True)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(model.config.get_text_config(decoder=True))
     return size, size
 
 
