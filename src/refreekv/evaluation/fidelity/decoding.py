@@ -32,7 +32,7 @@ def stop_tokens(model: Any) -> set[int]:
     """Tokens that end an answer."""
     stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if stop is None:
-        stop = model.config.get_text_config(decoder=True).eos_token_id
+        stop = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
 
 
