@@ -114,6 +114,7 @@ class PrunedCache(DynamicCache):
             raise ValueError(
                 f"{text.model_type} has no full-attention layer to prune (its layers: {kinds}"
                 + (f", sliding window {window})" if (window := largest(text, "sliding_window")) else ")")
+                + "; run it without refreekv"
             )
 
         # What was asked for: a verification may find that nothing is to be coded.
