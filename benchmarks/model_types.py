@@ -6,7 +6,8 @@
 A tiny random model of each type is generated with, under the policies "full" and "streaming-llm"
 (20 of 40 prompt tokens kept), with the storage of CPUs and, through Triton's interpreter, with that
 of CUDA; its logits are compared with those of the model's own full cache, in which what was evicted
-is masked. One thread, some two minutes. The same is the test that `make test-sweep` runs.
+is masked. Then the default policy has to answer and to report. One thread, some three minutes. The same
+is the test that `make test-sweep` runs.
 """
 
 import argparse
@@ -87,7 +88,8 @@ def _summary(groups: dict[str, list[Outcome]]) -> str:
             f"Tried on tiny random models of all {tried} types that transformers {transformers.__version__} lists for "
             f"text (`MODEL_FOR_CAUSAL_LM`) and for images and text: {STEPS} greedy tokens after {LENGTH}, float32, "
             "policies `full` and `streaming-llm`, storage of CPUs and of CUDA (interpreted); equal means that no logit "
-            f"differs by more than {TOLERANCE:g} of the largest. torch {torch.__version__}, "
+            f"differs by more than {TOLERANCE:g} of the largest. Then the default, "
+            f"which has to answer and to report. torch {torch.__version__}, "
             f"{date.today().isoformat()}, `python benchmarks/model_types.py --write docs/models.md`. Images were not "
             "given (but see tests/engines/transformers/test_cross_attention.py for Llama-3.2-Vision's)."
         ),

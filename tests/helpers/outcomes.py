@@ -4,9 +4,8 @@ import re
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
-import refreekv
 from helpers.sweep import hidden_columns, hidden_logits, logits_of
 from helpers.tiny import CannotBuildError, tiny
 from refreekv import ReFreeKVCache
@@ -100,11 +99,13 @@ def outcome_of(kind: str) -> Outcome:
     if worst >= TOLERANCE:
         return Outcome(kind, "wrong", f"{worst:.1e}")
     try:
-        with refreekv.compress(model, min_length=0) as kv:  # the default policy, which measures the model first
-            got = logits_of(model, inputs, STEPS)
+        inner = getattr(model, "text_model", None)  # Kosmos-2 has that generate
+        generating = inner if isinstance(inner, GenerationMixin) else model
+        cache = ReFreeKVCache(generating, min_length=0)  # the default policy, which measures the model first
+        got, report = logits_of(model, inputs, STEPS, cache), cache.report
     except Exception as error:
         return Outcome(kind, "failed", f"by default: {_line(error)}")
-    if not got.isfinite().all() or not kv.report.prunable:
+    if not got.isfinite().all() or not report.prunable:
         return Outcome(kind, "failed", "no answer, or no report, by default")
     return Outcome(kind, "equal", f"{worst:.1e}")
 

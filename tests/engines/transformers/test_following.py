@@ -17,6 +17,7 @@ from transformers import (
 import refreekv
 from helpers.driving import POLICIES, PRUNING, generate, state_of
 from helpers.models import build, prompts
+from helpers.tiny import tiny
 from refreekv import ReFreeKVCache
 from refreekv.engines.transformers import graph
 
@@ -222,6 +223,22 @@ def test_a_cache_that_the_model_drops_is_filled_again(length):
     with refreekv.compress(model, **WINDOW) as kv:
         assert torch.equal(model.generate(ids, **SETTINGS), answer)
     assert kv.report == own.report
+
+
+# -- a model that has another one generate ---------------------------------------------------------
+
+
+def test_a_model_that_has_another_one_generate_is_refused(ids):
+    """A block on it would prune nothing."""
+    outer = tiny("kosmos-2")
+    with (
+        refreekv.compress(outer, **WINDOW),
+        pytest.raises(RuntimeError, match=r"that one, .* model.text_model"),
+    ):
+        outer.generate(input_ids=ids, **SETTINGS)
+    with refreekv.compress(outer.text_model, **WINDOW) as kv:
+        outer.generate(input_ids=ids, **SETTINGS)
+    assert {layer.rows[0].kept for layer in kv.report.prunable} == {20}
 
 
 # -- defaults --------------------------------------------------------------------------------------

@@ -206,6 +206,8 @@ class Attachment:
             return None
         given = arguments(self._signature, args, kwargs)
         cache, opened = cache_given(given), sessions.innermost(self)
+        if (answer := sessions.current(self)) is not None:
+            answer.ran = True
         if isinstance(cache, ReadingCache):
             return args, kwargs  # a verification's own call
         if opened is None:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationMixin
+import torch
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from refreekv.engines.transformers import sessions
@@ -50,7 +51,10 @@ def generate(attachment: "Attachment", original: Callable[..., Any], *args: Any,
         cache = cache_given(given)
         if isinstance(cache, PrunedCache):
             _follow(attachment, answer, cache, _prompt_end(given))
-        return original(*args, **kwargs)
+        generated = original(*args, **kwargs)
+        if cache is None and not answer.started and not answer.ran and sessions.innermost(attachment) is not None:
+            raise _handed_over(attachment.model)
+        return generated
 
 
 def prepare_generation_config(
@@ -217,6 +221,16 @@ def _prompt_end(given: dict[str, Any]) -> int:
         if tokens is not None:
             return int(tokens.shape[1])
     return 1  # generate starts from the beginning-of-sequence token
+
+
+def _handed_over(model: torch.nn.Module) -> RuntimeError:
+    """The error for a model that has another one inside of it generate, which a block on it does not see."""
+    inside = {name: part for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel)}
+    names = " or ".join(f"model.{name}" for name, part in inside.items() if part.can_generate())
+    return RuntimeError(
+        f"{type(model).__name__} has a model inside of it generate, so that nothing was pruned: compress that one"
+        + (f", which is {names}" if names else "")
+    )
 
 
 def foreign_cache(cache: object) -> TypeError:

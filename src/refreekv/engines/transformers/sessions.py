@@ -60,6 +60,8 @@ class Answer:
         Blocks in force when it began: calls without a cache inside this one are no answers of theirs.
     started : bool
         Whether it has said what cache it uses.
+    ran : bool
+        Whether the model itself ran in it.
     frame : int or None
         Identity of the frame that it runs in, if it did not come through the model's own ``generate``; see `on_stack`.
     stack : ExitStack
@@ -72,6 +74,7 @@ class Answer:
         self.frame = frame
         self.opened = tuple(opened for opened in _opened.get() if opened.session is not None)
         self.started = False
+        self.ran = False
         self.claimed = False
         self.done = False
         self.stack = ExitStack()
