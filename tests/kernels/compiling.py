@@ -38,7 +38,7 @@ from refreekv.kernels.packed_unpack import launch_unpack
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
-from refreekv.kernels.paged_storage import launch_spread, launch_sum
+from refreekv.kernels.paged_storage import launch_read, launch_spread, launch_sum
 from refreekv.kernels.probe import launch_probe_reductions
 from refreekv.kernels.queries import launch_asked
 from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move, launch_take_out
@@ -208,6 +208,7 @@ def paged(dtype, group, head_size, kinds, queries=1):
     launch_paged_levels(*arguments, shares=9, assembly=True)
     launch_paged_move(zeros, pool, table, 0, zeros, places, 20, 4)
     launch_sum(zeros, pool, 4, 20)
+    launch_read(zeros, pool, slice(0, 1), 20)
     for form in forms:
         lines, factors = (torch.zeros(5, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
         launch_spread(lines, factors, pool, form, 0, zeros)

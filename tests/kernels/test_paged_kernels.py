@@ -10,14 +10,14 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder, centre_of
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
-from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages
+from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages, prompt_in_blocks
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.paged_levels import launch_paged_levels
-from refreekv.kernels.paged_storage import launch_move, launch_spread, launch_sum
+from refreekv.kernels.paged_storage import launch_move, launch_read, launch_spread, launch_sum
 
 LAYERS, HEADS, GROUP, TOKENS, SIZE, BLOCKS = 3, 2, 3, 16, 16, 40
 
@@ -326,6 +326,18 @@ def test_sums_of_blocks(dtype, device, close):
         close(total[layer] / 100, entries.double().sum(0).cpu() / 100)
     if device == "cpu":
         torch.testing.assert_close(total, paged_reference.sum_of_blocks(case.pool, blocks, 4, prompt))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("layers", [slice(0, LAYERS), slice(1, 2)])
+def test_prompts_read_out_of_blocks(dtype, device, by_head, layers):
+    """Bit by bit, of some layers, in any order of blocks; nothing behind the prompt."""
+    case = Case(dtype, device, by_head=by_head)
+    blocks, prompt = torch.randperm(BLOCKS, generator=case.generator).int().to(device), 3 * TOKENS + 5
+    want = [cache.transpose(1, 2)[blocks.long()].flatten(0, 1)[:prompt].transpose(0, 1) for cache in case.caches]
+    want = torch.stack(want[layers])  # [layers, H_kv, n, 2 * D]
+    assert torch.equal(launch_read(blocks, case.pool, layers, prompt), want)
+    assert torch.equal(prompt_in_blocks(case.pool, blocks, layers, prompt), want)
 
 
 @pytest.mark.parametrize("kind", ["int4", "k6v4"])

@@ -142,7 +142,7 @@ class Driver:
             parts = [one.queries(layer)[one.computed :][:count] for one, count in zip(rows, number, strict=True)]
             query = torch.cat(parts)
             if step.prompts:
-                self.state.look(step, name, query, self.caches[layer], block_table)
+                self.state.look(step, name, query, block_table)
             output = torch.full_like(query, float("nan"))
             if found_rows is not None:
                 self.state.attend(name, query, block_table, found_rows, output)

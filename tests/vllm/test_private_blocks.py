@@ -119,9 +119,9 @@ class Worker:
             )
         )
         step, query = self.state.step, torch.randn(int(starts[-1]), HEADS * GROUP, SIZE)
-        for name, cache in zip(NAMES, self.caches, strict=True):
+        for name in NAMES:
             if step.prompts:
-                self.state.look(step, name, query, cache, self.table[torch.tensor(slots)])
+                self.state.look(step, name, query, self.table[torch.tensor(slots)])
         for name, one in zip(counts, rows, strict=True):
             if one.computed + counts[name] > one.prompt:
                 self._check_reads(name, one, one.computed + counts[name])

@@ -80,6 +80,17 @@ def centres_in_blocks(pool: Pool, blocks: Tensor, prompt: int) -> tuple[Tensor, 
     return keys, values
 
 
+def prompt_in_blocks(pool: Pool, blocks: Tensor, layers: slice, prompt: int) -> Tensor:
+    """A copy of what some layers' ordinary blocks, int32 ``[.]``, hold of a prompt: ``[layers, H_kv, n, 2 * D]``."""
+    if pool.cache.is_cuda:
+        from refreekv.kernels.paged_storage import launch_read
+
+        return launch_read(blocks, pool, layers, prompt)
+    from refreekv.kernels import paged_reference
+
+    return paged_reference.read_blocks(pool, blocks, layers, prompt)
+
+
 class Chosen(NamedTuple):
     """Which entries of some layers are coded in which rung, and where their codes are before they go to pages.
 

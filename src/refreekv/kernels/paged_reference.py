@@ -73,6 +73,22 @@ def move_to_pages(
                 _view(pool, _line(pool, pages, first + new)).copy_(entry)
 
 
+def read_blocks(pool: Pool, blocks: Tensor, layers: slice, prompt: int) -> Tensor:
+    """`kernels.paged_storage.launch_read`."""
+    item, (block, token, head) = pool.cache.element_size(), pool.shared_strides()
+    position = torch.arange(prompt)
+    # [layers, H_kv, n, 2 * D]: where each element is, from the pool's beginning
+    at = pool.offsets[layers, None, None, None] * UNIT + torch.arange(pool.heads)[:, None, None] * head
+    at = at + (blocks.long()[position // pool.tokens] * block + position % pool.tokens * token)[:, None]
+    at = at + torch.arange(2 * pool.size)
+    if not at.numel():
+        return pool.cache.new_empty(at.shape)
+    first = int(at.min())
+    count = int(at.max()) - first + 1
+    buffer = (ctypes.c_byte * (count * item)).from_address(pool.cache.data_ptr() + first * item)
+    return torch.frombuffer(buffer, dtype=pool.cache.dtype)[at - first]
+
+
 def sum_of_blocks(pool: Pool, blocks: Tensor, first: int, prompt: int) -> Tensor:
     """Add up the entries from position ``first`` on: ``[layers, H_kv, 2 * D]`` in float32."""
     found = [

@@ -1,4 +1,4 @@
-"""Writing to private pages in Triton: entries as they are, and coded lines; and sums of what ordinary blocks hold."""
+"""Writing to private pages in Triton: entries as they are, and coded lines; and reading what ordinary blocks hold."""
 
 import torch
 import triton
@@ -83,6 +83,36 @@ def _paged_sum_kernel(
         total += tl.load(pool + at[:, None] + w[None, :], inside[:, None] & (w < WIDTH)[None, :], 0.0).to(tl.float32)
     into = sums + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * WIDTH
     tl.store(into + w, tl.sum(total, 0), w < WIDTH)
+
+
+@triton.jit(do_not_specialize=["prompt"])
+def _paged_read_kernel(
+    pool, offsets, blocks, out, prompt, block_stride, token_stride, head_stride,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one layer and head, copied."""
+    layer, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < prompt
+    own = tl.load(offsets + layer)
+    at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
+    w = tl.arange(0, BLOCK_W)
+    real = inside[:, None] & (w < WIDTH)[None, :]
+    into = (tl.program_id(1).to(tl.int64) * prompt + position)[:, None] * WIDTH + w[None, :]
+    tl.store(out + into, tl.load(pool + at[:, None] + w[None, :], real), real)
+
+
+@on_its_device
+def launch_read(blocks: Tensor, pool: Pool, layers: slice, prompt: int) -> Tensor:
+    """Copy what some layers hold of a prompt: ``[layers, H_kv, n, 2 * D]``."""
+    offsets, width = pool.offsets[layers], 2 * pool.size
+    out = torch.empty(len(offsets), pool.heads, prompt, width, dtype=pool.cache.dtype, device=pool.cache.device)
+    _paged_read_kernel[(triton.cdiv(prompt, 32), len(offsets) * pool.heads)](
+        pool.cache, offsets, blocks, out, prompt, *pool.shared_strides(),
+        HEADS=pool.heads, WIDTH=width, BLOCK_W=triton.next_power_of_2(width), BLOCK=32, TOKENS=pool.tokens,
+        num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @on_its_device

@@ -289,7 +289,8 @@ def launch_probe_reductions(
     one, two = tiles or tiles_for(query, block_d, sums)
     blocks = blocks_of(rows, one.block_m)
     # Enough programs to fill the device several times over, each with enough keys to be worth it.
-    splits = max(1, min(blocks_of(1024, batch * kv_heads * blocks), blocks_of(length, 512)))
+    # However many rows there are: what is computed of one does not depend on the others beside it.
+    splits = max(1, min(blocks_of(1024, kv_heads * blocks), blocks_of(length, 512)))
     split_keys = blocks_of(blocks_of(length, splits), one.block_n) * one.block_n
     splits = blocks_of(length, split_keys)
     partial = query.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)

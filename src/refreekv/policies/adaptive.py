@@ -106,6 +106,7 @@ class Adaptive(Policy):
     frozen_layers: int | Literal["all"] = 0
 
     reads_copy_scores: ClassVar[bool] = True
+    decides_together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, minimum in (

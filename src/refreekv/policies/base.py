@@ -229,6 +229,9 @@ class Policy(ABC):
     reads_copy_scores: ClassVar[bool] = False
     """Whether `select` reads `LayerView.copy_scores`, which take one short forward pass a model."""
 
+    decides_together: ClassVar[bool] = False
+    """Whether `select` may be asked about several layers of a prompt at once, each a row (`LayerView.layer`)."""
+
     def probe_plan(self, n: int) -> ProbePlan:
         """Which attention rows `select` needs for a layer that holds ``n`` entries."""
         return ProbePlan()

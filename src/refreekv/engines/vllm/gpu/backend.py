@@ -42,10 +42,10 @@ class KeptMetadata:
         self.stock = step is not None and step.stock
         """Whether vLLM's kernel has rows to read."""
 
-    def after(self, name: str, query: Tensor, cache: Tensor, output: Tensor) -> None:
+    def after(self, name: str, query: Tensor, output: Tensor) -> None:
         """A layer's keys and values are written, and vLLM's kernel has read its rows."""
         if self._step is not None and self._step.prompts:
-            self._state.look(self._step, name, query, cache, self._block_table)
+            self._state.look(self._step, name, query, self._block_table)
         if self._rows is not None:
             self._state.attend(name, query, self._block_table, self._rows, output)
 
@@ -106,7 +106,7 @@ class _KeptImpl:
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if kept is not None:
-            kept.after(layer.layer_name, query, kv_cache, output)
+            kept.after(layer.layer_name, query, output)
         return output
 
 

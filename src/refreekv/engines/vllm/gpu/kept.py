@@ -1,5 +1,6 @@
 """What stays of one prompt in all layers and heads, from the policy's selections to lists on the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,52 +16,71 @@ AT_ONCE = 1 << 22
 """Entries of layers and heads that are counted or listed together: of long prompts some layers at a time."""
 
 
-class LayerKept(NamedTuple):
-    """What one layer keeps of a prompt of ``n`` tokens, in all heads of all tensor-parallel ranks.
+class LayersKept(NamedTuple):
+    """What some layers keep of a prompt of ``n`` tokens, in all heads of all tensor-parallel ranks.
 
     Attributes
     ----------
     keep : Tensor
-        Boolean ``[H_kv, n]``, the places of surrogates among them.
+        Boolean ``[L, H_kv, n]``, the places of surrogates among them.
     columns, real : Tensor or None
-        ``[H_kv, m]``: the places of the surrogates, and whether they replace anything; None if there are none.
+        ``[L, H_kv, m]``: the places of the surrogates, and whether they replace anything; None if there are none.
     lines : Tensor or None
-        ``[H_kv, m, 2 * D]``: the surrogates' keys and values, of the cache's type.
+        ``[L, H_kv, m, 2 * D]``: the surrogates' keys and values, of the cache's type.
     metric : Tensor or None
-        ``[1]``: the policy's criterion.
+        ``[L]``: the policy's criterion.
     levels : Tensor or None
-        uint8 ``[H_kv, n]``: the rung of each entry that stays; None: all are in that of what is generated.
+        uint8 ``[L, H_kv, n]``: the rung of each entry that stays; None: all are in that of what is generated.
     """
 
     keep: Tensor
-    columns: Tensor | None
-    real: Tensor | None
-    lines: Tensor | None
-    metric: Tensor | None
+    columns: Tensor | None = None
+    real: Tensor | None = None
+    lines: Tensor | None = None
+    metric: Tensor | None = None
     levels: Tensor | None = None
 
+    @classmethod
+    def everything(cls, layers: int, heads: int, prompt: int, device: torch.device) -> "LayersKept":
+        """Nothing goes."""
+        return cls(torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(layers, heads, prompt))
 
-def layer_kept(
+    def metrics(self) -> Tensor:
+        """``metric`` in float64, not a number where there is none."""
+        if self.metric is not None:
+            return self.metric.double()
+        return torch.full((len(self.keep),), float("nan"), dtype=torch.float64, device=self.keep.device)
+
+    def levels_or(self, rung: int) -> Tensor:
+        """``levels``, or this rung where nobody said any."""
+        if self.levels is not None:
+            return self.levels
+        device = self.keep.device
+        return torch.full((1, 1, 1), rung, dtype=torch.uint8, device=device).expand(self.keep.shape)
+
+
+def layers_kept(
     selection: Selection | CutSelection, heads: int, prompt: int, dtype: torch.dtype, ladder: Ladder | None = None
-) -> LayerKept:
-    """Read a selection of batch size 1 for a layer of so many KV heads."""
+) -> LayersKept:
+    """Read a selection, each row of which is a layer of so many KV heads."""
     if isinstance(selection, CutSelection):
-        keep = selection.mask(torch.ones(1, prompt, dtype=torch.bool, device=selection.cut.device))
-        return LayerKept(keep[0].expand(heads, -1), None, None, None, selection.metric)
-    keep, levels = selection.keep[0].expand(heads, -1), None
+        cut = selection.cut
+        keep = selection.mask(torch.ones(len(cut), prompt, dtype=torch.bool, device=cut.device))
+        return LayersKept(keep.expand(-1, heads, -1), metric=selection.metric)
+    keep, levels = selection.keep.expand(-1, heads, -1), None
     if selection.levels is not None and ladder is not None and len(ladder.rungs) > 1:
-        levels = selection.levels[0].expand(heads, -1).clamp_max(len(ladder.rungs) - 1)
+        levels = selection.levels.expand(-1, heads, -1).clamp_max(len(ladder.rungs) - 1)
     chosen = selection.surrogates
     if chosen is None:
-        return LayerKept(keep, None, None, None, selection.metric, levels)
-    columns, real = chosen.columns[0].long(), chosen.real[0]
+        return LayersKept(keep, metric=selection.metric, levels=levels)
+    columns, real = chosen.columns.long(), chosen.real
     keep = keep.scatter(-1, columns, keep.gather(-1, columns) | real)
     if levels is not None and ladder is not None:
         # Each stands for many.
         widest = torch.where(real, len(ladder.rungs) - 1, levels.gather(-1, columns)).to(levels.dtype)
         levels = levels.scatter(-1, columns, widest)
-    lines = torch.cat([chosen.keys[0], chosen.values[0]], -1).to(dtype)
-    return LayerKept(keep, columns, real, lines, selection.metric, levels)
+    lines = torch.cat([chosen.keys, chosen.values], -1).to(dtype)
+    return LayersKept(keep, columns, real, lines, selection.metric, levels)
 
 
 @dataclass
@@ -78,7 +98,7 @@ class KeptPrompt:
     levels : Tensor or None
         uint8 ``[L, H_kv, ceil(n / 4)]``: rungs, four positions a byte; None where there is one for all.
     columns, real, lines : Tensor or None
-        Of all layers, as in `LayerKept`.
+        Of all layers, as in `LayersKept`.
     lists : Tensor or None
         int32 ``[L, H_kv, n]``, see `kernels.paged`; None while the entries are in private blocks.
     counts : Tensor
@@ -101,37 +121,25 @@ class KeptPrompt:
 
     @classmethod
     def of(
-        cls,
-        layers: list[LayerKept | None],
-        heads: int,
-        prompt: int,
-        device: torch.device,
-        ladder: Ladder | None = None,
-        own: slice = slice(None),
+        cls, layers: Sequence[LayersKept], ladder: Ladder | None = None, own: slice = slice(None)
     ) -> "KeptPrompt":
         """Put the layers together.
 
         Parameters
         ----------
-        layers : list of LayerKept or None
-            None keeps everything.
-        heads, prompt, device : int, int, device
-            KV heads of all ranks, tokens, and where all of it is.
+        layers : sequence of LayersKept
+            In the model's order.
         ladder : Ladder, optional
             As above.
         own : slice
             The heads of this rank.
         """
-        everything = torch.ones(heads, prompt, dtype=torch.bool, device=device)
-        keep = torch.stack([everything if one is None else one.keep for one in layers])
-        nothing = torch.full((1,), float("nan"), dtype=torch.float64, device=device)
-        metrics = [nothing if one is None or one.metric is None else one.metric.double().view(1) for one in layers]
-        numbers, levels = [keep.sum(-1).double().flatten(), *metrics], None
+        keep = _joined([some.keep for some in layers])
+        prompt = keep.shape[-1]
+        numbers, levels = [keep.sum(-1).double().flatten(), *[some.metrics() for some in layers]], None
         if ladder is not None:
             if len(ladder.rungs) > 1:
-                of_generated = torch.full((heads, prompt), ladder.generated, dtype=torch.uint8, device=device)
-                given = [of_generated if one is None or one.levels is None else one.levels for one in layers]
-                levels = torch.stack(given)
+                levels = _joined([some.levels_or(ladder.generated) for some in layers])
             each = max(1, AT_ONCE // keep[0].numel())
             parts = [
                 rungs_of(keep[at : at + each], None if levels is None else levels[at : at + each], ladder).sum(-1)
@@ -139,7 +147,7 @@ class KeptPrompt:
             ]
             # [layers, R, H_kv] to [layers * H_kv * R]
             numbers.append(torch.cat(parts).transpose(1, 2).double().flatten())
-        columns, real, lines = _stacked(layers, heads, prompt)
+        columns, real, lines = _surrogates(layers)
         keep = keep[:, own]
         columns, real, lines = (None if part is None else part[:, own].contiguous() for part in (columns, real, lines))
         lists, counts = _lists_of(keep, columns, real)
@@ -185,20 +193,29 @@ class KeptPrompt:
         return found
 
 
-def _stacked(
-    layers: list[LayerKept | None], heads: int, prompt: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Surrogates of all layers, with some that replace nothing where a layer has none."""
-    first = next((one for one in layers if one is not None and one.columns is not None), None)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _surrogates(layers: Sequence[LayersKept]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Surrogates of all layers, with some that replace nothing where layers have none."""
+    first = next((some for some in layers if some.columns is not None), None)
     if first is None:
         return None, None, None
     assert first.columns is not None
-    assert first.lines is not None
     assert first.real is not None
-    nowhere = torch.full_like(first.columns, prompt - 1)
-    none = (nowhere, torch.zeros_like(first.real), torch.zeros_like(first.lines))
-    parts = [none if one is None or one.columns is None else (one.columns, one.real, one.lines) for one in layers]
-    columns, real, lines = (torch.stack(part) for part in zip(*parts, strict=True))
+    assert first.lines is not None
+    prompt = first.keep.shape[-1]
+    nowhere = torch.full_like(first.columns[:1], prompt - 1)
+    none = nowhere, torch.zeros_like(first.real[:1]), torch.zeros_like(first.lines[:1])
+    found = []
+    for some in layers:
+        if some.columns is None or some.real is None or some.lines is None:
+            count = len(some.keep)
+            found.append(tuple(part.expand(count, *part.shape[1:]) for part in none))
+        else:
+            found.append((some.columns, some.real, some.lines))
+    columns, real, lines = (_joined(part) for part in zip(*found, strict=True))
     return columns, real, lines
 
 

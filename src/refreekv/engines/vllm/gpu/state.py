@@ -11,14 +11,14 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.quantisation import SINKS, Ladder
-from refreekv.engines.vllm.gpu import trial
+from refreekv.engines.vllm.gpu import deciding, trial
 from refreekv.engines.vllm.gpu.coding import code_prompt
 from refreekv.engines.vllm.gpu.held import Held, begins
-from refreekv.engines.vllm.gpu.kept import KeptPrompt, layer_kept
+from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayersKept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
 from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
-from refreekv.engines.vllm.worker_side.scoring import Probes, select
+from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import (
     FIRST,
@@ -32,7 +32,6 @@ from refreekv.kernels.paged import (
     upload,
 )
 from refreekv.policies import Policy
-from refreekv.policies.full import Full
 
 EASY = 8
 """Queries of a KV head's group that the kernel of a step with one token a request has room for."""
@@ -98,6 +97,8 @@ class KeptState:
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
         self.group = next(iter(layers.values())).module.impl.num_heads // self.pool.heads
+        self._query_bytes = len(layers) * self.group * self.pool.heads * self.pool.size * self.pool.cache.element_size()
+        """Of a token's queries in all layers, as wide as what is cached."""
         self.together = max(drafts, EASY // self.group, 1)
         """Queries of a sequence that are read together: for more the kernel would be compiled once more."""
         self.requests: dict[str, Tracked] = {}
@@ -151,6 +152,11 @@ class KeptState:
         self.table.starts.zero_()
         if self.table.coded is not None:
             self.table.coded.segments.zero_()
+
+    @property
+    def _facts(self) -> list[LayerFacts]:
+        """Of the layers, in the model's order."""
+        return [layer.facts for layer in self.layers.values()]
 
     # Before a step
 
@@ -228,14 +234,19 @@ class KeptState:
                 tracked.probes = Probes.for_prompt(self.policy, tracked.prompt).from_position(start)
             positions = tracked.probes.positions
             here = positions[(positions >= start) & (positions < start + count)]
-            step.prompts.append(PromptPart(tracked, row, upload(here - start + at, self.device), ends))
+            part = PromptPart(tracked, row, upload(here - start + at, self.device))
+            step.prompts.append(part)
+            if ends:
+                step.waiting += len(positions) * self._query_bytes
+                if step.waiting > deciding.WAITING:
+                    part.spans += self._spans(tracked.prompt)
         if ends:
             step.ended.append((request_id, tracked))
 
     # In a step
 
-    def look(self, step: Step, name: str, query: Tensor, cache: Tensor, block_table: Tensor) -> None:
-        """A layer has read prompts: collect the queries that policies probe, and decide where a prompt ends.
+    def look(self, step: Step, name: str, query: Tensor, block_table: Tensor) -> None:
+        """A layer has read prompts: collect the queries that policies probe, and decide where these are too many.
 
         Parameters
         ----------
@@ -244,36 +255,34 @@ class KeptState:
         name : str
             vLLM's name of the layer.
         query : Tensor
-            ``[tokens, H, D]``, position-encoded.
-        cache : Tensor
-            The layer's paged cache, this step's keys and values written.
+            ``[tokens, H, D]``, position-encoded; this step's keys and values are in the cache.
         block_table : Tensor
             int32 ``[R, W]``.
         """
-        layer = self.layers[name]
-        index = layer.facts.index
+        index = self.layers[name].facts.index
+        looks = deciding.looks(self.policy, index)
         for part in step.prompts:
             tracked = part.tracked
             assert tracked.probes is not None
-            # Whoever keeps everything needs to see nothing.
-            frozen = isinstance(self.policy, Full) or self.policy.freezes(index)
-            if not frozen and len(part.index):
+            if looks and len(part.index):
                 tracked.probes.queries.setdefault(index, []).append(query[part.index])
-            if not part.ends:
-                continue
-            tracked.layers[index] = None
-            if not frozen:
-                blocks = block_table[part.row, : -(-tracked.prompt // self.block)]
-                # [blocks, N, H_kv, 2 * D]
-                entries = cache.transpose(1, 2)[blocks.long()].flatten(0, 1)[: tracked.prompt]
-                keys, values = entries.split(self.pool.size, -1)
-                found = select(
-                    self.policy, tracked.probes, layer.facts, keys, values, self.gather, surrogates=True,
-                    ladder=self.ladder,
-                )  # fmt: skip
-                tracked.probes.queries.pop(index, None)
-                if found is not None:
-                    tracked.layers[index] = layer_kept(found, self.heads, tracked.prompt, cache.dtype, self.ladder)
+            part.seen.add(index)
+            for span in part.spans:
+                if index in range(span.start, span.stop) and part.seen.issuperset(range(span.start, span.stop)):
+                    self._choose(tracked, span, block_table[part.row])
+
+    def _choose(self, tracked: Tracked, span: slice, blocks: Tensor) -> None:
+        """Decide about some layers of a prompt that has ended; all its blocks are written."""
+        assert tracked.probes is not None
+        used = blocks[: -(-tracked.prompt // self.block)]
+        tracked.layers[span.start] = deciding.choose(
+            self.policy, tracked.probes, self._facts[span], self.pool, used, tracked.prompt, self.heads, self.gather,
+            self.ladder,
+        )  # fmt: skip
+
+    def _spans(self, prompt: int) -> list[slice]:
+        entry = self.heads * 2 * self.pool.size * self.pool.cache.element_size()
+        return deciding.spans(self.policy, self._facts, prompt * entry)
 
     def attend(self, name: str, query: Tensor, block_table: Tensor, rows: Rows, output: Tensor) -> None:
         """Attend to what is kept and to all that came later, for the queries of some rows."""
@@ -314,11 +323,20 @@ class KeptState:
         return WorkerOutcomes(outcomes) if outcomes else None
 
     def _decide(self, tracked: Tracked) -> None:
-        layers = [tracked.layers[index] for index in range(len(self.layers))]
+        spans = self._spans(tracked.prompt)
+        for span in spans:
+            if span.start not in tracked.layers:
+                self._choose(tracked, span, self._blocks_of(tracked.slot))
+        found = [tracked.layers[span.start] for span in spans]
         tracked.decided, tracked.probes, tracked.layers = True, None, {}
-        if self.ladder is None and all(one is None for one in layers):
+        if self.ladder is None and all(some is None for some in found):
             return
-        tracked.kept = kept = KeptPrompt.of(layers, self.heads, tracked.prompt, self.device, self.ladder, self._own)
+        told = (self.heads, tracked.prompt, self.device)
+        layers = [
+            LayersKept.everything(span.stop - span.start, *told) if some is None else some
+            for span, some in zip(spans, found, strict=True)
+        ]
+        tracked.kept = kept = KeptPrompt.of(layers, self.ladder, self._own)
         tracked.numbers = HostCopy(kept.numbers)
         self._show_lists(tracked)
 

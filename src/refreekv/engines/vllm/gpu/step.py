@@ -28,14 +28,18 @@ class PromptPart:
         Row of the batch.
     index : Tensor
         int64, on the device: where the queries that the policy probes are among the step's tokens.
-    ends : bool
-        Whether the prompt ends with these.
+    spans : list of slice
+        If the prompt ends with these and its queries are too many to wait for the step's end: which layers are decided
+        about together, as soon as the last of them has run.
+    seen : set of int
+        Layers that have run.
     """
 
     tracked: Tracked
     row: int
     index: Tensor
-    ends: bool
+    spans: list[slice] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Step:
         Most queries of a part.
     span : tuple of (int, int) or None
         Which of the step's queries the parts' are among.
+    waiting : int
+        Bytes of the queries of prompts that end in this step.
     """
 
     slots: Tensor
@@ -73,6 +79,7 @@ class Step:
     span: tuple[int, int] | None = None
     prompts: list[PromptPart] = field(default_factory=list)
     ended: list[tuple[str, Tracked]] = field(default_factory=list)
+    waiting: int = 0
 
     def rows(self, common: Any) -> Rows | None:
         """The rows of the kernel over kept entries, given vLLM's common metadata; None if there are none."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayerKept
+from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayersKept
 from refreekv.engines.vllm.worker_side.scoring import Probes
 
 
@@ -48,7 +48,7 @@ class Tracked:
     probes : Probes or None
         Queries collected so far, while the prompt is computed for the first time.
     layers : dict
-        What each layer keeps, as they decide; None keeps everything.
+        What layers keep that were decided about together, by the first of them; None keeps everything.
     decided : bool
         Whether the prompt has ended; a preemption does not change that.
     kept : KeptPrompt or None
@@ -63,7 +63,7 @@ class Tracked:
     slot: int = -1
     epoch: int = 0
     probes: Probes | None = None
-    layers: dict[int, LayerKept | None] = field(default_factory=dict)
+    layers: dict[int, LayersKept | None] = field(default_factory=dict)
     decided: bool = False
     kept: KeptPrompt | None = None
     numbers: HostCopy | None = None

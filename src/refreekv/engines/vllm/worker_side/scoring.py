@@ -1,6 +1,6 @@
-"""From prompt queries that pass by to a policy's selection, layer by layer."""
+"""From prompt queries that pass by to a policy's selection, of one layer or of layers that are alike together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import Ladder
 from refreekv.core.selection import CutSelection, Selection
+from refreekv.kernels.paged import upload
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.policies.base import spread_step
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
@@ -143,26 +144,85 @@ def select(
     Selection, CutSelection or None
         Batch size 1; None keeps everything.
     """
-    if policy.freezes(layer.index):
+    # [n, H_kv, D] to [1, H_kv, n, D]
+    entries = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    return select_together(policy, probes, [layer], *entries, gather, surrogates, ladder)
+
+
+def alike(policy: Policy, layers: Sequence[LayerFacts]) -> list[slice]:
+    """Layers next to each other that `select_together` can decide about in one, all of them or alone."""
+
+    def told(layer: LayerFacts) -> tuple[object, ...]:
+        sinks = None if layer.sinks is None else layer.index
+        facts = layer.scale, layer.softcap, sinks, layer.copy_scores is None, layer.codes is None
+        return (policy.freezes(layer.index), *facts)
+
+    found: list[slice] = []
+    for at, layer in enumerate(layers):
+        if at and policy.decides_together and told(layer) == told(layers[at - 1]):
+            found[-1] = slice(found[-1].start, at + 1)
+        else:
+            found.append(slice(at, at + 1))
+    return found
+
+
+def select_together(
+    policy: Policy,
+    probes: Probes,
+    layers: Sequence[LayerFacts],
+    keys: Tensor,
+    values: Tensor,
+    gather: Gather,
+    surrogates: bool = False,
+    ladder: Ladder | None = None,
+) -> Selection | CutSelection | None:
+    """`select` of layers that are `alike`, each a row: in as many launches as one layer takes.
+
+    Parameters
+    ----------
+    layers : sequence of LayerFacts
+        The layers.
+    keys, values : Tensor
+        ``[layers, H_kv, n, D]``.
+    policy, probes, gather, surrogates, ladder
+        As in `select`.
+
+    Returns
+    -------
+    Selection, CutSelection or None
+        A row for each layer; None keeps everything.
+    """
+    first, device = layers[0], keys.device
+    if policy.freezes(first.index):
         return None
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     # Reduced plans ask for queries for surrogates alone.
     plan = replace(probes.plan, queries=probes.plan.queries and (surrogates or not probes.plan.reduced))
-    queries = _collected(probes, layer.index, keys)
-    columns = torch.arange(keys.shape[2], device=keys.device)
-    call = AttentionCall(queries.states, None, layer.scale, layer.softcap, layer.sinks)
-    scores = None if layer.copy_scores is None else layer.copy_scores[None]
+    queries = _collected(probes, layers, keys)
+    columns = torch.arange(keys.shape[2], device=device)
+    call = AttentionCall(queries.states, None, first.scale, first.softcap, first.sinks)
+    scores = _joined([None if layer.copy_scores is None else layer.copy_scores[None] for layer in layers])
     entries = Entries(keys, values, None, columns, queries, gapless=True)
-    view = _of_all_ranks(layer_view(plan, call, entries, layer.index, layer.layers, scores), gather)
-    return select_of(policy, stored(view, ladder, layer.codes))
+    which = first.index if len(layers) == 1 else upload(torch.tensor([[layer.index] for layer in layers]), device)
+    view = _of_all_ranks(layer_view(plan, call, entries, which, first.layers, scores), gather)
+    each = [stored(view, ladder, layer.codes) for layer in layers]
+    powers, damages = (_joined([getattr(own, name) for own in each]) for name in ("key_power", "damage"))
+    return select_of(policy, replace(each[0], key_power=powers, damage=damages))
 
 
-def _collected(probes: Probes, layer: int, keys: Tensor) -> Queries:
-    """The planned queries of one layer; ``keys`` are ``[1, H_kv, n, D]``."""
+def _joined(rows: list[Tensor | None]) -> Tensor | None:
+    """A row for each layer."""
+    there = [row for row in rows if row is not None]
+    return there[0] if len(there) == 1 else torch.cat(there) if there else None
+
+
+def _collected(probes: Probes, layers: Sequence[LayerFacts], keys: Tensor) -> Queries:
+    """The planned queries of some layers; ``keys`` are ``[layers, H_kv, n, D]``."""
     positions = probes.positions_on(keys.device)[None]
     if not probes.plan.count:
         return Queries(keys[:, :0, :0], positions, None, positions)
-    states = torch.cat(probes.queries[layer]).transpose(0, 1)[None]  # [1, H, k, D]
+    parts = [part for layer in layers for part in probes.queries[layer.index]]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    states = joined.unflatten(0, (len(layers), -1)).transpose(1, 2)  # [layers, k, H, D] to [layers, H, k, D]
     assert states.shape[2] == positions.shape[1], "not all planned queries of the prompt were computed"
     return Queries(states, positions, None, positions)
 
