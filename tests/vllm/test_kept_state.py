@@ -3,7 +3,8 @@
 There is no model: queries, keys and values are random, and what vLLM's own kernel would read is left out.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,14 @@ import torch
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
-from helpers.counting import counting
+from helpers.counting import KERNELS, counting
 from refreekv import policies
 from refreekv.core.key_codes import Moments
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
-from refreekv.engines.vllm.gpu import coding, trial
+from refreekv.engines.vllm.gpu import coding, deciding, trial
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
-from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, select
+from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, alike, select
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
@@ -53,7 +54,7 @@ class Sequence:
 class Driver:
     """Plays vLLM's scheduler and model runner."""
 
-    def __init__(self, policy, seed=0, ladder=None):
+    def __init__(self, policy, seed=0, ladder=None, ranks=1):
         self.generator = torch.Generator().manual_seed(seed)
         self.policy = policies.registry.parse(policy)
         memory = torch.zeros(LAYERS, BLOCKS, BLOCK, HEADS, 2 * SIZE)
@@ -64,10 +65,17 @@ class Driver:
             layers[f"layer{index}"] = Layer(module, 0, LayerFacts.of(impl, index, LAYERS))
         self.caches = [layer.module.kv_cache for layer in layers.values()]
         self.table = torch.zeros(SLOTS, 16, dtype=torch.int32)
+        self.gathered = []
+
+        def gather(part, dim):
+            """Other ranks hold what this one does, doubled rank by rank."""
+            self.gathered.append(part.shape)
+            return torch.cat([part * (1 + rank) for rank in range(ranks)], dim)
+
         self.state = KeptState(
-            self.policy, layers, SLOTS, 256, ladder, lambda slot: self.table[slot], lambda part, _: part
+            self.policy, layers, SLOTS, 256, ladder, lambda slot: self.table[slot], gather, ranks=ranks
         )
-        self.state.know_copy_scores([torch.tensor([0.0, 0.5]), *[torch.zeros(HEADS)] * (LAYERS - 1)])
+        self.state.know_copy_scores([torch.tensor([0.0, 0.5] * ranks), *[torch.zeros(HEADS * ranks)] * (LAYERS - 1)])
         self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
         self.sequences, self.outcomes, self.orders, self.checked = {}, {}, StepOrders(), 0
         self.error, self.longest = 2e-5, []
@@ -254,6 +262,87 @@ def test_prompts_in_chunks_then_lists_then_private_blocks(policy):
     assert long.prompt == 133
     assert 0 < sum(long.kept) < LAYERS * HEADS * 133
     assert len(long.metrics) == LAYERS
+
+
+ALL_AT_ONCE = {"together": (1 << 28, 1 << 28), "in two": (2 * 133 * HEADS * 2 * SIZE * 4, 1 << 28)}
+"""Bytes of entries that are decided about at once, and of queries that wait for the step's end."""
+IN_THE_STEP = {"one by one": (1, 1 << 28), "in the step": (1 << 28, 0), "one by one in the step": (1, 0)}
+
+
+@pytest.mark.parametrize("chunks", [(133,), (60, 72, 1)], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("policy", [f"{ADAPTIVE},code_unit=0.3", f"{ADAPTIVE},bits=16", POLICIES[1], POLICIES[2]])
+def test_layers_are_decided_about_together(monkeypatch, policy, ranks, chunks):
+    """However many at once and when: bit by bit what each of them keeps by itself."""
+    ladder = Ladder.parse("k4v2+k4v4+k6v4+k7v6:recent=4") if "bits" not in policy else None
+    found, gathered = {}, {}
+    for name, (at_once, waiting) in {**ALL_AT_ONCE, **IN_THE_STEP}.items():
+        monkeypatch.setattr(deciding, "AT_ONCE", at_once)
+        monkeypatch.setattr(deciding, "WAITING", waiting)
+        driver = Driver(policy, ladder=ladder, ranks=ranks)
+        driver.add("a", 133)
+        driver.add("b", 90)
+        for count in chunks:
+            driver.step(a=count, **({"b": 90} if count == chunks[-1] else {}))
+        assert all(one.probes is None for one in driver.state.requests.values())
+        found[name] = [driver.state.requests[one].kept for one in "ab"]
+        gathered[name] = len(driver.gathered)
+    first = found["together"]
+    assert any(0 < int(kept.counts.min()) < kept.prompt for kept in first)
+    for kepts in found.values():
+        for kept, want in zip(kepts, first, strict=True):
+            for part in ("bits", "levels", "columns", "real", "lines", "counts", "numbers"):
+                one, other = getattr(kept, part), getattr(want, part)
+                assert (one is None) == (other is None), part
+                assert one is None or torch.equal(one, other) or (one.isnan() & other.isnan() | (one == other)).all()
+    if policy.startswith("adaptive"):
+        assert gathered["one by one"] == LAYERS * gathered["together"]
+
+
+def counted(monkeypatch, owner, name):
+    """What a method launches from now on."""
+    real, found = getattr(owner, name), Counter()
+
+    def call(*told):
+        with counting() as counts:
+            result = real(*told)
+        found.update(counts.launches)
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+    return found
+
+
+def test_a_prompt_s_end_takes_few_launches(monkeypatch):
+    """As many for any number of layers, beside one for each that puts its queries aside."""
+    driver = Driver(ADAPTIVE, ladder=Ladder.parse("k4v2+k4v4+k6v4+k7v6:recent=4"))
+    look, end = (counted(monkeypatch, driver.state, name) for name in ("look", "end_step"))
+    for name in "ab":
+        # What is measured once a process is measured with the first one.
+        look.clear()
+        end.clear()
+        driver.add(name, 133)
+        driver.step(**{name: 133})
+        assert driver.state.requests[name].kept is not None
+    assert look == {"index": LAYERS}
+    assert end["kernels.probe_reductions"] == 2 * KERNELS["probe_reductions"]
+    assert end["kernels.needed"] == KERNELS["needed"]
+    # The copy out of blocks, which is one launch on CUDA, is some of them here.
+    assert sum(end.values()) < 105
+
+
+def test_layers_that_differ_are_decided_about_apart():
+    facts = [LayerFacts(index, 8, 0.2, None, None) for index in range(8)]
+    adaptive, snapkv = (policies.registry.parse(name) for name in (ADAPTIVE, "snapkv:ratio=0.3"))
+    assert alike(adaptive, facts) == [slice(0, 8)]
+    assert alike(snapkv, facts) == [slice(at, at + 1) for at in range(8)]
+    frozen = policies.registry.parse(f"{ADAPTIVE},frozen_layers=2")
+    assert alike(frozen, facts) == [slice(0, 2), slice(2, 8)]
+    facts[3] = replace(facts[3], scale=0.1)
+    facts[5] = replace(facts[5], sinks=torch.zeros(4))
+    facts[6] = replace(facts[6], sinks=torch.zeros(4))
+    facts[7] = replace(facts[7], softcap=30.0)
+    assert alike(adaptive, facts) == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7), slice(7, 8)]
 
 
 @pytest.mark.parametrize("policy", ["full", ADAPTIVE])

@@ -71,9 +71,8 @@ def choose(
     if not looks(policy, first):
         return None
     entries = prompt_in_blocks(pool, blocks, slice(first, stop), prompt)
-    found = select_together(
-        policy, probes, layers, *entries.split(pool.size, -1), gather, surrogates=True, ladder=ladder
-    )
+    keys, values = entries.split(pool.size, -1)
+    found = select_together(policy, probes, layers, keys, values, gather, surrogates=True, ladder=ladder)
     for layer in layers:
         probes.queries.pop(layer.index, None)
     if found is None:

@@ -120,9 +120,7 @@ class KeptPrompt:
     numbers: Tensor
 
     @classmethod
-    def of(
-        cls, layers: Sequence[LayersKept], ladder: Ladder | None = None, own: slice = slice(None)
-    ) -> "KeptPrompt":
+    def of(cls, layers: Sequence[LayersKept], ladder: Ladder | None = None, own: slice = slice(None)) -> "KeptPrompt":
         """Put the layers together.
 
         Parameters

@@ -239,7 +239,7 @@ class KeptState:
             if ends:
                 step.waiting += len(positions) * self._query_bytes
                 if step.waiting > deciding.WAITING:
-                    part.spans += self._spans(tracked.prompt)
+                    part.spans.extend(self._spans(tracked.prompt))
         if ends:
             step.ended.append((request_id, tracked))
 

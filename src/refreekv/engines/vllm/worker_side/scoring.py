@@ -200,19 +200,17 @@ def select_together(
     queries = _collected(probes, layers, keys)
     columns = torch.arange(keys.shape[2], device=device)
     call = AttentionCall(queries.states, None, first.scale, first.softcap, first.sinks)
-    scores = _joined([None if layer.copy_scores is None else layer.copy_scores[None] for layer in layers])
+    scores = [layer.copy_scores[None] for layer in layers if layer.copy_scores is not None]
     entries = Entries(keys, values, None, columns, queries, gapless=True)
     which = first.index if len(layers) == 1 else upload(torch.tensor([[layer.index] for layer in layers]), device)
-    view = _of_all_ranks(layer_view(plan, call, entries, which, first.layers, scores), gather)
-    each = [stored(view, ladder, layer.codes) for layer in layers]
-    powers, damages = (_joined([getattr(own, name) for own in each]) for name in ("key_power", "damage"))
-    return select_of(policy, replace(each[0], key_power=powers, damage=damages))
-
-
-def _joined(rows: list[Tensor | None]) -> Tensor | None:
-    """A row for each layer."""
-    there = [row for row in rows if row is not None]
-    return there[0] if len(there) == 1 else torch.cat(there) if there else None
+    view = layer_view(plan, call, entries, which, first.layers, torch.cat(scores) if scores else None)
+    view = stored(_of_all_ranks(view, gather), ladder, first.codes)
+    codes = [layer.codes for layer in layers if layer.codes is not None]
+    if view.key_power is not None and len(codes) > 1:
+        view = replace(view, key_power=torch.stack([own.power_on(device) for own in codes]))
+    if view.damage is not None and len(codes) > 1:
+        view = replace(view, damage=torch.cat([own.damage_on(device, view.forms) for own in codes]))
+    return select_of(policy, view)
 
 
 def _collected(probes: Probes, layers: Sequence[LayerFacts], keys: Tensor) -> Queries:
