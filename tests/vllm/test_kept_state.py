@@ -20,6 +20,7 @@ from refreekv.core.quantisation import SINKS, Ladder, centre_of
 from refreekv.engines.vllm.gpu import coding, deciding, trial
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.messages import CopyOrder, StepOrders
+from refreekv.engines.vllm.worker_side import scoring
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, alike, select
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.storage.columns import Columns, Levels
@@ -329,6 +330,16 @@ def test_a_prompt_s_end_takes_few_launches(monkeypatch):
     assert end["kernels.needed"] == KERNELS["needed"]
     # The copy out of blocks, which is one launch on CUDA, is some of them here.
     assert sum(end.values()) < 105
+
+
+def test_the_host_does_not_wait_for_a_copy(monkeypatch):
+    """Memory that is not pinned is copied by waiting for all that the device has to do: a long prompt."""
+    sent, device = [], torch.device("cpu")
+    monkeypatch.setattr(scoring, "upload", lambda numbers, device: (sent.append(numbers), numbers.to(device))[1])
+    probes = Probes.for_prompt(policies.registry.parse(ADAPTIVE), 133)
+    assert torch.equal(probes.positions_on(device), probes.positions)
+    probes.positions_on(device)
+    assert sent == [probes.positions]
 
 
 def test_layers_that_differ_are_decided_about_apart():

@@ -51,9 +51,9 @@ class Probes:
     _there: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def positions_on(self, device: torch.device) -> Tensor:
-        """`positions` on a device, copied once for all layers."""
+        """`positions` on a device, copied once for all layers; the host does not wait for what is computed there."""
         if device not in self._there:
-            self._there[device] = self.positions.to(device)
+            self._there[device] = upload(self.positions, device)
         return self._there[device]
 
     @classmethod
