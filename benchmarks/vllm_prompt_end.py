@@ -125,7 +125,7 @@ class Prompts:
         if clock.cuda:
             torch.cuda.synchronize()
             # In cycles of the device's clock, of about 1.8 GHz.
-            torch.cuda._sleep(int(BUSY_MS * 1.8e6))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(BUSY_MS * 1.8e6))
         begun = time.perf_counter()
         state.plan(told)
         step = state.step

@@ -18,7 +18,7 @@ from refreekv.engines.vllm.gpu import trial
 from refreekv.kernels import paged_reference, shared_memory
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_levels import launch_paged_levels
-from refreekv.kernels.paged_storage import launch_spread
+from refreekv.kernels.paged_storage import launch_read, launch_spread, launch_sum
 
 LAYERS, HEADS, GROUP, SIZE, TOKENS, SLOTS = 3, 2, 4, 64, 32, 65
 FORMS = Ladder.parse("k4v2+k6v4").forms((SIZE, SIZE), sorted_keys=True)
@@ -74,7 +74,14 @@ def main():
             lines, factors = (torch.zeros(count, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
             launch_spread(lines, factors, pool, form, first, torch.zeros(9, dtype=torch.int32))
             uses[f"{count} lines of {form} from {first}"] = sorted(found)
-    json.dump({"side by side": side_by_side, "ahead": ahead, "uses": uses}, sys.stdout)
+    # A request's blocks are a row of vLLM's table, which may begin anywhere.
+    of_slots = []
+    for row in torch.zeros(2, 33, dtype=torch.int32):
+        found.clear()
+        launch_sum(row, pool, 4, 20 + len(of_slots))
+        launch_read(row, pool, slice(len(of_slots), LAYERS), 20 + len(of_slots))
+        of_slots.append(sorted(found))
+    json.dump({"of slots": of_slots, "side by side": side_by_side, "ahead": ahead, "uses": uses}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ def test_the_trial_compiles_what_steps_use(tmp_path):
     assert names.count("_paged_levels_kernel") == 1, "half a minute each"
     assert names.count("_pack_kernel") == 1
     assert set(found["side by side"]) >= {kernel for kernel in ahead if kernel.startswith(("_pack", "_paged_levels"))}
+    first, second = found["of slots"]
+    assert len(first) == 2
+    assert first == second
     for use, kernels in found["uses"].items():
         assert kernels, use
         assert set(kernels) <= set(ahead), use

@@ -46,7 +46,7 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
     tl.store(out + (pair * chunks + chunk) * 32 + exponent, held)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "ss_b", "st_b", "st_h", "so_b", "min_length"])
+@triton.jit(do_not_specialize=["length", "chunks", "ss_b", "st_b", "st_h", "sd_b", "so_b", "min_length"])
 def _needs_kernel(
     peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out, origins,
     length, kv_heads, ss_b, st_b, st_h, sd_b, so_b, sinks, recent, follow, chunks, min_length,

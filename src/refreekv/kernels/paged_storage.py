@@ -65,7 +65,7 @@ def _paged_spread_kernel(
     tl.store(target[:, None] + w[None, :], tl.load(source, real), real)
 
 
-@triton.jit(do_not_specialize=["first", "prompt"])
+@triton.jit(do_not_specialize=["blocks", "first", "prompt"])
 def _paged_sum_kernel(
     pool, offsets, blocks, sums, first, prompt, block_stride, token_stride, head_stride,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def _paged_sum_kernel(
     tl.store(into + w, tl.sum(total, 0), w < WIDTH)
 
 
-@triton.jit(do_not_specialize=["prompt"])
+@triton.jit(do_not_specialize=["offsets", "blocks", "prompt"])
 def _paged_read_kernel(
     pool, offsets, blocks, out, prompt, block_stride, token_stride, head_stride,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
