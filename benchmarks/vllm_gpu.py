@@ -162,6 +162,7 @@ def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[
 
 def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, Any]:
     """Run one mode and count."""
+    import torch
     from vllm import SamplingParams
 
     started = time.perf_counter()
@@ -191,6 +192,8 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
     longest = max(some, key=len)
     first_tokens = []
     for _ in range(6):
+        # What is computed of the last one behind its first token is not this one's.
+        torch.cuda.synchronize()
         begin = time.perf_counter()
         add(longest, 1)
         while llm.has_unfinished_requests():
