@@ -139,6 +139,19 @@ def test_the_function_goes_through_the_kernel_on_cuda():
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=2e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: so many rows take minutes without")
+def test_a_row_does_not_depend_on_those_beside_it():
+    """vLLM decides about many layers as rows, or about one: what it keeps may not change with that."""
+    query = torch.randn(96, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(96, 2, 3000, 64, device="cuda", dtype=torch.bfloat16)
+    probes = Probes(torch.arange(2936, 3000, device="cuda")[None])
+    together = launch_probe_reductions(query, key, probes)
+    for row in (0, 40, 95):
+        alone = launch_probe_reductions(query[row : row + 1], key[row : row + 1], probes)
+        assert all(torch.equal(one[0], all_of[row]) for one, all_of in zip(alone, together, strict=True))
+
+
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="5 query heads cannot share 2 KV heads"):
         probe_reductions(torch.randn(1, 5, 1, 8), torch.randn(1, 2, 9, 8), Probes(torch.tensor([[8]])))
