@@ -44,12 +44,16 @@ with `--kv {kv}`, which holds a prompt in int8 until its end and in `k6v4` where
 int4 --prompt-kv int4`, which reads prompts over 4 bits and loses more
 ([lab/quantisation.md](../lab/quantisation.md#prompts-read-over-their-own-codes)). From `refreekv plan`, which reserves
 {reserve} for the driver and fragmentation and reads prompts in chunks of 2,048 tokens; {longest:,} is where these
-models end. What tensors take was measured at three points, within 1.1 %
-([lab/performance.md](../lab/performance.md#products-with-weights-of-4-bits)), and no row on a card with so little
-memory. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
+models end. Twelve rows were measured within a limit: they stand below. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
 fit.
 """
 SHARES = """Entries are taken to be stored in these shares: {source}.
+"""
+MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `benchmarks/one_gpu.py`). A peak is what
+tensors held at most and what the driver holds, beside `plan`'s forecast for that length. `adaptive-as-measured` costs
+what `adaptive` does and keeps what that keeps of real text, as random weights say nothing about it. Where a forecast of
+the longest prompt stands, it was searched for, to within 6 % and for some tens of seconds; the other lengths were
+chosen, and more may fit:
 """
 WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
 prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,
@@ -127,8 +131,7 @@ def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
     gpu, chats = [row for row in rows if "limit" in row], [row for row in rows if "limit" not in row]
     if gpu:
         abouts = sorted({row["about"] for row in gpu})
-        lines += ["", f"Measured within a limit ({'; '.join(abouts)}; random weights, n = 1 each):", ""]
-        lines.append(one_gpu.table(gpu))
+        lines += ["", MEASURED.format(abouts="; ".join(abouts)), one_gpu.table(gpu)]
     if chats:
         lines += ["", chat_speed.table(chats)]
     lines += ["", "`plan` takes your own model, card, context and number of requests: [plan.md](plan.md)."]
