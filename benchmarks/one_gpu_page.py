@@ -43,9 +43,9 @@ Which model reads how long a prompt on one card, and still answers with {output}
 with `--kv {kv}`, which holds a prompt in int8 until its end and in `k6v4` where only that fits | the same with `--kv
 int4 --prompt-kv int4`, which reads prompts over 4 bits and loses more
 ([lab/quantisation.md](../lab/quantisation.md#prompts-read-over-their-own-codes)). From `refreekv plan`, which reserves
-{reserve} for the driver and fragmentation and reads prompts in chunks of 2,048 tokens; {longest:,} is where these
-models end. Twelve rows were measured within a limit: they stand below. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not
-fit.
+{reserve} and 1 % of the memory for the driver and fragmentation and reads prompts in chunks of 2,048 tokens;
+{longest:,} is where these models end. Twelve rows were measured within a limit: they stand below. `int4`: 4-bit
+weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not fit.
 """
 SHARES = """Entries are taken to be stored in these shares: {source}.
 """

@@ -17,7 +17,9 @@ from refreekv.planner.weights import BITS, Counts, Weights, count, unpacked_byte
 from refreekv.policies.base import AUTO
 
 RESERVE = 3 * 2**28
-"""0.75 GiB: an assumption about a CUDA context, workspaces, captured graphs and fragmentation."""
+"""0.75 GiB for a CUDA context with the kernels in it, which took .69 to .77 on an H100 (docs/one-gpu.md)."""
+PIECES = 100
+"""One part in so many of a GPU's memory is in pieces that nothing fits into."""
 CHUNK = 2048
 """Prompt tokens that serving engines read in one step."""
 
@@ -102,6 +104,11 @@ class Plan:
         }
 
 
+def reserve_of(memory: int) -> int:
+    """Bytes of a GPU for the driver, workspaces, captured graphs and fragmentation: an assumption."""
+    return RESERVE + memory // PIECES
+
+
 def make(
     model: Model,
     *,
@@ -113,7 +120,7 @@ def make(
     stored_source: str = "",
     policy: str = "",
     expected: Expected | None = None,
-    reserve: int = RESERVE,
+    reserve: int | None = None,
     chunk: int | None = CHUNK,
     prompt_number: KVDtype | str | None = AUTO,
     host: int = 0,
@@ -142,8 +149,8 @@ def make(
         Name of the policy, for the record.
     expected : Expected, optional
         What it keeps; None leaves that row out.
-    reserve : int
-        Bytes for what no formula knows.
+    reserve : int, optional
+        Bytes for what no formula knows; None: `reserve_of` the memory.
     chunk : int or None
         Prompt tokens in one call; None: all.
     prompt_number : KVDtype, "auto" or None
@@ -175,7 +182,7 @@ def make(
     machine = Machine(
         memory,
         weighed.bytes,
-        reserve,
+        reserve_of(memory) if reserve is None else reserve,
         activation_bytes=2 * activation_elements(model.text),
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,

@@ -89,8 +89,14 @@ def plan(
         str, typer.Option("--prefill-chunk", metavar="TOKENS", help="Prompt tokens read in one call, or all.")
     ] = "2048",
     reserve: Annotated[
-        str, typer.Option("--reserve", metavar="SIZE", help="For the driver, workspaces, graphs and fragmentation.")
-    ] = "0.75GiB",
+        str | None,
+        typer.Option(
+            "--reserve",
+            metavar="SIZE",
+            help="For the driver, workspaces, graphs and fragmentation.",
+            show_default="0.75GiB and 1 % of the memory",
+        ),
+    ] = None,
     budgets: Annotated[
         Path | None,
         typer.Option("--budgets", metavar="FILE", help="Measured budgets of your own, from benchmarks/budgets.py."),
@@ -151,7 +157,8 @@ def plan(
         from refreekv.planner.fleet import Speed
         from refreekv.planner.plan import Speeds
 
-        memory, kept_free = parse_bytes(vram, "--vram"), parse_bytes(reserve, "--reserve")
+        memory = parse_bytes(vram, "--vram")
+        kept_free = None if reserve is None else parse_bytes(reserve, "--reserve")
         speed = Speed(parse_bytes(bandwidth, "--bandwidth"), tflops * 1e12, step_overhead / 1000)
         host = 0
         if host_memory is not None:
@@ -218,7 +225,7 @@ def _check_plot(path: Path) -> None:
 def _make(
     model: str,
     memory: int,
-    reserve: int,
+    reserve: int | None,
     context: str | None,
     output: str | None,
     concurrency: int,
