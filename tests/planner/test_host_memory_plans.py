@@ -178,7 +178,7 @@ def test_the_command_line(capsys, tmp_path):
     (tmp_path / "Llama-3-8B").mkdir()
     file = tmp_path / "Llama-3-8B" / "config.json"
     file.write_text(json.dumps({**LLAMA, "max_position_embeddings": 131072}))
-    arguments = ["plan", str(file), "--vram", "8GiB", "--weights", "int4", "--context", "48k", "--kv", "auto"]
+    arguments = ["plan", str(file), "--vram", "8GiB", "--weights", "int4", "--context", "48k"]
     result = json.loads(run(*arguments, "--json").out)
     assert result["kv"]["dtype"] == str(policies.parse("adaptive").default_ladder)
     assert sum(result["kv"]["shares"]) == pytest.approx(1, abs=1e-3)
@@ -191,6 +191,6 @@ def test_the_command_line(capsys, tmp_path):
     assert "of 32 layers while a prompt is read" in shown
     assert "a step takes at least" in shown
     assert "Widths" in shown
-    refused = run("plan", str(file), "--vram", "8GiB", "--host-memory", "auto")
+    refused = run("plan", str(file), "--vram", "8GiB", "--kv", "bf16", "--host-memory", "auto")
     assert refused.code == 2
     assert "choose --kv auto or int4" in refused.err

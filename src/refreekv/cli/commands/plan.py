@@ -56,14 +56,13 @@ def plan(
         ),
     ] = None,
     kv: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--kv",
             metavar="bf16|int8|int4|k6v4|auto",
-            help="How kept K/V is stored; auto: in the policy's own widths, as compress does, in measured shares. "
-            "Default: bf16.",
+            help="How kept K/V is stored; auto: in the policy's own widths, as compress does, in measured shares.",
         ),
-    ] = None,
+    ] = "auto",
     prompt_kv: Annotated[
         str,
         typer.Option(
@@ -230,7 +229,7 @@ def _make(
     output: str | None,
     concurrency: int,
     weights: str | None,
-    kv: tuple[str | None, str],
+    kv: tuple[str, str],
     policy: str,
     prefill_chunk: str,
     budgets: Path | None,
@@ -263,7 +262,7 @@ def _make(
         tokens = min(DEFAULT_CONTEXT, found.context or DEFAULT_CONTEXT)
     if generated is None:
         generated = min(DEFAULT_OUTPUT, tokens // 2)
-    stored = widths.stored(parsed, kv[0] or "bf16", found.name)
+    stored = widths.stored(parsed, kv[0], found.name)
     return make(
         found,
         memory=memory,
