@@ -31,7 +31,7 @@ from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_nee
 from refreekv.kernels.packed_calls import Moved, Oldest, PackedKV, Transfer
 from refreekv.kernels.packed_join import MANY
 from refreekv.kernels.packed_launch import launch_packed_attention
-from refreekv.kernels.packed_oldest import launch_code_oldest
+from refreekv.kernels.packed_oldest import code_alike
 from refreekv.kernels.packed_recode import launch_recode
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
@@ -162,7 +162,7 @@ def packed(dtype, heads, head_size, layout):
     launch_packed_attention(query, PackedKV(table, [table], [form], maps), 1.0, None, None, assembly=True)
     entries, spans = torch.zeros(1, 1, 100, head_size, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
     launch_pack(Transfer(entries, entries, None, table, form, maps, spans, 100, 100, None))
-    launch_code_oldest([Oldest(entries, entries, table, table, form, maps, torch.ones(3, 1, dtype=torch.int64))])
+    code_alike([Oldest(entries, entries, table, table, form, maps, torch.ones(3, 1, dtype=torch.int64))])
 
 
 def many(dtype, heads, head_size, layout):

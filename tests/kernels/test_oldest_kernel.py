@@ -48,11 +48,13 @@ class Layer:
 def test_layers_that_are_alike_and_one_that_is_not(which, rows, dtype, device, monkeypatch):
     form, other = form_of("6442", "4444"), form_of("4444", "4444", (64, 32))
     layers = [Layer(some, dtype, device, rows, seed) for seed, some in enumerate((form, other, form, form))]
-    launched, launch = [], packed_oldest._launch
-    monkeypatch.setattr(packed_oldest, "_launch", lambda exact, some: launched.append(len(some)) or launch(exact, some))
+    launched, launch = [], packed_oldest.launch_code_oldest
+    monkeypatch.setattr(
+        packed_oldest, "launch_code_oldest", lambda exact, some: launched.append(len(some)) or launch(exact, some)
+    )
     given = [layer.given for layer in layers]
     if which == "kernel":
-        packed_oldest.launch_code_oldest(given)
+        packed_oldest.code_alike(given)
         assert launched == [3, 1]
     else:
         for each in given:

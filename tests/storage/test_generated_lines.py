@@ -133,7 +133,7 @@ def test_the_kernel_does_to_storages_what_plain_torch_does(monkeypatch):
                 storage._wait -= FLUSH
         code_older(plain)
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "code_oldest", packed_oldest.launch_code_oldest)
+            patch.setattr(kernels, "code_oldest", packed_oldest.code_alike)
             code_older(others)
     for one, other in zip(plain, others, strict=True):
         assert one.lines.lengths == other.lines.lengths

@@ -490,9 +490,9 @@ def code_oldest(layers: Sequence[Oldest]) -> None:
     is told must be there: entries to code, and capacity for their lines.
     """
     if _at_once(layers[0].exact):
-        from refreekv.kernels.packed_oldest import launch_code_oldest
+        from refreekv.kernels.packed_oldest import code_alike
 
-        launch_code_oldest(layers)
+        code_alike(layers)
     else:
         for layer in layers:
             packed_reference.code_oldest(layer)

@@ -62,18 +62,18 @@ def _code_oldest_kernel(
         tl.store(table + 2, start + count)
 
 
-def launch_code_oldest(layers: Sequence[Oldest]) -> None:
+def code_alike(layers: Sequence[Oldest]) -> None:
     """`kernels.code_oldest`, in one launch for all layers that are alike."""
     alike: dict[object, list[Oldest]] = {}
     for layer in layers:
         layer.check()
         alike.setdefault(layer.alike, []).append(layer)
     for some in alike.values():
-        _launch(some[0].exact, some)
+        launch_code_oldest(some[0].exact, some)
 
 
 @on_its_device
-def _launch(exact: torch.Tensor, layers: Sequence[Oldest]) -> None:
+def launch_code_oldest(exact: torch.Tensor, layers: Sequence[Oldest]) -> None:
     """For layers that are alike; the table says on what device they are."""
     one = layers[0]
     form, maps, told = one.form, one.maps, tables_of((one.form,), exact.device)

@@ -13,7 +13,7 @@ import torch
 from helpers.counting import counting
 from helpers.models import build
 from refreekv import ReFreeKVCache
-from refreekv.engines.transformers import denominators, layer
+from refreekv.engines.transformers import layer
 from refreekv.storage import host
 
 FEW, MANY = 2, 4
@@ -104,15 +104,6 @@ def test_a_prompt(models):
     assert launches <= 59
     assert waits <= 1
     assert sent <= 2
-
-
-def test_denominators_that_are_told_save_launches(models, monkeypatch):
-    """Two kernels each for the window's queries and for those over all of the prompt."""
-    monkeypatch.setattr(denominators, "listens_on", lambda device: True)
-    for model in models:
-        feed(model, ReFreeKVCache(model, "adaptive", **EVICTING), torch.randint(2, 90, (1, 200)))
-    (told, *_), *_ = a_layer(models, None)
-    assert told <= 55
 
 
 @pytest.mark.parametrize("keep", [None, "host"])
