@@ -15,6 +15,8 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 import refreekv
@@ -107,6 +109,14 @@ UNSUPPORTED = {
     "state space": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)),
         "mamba",
+    ),
+    "a cache that is none of transformers'": (
+        lambda: xLSTMForCausalLM(
+            xLSTMConfig(
+                vocab_size=128, hidden_size=64, embedding_dim=64, num_blocks=2, num_hidden_layers=2, num_heads=4
+            )
+        ),
+        "takes no KV cache",
     ),
     "bloom": (lambda: BloomForCausalLM(BloomConfig(**{**_TINY, "n_layer": 2, "n_head": 4})), "attention interface"),
     "falcon": (lambda: FalconForCausalLM(FalconConfig(**_TINY)), "attention interface"),

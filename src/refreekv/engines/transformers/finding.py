@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import get_args
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from refreekv.engines.transformers.naming import NAMES
 
@@ -66,7 +67,14 @@ def check_can_prune(model: PreTrainedModel) -> None:
 
 
 def _names_cache(model: PreTrainedModel) -> bool:
-    return not NAMES.isdisjoint(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    return any(name in NAMES and not _is_foreign(one.annotation) for name, one in parameters.items())
+
+
+def _is_foreign(annotation: object) -> bool:
+    """Whether an annotation says that a cache is a class of the model's own that is none of transformers'."""
+    classes = [one for one in (get_args(annotation) or (annotation,)) if isinstance(one, type)]
+    return any(one.__name__.endswith("Cache") and not issubclass(one, Cache) for one in classes)
 
 
 def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
