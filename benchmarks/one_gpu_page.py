@@ -53,7 +53,7 @@ MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `be
 tensors held at most and what the driver holds, beside `plan`'s forecast for that length. `adaptive-as-measured` costs
 what `adaptive` does and keeps what that keeps of real text, as random weights say nothing about it. Where a forecast of
 the longest prompt stands, it was searched for, to within 6 % and for some tens of seconds; the other lengths were
-chosen, and more may fit:
+chosen, and more may fit. Forecasts are `plan`'s of that day, which kept {reserve} free and no more:
 """
 WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
 prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,
@@ -128,10 +128,14 @@ def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
         hosted.append(f"| {shape}, {weights} | {' | '.join(cells)} |")
         source = plans[0].stored_source
     lines += ["", *([SHARES.format(source=source)] if source else []), *hosted]
-    gpu, chats = [row for row in rows if "limit" in row], [row for row in rows if "limit" not in row]
+    # Where the first tries were out of memory and time was up, nothing was found.
+    gpu, chats = (
+        [row for row in rows if row.get("limit") and row["longest"]],
+        [row for row in rows if "limit" not in row],
+    )
     if gpu:
         abouts = sorted({row["about"] for row in gpu})
-        lines += ["", MEASURED.format(abouts="; ".join(abouts)), one_gpu.table(gpu)]
+        lines += ["", MEASURED.format(abouts="; ".join(abouts), reserve=format_size(RESERVE)), one_gpu.table(gpu)]
     if chats:
         lines += ["", chat_speed.table(chats)]
     lines += ["", "`plan` takes your own model, card, context and number of requests: [plan.md](plan.md)."]
