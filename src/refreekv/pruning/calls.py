@@ -13,6 +13,7 @@ from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns
+from refreekv.storage.runs import numbers
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ class Entries:
                 valid, hidden = _told_apart(visible[row][held.long()], padding[row][held.long()])
             uneven, origins = None, storage.origins(row)
             if origins is not None:
-                places = _numbers(0, stored, keys.device, stream_of(keys.device))
-                uneven = places >= origins[:, None]
+                uneven = numbers(0, stored, keys.device) >= origins[:, None]
                 valid = uneven if valid is None else valid & uneven
                 hidden = None if hidden is None else hidden & uneven
             if valid is not None and len(valid) > 1:
@@ -182,10 +182,9 @@ class Queries:
         ``earlier`` are queries of the same prompt before the call.
         """
         stop = first + states.shape[2]
-        stream = stream_of(states.device)
-        columns = _numbers(first, stop, states.device, stream)
+        columns = numbers(first, stop, states.device)[None]
         real = None if valid is None else valid[:, first:stop]
-        ordinals = _numbers(0, stop - first, states.device, stream) if real is None else real.cumsum(1) - 1
+        ordinals = numbers(0, stop - first, states.device)[None] if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
         return cls(states, columns, real, ordinals, first if real is None and earlier is None else None)
@@ -220,13 +219,13 @@ class Queries:
         if self.whole:
             assert self.start is not None
             device, stop = self.states.device, self.start + self.states.shape[2]
-            index, *numbers = _asked_of_all(self.start, stop, plan, device, stream_of(device))
+            index, *asked = _asked_of_all(self.start, stop, plan, device, stream_of(device))
         else:
-            index, *numbers = kernels.asked(
+            index, *asked = kernels.asked(
                 self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
             )
         states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
-        return Queries(states, numbers[0], numbers[2], numbers[1])
+        return Queries(states, asked[0], asked[2], asked[1])
 
     @property
     def whole(self) -> bool:
@@ -248,16 +247,9 @@ class Queries:
 
 
 @lru_cache(maxsize=4)
-def _numbers(first: int, stop: int, device: torch.device, stream: int) -> Tensor:
-    """The numbers from ``first`` to ``stop``, ``[1, n]``, not to be written to: all layers of a prompt ask for them."""
-    with torch.inference_mode(False):
-        return torch.arange(first, stop, device=device)[None]
-
-
-@lru_cache(maxsize=4)
 def _asked_of_all(first: int, stop: int, plan: ProbePlan, device: torch.device, stream: int) -> tuple[Tensor, ...]:
     """Of all queries of a prompt, or a turn, those that a plan asks for: the same in all of its layers."""
-    columns, ordinals = _numbers(first, stop, device, stream), _numbers(0, stop - first, device, stream)
+    columns, ordinals = numbers(first, stop, device)[None], numbers(0, stop - first, device)[None]
     with torch.inference_mode(False):
         return kernels.asked(columns, ordinals, None, rows=plan.rows, spread=plan.spread, count=plan.count)
 

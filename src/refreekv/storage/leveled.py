@@ -76,10 +76,9 @@ class LeveledKV(KVStorage):
         """Chosen entries of dense ``[B, H_kv, n, D]``, coded on their way, and the last ``after`` ones exact.
 
         ``centres`` are the mean key and the mean value of the rows' KV heads, ``[B, H_kv, D]``, or the maps that take
-        them out. ``levels`` say of each
-        row's columns which rung they go to; None: all to that of what is generated. ``codes`` are the model's own.
-        ``read`` is the prompt as it was coded while it was read, in the format of a rung: entries that go to that rung
-        keep their lines, and its means are taken out of all.
+        them out. ``levels`` say of each row's columns which rung they go to; None: all to that of what is generated.
+        ``codes`` are the model's own. ``read`` is the prompt as it was coded while it was read, in the format of a
+        rung: entries that go to that rung keep their lines, and its means are taken out of all.
         """
         types, heads, device = (keys.dtype, values.dtype), keys.shape[1], keys.device
         # Exact entries have one type for both, as attention reads them beside codes.

@@ -77,7 +77,7 @@ def plan(
         typer.Option(
             "--host-memory",
             metavar="auto|SIZE",
-            help="Host memory for codes that do not fit on the GPU, with --kv; auto: as much as it takes.",
+            help="Host memory for codes that do not fit on the GPU; auto: as much as it takes. Not with --kv bf16.",
         ),
     ] = None,
     bus: Annotated[
