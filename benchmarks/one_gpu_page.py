@@ -129,10 +129,8 @@ def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
         source = plans[0].stored_source
     lines += ["", *([SHARES.format(source=source)] if source else []), *hosted]
     # Where the first tries were out of memory and time was up, nothing was found.
-    gpu, chats = (
-        [row for row in rows if row.get("limit") and row["longest"]],
-        [row for row in rows if "limit" not in row],
-    )
+    gpu = [row for row in rows if "limit" in row and row["longest"]]
+    chats = [row for row in rows if "limit" not in row]
     if gpu:
         abouts = sorted({row["about"] for row in gpu})
         lines += ["", MEASURED.format(abouts="; ".join(abouts), reserve=format_size(RESERVE)), one_gpu.table(gpu)]
