@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_kv_head, ragged_attention
+from refreekv.engines.transformers.ragged_attention import AttentionFunction, ragged_attention
+from refreekv.engines.transformers.reading_attention import over_what_was_read
 from refreekv.pruning.calls import AttentionCall
 
 PREFIX = "refreekv_"
@@ -124,9 +125,9 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if attention_mask is not None and is_own(attention_mask) and not layer.state.mask_given:
             check_mask(module, layer.index, attention_mask)
         weights = None
-        function = _in_one_type(function, flash=flash)
+        own, function = function, _in_one_type(function, flash=flash)
         if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
-            function = by_kv_head(function)
+            function = over_what_was_read(function, own)
         if layer.ragged is None:
             output, weights = function(called, query, key, value, attention_mask, **kwargs)
             if lacks_proof(module, base):

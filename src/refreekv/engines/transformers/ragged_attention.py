@@ -112,27 +112,6 @@ def _by_row(
     return torch.cat(outputs) if batch > 1 else outputs[0]
 
 
-def by_kv_head(attention: AttentionFunction) -> AttentionFunction:
-    """The same attention function, called for one KV head after the other.
-
-    Behind a mask sdpa copies keys and values for each query head that shares them: of one KV head at a time that is
-    little, of all of them more than a prompt that is coded as it is read saves.
-    """
-
-    def in_turn(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        group = query.shape[1] // key.shape[1]
-        outputs = []
-        for head in range(key.shape[1]):
-            own, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
-            part = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
-            outputs.append(attention(module, query[:, own], key[:, one], value[:, one], part, **kwargs)[0])
-        return torch.cat(outputs, dim=2), None
-
-    return in_turn
-
-
 def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether this is plain decoding: one token a row that sees every entry."""
     return (
