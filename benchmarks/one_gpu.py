@@ -3,6 +3,7 @@
     python benchmarks/one_gpu.py --rows all --out rows.jsonl                  # the whole table, on CUDA
     python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --kv int4         # one row of it
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --at 32768      # no search: time and memory there
+    python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --kinds ours --ours "adaptive@auto;@int4" --at "9000,9500;12000"
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --ours "adaptive@auto;adaptive@auto@auto@auto"
     python benchmarks/one_gpu.py --table rows.jsonl                           # as a table
 
@@ -421,25 +422,25 @@ class Settings:
 
 
 def measure(
-    row: Row, kinds: list[str], variants: list[Variant], settings: Settings, device: torch.device, at: list[int]
+    row: Row, kinds: list[str], variants: list[Variant], settings: Settings, device: torch.device, at: list[list[int]]
 ) -> Iterator[Result]:
-    """One result a kind and variant, or one for each length where lengths are given."""
+    """One result a kind and variant, or one for each length where lengths are given: for all, or for each variant."""
     memory = Memory(device, row.limit)
     model = build(SHAPES[row.shape], row.weights, device)
     speeds: tuple[float, float] | None = None
-    if at and device.type == "cuda":
+    if any(at) and device.type == "cuda":
         memory.close()
         speeds = copy_bandwidth(), bus_bandwidth()
         memory = Memory(device, row.limit)
     tasks = [("full", variants[0])] if "full" in kinds else []
     tasks += [("ours", variant) for variant in variants] if "ours" in kinds else []
-    for kind, variant in tasks:
+    for (kind, variant), lengths in zip(tasks, at * len(tasks) if len(at) == 1 else at, strict=True):
         own = replace(settings, variant=variant)
         bench = Bench(model, memory, variant=variant, chunk=settings.chunk, new=settings.new)
         # Captured steps outlive the caches they are made for, as in a server.
         with attached(model) if kind != "full" else contextlib.nullcontext():
             constants = 0.0 if kind == "full" else bench.measure_constants()
-            for length in at or [0]:
+            for length in lengths or [0]:
                 full = kind == "full"
                 result = Result(
                     row.shape, form_of(model), row.limit, kind, "full" if full else variant.policy,
@@ -559,7 +560,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ours", help="several caches of ours, POLICY@KV@PROMPT@HOST, with semicolons between them")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prompt that are read at a time")
     parser.add_argument("--new", type=int, default=24, help="tokens of the answer")
-    parser.add_argument("--at", default="", help="lengths to measure, separated by commas; no search")
+    parser.add_argument(
+        "--at", default="", help="lengths to measure, separated by commas; no search. With semicolons: a list a cache"
+    )
     parser.add_argument("--resolution", type=float, default=0.02, help="of the search")
     parser.add_argument("--most", type=int, default=2**19, help="longest prompt that is tried")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new try of a search after so long")
@@ -584,9 +587,13 @@ def main(arguments: list[str] | None = None) -> None:
         most=given.most // STEP * STEP,
         seconds=given.seconds,
     )
+    at = [[int(one) for one in lengths.split(",") if one] for lengths in given.at.split(";")]
+    kinds = given.kinds.split(",")
+    caches = ("full" in kinds) + ("ours" in kinds) * len(variants)
+    if len(at) not in (1, caches):
+        parser.error(f"--at has {len(at)} lists of lengths for {caches} caches")
     for row in rows:
-        at = [int(one) for one in given.at.split(",") if one]
-        for result in measure(row, given.kinds.split(","), variants, settings, torch.device(given.device), at):
+        for result in measure(row, kinds, variants, settings, torch.device(given.device), at):
             print(line(result), flush=True)
             if given.out:
                 with given.out.open("a", encoding="utf-8") as file:

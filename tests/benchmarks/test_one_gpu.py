@@ -111,6 +111,17 @@ def test_lengths_without_a_search(capsys, tmp_path):
     assert "200 tokens" in said
 
 
+def test_lengths_of_each_cache(capsys, tmp_path):
+    given = ["--rows", "tiny:bf16:1GB", "--ours", "full@int4;streaming-llm:ratio=0.5@int8"]
+    _, rows = run(capsys, tmp_path, *given, "--at", "100;200,300;400")
+    assert [(row["kind"], row["kv"], row["at"]["length"]) for row in rows] == [
+        ("full", "bf16", 100), ("ours", "int4", 200), ("ours", "int4", 300), ("ours", "int8", 400),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main([*given, "--at", "100;200"])
+    assert "--at has 2 lists of lengths for 3 caches" in capsys.readouterr().err
+
+
 def test_several_caches_of_ours(capsys, tmp_path):
     given = "adaptive:min_length=16@auto;adaptive-as-measured:ratio=0.6@auto;full@int4@int4:recent=16"
     arguments = ["--rows", "tiny:bf16:1GB", "--at", "400", "--kinds", "ours", "--ours", given]
