@@ -3,7 +3,7 @@
     python benchmarks/one_gpu.py --rows all --out rows.jsonl                  # the whole table, on CUDA
     python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --kv int4         # one row of it
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --at 32768      # no search: time and memory there
-    python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --kinds ours --ours "adaptive@auto;@int4" --at "9000,9500;12000"
+    python benchmarks/one_gpu.py --rows llama-3-8b:int4:8GB --ours "@auto;@int4" --at "7000;9000,9500;12000"
     python benchmarks/one_gpu.py --rows llama-3-70b:int4:48GB --ours "adaptive@auto;adaptive@auto@auto@auto"
     python benchmarks/one_gpu.py --table rows.jsonl                           # as a table
 
