@@ -15,7 +15,7 @@ from when the first ones have ended until time is up:
     kept       share of the prompts' entries that stay, mean over requests
     bytes      the same of their bytes
     same       of real prompts, greedy tokens that are stock's own before the first that is not, mean of 48
-    score      of samples of --tasks, all asked at once: their own metric, mean
+    score      of samples of --tasks, all asked at once: their own metric, or F1 of the words, mean
     ttft       milliseconds from a prompt of the longest length to its first token on an idle engine, median of five
 
 Prompts are random tokens with --shape, whose weights are random, too; with --model the texts of the JSONL files in
@@ -26,11 +26,13 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,6 @@ def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[
 
     from refreekv.evaluation.data.encoding import encode
     from refreekv.evaluation.data.families import load
-    from refreekv.evaluation.tasks.scoring import score
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     directory = Path(options.data_dir) if options.data_dir else None
@@ -154,10 +155,35 @@ def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[
         sample for name in options.tasks.split(";") for sample in load(name, data_dir=directory, limit=options.samples)
     ]
     encoded = [encode(tokenizer, sample) for sample in samples]
-    texts = [
-        tokenizer.decode(ids, skip_special_tokens=True) for ids in answer([e.context + e.question for e in encoded])
-    ]
-    return statistics.mean(score(sample, text)["score"] for sample, text in zip(samples, texts, strict=True))
+    told = answer([one.context + one.question for one in encoded])
+    texts = [tokenizer.decode(answered(ids, tokenizer.eos_token_id), skip_special_tokens=True) for ids in told]
+    return statistics.mean(score_of(sample, text) for sample, text in zip(samples, texts, strict=True))
+
+
+def answered(ids: list[int], end: int | None) -> list[int]:
+    """An answer up to the token that ends it: engines are told to go on."""
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def score_of(sample: Any, text: str) -> float:
+    """The sample's own metric; of families that only lm-eval scores, `word_f1`."""
+    from refreekv.evaluation.tasks.scoring import score
+
+    found = score(sample, text)
+    if found:
+        return found["score"]
+    if not sample.answers:
+        raise SystemExit(f"samples of {sample.family} have no answers: leave it out of --tasks")
+    return max(word_f1(text, gold) for gold in sample.answers)
+
+
+def word_f1(text: str, gold: str) -> float:
+    """F1 of the words that two texts share, without articles, case and punctuation (SQuAD's)."""
+    said, wanted = (
+        Counter(re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]|_", "", one.lower())).split()) for one in (text, gold)
+    )
+    shared = (said & wanted).total()
+    return 2 * shared / (said.total() + wanted.total()) if shared else 0.0
 
 
 def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, Any]:
