@@ -61,10 +61,12 @@ def _check_requests(scheduler: Any, managers: Any) -> None:
                 continue
             nulls = [place for place, block in enumerate(blocks) if block.is_null]
             beside = hasattr(one, "private")
-            start = 0 if beside else group.start
-            assert nulls == list(range(start, group.stop)), f"{request_id} has other holes than it was told"
+            start, stop, count = 0 if beside else group.start, group.stop, group.copies + entry.coded
+            if entry.coded:
+                stop = (entry.outcome.prompt + entry.coded * entry.outcome.coded_tokens) // one.block_size
+            assert nulls == list(range(start, stop)), f"{request_id} has other holes than it was told"
             private = one.private.get(request_id, []) if beside else blocks[: group.copies]
-            assert len(private) == group.copies, f"{request_id} has {len(private)} private blocks, not {group.copies}"
+            assert len(private) == count, f"{request_id} has {len(private)} private blocks, not {count}"
             assert all(block.block_hash is None and block.ref_cnt == 1 for block in private), (
                 f"a private block of {request_id} is offered to the prefix cache or shared"
             )

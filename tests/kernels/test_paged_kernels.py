@@ -10,7 +10,7 @@ from refreekv.core.packed_lines import PackedFormat, PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder, centre_of
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention
-from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages, prompt_in_blocks
+from refreekv.kernels.paged_coding import Chosen, Later, Source, centres_in_blocks, code_to_pages, prompt_in_blocks
 
 pytest.importorskip("triton", reason="needs triton: pip install 'refreekv[dev]'")
 
@@ -39,17 +39,18 @@ def plainly(pool, table, slot, blocks, places, pages, longest, opening):
 class Case:
     """Three sequences in one pool: a whole one, one with a list and surrogates, one in private blocks."""
 
-    def __init__(self, dtype, device, *, by_head=False, size=SIZE, seed=0):
+    def __init__(self, dtype, device, *, by_head=False, size=SIZE, seed=0, columns=8):
         self.generator = torch.Generator().manual_seed(seed)
-        shape = (LAYERS, BLOCKS, HEADS, TOKENS, 2 * size) if by_head else (LAYERS, BLOCKS, TOKENS, HEADS, 2 * size)
+        blocks = BLOCKS + 3 * (columns - 8)
+        shape = (LAYERS, blocks, HEADS, TOKENS, 2 * size) if by_head else (LAYERS, blocks, TOKENS, HEADS, 2 * size)
         memory = torch.randn(shape, generator=self.generator).to(device, dtype)
         caches = [part if by_head else part.transpose(1, 2) for part in memory]
         self.pool, self.caches, self.size, self.device, self.dtype = Pool.of(caches), caches, size, device, dtype
         self.table = PagedTable.empty(self.pool, slots=4, most=12)
         # The last columns belong to nobody.
-        order = torch.randperm(BLOCKS - 1, generator=self.generator) + 1
-        self.block_table = order[:24].view(3, 8).int().to(device)
-        self.private = order[24:36].int().to(device)
+        order = torch.randperm(blocks - 1, generator=self.generator) + 1
+        self.block_table = order[: 3 * columns].view(3, columns).int().to(device)
+        self.private = order[3 * columns :][:12].int().to(device)
         self.prompts = [0, 70, 45]
         self.slots = [2, 0, 3]
         self.lists, self.surrogates = {}, None
@@ -108,7 +109,8 @@ class Case:
         """
         slot = self.slots[row]
         forms = Ladder.parse(kind).forms((self.size, self.size), sorted_keys=codes is not None)
-        self.table = replace(self.table, coded=Coded.empty(self.pool, 4, forms, codes))
+        rung = Ladder.parse(kind).generated
+        self.table = replace(self.table, coded=Coded.empty(self.pool, 4, forms, codes, rung))
         coded = self.table.coded
         counts = self.table.segments[:, slot, :, 3].clone()
         left_out = (counts - opening - recent).clamp(min=0)
@@ -157,6 +159,22 @@ class Case:
         self.table.segments[:, slot, :, 0], self.table.segments[:, slot, :, 1] = firsts, exact
         self.table.pages[slot, : len(pages)] = pages
         return int(left_out.sum())
+
+    def code_later(self, row, blocks):
+        """Code what follows a row's coded prompt, so many private blocks of it; how many tokens."""
+        coded, slot = self.table.coded, self.slots[row]
+        column = 12 - blocks  # not used by what was coded before
+        coder = Later(self.pool, coded)
+        for block in range(blocks):
+            start = int(self.table.starts[slot])
+            coder.code(self.table, slot, self.block_table[row], start, column + block)
+            coded.generated[slot] = torch.tensor([column, block + 1], dtype=torch.int32)
+            self.table.starts[slot] = start + coder.tokens
+        # What was coded is not read again.
+        for position in range(int(self.table.starts[slot]) // TOKENS):
+            for cache in self.caches:
+                cache[int(self.block_table[row, position])] = float("nan")
+        return blocks * coder.tokens
 
     def token(self, row, layer, position):
         """``[H_kv, 2 * D]``."""
@@ -293,6 +311,61 @@ def test_coded_entries(dtype, device, close, kind, counts, own):
         assert 1e-4 < (want - full).norm() / full.norm() < most
     else:
         assert 1e-4 < (out.double().cpu() - full).norm() / full.norm() < most
+
+
+@pytest.mark.parametrize("kind", ["k4v2+k4v4+k6v4+k7v6", "int4", "k4v2+int8:generated=0"])
+@pytest.mark.parametrize("coded_block", [None, 16])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_tokens_that_are_coded_later(dtype, device, close, kind, coded_block, by_head):
+    """They are read as what is coded of a prompt, by all queries; what they were is not read again."""
+    case = Case(dtype, device, size=64, columns=32, by_head=by_head)
+    counts, prompt = (1, 3, 2), case.prompts[1]
+    assert case.code(1, kind, by_kernel, codes=random_codes(case)) > 50
+    ladder = Ladder.parse(kind)
+    tokens = 2 * case.pool.coded_tokens(case.table.coded.forms[ladder.generated])
+    lengths, query = [50, prompt + tokens + 30, 60], queries(case, counts)
+    rows, told = rows_of(case, counts, lengths, padded=1), (case.pool, 1, case.block_table)
+    before = torch.full_like(query, float("nan"))
+    launch_paged_levels(query, *told, rows, case.table, before, 0.2, None, None)
+    # As they are now, and what their codes stand for.
+    exact = torch.stack([case.token(1, 1, position) for position in range(prompt, prompt + tokens)], 1)
+    own, form = case.table.coded.maps.of_span(slice(1, 2)), case.table.coded.forms[ladder.generated]
+    means = (part[1, case.slots[1]][None] for part in (case.table.coded.key_means, case.table.coded.value_means))
+    own = own.around(*means)
+    stand_for = torch.stack([stands_for(exact[head], form, own, head) for head in range(HEADS)])
+    assert case.code_later(1, 2) == tokens
+    assert int(case.table.starts[case.slots[1]]) == prompt + tokens
+    out = torch.full_like(query, float("nan"))
+    launch_paged_levels(
+        query, *told, rows, case.table, out, 0.2, None, None, **({"coded_block": coded_block} if coded_block else {})
+    )
+    if device == "cpu":
+        decoded = paged_reference._decoded(
+            case.pool, case.table, case.table.coded, 1, case.slots[1], 1, torch.float32
+        )
+        place = sum(
+            int(case.table.coded.segments[1, case.slots[1], 1, rung, 1]) for rung in range(case.table.coded.rung + 1)
+        )
+        close(decoded[place:][:tokens], stand_for[1].double())
+        want = torch.zeros(query.shape, dtype=torch.float64)
+        wide = query.double(), *told, rows, case.table, want, 0.2, None, None
+        paged_reference.paged_attention(*wide, wide=torch.float64)
+        close(out, want)
+    # The other rows see what they saw.
+    close(out[0], before[0].double().cpu())
+    close(out[4:6], before[4:6].double().cpu())
+    # Of random numbers, as above; not of nothing.
+    assert 1e-4 < (out[1:4] - before[1:4]).float().norm() / before[1:4].float().norm() < 0.8
+
+
+def stands_for(entries, form, maps, head):
+    """What entries ``[t, 2 * D]`` of a head are after they were coded."""
+    own, size = maps.of_segment(0, head), entries.shape[-1] // 2
+    keys, values = entries.float().split(size, -1)
+    keys = (keys - own.key_mean) @ own.key_matrix.T
+    values = (values - own.value_mean) @ own.value_matrix.T
+    lines, factors = form.pack(keys, values, own.key_worth)
+    return torch.cat(maps.entries(*form.unpack(lines, factors, torch.float32), 0, head), -1)
 
 
 @pytest.mark.parametrize("spanned", [False, True])

@@ -19,7 +19,7 @@ from refreekv.core.key_codes import Moments
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
 from refreekv.engines.vllm.gpu import coding, deciding, trial
 from refreekv.engines.vllm.gpu.state import KeptState
-from refreekv.engines.vllm.messages import CopyOrder, StepOrders
+from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side import scoring
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, alike, select
 from refreekv.engines.vllm.worker_side.tracked import Layer
@@ -65,7 +65,7 @@ class Driver:
             module = SimpleNamespace(kv_cache=memory[index].transpose(1, 2), impl=impl)
             layers[f"layer{index}"] = Layer(module, 0, LayerFacts.of(impl, index, LAYERS))
         self.caches = [layer.module.kv_cache for layer in layers.values()]
-        self.table = torch.zeros(SLOTS, 16, dtype=torch.int32)
+        self.table = torch.zeros(SLOTS, 32, dtype=torch.int32)
         self.gathered = []
 
         def gather(part, dim):
@@ -74,7 +74,7 @@ class Driver:
             return torch.cat([part * (1 + rank) for rank in range(ranks)], dim)
 
         self.state = KeptState(
-            self.policy, layers, SLOTS, 256, ladder, lambda slot: self.table[slot], gather, ranks=ranks
+            self.policy, layers, SLOTS, 512, ladder, lambda slot: self.table[slot], gather, ranks=ranks
         )
         self.state.know_copy_scores([torch.tensor([0.0, 0.5] * ranks), *[torch.zeros(HEADS * ranks)] * (LAYERS - 1)])
         self.free = (torch.randperm(BLOCKS - 1, generator=self.generator) + 1).tolist()
@@ -82,6 +82,8 @@ class Driver:
         self.error, self.longest = 2e-5, []
         self.ladder, self.coded = ladder, set()
         """Requests whose codes are compared with those of transformers."""
+        self.later = Counter()
+        """Private blocks with tokens that were coded later."""
 
     def add(self, name, prompt, answer=60):
         shape = (LAYERS, prompt + answer, HEADS * (GROUP + 2), SIZE)
@@ -92,6 +94,7 @@ class Driver:
         sequence.epoch, sequence.computed, sequence.slot = sequence.epoch + 1, 0, -1
         self.give_back(sequence.blocks)
         sequence.blocks = []
+        self.later.pop(name, None)
         self.orders.preempted[name] = sequence.epoch
 
     def give_back(self, blocks):
@@ -173,6 +176,36 @@ class Driver:
         self.leaving = [*getattr(self, "leaving", ()), sequence.blocks[: group.stop]]
         sequence.blocks[: group.stop] = [0] * group.stop
 
+    def code_later(self, name):
+        """Have the next tokens after a prompt coded; the block that they go to may be one that they leave."""
+        sequence, outcome = self.sequences[name], self.outcomes[name]
+        tokens = outcome.coded_tokens
+        start, self.later[name] = sequence.prompt + self.later[name] * tokens, self.later[name] + 1
+        assert sequence.computed >= start + tokens + outcome.recent
+        own = slice(start // BLOCK, (start + tokens) // BLOCK)
+        left = sequence.blocks[own]
+        assert all(left)
+        sequence.blocks[own] = [0] * len(left)
+        self.orders.codes.append(CodeOrder(name, left.pop(0)))
+        self.leaving = [*getattr(self, "leaving", ()), left]
+
+    def after(self, one, layer, stop):
+        """Entries ``[t, H_kv, 2 * D]`` that came after a prompt, up to a position: those that were coded as coded."""
+        entries = one.entries(layer)[one.prompt : stop]
+        count = self.later[one.name] * self.outcomes[one.name].coded_tokens if self.later[one.name] else 0
+        if not count:
+            return entries
+        centres = [centre_of(part[None]) for part in one.entries(layer)[: one.prompt].transpose(0, 1).split(SIZE, -1)]
+        around = torch.zeros(SINKS + count + self.ladder.recent, HEADS, 2 * SIZE)
+        around[SINKS:][:count] = entries[:count]
+        keys, values = around.transpose(0, 1)[None].split(SIZE, -1)
+        columns = Columns(heads=(torch.arange(len(around), dtype=torch.int32),) * HEADS)
+        codes = self.state.layers[f"layer{layer}"].facts.codes
+        stored = LeveledKV.gathered(keys, values, [columns], 0, self.ladder, tuple(centres), None, codes).full()
+        keys, values = stored.segments(0)
+        coded = torch.stack([torch.cat(pair, -1) for pair in zip(keys, values, strict=True)], 1)
+        return torch.cat([coded[SINKS:][:count], entries[count:]])
+
     def kept(self, one, layer):
         """By head, entries ``[t, 2 * D]`` that the policy keeps, given all queries of the prompt at once."""
         heads, keeps, levels = self._kept(one, layer)
@@ -227,16 +260,27 @@ class Driver:
         """Queries after the prompt see what is kept and what came after it."""
         if one.computed + count <= one.prompt:
             return
-        kept = self.kept(one, layer)
+        kept, after = self.kept(one, layer), self.after(one, layer, one.computed + count)
         for index in range(max(0, one.prompt - one.computed), count):
             position = one.computed + index
             for head in range(HEADS):
-                entries = torch.cat([kept[head], one.entries(layer)[one.prompt : position + 1, head]])
+                entries = torch.cat([kept[head], after[: position + 1 - one.prompt, head]])
                 for query_head in range(head * GROUP, (head + 1) * GROUP):
                     logits = entries[:, :SIZE] @ one.queries(layer)[position, query_head] * SIZE**-0.5
                     want = logits.softmax(0) @ entries[:, SIZE:]
                     torch.testing.assert_close(output[index, query_head], want, atol=self.error, rtol=1e-4)
                     self.checked += 1
+
+
+def random_codes(driver):
+    """Codes of keys for each layer."""
+    codes = []
+    for _ in range(LAYERS):
+        size = torch.rand(SIZE, generator=driver.generator) + 0.1
+        keys = torch.randn(1, HEADS, 100, SIZE, generator=driver.generator) * size
+        asked = torch.randn(1, HEADS * GROUP, 50, SIZE, generator=driver.generator)
+        codes.append(Moments.of(keys, asked).codes())
+    return codes
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -412,13 +456,7 @@ def test_codes_are_those_of_transformers(policy, own, formats):
     ladder = Ladder.parse(f"{formats}{',' if ':' in formats else ':'}recent=4")
     driver = Driver(policy, ladder=ladder)
     if own:
-        codes = []
-        for _ in range(LAYERS):
-            size = torch.rand(SIZE, generator=driver.generator) + 0.1
-            keys = torch.randn(1, HEADS, 100, SIZE, generator=driver.generator) * size
-            asked = torch.randn(1, HEADS * GROUP, 50, SIZE, generator=driver.generator)
-            codes.append(Moments.of(keys, asked).codes())
-        driver.state.code_by(codes)
+        driver.state.code_by(random_codes(driver))
     driver.add("a", 133)
     driver.add("b", 90)
     driver.step(a=133)
@@ -446,6 +484,74 @@ def test_codes_are_those_of_transformers(policy, own, formats):
     driver.move("a")
     driver.coded = {"a", "b"}
     driver.step(a=1, b=1)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["rotated", "model's"])
+@pytest.mark.parametrize("formats", ["k4v2+k4v4+k6v4+k7v6", "k4v2+int8:generated=0", "int4"])
+def test_an_answer_s_older_tokens_are_coded(formats, own):
+    """As transformers codes them; beside drafts and other requests, and again after a preemption."""
+    ladder = Ladder.parse(f"{formats}{',' if ':' in formats else ':'}recent=4")
+    driver = Driver(f"{ADAPTIVE},code_unit=0.3", ladder=ladder)
+    if own:
+        driver.state.code_by(random_codes(driver))
+    driver.add("a", 133, answer=240)
+    driver.add("b", 90, answer=240)
+    driver.step(a=133, b=90)
+    driver.step(a=1, b=1)
+    driver.move("a")
+    driver.coded = {"a"}
+    driver.step(a=1, b=1)
+    tokens = driver.outcomes["a"].coded_tokens
+    form = driver.state.forms[ladder.generated]
+    assert tokens == BLOCK * 2 * SIZE * 4 // form.entry_bytes
+    assert driver.outcomes["a"].recent == 4
+    while driver.sequences["a"].computed < 133 + 4 + tokens:
+        driver.step(a=7, b=1)
+    held = len([block for block in driver.sequences["a"].blocks if block])
+    driver.code_later("a")
+    assert len([block for block in driver.sequences["a"].blocks if block]) < held
+    driver.move("b")
+    driver.coded = {"a", "b"}
+    driver.step(a=1, b=3)
+    while driver.sequences["a"].computed < 133 + 4 + 2 * tokens:
+        driver.step(a=7)
+    driver.code_later("a")
+    driver.step(a=4, b=1)
+    slot = driver.sequences["a"].slot
+    assert driver.state.table.coded.generated[slot, 1] == 2
+    assert driver.state.table.starts[slot] == 133 + 2 * tokens
+    # All is gone; the same tokens go the same way again, two blocks at once.
+    computed = driver.sequences["a"].computed
+    driver.preempt("a")
+    driver.outcomes.pop("a")
+    driver.coded = {"b"}
+    driver.step(a=computed, b=1)
+    driver.step(a=1)
+    driver.move("a")
+    driver.code_later("a")
+    driver.code_later("a")
+    driver.coded = {"a", "b"}
+    driver.step(a=3, b=1)
+    assert driver.state.table.coded.generated[driver.sequences["a"].slot, 1] == 2
+    # Whoever has the slot next has nothing of it.
+    slot = driver.sequences.pop("a").slot
+    driver.orders.finished.append("a")
+    driver.later.clear()
+    driver.add("c", 60)
+    driver.step(c=60, b=1)
+    assert driver.sequences["c"].slot == slot
+    assert not driver.state.table.coded.generated[slot].any()
+    driver.step(c=1, b=1)
+
+
+def test_where_nothing_is_coded_answers_are_not():
+    whole = Driver("streaming-llm:size=20")
+    short = Driver("full", ladder=Ladder.parse("int8:recent=64"))
+    for driver, prompt in ((whole, 90), (short, 40)):
+        driver.add("a", prompt)
+        driver.step(a=prompt)
+        driver.step(a=1)
+        assert driver.outcomes["a"].coded_tokens == 0
 
 
 def test_wrong_kernels_are_found(monkeypatch):

@@ -145,6 +145,7 @@ class Worker:
             coded = paged_reference._decoded(pool, table, table.coded, layer, slot, head, torch.float32)
             found += [tuple(entry[:4].tolist()) for entry in coded]
             self.read["coded"] += len(coded)
+            self.read["later"] += int(table.coded.generated[slot, 1])
         positions = list(range(one.prompt))
         if self.kept.get(name) is not None:
             where, counts, _ = self.kept[name]
@@ -294,7 +295,7 @@ def drive(folder, policy, formats, asynchronous, hybrid):
         for _ in range(rng.randrange(3) if added < total else 0):
             own = [rng.randrange(400) for _ in range(rng.randrange(1, 120))]
             ids = shared[: rng.choice([0, 0, 48, 80, 120])] + own
-            scheduler.add_request(make(f"r{added}", ids, rng.randrange(1, 70)))
+            scheduler.add_request(make(f"r{added}", ids, rng.randrange(1, 70 if formats is None else 150)))
             added += 1
         if scheduler.requests and rng.random() < 0.04:
             gone = rng.choice(sorted(scheduler.requests))
@@ -327,4 +328,5 @@ def drive(folder, policy, formats, asynchronous, hybrid):
     assert seen["hits"] > 100
     assert worker.read["held"] > 1000
     assert formats is None or worker.read["coded"] > 500
+    assert bool(worker.read["later"]) == (formats is not None)
     return seen, worker

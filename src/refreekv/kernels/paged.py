@@ -8,6 +8,10 @@ layer and head has a part, its segment. Some pages may hold coded lines (`core.p
 fit, and behind them their factors: those of each rung of a ladder of number formats have pages of their own, so that
 a layer and head has a segment a rung.
 
+Tokens that came after the prompt are coded later, a private block at a time: of such a block each layer's page holds
+the coded lines of this layer, as many consecutive tokens as fit of each head, head by head. So a block more is an
+entry more in a list of blocks, and no line that is there moves.
+
 An entry that stays is in a segment, or still listed: a list of positions of ordinary blocks. So a sequence can be
 pruned before there are private blocks for it. A negative number in a list, ``-1 - i``, is line ``i`` of a
 tensor of the segment's own: an entry that no block holds (a surrogate).
@@ -106,6 +110,10 @@ class Pool:
         """Coded lines of a page."""
         return self.lines * 2 * self.size * self.cache.element_size() // form.entry_bytes
 
+    def coded_tokens(self, form: PackedFormat) -> int:
+        """Tokens of which a block holds the coded lines of all layers and heads."""
+        return self.coded_lines(form) // self.heads
+
     @functools.cached_property
     def begins(self) -> Tensor:
         """Where each layer's and head's first token is: int64 ``[layers, H_kv, 4]``, as `kernels.table` has segments.
@@ -155,6 +163,11 @@ class Coded:
     segments : Tensor
         int64 ``[layers, slots, H_kv, R, 2]``: of each rung first line and lines, counted in lines of the rung from the
         first private page.
+    generated : Tensor
+        int32 ``[slots, 2]``: where blocks of tokens that were coded later begin among the private ones, and how many
+        they are.
+    rung : int
+        The rung that these are in.
     key_means, value_means : Tensor
         float32 ``[layers, slots, H_kv, D]``: what was taken out of entries before they were coded.
     maps : PackedMaps
@@ -169,6 +182,8 @@ class Coded:
 
     forms: tuple[PackedFormat, ...]
     segments: Tensor
+    generated: Tensor
+    rung: int
     key_means: Tensor
     value_means: Tensor
     maps: PackedMaps
@@ -178,7 +193,12 @@ class Coded:
 
     @classmethod
     def empty(
-        cls, pool: Pool, slots: int, forms: Sequence[PackedFormat], codes: Sequence[KeyCodes] | None = None
+        cls,
+        pool: Pool,
+        slots: int,
+        forms: Sequence[PackedFormat],
+        codes: Sequence[KeyCodes] | None = None,
+        rung: int = -1,
     ) -> "Coded":
         """Of sequences without coded entries.
 
@@ -190,6 +210,8 @@ class Coded:
             The rungs.
         codes : sequence of KeyCodes, optional
             Each layer's codes of keys; None: keys are rotated as values are.
+        rung : int
+            That of tokens that are coded later; -1: the last.
 
         Raises
         ------
@@ -213,6 +235,8 @@ class Coded:
         return cls(
             tuple(forms),
             segments,
+            torch.zeros(slots, 2, dtype=torch.int32, device=device),
+            rung % len(forms),
             means[0],
             means[1],
             maps,

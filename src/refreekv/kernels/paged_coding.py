@@ -10,7 +10,7 @@ from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
 from refreekv.core.quantisation import SINKS
 from refreekv.kernels.packed_calls import Transfer
-from refreekv.kernels.paged import Pool, upload
+from refreekv.kernels.paged import Coded, PagedTable, Pool, upload
 
 
 class Source(NamedTuple):
@@ -146,6 +146,7 @@ def code_to_pages(
     chosen: Chosen,
     firsts: Sequence[int],
     pages: Tensor,
+    each: int | None = None,
 ) -> None:
     """Code entries of some layers and write them to coded lines, one layer's and head's behind the other's.
 
@@ -161,6 +162,8 @@ def code_to_pages(
         The first line in each rung, counted in lines of the rung.
     pages : Tensor
         int32 ``[.]``: the private blocks.
+    each : int, optional
+        Lines of a page; None: as many as there is room for.
     """
     keys, values = pool.cache.split(pool.size, -1)  # for their type
     exact, most = source.table.flatten(0, 1), chosen.counts.amax((0, 1)).tolist()
@@ -177,8 +180,60 @@ def code_to_pages(
         if pool.cache.is_cuda:
             from refreekv.kernels.paged_storage import launch_spread
 
-            launch_spread(lines, factors, pool, form, first, pages)
+            launch_spread(lines, factors, pool, form, first, pages, each)
         else:
             from refreekv.kernels import paged_reference
 
-            paged_reference.spread(lines, factors, pool, form, first, pages)
+            paged_reference.spread(lines, factors, pool, form, first, pages, each)
+
+
+class Later:
+    """Codes tokens that came after prompts, as many as a private block holds at a time, of all layers and heads.
+
+    What the device is told is the same each time: it is told once, and lists and codes have one place.
+
+    Parameters
+    ----------
+    pool, coded : Pool, Coded
+        The cache, and what is known of coded entries: means of a slot are those of its prompt.
+    """
+
+    def __init__(self, pool: Pool, coded: Coded):
+        self._pool, self._coded, self._form = pool, coded, coded.forms[coded.rung]
+        self.tokens = pool.coded_tokens(self._form)
+        """Of a block."""
+        shape = pool.layers, 1, pool.heads, self.tokens
+        counts = torch.full((pool.layers, pool.heads, 1), self.tokens)
+        listed = torch.zeros(shape, dtype=torch.int32, device=pool.cache.device)
+        self._chosen = Chosen.of(listed, counts, [self._form])
+
+    def code(self, table: PagedTable, slot: int, blocks: Tensor, start: int, column: int) -> None:
+        """Code a sequence's next tokens. The table stays as it is; the host does not wait.
+
+        The private block may be one of those that the tokens are in.
+
+        Parameters
+        ----------
+        table, slot : PagedTable, int
+            What is kept, and the sequence.
+        blocks : Tensor
+            int32 ``[.]``: its ordinary blocks.
+        start : int
+            Position of the first of the tokens.
+        column : int
+            Which of its private blocks they go to.
+        """
+        pool, coded = self._pool, self._coded
+        at = start % pool.tokens
+        own = blocks[start // pool.tokens :][: -(-(at + self.tokens) // pool.tokens)]
+        if pool.has_lines:
+            source = Source.in_blocks(pool, own, at + self.tokens)
+        else:
+            # Lives until its codes are made.
+            copy = prompt_in_blocks(pool, own, slice(0, pool.layers), at + self.tokens)
+            source = Source.copied(copy.flatten(0, 1))
+            source = source._replace(table=source.table.view(pool.layers, pool.heads, -1))
+        self._chosen.listed.copy_(source.lines[at:])
+        maps = coded.maps.around(coded.key_means[:, slot], coded.value_means[:, slot])
+        pages, each = table.pages[slot, column:], pool.heads * self.tokens
+        code_to_pages(pool, [self._form], maps, source, self._chosen, [0], pages, each)

@@ -1,7 +1,7 @@
 """`kernels.paged` in Triton: attention of a few queries a sequence over its kept entries, coded or not, and its tail.
 
-What a sequence has of one KV head, in blocks one after the other (the lines of each rung, segment, list, tail), is
-shared out by bytes to a fixed number of programs, whatever it holds: the grid depends on the number of rows alone, and
+What a sequence has of one KV head, in blocks one after the other (the lines of each rung, those that were coded later
+behind the others of theirs, segment, list, tail), is shared out by bytes to a fixed number of programs, whatever it holds: the grid depends on the number of rows alone, and
 one CUDA graph serves any table. A program leaves a part of the softmax for each rung, in code space, and one for all
 that is exact; `kernels.paged_join` has what is before and after.
 
@@ -81,23 +81,40 @@ def _page_at(page, pages, offsets, block_stride, LAYERS: tl.constexpr):
     return tl.load(offsets + page % LAYERS) * _UNIT + there * block_stride
 
 
+@triton.jit
+def _coded_page(
+    unit, begin, own, later, layer, PER_PAGE: tl.constexpr, GENERATED: tl.constexpr, BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr,
+):  # fmt: skip
+    """The page of a block of a rung: behind its ``own`` ones those of tokens that were coded later."""
+    page = (begin + unit) // PER_PAGE
+    if GENERATED:
+        block = (unit - own) // ((GENERATED + BLOCK - 1) // BLOCK)
+        page = tl.where(unit < own, page, (later + block) * LAYERS + layer)
+    return page
+
+
 # -- attention ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _rung(
-    asked, scales, shifts, bytes_of, offsets, pages, partial, denominators, first, count, low, high, asking,
-    softcap, block_stride,
+    asked, scales, shifts, bytes_of, offsets, pages, partial, denominators, first, count, own, later, layer, head,
+    low, high, asking, softcap, block_stride,
     LEVEL: tl.constexpr, HEAD: tl.constexpr, FIELDS: tl.constexpr, LAYERS: tl.constexpr, ITEM: tl.constexpr,
     HALF: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of a segment of coded lines, counted from its first one; as `packed_decode` reads."""
+    """Blocks ``low`` to ``high`` of a rung, counted from its first one; as `packed_decode` reads.
+
+    The first ``own`` ones are those of its segment, the others those of tokens that were coded later.
+    """
     KEYS: tl.constexpr = constant(LEVEL, 0)
     VALUES: tl.constexpr = constant(LEVEL, 1)
     LINE: tl.constexpr = constant(LEVEL, 2)
     KEY_CHUNKS: tl.constexpr = constant(LEVEL, 3)
     VALUE_CHUNKS: tl.constexpr = constant(LEVEL, 4)
     LINES: tl.constexpr = constant(LEVEL, 5)
+    GENERATED: tl.constexpr = constant(LEVEL, 7)
     PER_PAGE: tl.constexpr = (LINES + BLOCK - 1) // BLOCK
     dtype: tl.constexpr = tl.float16 if HALF else tl.float32
     g = tl.arange(0, BLOCK_G)
@@ -106,20 +123,29 @@ def _rung(
     q, lacking = queries_of(asked + g * HEAD, asking, KEYS, KEY_CHUNKS, dtype, BLOCK_G)
     highest, total, weighed, results = nothing_yet(VALUES, VALUE_CHUNKS, BLOCK, BLOCK_G)
     begin = _unit_of(first, LINES, BLOCK)
-    at = _page_at((begin + low) // PER_PAGE, pages, offsets, block_stride, LAYERS)
-    for unit in range(begin + low, begin + high):
-        page = unit // PER_PAGE
+    page = _coded_page(low, begin, own, later, layer, PER_PAGE, GENERATED, BLOCK, LAYERS)
+    at = _page_at(page, pages, offsets, block_stride, LAYERS)
+    for unit in range(low, high):
+        page = (begin + unit) // PER_PAGE
         base = bytes_of + at * ITEM
         # Pages and lines begin at such multiples, which Triton cannot know of a number.
         lines = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), 16 if LINE % 16 == 0 else 8)
         factors = tl.multiple_of((base + LINES * LINE).to(tl.pointer_type(tl.uint32)), 4)
         # Looked up a block ahead: so lines are fetched as many blocks ahead as there are stages.
-        following = tl.minimum(unit + 1, begin + high - 1) // PER_PAGE
+        following = tl.minimum(unit + 1, high - 1)
+        following = _coded_page(following, begin, own, later, layer, PER_PAGE, GENERATED, BLOCK, LAYERS)
         at = _page_at(following, pages, offsets, block_stride, LAYERS)
         # In lines of the page; a segment ends and begins anywhere in it.
         least = tl.maximum(first - page * LINES, 0)
         last = tl.minimum(first + count - page * LINES, LINES) - 1
-        n = (unit % PER_PAGE) * BLOCK + tl.arange(0, BLOCK)
+        start = (begin + unit) % PER_PAGE * BLOCK
+        if GENERATED:
+            inner = unit < own
+            within = (unit - own) % ((GENERATED + BLOCK - 1) // BLOCK) * BLOCK
+            start = tl.where(inner, start, head * GENERATED + within)
+            least = tl.where(inner, least, head * GENERATED)
+            last = tl.where(inner, last, head * GENERATED + GENERATED - 1)
+        n = start + tl.arange(0, BLOCK)
         inside = (n >= least) & (n <= last)
         # Of others the next one in the segment, which will have no weight: this takes less than masks do.
         line = tl.minimum(tl.maximum(n, least), last)
@@ -137,7 +163,7 @@ def _rung(
 @triton.jit(do_not_specialize=[*TOLD, "layer", "table_stride", "page_stride"])
 def _paged_levels_kernel(
     query, asked, scales, shifts, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded,
-    starts, pages, partial, denominators,
+    generated, starts, pages, partial, denominators,
     layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride,
     block_stride, token_stride, head_stride,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,7 +185,10 @@ def _paged_levels_kernel(
         start = tl.load(starts + slot)
         own_pages = pages + slot * page_stride
         work = tl.zeros([], tl.int32)
-        firsts, counts, units, places = (), (), (), ()
+        firsts, counts, owns, units, places = (), (), (), (), ()
+        later = 0
+        if RUNGS:
+            later = tl.load(generated + slot * 2)
         for r in tl.static_range(RUNGS):
             at_rung = coded + ((slot * heads + head) * RUNGS + r) * 2
             line, lines = tl.load(at_rung).to(tl.int32), tl.load(at_rung + 1).to(tl.int32)
@@ -170,7 +199,11 @@ def _paged_levels_kernel(
                 - _unit_of(line, constant(LEVELS, r, 5), CODED_BLOCK),
                 0,
             )
-            firsts, counts, units, places = firsts + (line,), counts + (lines,), units + (blocks_of,), places + (work,)
+            firsts, counts, owns, places = firsts + (line,), counts + (lines,), owns + (blocks_of,), places + (work,)
+            if constant(LEVELS, r, 7):
+                each = (constant(LEVELS, r, 7) + CODED_BLOCK - 1) // CODED_BLOCK
+                blocks_of += tl.load(generated + slot * 2 + 1) * each
+            units = units + (blocks_of,)  # noqa: PLR6104 - Triton's tuples have no other way
             work += blocks_of * constant(LEVELS, r, 6)
         packed = work
         held_blocks, listed_blocks = (held + BLOCK - 1) // BLOCK, (listed + BLOCK - 1) // BLOCK
@@ -196,8 +229,8 @@ def _paged_levels_kernel(
             if stop > some:
                 _rung(
                     asked + mine * HEAD, scales + mine, shifts + mine, pool.to(tl.pointer_type(tl.uint8)), offsets,
-                    own_pages, partial + part_at * FIELDS, denominators + part_at, firsts[r], counts[r], some, stop,
-                    asking_g, softcap, block_stride,
+                    own_pages, partial + part_at * FIELDS, denominators + part_at, firsts[r], counts[r], owns[r], later,
+                    layer, head, some, stop, asking_g, softcap, block_stride,
                     constant(LEVELS, r), HEAD, FIELDS, LAYERS, ITEM, HALF, BLOCK_G, CODED_BLOCK, HAS_CAP, ASSEMBLY,
                 )  # fmt: skip
             else:
@@ -264,12 +297,17 @@ def _shares(rows: int, heads: int, device: torch.device) -> int:
 
 
 @functools.cache
-def _levels(forms: tuple[PackedFormat, ...], page_bytes: int, block: int) -> tuple[tuple[Any, ...], ...]:
-    """What the kernel is told of each rung: as `packed_decode`, then lines of a page and what a block costs."""
+def _levels(
+    forms: tuple[PackedFormat, ...], page_bytes: int, block: int, generated: int, tokens: int
+) -> tuple[tuple[Any, ...], ...]:
+    """What the kernel is told of each rung: as `packed_decode`, then lines of a page, what a block costs, and in the
+    rung ``generated`` the tokens of a private block, else 0.
+    """
     found = []
-    for form in forms:
+    for rung, form in enumerate(forms):
         cost = max(1, round(block * form.entry_bytes / COST))
-        found.append((*level_of(form)[:5], page_bytes // form.entry_bytes, cost))
+        more = tokens if rung == generated else 0
+        found.append((*level_of(form)[:5], page_bytes // form.entry_bytes, cost, more))
     return tuple(found)
 
 
@@ -323,14 +361,16 @@ def launch_paged_levels(
     fields = size * (2 if any(apart(form)[1] for form in forms) else 1)
     parts = Parts.empty(count, heads, shares, 1 + len(forms), most, fields, query.device)
     asked = scales = shifts = query
-    segments = table.segments[layer]
+    segments, generated, rung, tokens = table.segments[layer], table.starts, -1, 0
     if coded is not None:
+        generated, rung = coded.generated, coded.rung
+        tokens = pool.coded_tokens(forms[rung])
         asked, scales, shifts = prepare(query, rows, coded, layer, scaling, softcap)
         segments = coded.segments[layer]
     options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
     _paged_levels_kernel[(count, heads, shares)](
         query, asked, scales, shifts, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths,
-        rows.tables, rows.slots, table.segments[layer], segments, table.starts, table.pages, parts.results,
+        rows.tables, rows.slots, table.segments[layer], segments, generated, table.starts, table.pages, parts.results,
         parts.denominators,
         layer, group, most, scaling, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
         block_table.stride(0), table.pages.stride(0), *pool.shared_strides(),
@@ -338,7 +378,7 @@ def launch_paged_levels(
         LINES=pool.lines, LAYERS=pool.layers, TOKENS=pool.tokens, PRODUCT=TYPES[product],
         HAS_CAP=softcap is not None, ITEM=item,
         HALF=product.itemsize == 2, ASSEMBLY=query.is_cuda if assembly is None else assembly,
-        RUNGS=len(forms), LEVELS=_levels(forms, pool.lines * 2 * size * item, coded_block),
+        RUNGS=len(forms), LEVELS=_levels(forms, pool.lines * 2 * size * item, coded_block, rung, tokens),
         COST=max(1, block * 2 * size * item // COST), CODED_BLOCK=coded_block,
         BLOCK_G=max(8, triton.next_power_of_2(most)), **options,
         num_warps=warps, num_stages=stages,

@@ -99,16 +99,19 @@ def sum_of_blocks(pool: Pool, blocks: Tensor, first: int, prompt: int) -> Tensor
     return torch.stack(found).view(pool.layers, pool.heads, 2 * pool.size)
 
 
-def spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
-    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
-    for index, (line, factor) in enumerate(zip(lines, factors, strict=True)):
-        for into, part in zip(_coded_line(pool, form, pages, first + index), (line, factor), strict=True):
+def spread(
+    lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor, each: int | None = None
+) -> None:
+    """`kernels.paged_storage.launch_spread`."""
+    each = pool.coded_lines(form) if each is None else each
+    for index, (line, factor) in enumerate(zip(lines, factors, strict=True), first):
+        page, within = divmod(index, each)
+        for into, part in zip(_coded_line(pool, form, pages, page, within), (line, factor), strict=True):
             into.copy_(part)
 
 
-def _coded_line(pool: Pool, form: PackedFormat, pages: Tensor, line: int) -> tuple[Tensor, Tensor]:
-    """A coded line and its factors, as bytes."""
-    page, within = divmod(line, pool.coded_lines(form))
+def _coded_line(pool: Pool, form: PackedFormat, pages: Tensor, page: int, within: int) -> tuple[Tensor, Tensor]:
+    """A coded line of a page and its factors, as bytes."""
     block, layer = divmod(page, pool.layers)
     each = pool.cache.element_size()
     at = pool.cache.data_ptr() + (int(pool.offsets[layer]) * UNIT + int(pages[block]) * pool.cache.stride(0)) * each
@@ -126,8 +129,14 @@ def _decoded(
     """Entries ``[t, 2 * D]`` that a head's codes stand for, rung by rung."""
     dual, back = coded.key_duals[layer][head].to(wide), rotation(pool.size).T.to(wide)
     parts = [torch.zeros(0, 2 * pool.size, dtype=wide)]
-    for form, (first, count) in zip(coded.forms, coded.segments[layer, slot, head].tolist(), strict=True):
-        found = [_coded_line(pool, form, table.pages[slot], line) for line in range(first, first + count)]
+    later, blocks = coded.generated[slot].tolist()
+    for rung, form in enumerate(coded.forms):
+        first, count = coded.segments[layer, slot, head, rung].tolist()
+        places = [divmod(line, pool.coded_lines(form)) for line in range(first, first + count)]
+        if rung == coded.rung:
+            mine = range(head * pool.coded_tokens(form), (head + 1) * pool.coded_tokens(form))
+            places += [((later + block) * pool.layers + layer, line) for block in range(blocks) for line in mine]
+        found = [_coded_line(pool, form, table.pages[slot], *place) for place in places]
         if found:
             lines, factors = (torch.stack(part) for part in zip(*found, strict=True))
             keys, values = form.unpack(lines, factors.view(torch.float16), wide)

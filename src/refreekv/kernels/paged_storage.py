@@ -44,24 +44,24 @@ def _paged_move_kernel(
 @triton.jit(do_not_specialize=["first", "count"])
 def _paged_spread_kernel(
     lines, factors, pool, offsets, pages, first, count, block_stride,
-    LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, LAYERS: tl.constexpr,
-    ITEM: tl.constexpr,
+    LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, EACH: tl.constexpr,
+    LAYERS: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
     """Some coded lines and their factors, to their pages."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < count
     line = first + entry
-    page = line // CODED_LINES
+    page = line // EACH
     block = tl.load(pages + page // LAYERS, inside, 0).to(tl.int64)
     at = (tl.load(offsets + page % LAYERS, inside, 0) * _UNIT + block * block_stride) * ITEM
     bytes_of = pool.to(tl.pointer_type(tl.uint8))
-    into = (bytes_of + at + CODED_LINES * LINE).to(tl.pointer_type(tl.uint32)) + line % CODED_LINES
+    into = (bytes_of + at + CODED_LINES * LINE).to(tl.pointer_type(tl.uint32)) + line % EACH
     tl.store(into, tl.load(factors.to(tl.pointer_type(tl.uint32)) + entry, inside), inside)
     w = tl.arange(0, BLOCK_W)
     real = inside[:, None] & (w < LINE // 8)[None, :]
     # Lines are multiples of 8 bytes.
     source = lines.to(tl.pointer_type(tl.int64)) + entry[:, None].to(tl.int64) * (LINE // 8) + w[None, :]
-    target = (bytes_of + at + (line % CODED_LINES) * LINE).to(tl.pointer_type(tl.int64))
+    target = (bytes_of + at + (line % EACH) * LINE).to(tl.pointer_type(tl.int64))
     tl.store(target[:, None] + w[None, :], tl.load(source, real), real)
 
 
@@ -153,10 +153,16 @@ def launch_move(
 
 
 @on_its_device
-def launch_spread(lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor) -> None:
-    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``."""
+def launch_spread(
+    lines: Tensor, factors: Tensor, pool: Pool, form: PackedFormat, first: int, pages: Tensor, each: int | None = None
+) -> None:
+    """Copy coded lines ``[t, line_bytes]`` and factors ``[t, 4]`` to pages, the first of them to line ``first``.
+
+    Of a page ``each`` lines are written; None: as many as it has.
+    """
+    most = pool.coded_lines(form)
     _paged_spread_kernel[(triton.cdiv(len(lines), 32),)](
         lines, factors, pool.cache, pool.offsets, pages, first, len(lines), pool.cache.stride(0),
         LINE=form.line_bytes, BLOCK_W=triton.next_power_of_2(form.line_bytes // 8), BLOCK=32,
-        CODED_LINES=pool.coded_lines(form), LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
+        CODED_LINES=most, EACH=most if each is None else each, LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
     )  # fmt: skip

@@ -54,6 +54,10 @@ class PruningOutcome:
         Whether tokens after the prompt see anything else than all of it, as it was computed.
     bytes_share : float or None
         Bytes of what is kept, as it is stored, as a share of the whole prompt's; None: as of its entries.
+    coded_tokens : int
+        How many tokens that come after the prompt a private block holds coded; 0: they stay as they are.
+    recent : int
+        The newest of them that stay as they are.
     """
 
     request_id: str
@@ -65,6 +69,8 @@ class PruningOutcome:
     groups: tuple[GroupOutcome, ...]
     altered: bool
     bytes_share: float | None = None
+    coded_tokens: int = 0
+    recent: int = 0
 
 
 @dataclass
@@ -88,6 +94,14 @@ class CopyOrder:
     blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class CodeOrder:
+    """Scheduler → worker: code the oldest of a request's tokens that came after its prompt into one block more."""
+
+    request_id: str
+    block: int
+
+
 @dataclass
 class StepOrders(KVConnectorMetadata):
     """Scheduler → worker, with every step.
@@ -100,8 +114,11 @@ class StepOrders(KVConnectorMetadata):
         Requests preempted since the last step, with how often they now have been.
     copies : list of CopyOrder
         To carry out, in this order, before anything of the step is computed.
+    codes : list of CodeOrder
+        Likewise, after the copies.
     """
 
     finished: list[str] = field(default_factory=list)
     preempted: dict[str, int] = field(default_factory=dict)
     copies: list[CopyOrder] = field(default_factory=list)
+    codes: list[CodeOrder] = field(default_factory=list)

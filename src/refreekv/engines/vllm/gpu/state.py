@@ -17,7 +17,7 @@ from refreekv.engines.vllm.gpu.held import Held, begins
 from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayersKept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
-from refreekv.engines.vllm.messages import CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
+from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import (
@@ -31,6 +31,7 @@ from refreekv.kernels.paged import (
     paged_attention,
     upload,
 )
+from refreekv.kernels.paged_coding import Later
 from refreekv.policies import Policy
 
 EASY = 8
@@ -93,6 +94,7 @@ class KeptState:
         self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens))
         self.forms: tuple[PackedFormat, ...] = ()
         self._codes: list[KeyCodes] | None = None
+        self._later: Later | None = None
         self.code_by(None)
         self.block = self.pool.tokens
         self.device = self.pool.cache.device
@@ -119,7 +121,8 @@ class KeptState:
         pool = self.pool
         self.forms = self.ladder.forms((pool.size, pool.size), sorted_keys=codes is not None)
         mine = None if codes is None else [own.of_heads(self._own) for own in codes]
-        self.table = replace(self.table, coded=Coded.empty(pool, self.table.segments.shape[1], self.forms, mine))
+        coded = Coded.empty(pool, self.table.segments.shape[1], self.forms, mine, self.ladder.generated)
+        self.table, self._later = replace(self.table, coded=coded), Later(pool, coded)
         self.layers = {
             name: replace(layer, facts=replace(layer.facts, codes=None if codes is None else codes[layer.facts.index]))
             for name, layer in self.layers.items()
@@ -129,7 +132,7 @@ class KeptState:
     def code_nothing(self) -> None:
         """Store what is kept as it is, from now on."""
         self.ladder, self.forms, self._codes = None, (), None
-        self.table = replace(self.table, coded=None)
+        self.table, self._later = replace(self.table, coded=None), None
 
     def fault(self) -> str | None:
         """What is wrong with coded entries on this device; None if nothing is, or nothing is to be coded."""
@@ -152,6 +155,7 @@ class KeptState:
         self.table.starts.zero_()
         if self.table.coded is not None:
             self.table.coded.segments.zero_()
+            self.table.coded.generated.zero_()
 
     @property
     def _facts(self) -> list[LayerFacts]:
@@ -176,6 +180,8 @@ class KeptState:
         self._waiting = [one for one in self._waiting if self.requests.get(one[0]) is one[1] and not one[1].announced]
         for order in orders.copies:
             self._move(order)
+        for code in orders.codes:
+            self._code_later(code)
 
     def admit(self, request_id: str, slot: int, prompt: int) -> None:
         """A request has got a slot: it is new, comes back after a preemption, or goes on with a session."""
@@ -191,6 +197,7 @@ class KeptState:
         self._prompts[slot] = tracked.prompt
         if self.table.coded is not None:
             self.table.coded.segments[:, slot].zero_()
+            self.table.coded.generated[slot].zero_()
         if tracked.kept is None:
             self.table.segments[:, slot].zero_()
             self.table.starts[slot] = 0
@@ -362,8 +369,14 @@ class KeptState:
         coded = self.ladder is not None and group.copies > 0
         return PruningOutcome(
             request_id, tracked.epoch, prompt, kept, kept, held.metrics, (group,), min(kept) < prompt or coded,
-            held.share_of_bytes(self.pool, prompt, self.forms if coded else ()),
+            held.share_of_bytes(self.pool, prompt, self.forms if coded else ()), *self._coded_later(coded),
         )  # fmt: skip
+
+    def _coded_later(self, coded: bool) -> tuple[int, int]:
+        """How many tokens after a prompt that is coded are coded together, and how many of the newest never are."""
+        if not coded or self.ladder is None or self._later is None:
+            return 0, 0
+        return self._later.tokens, self.ladder.recent
 
     def _held(self, tracked: Tracked) -> "Held":
         assert tracked.numbers is not None
@@ -390,5 +403,22 @@ class KeptState:
         line[..., FIRST], line[..., HELD] = places[0], places[2]
         self.table.segments[:, slot] = line
         self.table.pages[slot, : len(pages)] = pages
+        tracked.private = len(order.blocks)
         # What was decided stays in bits, should the request be preempted.
         kept.lists = None
+
+    def _code_later(self, order: CodeOrder) -> None:
+        """Code the next tokens that came after a request's prompt into one private block more."""
+        tracked, later, coded = self.requests.get(order.request_id), self._later, self.table.coded
+        if tracked is None or tracked.slot < 0:
+            return
+        assert later is not None
+        assert coded is not None
+        slot, column = tracked.slot, tracked.private + tracked.coded
+        start = tracked.prompt + tracked.coded * later.tokens
+        # Of single numbers the device is told with what fills them.
+        self.table.pages[slot, column] = order.block
+        later.code(self.table, slot, self._blocks_of(slot), start, column)
+        tracked.coded += 1
+        coded.generated[slot, 0], coded.generated[slot, 1] = tracked.private, tracked.coded
+        self.table.starts[slot] = start + later.tokens

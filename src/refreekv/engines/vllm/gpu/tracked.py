@@ -57,6 +57,8 @@ class Tracked:
         Of what stays, entries of each layer and head, then the layers' metrics: float64 ``[L * H_kv + L]``.
     announced : bool
         Whether the scheduler has been told since the last preemption.
+    private, coded : int
+        Private blocks of what is kept, and further ones with coded tokens that came after the prompt.
     """
 
     prompt: int
@@ -68,9 +70,12 @@ class Tracked:
     kept: KeptPrompt | None = None
     numbers: HostCopy | None = None
     announced: bool = False
+    private: int = 0
+    coded: int = 0
 
     def preempt(self, epoch: int) -> None:
         """All blocks are gone, everything is computed again; what was decided stays."""
         self.epoch, self.announced, self.slot = epoch, False, -1
+        self.private = self.coded = 0
         if not self.decided:
             self.probes, self.layers = None, {}

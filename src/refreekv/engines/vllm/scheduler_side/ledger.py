@@ -20,12 +20,18 @@ class Entry:
         Groups whose tokens still wait for private blocks to be copied into.
     freed : int
         Blocks given back since the last preemption.
+    coded : int
+        Private blocks with coded tokens that came after the prompt, since the last preemption.
+    due : int or None
+        Tokens that are to be computed before another block of them is coded; None while none will be.
     """
 
     request: Any
     outcome: PruningOutcome | None = None
     pending: list[int] = field(default_factory=list)
     freed: int = 0
+    coded: int = 0
+    due: int | None = None
 
 
 class Ledger:

@@ -92,6 +92,22 @@ class PrivateAttentionManager(PrunedAttentionManager):
         self.private[request_id] = list(private)
         return self.free_range(request_id, 0, stop) - len(private)
 
+    def code_range(self, request_id: str, start: int, stop: int) -> tuple[int, int] | None:
+        """Hold one more private block instead of those in table entries ``start … stop - 1``, of which it may be one.
+
+        Returns
+        -------
+        block, freed : int
+            The block's id, and blocks held fewer. None if no block is free, not even one of those.
+        """
+        blocks, pool = self.req_to_blocks[request_id], self.block_pool
+        if not pool.get_num_free_blocks() and all(block.ref_cnt > 1 for block in blocks[start:stop]):
+            return None
+        freed = self.free_range(request_id, start, stop)
+        (block,) = pool.get_new_blocks(1)
+        self.private[request_id].append(block)
+        return block.block_id, freed - 1
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks that a request holds, which are no longer its own: whoever calls this frees them."""
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import RequestStatus
 
-from refreekv.engines.vllm.messages import CopyOrder, PruningOutcome, StepOrders
+from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, PruningOutcome, StepOrders
 from refreekv.engines.vllm.metrics import PruningStats
 from refreekv.engines.vllm.scheduler_side.ledger import Entry, Ledger
-from refreekv.engines.vllm.scheduler_side.manager import PrunedAttentionManager
+from refreekv.engines.vllm.scheduler_side.manager import PrivateAttentionManager, PrunedAttentionManager
 from refreekv.engines.vllm.scheduler_side.reserve import Reserve
 
 
@@ -21,6 +22,9 @@ class Reclaimer:
     same step, because its own writes come after the copies. Until there are blocks to copy
     into, the workers attend to the kept tokens where they are: memory decides when blocks
     come back, never what is computed.
+
+    Tokens that came after a prompt are coded by the block, once so many of them are no longer among the newest: the
+    blocks that they leave are free at once, and the one that they go to may be one of those.
     """
 
     def __init__(self) -> None:
@@ -62,7 +66,7 @@ class Reclaimer:
             self._stats.count_outcome(outcome, first=entry.outcome is None)
             if self._reserve is not None:
                 self._reserve.learn(outcome)
-            entry.outcome, entry.freed = outcome, 0
+            entry.outcome, entry.freed, entry.coded, entry.due = outcome, 0, 0, None
             entry.pending = [index for index, group in enumerate(outcome.groups) if group.copies]
             for index, group in enumerate(outcome.groups):
                 if group.freed and not group.copies:
@@ -94,6 +98,34 @@ class Reclaimer:
             order = CopyOrder(outcome.request_id, index, tuple(block.block_id for block in private))
             self._copies.append((outcome, order))
             entry.pending.pop(0)
+            if outcome.coded_tokens:
+                entry.due = outcome.prompt + outcome.coded_tokens + outcome.recent
+
+    def _code_later(self) -> list[CodeOrder]:
+        """Have tokens coded that are no longer among the newest of their requests."""
+        found = []
+        for request_id, entry in self.ledger.entries.items():
+            request, outcome = entry.request, entry.outcome
+            if entry.due is None or request.num_computed_tokens < entry.due or outcome is None:
+                continue
+            if self.ledger.current(outcome) is None or request.status != RequestStatus.RUNNING:
+                continue
+            manager = self._managers[0]
+            assert isinstance(manager, PrivateAttentionManager)
+            # Drafts that are not taken are computed anew, as another token.
+            certain = min(request.num_computed_tokens, request.num_tokens)
+            while certain >= entry.due:
+                start = outcome.prompt + entry.coded * outcome.coded_tokens
+                told = manager.code_range(
+                    request_id, start // manager.block_size, (start + outcome.coded_tokens) // manager.block_size
+                )
+                if told is None:
+                    break
+                block, freed = told
+                found.append(CodeOrder(request_id, block))
+                entry.coded, entry.due = entry.coded + 1, entry.due + outcome.coded_tokens
+                self._freed(entry, freed)
+        return found
 
     def _freed(self, entry: Entry, blocks: int) -> None:
         entry.freed += blocks
@@ -109,7 +141,7 @@ class Reclaimer:
         # Of a request that was preempted or ended meanwhile, the blocks belong to others.
         copies = [order for outcome, order in self._copies if self.ledger.current(outcome) is not None]
         self._copies = []
-        return StepOrders(list(scheduler_output.finished_req_ids), preempted, copies)
+        return StepOrders(list(scheduler_output.finished_req_ids), preempted, copies, self._code_later())
 
     def finish(self, request_id: str) -> dict[str, Any] | None:
         """Close a request's account; what its response says, if its prompt has ended."""
