@@ -212,6 +212,7 @@ def paged(dtype, group, head_size, kinds, queries=1):
     for form in forms:
         lines, factors = (torch.zeros(5, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
         launch_spread(lines, factors, pool, form, 0, zeros)
+        launch_spread(lines, factors, pool, form, 0, zeros, 2 * pool.coded_tokens(form))
 
 
 def in_blocks(dtype, rows, name):

@@ -17,6 +17,7 @@ from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm.gpu import trial
 from refreekv.kernels import paged_reference, shared_memory
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
+from refreekv.kernels.paged_coding import Later
 from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_read, launch_spread, launch_sum
 
@@ -56,7 +57,7 @@ def main():
 
     memory = torch.zeros(LAYERS, 9, TOKENS, HEADS, 2 * SIZE, dtype=torch.bfloat16)
     pool = Pool.of([part.transpose(1, 2) for part in memory])
-    trial._compile(torch.device("cpu"), pool, FORMS, None, GROUP, 0.1, None)
+    trial._compile(torch.device("cpu"), pool, FORMS, None, GROUP, 0.1, None, len(FORMS) - 1)
     side_by_side = sorted(found)
     trial.fault(pool, GROUP, FORMS, None, 0.1, None)
     ahead = sorted(found)
@@ -74,6 +75,11 @@ def main():
             lines, factors = (torch.zeros(count, size, dtype=torch.uint8) for size in (form.line_bytes, 4))
             launch_spread(lines, factors, pool, form, first, torch.zeros(9, dtype=torch.int32))
             uses[f"{count} lines of {form} from {first}"] = sorted(found)
+    later = Later(pool, table.coded)
+    for slot, start, column in ((0, 40, 9), (7, 33, 2), (16, 64, 16)):
+        found.clear()
+        later.code(table, slot, torch.zeros(SLOTS, 33, dtype=torch.int32)[slot], start, column)
+        uses[f"slot {slot} from {start} to {column}"] = sorted(found)
     # A request's blocks are a row of vLLM's table, which may begin anywhere.
     of_slots = []
     for row in torch.zeros(2, 33, dtype=torch.int32):

@@ -340,9 +340,7 @@ def test_tokens_that_are_coded_later(dtype, device, close, kind, coded_block, by
         query, *told, rows, case.table, out, 0.2, None, None, **({"coded_block": coded_block} if coded_block else {})
     )
     if device == "cpu":
-        decoded = paged_reference._decoded(
-            case.pool, case.table, case.table.coded, 1, case.slots[1], 1, torch.float32
-        )
+        decoded = paged_reference._decoded(case.pool, case.table, case.table.coded, 1, case.slots[1], 1, torch.float32)
         place = sum(
             int(case.table.coded.segments[1, case.slots[1], 1, rung, 1]) for rung in range(case.table.coded.rung + 1)
         )

@@ -1,9 +1,9 @@
 """`kernels.paged` in Triton: attention of a few queries a sequence over its kept entries, coded or not, and its tail.
 
 What a sequence has of one KV head, in blocks one after the other (the lines of each rung, those that were coded later
-behind the others of theirs, segment, list, tail), is shared out by bytes to a fixed number of programs, whatever it holds: the grid depends on the number of rows alone, and
-one CUDA graph serves any table. A program leaves a part of the softmax for each rung, in code space, and one for all
-that is exact; `kernels.paged_join` has what is before and after.
+behind the others of theirs, segment, list, tail), is shared out by bytes to a fixed number of programs, whatever it
+holds: the grid depends on the number of rows alone, and one CUDA graph serves any table. A program leaves a part of the
+softmax for each rung, in code space, and one for all that is exact; `kernels.paged_join` has what is before and after.
 
 Lines are read by `kernels.packed_block`. A block of them lies within a page, so that it has one address.
 """
@@ -203,7 +203,7 @@ def _paged_levels_kernel(
             if constant(LEVELS, r, 7):
                 each = (constant(LEVELS, r, 7) + CODED_BLOCK - 1) // CODED_BLOCK
                 blocks_of += tl.load(generated + slot * 2 + 1) * each
-            units = units + (blocks_of,)  # noqa: PLR6104 - Triton's tuples have no other way
+            units = units + (blocks_of,)
             work += blocks_of * constant(LEVELS, r, 6)
         packed = work
         held_blocks, listed_blocks = (held + BLOCK - 1) // BLOCK, (listed + BLOCK - 1) // BLOCK
@@ -300,8 +300,9 @@ def _shares(rows: int, heads: int, device: torch.device) -> int:
 def _levels(
     forms: tuple[PackedFormat, ...], page_bytes: int, block: int, generated: int, tokens: int
 ) -> tuple[tuple[Any, ...], ...]:
-    """What the kernel is told of each rung: as `packed_decode`, then lines of a page, what a block costs, and in the
-    rung ``generated`` the tokens of a private block, else 0.
+    """What the kernel is told of each rung: as `packed_decode`, lines of a page, and what a block costs.
+
+    Then tokens of a private block in the rung of those that are coded later, 0 in others.
     """
     found = []
     for rung, form in enumerate(forms):

@@ -41,7 +41,7 @@ def _paged_move_kernel(
         tl.store(pool + target[:, None] + w[None, :], tl.load(pool + source[:, None] + w[None, :], real), real)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["pages", "first", "count"])
 def _paged_spread_kernel(
     lines, factors, pool, offsets, pages, first, count, block_stride,
     LINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, CODED_LINES: tl.constexpr, EACH: tl.constexpr,
@@ -161,8 +161,9 @@ def launch_spread(
     Of a page ``each`` lines are written; None: as many as it has.
     """
     most = pool.coded_lines(form)
+    each = most if each is None else each
     _paged_spread_kernel[(triton.cdiv(len(lines), 32),)](
         lines, factors, pool.cache, pool.offsets, pages, first, len(lines), pool.cache.stride(0),
         LINE=form.line_bytes, BLOCK_W=triton.next_power_of_2(form.line_bytes // 8), BLOCK=32,
-        CODED_LINES=most, EACH=most if each is None else each, LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
+        CODED_LINES=most, EACH=each, LAYERS=pool.layers, ITEM=pool.cache.element_size(), num_warps=4,
     )  # fmt: skip

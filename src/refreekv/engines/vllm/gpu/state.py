@@ -17,7 +17,14 @@ from refreekv.engines.vllm.gpu.held import Held, begins
 from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayersKept
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
-from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, GroupOutcome, PruningOutcome, StepOrders, WorkerOutcomes
+from refreekv.engines.vllm.messages import (
+    CodeOrder,
+    CopyOrder,
+    GroupOutcome,
+    PruningOutcome,
+    StepOrders,
+    WorkerOutcomes,
+)
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import (
@@ -140,7 +147,7 @@ class KeptState:
             return None
         facts = min((layer.facts for layer in self.layers.values()), key=lambda facts: facts.index)
         codes = None if self._codes is None else self._codes[0]
-        return trial.fault(self.pool, self.group, self.forms, codes, facts.scale, facts.softcap)
+        return trial.fault(self.pool, self.group, self.forms, codes, facts.scale, facts.softcap, self.ladder.generated)
 
     def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
         """Show policies from now on how much each KV head of each layer copies."""

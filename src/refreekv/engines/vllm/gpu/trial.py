@@ -16,7 +16,7 @@ from torch import Tensor
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels.paged import LIST, LISTED, Coded, PagedTable, Pool, Rows, move_to_pages, paged_attention
-from refreekv.kernels.paged_coding import Chosen, Source, centres_in_blocks, code_to_pages
+from refreekv.kernels.paged_coding import Chosen, Later, Source, centres_in_blocks, code_to_pages
 from refreekv.storage.trial import CLOSE
 from refreekv.storage.warm_up import available_cores
 
@@ -25,7 +25,13 @@ EACH, TAIL = 48, 20
 
 
 def fault(
-    pool: Pool, group: int, forms: Sequence[PackedFormat], codes: KeyCodes | None, scaling: float, softcap: float | None
+    pool: Pool,
+    group: int,
+    forms: Sequence[PackedFormat],
+    codes: KeyCodes | None,
+    scaling: float,
+    softcap: float | None,
+    rung: int = -1,
 ) -> str | None:
     """What is wrong with coded entries on the device of a cache; None if nothing is.
 
@@ -39,15 +45,16 @@ def fault(
         How entries will be coded, in one of the layers.
     scaling, softcap
         Of the model's attention.
+    rung : int
+        That of tokens that are coded later.
     """
-    device, told = pool.cache.device, (pool, forms, codes)
+    device, told, rung = pool.cache.device, (pool, forms, codes), rung % len(forms)
     try:
         if device.type == "cuda":
-            _compile(device, *told, group, scaling, softcap)
+            _compile(device, *told, group, scaling, softcap, rung)
         with torch.inference_mode(False), torch.no_grad():
-            tried, plain = (
-                _attended(_coded(place, *told), group, scaling, softcap) for place in (device, torch.device("cpu"))
-            )
+            places = device, torch.device("cpu")
+            tried, plain = (_attended(_coded(place, *told, rung), group, scaling, softcap) for place in places)
     except Exception as error:  # a compiler's, a driver's, whatever keeps kernels from running
         return f"{type(error).__name__}: {error}".splitlines()[0]
     off = float((tried - plain).norm() / plain.norm())
@@ -62,14 +69,15 @@ def _compile(
     group: int,
     scaling: float,
     softcap: float | None,
+    rung: int,
 ) -> None:
     """Have attention and the coding of each rung compiled side by side: one after the other takes twice as long."""
 
     def attend() -> None:
-        _attended(_coded(device, like, forms, codes, each=0), group, scaling, softcap)
+        _attended(_coded(device, like, forms, codes, rung, each=0), group, scaling, softcap)
 
     def code(form: PackedFormat) -> None:
-        _coded(device, like, [form], codes)
+        _coded(device, like, [form], codes, 0 if form == forms[rung] else None)
 
     def run(job: Callable[[], None]) -> None:
         # Both are settings of a thread.
@@ -82,18 +90,25 @@ def _compile(
 
 
 def _coded(
-    device: torch.device, like: Pool, forms: Sequence[PackedFormat], codes: KeyCodes | None, each: int = EACH
+    device: torch.device,
+    like: Pool,
+    forms: Sequence[PackedFormat],
+    codes: KeyCodes | None,
+    rung: int | None,
+    each: int = EACH,
 ) -> tuple[Pool, PagedTable]:
     """Pages with ``each`` made-up entries of a head in each rung, coded out of the last blocks.
 
-    The sequence's tail is in the blocks from 1 on.
+    The sequence's tail is in the blocks from 1 on; in a rung that is given a block of it is coded, unless there are no
+    entries.
     """
     generator = torch.Generator().manual_seed(0)
     rungs, heads, size, dtype = len(forms), like.heads, like.size, like.cache.dtype
     lines = [like.coded_lines(form) for form in forms]
     needed = [-(-heads * each // own) for own in lines]
-    ordinary = -(-TAIL // like.tokens)
-    blocks, prompt = 1 + ordinary - (-sum(needed) // like.layers), rungs * EACH
+    later = 0 if rung is None else like.coded_tokens(forms[rung])
+    ordinary, private = -(-(later + TAIL) // like.tokens), -(-sum(needed) // like.layers)
+    blocks, prompt = 1 + ordinary + private + 1, rungs * EACH
     read = torch.arange(blocks, blocks - (-prompt // like.tokens), dtype=torch.int32)
     memory = torch.randn(like.layers, blocks + len(read), like.tokens, heads, 2 * size, generator=generator)
     memory[:, blocks:] += 0.5
@@ -103,7 +118,7 @@ def _coded(
     source = Source.in_blocks(pool, used, prompt).of_layers(slice(0, 1))
     means = [part[:1] for part in centres_in_blocks(pool, used, prompt)]
     table = PagedTable.empty(pool, 1, blocks)
-    coded = Coded.empty(pool, 1, forms, None if codes is None else [codes] * pool.layers)
+    coded = Coded.empty(pool, 1, forms, None if codes is None else [codes] * pool.layers, -1 if rung is None else rung)
     coded.key_means[0, 0], coded.value_means[0, 0] = means[0][0], means[1][0]
     counts = torch.full((1, heads, rungs), each)
     # [1, R, H_kv, n]: each rung has every R-th entry
@@ -111,14 +126,18 @@ def _coded(
     listed = source.lines[numbers.to(device)][None, :, None].expand(1, -1, heads, -1).contiguous()
     chosen = Chosen.of(listed, counts, forms)
     pages = torch.arange(1 + ordinary, blocks, dtype=torch.int32)
-    firsts = [sum(needed[:rung]) * lines[rung] for rung in range(rungs)]
+    firsts = [sum(needed[:at]) * lines[at] for at in range(rungs)]
     maps = coded.maps.around(*means).of_span(slice(0, 1))
-    if len(pages):
+    if each:
         _move_one(pool, table, used, pages.to(device))
     code_to_pages(pool, forms, maps, source, chosen, firsts, pages.to(device))
     table.pages[0, : len(pages)] = pages.to(device)
     first = torch.tensor(firsts) + each * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
+    if later and each:
+        Later(pool, coded).code(table, 0, torch.arange(1, 1 + ordinary, dtype=torch.int32, device=device), 0, private)
+        coded.generated[0, 0], coded.generated[0, 1] = private, 1
+        table.starts[0] = later
     return pool, replace(table, coded=coded)
 
 
@@ -135,8 +154,9 @@ def _attended(of: tuple[Pool, PagedTable], group: int, scaling: float, softcap: 
     """Attention over such entries: on the CPU."""
     pool, table = of
     generator, device, dtype = torch.Generator().manual_seed(1), pool.cache.device, pool.cache.dtype
-    zero, one, length = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, TAIL))
-    block_table = torch.arange(1, 1 - (-TAIL // pool.tokens), dtype=torch.int32, device=device)[None]
+    end = int(table.starts[0]) + TAIL
+    zero, one, length = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, end))
+    block_table = torch.arange(1, 1 - (-end // pool.tokens), dtype=torch.int32, device=device)[None]
     query = torch.randn(1, pool.heads * group, pool.size, generator=generator).to(device, dtype)
     output = torch.empty_like(query)
     rows = Rows(zero, one, length, zero, zero, 1, whole=True)
