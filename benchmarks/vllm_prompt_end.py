@@ -5,8 +5,9 @@
 No model: random queries and entries of Llama-3-8B's shape. A prompt of 8,192 tokens is read, all but its last tokens in
 one step, those in a second one beside running requests, as where the budget of a step is as long as the prompt. Timed,
 on the host and on the device: what layers put aside (`look`), attention over what is kept (`attend`), the decision
-(`end`), and the copy to private blocks (`move`). While the host is timed the device is busy with something else for
-some time: if the host waits for it anywhere, that shows as ``waited``. Medians, in milliseconds.
+(`end`), the copy to private blocks (`move`), and coding a block's tokens of an answer (`later`). While the host is
+timed the device is busy with something else for some time: if the host waits for it anywhere, that shows as
+``waited``. Medians, in milliseconds.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from refreekv import policies
 from refreekv.core.key_codes import Moments
 from refreekv.engines.vllm.gpu.state import KeptState
-from refreekv.engines.vllm.messages import CopyOrder, StepOrders
+from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
 from refreekv.engines.vllm.worker_side.tracked import Layer
 
@@ -165,6 +166,9 @@ class Prompts:
         order = CopyOrder(name, 0, tuple(self.free[slot][: group.copies]))
         with clock.part("move"):
             state.begin_step(StepOrders(copies=[order]))
+        if outcome.coded_tokens and beside:
+            with clock.part("later"):
+                state.begin_step(StepOrders(codes=[CodeOrder(name, self.free[slot][group.copies])]))
         state.end_step()
 
     def repeat(self, clocks: Callable[[], Clock]) -> None:
@@ -211,7 +215,8 @@ def main() -> None:
             options.repeat = 1
             prompts.read("last", 1, options.running, Clock(device))
             torch.cuda.set_sync_debug_mode("default")
-    places = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)})
+    waits = [one for one in seen if "called a synchronizing" in str(one.message)]
+    places = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in waits})
     timed = clocks[1:] or clocks
     host = {name: round(statistics.median(one.host[name] for one in timed), 2) for name in timed[0].host}
     row = {

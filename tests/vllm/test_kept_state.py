@@ -3,6 +3,7 @@
 There is no model: queries, keys and values are random, and what vLLM's own kernel would read is left out.
 """
 
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
@@ -384,6 +386,40 @@ def test_the_host_does_not_wait_for_a_copy(monkeypatch):
     assert torch.equal(probes.positions_on(device), probes.positions)
     probes.positions_on(device)
     assert sent == [probes.positions]
+
+
+class SingleNumbers(TorchDispatchMode):
+    """Where single numbers were copied: on CUDA the host waits for it, as their memory is not pinned."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and not args[0].dim():
+            self.places |= {
+                f"{one.name}, line {one.lineno}" for one in traceback.extract_stack() if "/vllm/gpu/" in one.filename
+            }
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_to_tell_of_a_slot():
+    driver = Driver("full", ladder=Ladder.parse("int4:recent=4"))
+    whole = Driver("snapkv:ratio=1.0")
+    with SingleNumbers() as found:
+        for one in (driver, whole):
+            one.add("a", 133, answer=120)
+            for count in (133, 1, 1):
+                one.step(a=count)
+        driver.move("a")
+        driver.coded = {"a"}
+        driver.step(a=110)
+        driver.code_later("a")
+        driver.step(a=1)
+        driver.preempt("a")
+        driver.coded = set()
+        driver.step(a=240)
+    assert not found.places
 
 
 def test_layers_that_differ_are_decided_about_apart():

@@ -98,6 +98,7 @@ class KeptState:
         self.heads = ranks * self.pool.heads
         """KV heads of all ranks."""
         self._own = slice(rank * self.pool.heads, (rank + 1) * self.pool.heads)
+        # Single numbers in it are filled: for one that is assigned, on CUDA the host waits.
         self.table = PagedTable.empty(self.pool, slots, -(-longest // self.pool.tokens))
         self.forms: tuple[PackedFormat, ...] = ()
         self._codes: list[KeyCodes] | None = None
@@ -207,7 +208,7 @@ class KeptState:
             self.table.coded.generated[slot].zero_()
         if tracked.kept is None:
             self.table.segments[:, slot].zero_()
-            self.table.starts[slot] = 0
+            self.table.starts[slot].fill_(0)
         else:
             self._show_lists(tracked)
 
@@ -332,7 +333,7 @@ class KeptState:
                 # Everything stays: without lists it is read faster.
                 tracked.kept = tracked.numbers = None
                 self.table.segments[:, tracked.slot].zero_()
-                self.table.starts[tracked.slot] = 0
+                self.table.starts[tracked.slot].fill_(0)
         self._waiting = waiting
         return WorkerOutcomes(outcomes) if outcomes else None
 
@@ -358,7 +359,7 @@ class KeptState:
         assert tracked.kept is not None
         tracked.kept.list_again()
         self.table.segments[:, tracked.slot] = tracked.kept.segments(self.pool)
-        self.table.starts[tracked.slot] = tracked.prompt
+        self.table.starts[tracked.slot].fill_(tracked.prompt)
 
     def _outcome(self, request_id: str, tracked: Tracked) -> PruningOutcome:
         prompt, layers = tracked.prompt, len(self.layers)
@@ -423,9 +424,9 @@ class KeptState:
         assert coded is not None
         slot, column = tracked.slot, tracked.private + tracked.coded
         start = tracked.prompt + tracked.coded * later.tokens
-        # Of single numbers the device is told with what fills them.
-        self.table.pages[slot, column] = order.block
+        self.table.pages[slot, column].fill_(order.block)
         later.code(self.table, slot, self._blocks_of(slot), start, column)
         tracked.coded += 1
-        coded.generated[slot, 0], coded.generated[slot, 1] = tracked.private, tracked.coded
-        self.table.starts[slot] = start + later.tokens
+        coded.generated[slot, 0].fill_(tracked.private)
+        coded.generated[slot, 1].fill_(tracked.coded)
+        self.table.starts[slot].fill_(start + later.tokens)
