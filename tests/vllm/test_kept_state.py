@@ -580,6 +580,29 @@ def test_an_answer_s_older_tokens_are_coded(formats, own):
     driver.step(c=1, b=1)
 
 
+@pytest.mark.parametrize("formats", [None, "int4"])
+def test_a_session_that_goes_on_sees_what_it_saw(formats):
+    """vLLM takes it out of its slot and gives it one, with the blocks that it has."""
+    driver = Driver("snapkv:ratio=0.7", ladder=formats and Ladder.parse(f"{formats}:recent=4"))
+    driver.add("a", 133, answer=240)
+    driver.add("b", 133, answer=240)
+    driver.step(a=133, b=133)
+    driver.step(a=1, b=1)
+    driver.move("b")
+    driver.coded = {"b"} if formats else set()
+    driver.step(a=1, b=120)
+    if formats:
+        driver.code_later("b")
+    for gone in ("a", None):
+        if gone:
+            driver.sequences.pop(gone)
+            driver.orders.finished.append(gone)
+        old, driver.sequences["b"].slot = driver.sequences["b"].slot, -1
+        driver.step(b=30)
+        assert (driver.sequences["b"].slot != old) == bool(gone)
+        driver.step(b=1)
+
+
 def test_where_nothing_is_coded_answers_are_not():
     whole = Driver("streaming-llm:size=20")
     short = Driver("full", ladder=Ladder.parse("int8:recent=64"))

@@ -255,6 +255,7 @@ def request_maker():
         pytest.param("full", "int8:recent=4", True, False, id="async-coded"),
         pytest.param(ADAPTIVE, "k8v4+int8:recent=4", True, False, id="async-widths"),
         pytest.param("snapkv:ratio=0.3,window=8", None, True, True, id="async-hybrid"),
+        pytest.param("full", "int8:recent=4", True, True, id="async-hybrid-coded"),
     ],
 )
 def test_random_requests(monkeypatch, folder, policy, formats, asynchronous, hybrid):

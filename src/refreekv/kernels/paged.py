@@ -279,6 +279,15 @@ class PagedTable:
             torch.zeros(slots, most, dtype=torch.int32, device=device),
         )
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Have another slot hold what one holds."""
+        by_slot, by_layer = [self.starts, self.pages], [self.segments]
+        if self.coded is not None:
+            by_slot.append(self.coded.generated)
+            by_layer += [self.coded.segments, self.coded.key_means, self.coded.value_means]
+        for part in (*by_slot, *(part.transpose(0, 1) for part in by_layer)):
+            part[target : target + 1] = part[source : source + 1]
+
 
 class Rows(NamedTuple):
     """Queries of a step, some consecutive ones of one sequence each.

@@ -201,8 +201,12 @@ class KeptState:
             else:
                 # vLLM's own warm-up: nothing is pruned, as if all that comes were an answer.
                 tracked.prompt = 0
-        tracked.slot = slot
+        before, tracked.slot = tracked.slot, slot
         self._prompts[slot] = tracked.prompt
+        if before >= 0 and tracked.private:
+            # A session that goes on has its private blocks still.
+            self.table.copy_slot(before, slot)
+            return
         if self.table.coded is not None:
             self.table.coded.segments[:, slot].zero_()
             self.table.coded.generated[slot].zero_()
