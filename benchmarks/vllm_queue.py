@@ -5,7 +5,7 @@
 Requests are always waiting. As vLLM's scheduler does, each step gives those that run their next token, and a block if
 they need one; where there is none, the one that came last is preempted. Then the next prompt is admitted if all of it
 fits, and ``reserve`` blocks are left. ``--delay`` steps after a prompt has been read its blocks are given back, once
-there are private blocks for what is kept of it.
+there are private blocks for what is kept of it. With ``--coded`` an answer's older tokens go to private blocks, too.
 
     reserve    blocks that an admitted prompt must leave free, times what is kept of it
     running    requests that run, mean over steps
@@ -34,12 +34,13 @@ class Asked:
     columns: int = 0
     held: int = 0
     private: int = 0
+    coded: int = 0
     read: int | None = None
 
     def leave(self) -> int:
         """All blocks go; how many there were."""
         blocks = self.held + self.private
-        self.computed = self.columns = self.held = self.private = 0
+        self.computed = self.columns = self.held = self.private = self.coded = 0
         self.read = None
         return blocks
 
@@ -90,6 +91,8 @@ class Queue:
                     self.free += whole - copies
                 else:
                     self.waits += counting
+            for asked in self.running:
+                self.code(asked)
             assert tokens <= options.budget
         ended = max(1, self.ended)
         return {
@@ -98,6 +101,15 @@ class Queue:
             "waits": round(self.waits / ended, 1),
             "out/s": round(1000 * self.generated / self.milliseconds),
         }
+
+    def code(self, asked: Asked) -> None:
+        """What is no longer among the newest tokens of an answer goes to one private block at a time."""
+        tokens, recent = self.options.coded
+        while tokens and asked.private and asked.computed >= asked.prompt + asked.coded + tokens + recent:
+            first = (asked.prompt + asked.coded) // BLOCK
+            asked.coded += tokens
+            left = (asked.prompt + asked.coded) // BLOCK - first
+            asked.held, asked.private, self.free = asked.held - left, asked.private + 1, self.free + left - 1
 
     def schedule(self, counting: bool) -> dict[int, int]:
         """Tokens of each request that this step computes, by the object's number."""
@@ -162,6 +174,9 @@ def main() -> None:
         "--step", type=float, nargs=2, default=(6.0, 0.307), help="of a step, and of each request in it"
     )
     parser.add_argument("--delay", type=int, default=3, help="steps until what is kept may be moved")
+    parser.add_argument(
+        "--coded", type=int, nargs=2, default=(0, 64), help="tokens of an answer in a private block; newest that stay"
+    )
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a step")
     parser.add_argument("--most", type=int, default=96, help="most requests that run")
     parser.add_argument("--steps", type=int, default=20_000)
