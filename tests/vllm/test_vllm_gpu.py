@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(on_cpu(), reason="needs a GPU and vLLM for it")
 TOKENS, NEAR = 24, 2e-2
 BEST, SETTLED = 20, 8
 """Tokens whose log-probabilities are compared, and tokens after which all that will be coded is."""
+SHORTER, LONG = 3, 330
+"""Prompts that are answered at length, and tokens of these answers: of some of them two blocks are coded."""
 LENGTHS = [64, 320, 704, 517, 1000, 40]
 ADAPTIVE = "adaptive:min_length=256,constant=0.1,hit=0.9,lost_mass=0.5"
 """Keeps about half of what the random models below read."""
@@ -160,6 +162,36 @@ def test_coded_entries(folder, prompts, policy, kv_dtype, eager):
             # The first tokens were read as they are, until private blocks were there: that has an after-effect of up
             # to .14 of what codes do. With rotated keys, without codes of the model's own, it is .7 to 1.4.
             assert off < 0.4 * effect, f"{length} tokens: off by {off:.2g} where codes change {effect:.2g}"
+
+
+@pytest.fixture(scope="module")
+def long_answers(folder, prompts):
+    """Eagerly, of `SHORTER` prompts: tokens, how far each best one was ahead, and blocks given back."""
+    with engine(folder, "full", kv_dtype="int8", skip_tokenizer_init=True) as vllm:
+        tokens = vllm.generate(prompts[:SHORTER], LONG, logprobs=2)
+        said = [vllm.logprobs[f"r{index}"] for index in range(SHORTER)]
+        freed = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(SHORTER)]
+        vllm.generate(prompts[:SHORTER], TOKENS)
+        before = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(SHORTER)]
+    ahead = []
+    for places in said:
+        best = [sorted((one.logprob for one in place.values()), reverse=True)[:2] for place in places]
+        ahead.append([one - two for one, two in best])
+    return list(zip(tokens, ahead, strict=True)), freed, before
+
+
+def test_coded_answers_give_blocks_back(long_answers):
+    _, freed, before = long_answers
+    # Of the first prompt nothing is coded.
+    assert freed[0] == before[0] == 0
+    assert all(one > other for one, other in zip(freed[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize("feature", ["graphs", "drafts-graphs", "chunks", "no-async", "few-blocks"])
+def test_coded_answers(folder, prompts, long_answers, feature):
+    few = {"kv_cache_memory_bytes": FEW} if feature == "few-blocks" else {}
+    with engine(folder, "full", kv_dtype="int8", skip_tokenizer_init=True, **FEATURES[feature], **few) as vllm:
+        agree(vllm.generate(prompts[:SHORTER], LONG), long_answers[0])
 
 
 def distance(said, logits, others=None):
