@@ -315,10 +315,12 @@ def test_coded_entries(dtype, device, close, kind, counts, own):
 
 @pytest.mark.parametrize("kind", ["k4v2+k4v4+k6v4+k7v6", "int4", "k4v2+int8:generated=0"])
 @pytest.mark.parametrize("coded_block", [None, 16])
-@pytest.mark.parametrize("by_head", [False, True])
-def test_tokens_that_are_coded_later(dtype, device, close, kind, coded_block, by_head):
+@pytest.mark.parametrize("layout", ["by token", "by head", "without lines"])
+def test_tokens_that_are_coded_later(monkeypatch, dtype, device, close, kind, coded_block, layout):
     """They are read as what is coded of a prompt, by all queries; what they were is not read again."""
-    case = Case(dtype, device, size=64, columns=32, by_head=by_head)
+    if layout == "without lines":
+        monkeypatch.setattr(Pool, "has_lines", False)
+    case = Case(dtype, device, size=64, columns=32, by_head=layout == "by head")
     counts, prompt = (1, 3, 2), case.prompts[1]
     assert case.code(1, kind, by_kernel, codes=random_codes(case)) > 50
     ladder = Ladder.parse(kind)

@@ -196,15 +196,17 @@ class Later:
     ----------
     pool, coded : Pool, Coded
         The cache, and what is known of coded entries: means of a slot are those of its prompt.
+    layers : int, optional
+        How many of the layers, the first ones; None: all.
     """
 
-    def __init__(self, pool: Pool, coded: Coded):
+    def __init__(self, pool: Pool, coded: Coded, layers: int | None = None):
         self._pool, self._coded, self._form = pool, coded, coded.forms[coded.rung]
+        self._layers = slice(0, pool.layers if layers is None else layers)
         self.tokens = pool.coded_tokens(self._form)
         """Of a block."""
-        shape = pool.layers, 1, pool.heads, self.tokens
-        counts = torch.full((pool.layers, pool.heads, 1), self.tokens)
-        listed = torch.zeros(shape, dtype=torch.int32, device=pool.cache.device)
+        counts = torch.full((self._layers.stop, pool.heads, 1), self.tokens)
+        listed = torch.zeros(len(counts), 1, pool.heads, self.tokens, dtype=torch.int32, device=pool.cache.device)
         self._chosen = Chosen.of(listed, counts, [self._form])
 
     def code(self, table: PagedTable, slot: int, blocks: Tensor, start: int, column: int) -> None:
@@ -223,17 +225,17 @@ class Later:
         column : int
             Which of its private blocks they go to.
         """
-        pool, coded = self._pool, self._coded
+        pool, coded, layers = self._pool, self._coded, self._layers
         at = start % pool.tokens
         own = blocks[start // pool.tokens :][: -(-(at + self.tokens) // pool.tokens)]
         if pool.has_lines:
-            source = Source.in_blocks(pool, own, at + self.tokens)
+            source = Source.in_blocks(pool, own, at + self.tokens).of_layers(layers)
         else:
             # Lives until its codes are made.
-            copy = prompt_in_blocks(pool, own, slice(0, pool.layers), at + self.tokens)
+            copy = prompt_in_blocks(pool, own, layers, at + self.tokens)
             source = Source.copied(copy.flatten(0, 1))
-            source = source._replace(table=source.table.view(pool.layers, pool.heads, -1))
+            source = source._replace(table=source.table.view(layers.stop, pool.heads, -1))
         self._chosen.listed.copy_(source.lines[at:])
-        maps = coded.maps.around(coded.key_means[:, slot], coded.value_means[:, slot])
+        maps = coded.maps.of_span(layers).around(coded.key_means[layers, slot], coded.value_means[layers, slot])
         pages, each = table.pages[slot, column:], pool.heads * self.tokens
         code_to_pages(pool, [self._form], maps, source, self._chosen, [0], pages, each)

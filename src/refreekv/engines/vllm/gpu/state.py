@@ -10,11 +10,11 @@ from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.core.quantisation import SINKS, Ladder
+from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm.gpu import deciding, trial
-from refreekv.engines.vllm.gpu.coding import code_prompt
-from refreekv.engines.vllm.gpu.held import Held, begins
+from refreekv.engines.vllm.gpu.held import Held
 from refreekv.engines.vllm.gpu.kept import KeptPrompt, LayersKept
+from refreekv.engines.vllm.gpu.moving import code_answer, move_prompt
 from refreekv.engines.vllm.gpu.step import Ints, PromptPart, Step, split_rows
 from refreekv.engines.vllm.gpu.tracked import HostCopy, Tracked
 from refreekv.engines.vllm.messages import (
@@ -28,13 +28,10 @@ from refreekv.engines.vllm.messages import (
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes
 from refreekv.engines.vllm.worker_side.tracked import Layer
 from refreekv.kernels.paged import (
-    FIRST,
-    HELD,
     Coded,
     PagedTable,
     Pool,
     Rows,
-    move_to_pages,
     paged_attention,
     upload,
 )
@@ -399,38 +396,13 @@ class KeptState:
         tracked = self.requests.get(order.request_id)
         if tracked is None or tracked.slot < 0:
             return
-        kept, slot = tracked.kept, tracked.slot
-        assert kept is not None
-        held = self._held(tracked).of_heads(self.rank, self.ranks)
-        starts, _ = held.places(self.pool, self.forms)
-        exact = held.counts - held.coded
-        # [first line, entries left out, entries] of each layer and head
-        places = upload(torch.stack([begins(exact), held.coded, exact]), self.device)
-        pages = upload(torch.tensor(order.blocks, dtype=torch.int32), self.device)
-        blocks = self._blocks_of(slot)
-        move_to_pages(self.pool, self.table, slot, blocks, places[:2], pages, int(exact.max()), SINKS)
-        if self.table.coded is not None:
-            code_prompt(self.pool, self._caches, self.table.coded, kept, slot, blocks, held.rungs, starts, pages)
-        line = torch.zeros_like(self.table.segments[:, slot])
-        line[..., FIRST], line[..., HELD] = places[0], places[2]
-        self.table.segments[:, slot] = line
-        self.table.pages[slot, : len(pages)] = pages
-        tracked.private = len(order.blocks)
-        # What was decided stays in bits, should the request be preempted.
-        kept.lists = None
+        held, blocks = self._held(tracked).of_heads(self.rank, self.ranks), self._blocks_of(tracked.slot)
+        move_prompt(self.pool, self._caches, self.table, tracked, held, blocks, order.blocks)
 
     def _code_later(self, order: CodeOrder) -> None:
         """Code the next tokens that came after a request's prompt into one private block more."""
-        tracked, later, coded = self.requests.get(order.request_id), self._later, self.table.coded
+        tracked = self.requests.get(order.request_id)
         if tracked is None or tracked.slot < 0:
             return
-        assert later is not None
-        assert coded is not None
-        slot, column = tracked.slot, tracked.private + tracked.coded
-        start = tracked.prompt + tracked.coded * later.tokens
-        self.table.pages[slot, column].fill_(order.block)
-        later.code(self.table, slot, self._blocks_of(slot), start, column)
-        tracked.coded += 1
-        coded.generated[slot, 0].fill_(tracked.private)
-        coded.generated[slot, 1].fill_(tracked.coded)
-        self.table.starts[slot].fill_(start + later.tokens)
+        assert self._later is not None
+        code_answer(self._later, self.table, tracked, self._blocks_of(tracked.slot), order.block)

@@ -135,7 +135,8 @@ def _coded(
     first = torch.tensor(firsts) + each * torch.arange(heads)[:, None]
     coded.segments[0, 0] = torch.stack([first, counts[0]], -1).to(device)
     if later and each:
-        Later(pool, coded).code(table, 0, torch.arange(1, 1 + ordinary, dtype=torch.int32, device=device), 0, private)
+        blocks_of = torch.arange(1, 1 + ordinary, dtype=torch.int32, device=device)
+        Later(pool, coded, layers=1).code(table, 0, blocks_of, 0, private)
         coded.generated[0, 0], coded.generated[0, 1] = private, 1
         table.starts[0] = later
     return pool, replace(table, coded=coded)
