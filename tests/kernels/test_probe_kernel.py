@@ -5,7 +5,7 @@ import torch
 
 from refreekv.core import reductions
 from refreekv.core.reductions import Probes
-from refreekv.kernels import ops, probe_blocks, probe_reductions
+from refreekv.kernels import ops, probe, probe_blocks, probe_reductions
 from refreekv.kernels.probe import launch_probe_reductions
 
 
@@ -32,7 +32,7 @@ def whole_rows(query, key, at, *, columns, valid=None, real=None, scaling, dista
     counted = shown & (columns + distance <= at[:, None, :, None])
     rows = torch.where(counted & (whole > 0), weights / whole, 0.0)
     rows, counted = (x.reshape(batch, kv_heads, -1, length) for x in (rows, counted))
-    return rows.amax(2), rows.sum(2) / counted.sum(2).clamp_min(1)
+    return rows.amax(2), rows.sum(2) / counted.sum(2).clamp_min(1), whole[..., 0].log().float()
 
 
 def spread(probes, length, generator):
@@ -105,9 +105,32 @@ def test_reductions_equal_whole_rows_in_float64(case, which, dtype, close, devic
         query, key, at, columns=columns, valid=valid, real=real,
         scaling=scaling, distance=distance, softcap=softcap, sinks=sinks,
     )  # fmt: skip
-    for mine, exact in zip(got, want, strict=True):
+    for mine, exact in zip(got, want[:2], strict=True):
         assert mine.dtype == torch.float32
         close(mine, exact)
+
+
+@pytest.mark.parametrize("which", ["kernel", "reference"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_denominators_that_are_known(which, group, dtype, close, device, monkeypatch):
+    """Given as attention gives them, to some of its queries; they are not computed once more."""
+    heads, length, distance = 2 * group, 150, 7
+    query = torch.randn(2, length, heads, 64, device=device, dtype=dtype).transpose(1, 2) * 2
+    key = torch.randn(2, length, 2, 64, device=device, dtype=dtype).transpose(1, 2)
+    columns = torch.arange(length, device=device)
+    *_, told = whole_rows(query, key, columns[None], columns=columns, scaling=0.17)
+    some = slice(4, None, 5)
+    at = columns[None, some]
+    peak, mean, _ = whole_rows(query[:, :, some], key, at, columns=columns, scaling=0.17, distance=distance)
+    probes = Probes(at, scaling=0.17, distance=distance, logsumexp=told[:, :, some])
+    monkeypatch.setattr(probe, "_denominator_kernel", None)
+    monkeypatch.setattr(reductions, "attention_rows", None)
+    reduce = launch_probe_reductions if which == "kernel" else reductions.probe_reductions
+    got = reduce(query[:, :, some], key, probes)
+    close(got[0], peak)
+    close(got[1], mean)
+    halved = reduce(query[:, :, some], key, probes._replace(logsumexp=told[:, :, some] + 0.6931472))
+    close(halved[0], peak / 2)
 
 
 def test_a_hidden_logit_of_any_size_does_no_harm(device):
@@ -123,9 +146,8 @@ def test_a_hidden_logit_of_any_size_does_no_harm(device):
 
 def test_the_operator_is_what_torch_expects_of_one():
     query, key, at = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 20, 16), torch.tensor([[5, 10, 19]])
-    torch.library.opcheck(
-        ops.probe_reductions_op, (query, key, at, None, None, None, 0.25, 2, None, None, True), test_utils="test_schema"
-    )
+    given = query, key, at, None, None, None, 0.25, 2, None, None, True, None
+    torch.library.opcheck(ops.probe_reductions_op, given, test_utils="test_schema")
 
 
 @pytest.mark.gpu

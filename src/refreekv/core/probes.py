@@ -52,15 +52,9 @@ def attention_rows(
     ValueError
         If the query heads are no multiple of the KV heads.
     """
-    batch, heads, probes, dim = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
-    scaling = dim**-0.5 if scaling is None else scaling
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * probes, dim)
-    logits = wide_product(grouped, key).view(batch, heads, probes, length).mul_(scaling)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    batch, heads, probes, _ = query.shape
+    length = key.shape[2]
+    logits = attention_logits(query, key, scaling=scaling, softcap=softcap)
     if visible is not None:
         if visible.dim() == 3:
             visible = visible[:, None]
@@ -73,6 +67,20 @@ def attention_rows(
         return rows
     # The softmax of a query that sees nothing is not a number.
     return rows.masked_fill_(~visible.any(-1, keepdim=True), 0.0)
+
+
+def attention_logits(
+    query: Tensor, key: Tensor, *, scaling: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """What the softmax of `attention_rows` is taken of: ``[B, H, k, n]``, float32, of all keys."""
+    batch, heads, probes, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
+    scaling = dim**-0.5 if scaling is None else scaling
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * probes, dim)
+    logits = wide_product(grouped, key).view(batch, heads, probes, length).mul_(scaling)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def wide_product(query: Tensor, key: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv.core.probes import attention_rows
+from refreekv.core.probes import attention_logits, attention_rows
 
 QUERY_CHUNK = 16
 """Probe queries whose rows exist at once."""
@@ -63,6 +63,9 @@ class Probes(NamedTuple):
         As in `core.probes.attention_rows`.
     sums : bool
         Whether the mean is wanted beside the peak.
+    logsumexp : Tensor, optional
+        ``[B, H, k]`` float32: the logarithm of each query's softmax denominator, over all that it sees, where
+        attention has told it. None: it is computed.
     """
 
     query_columns: Tensor
@@ -74,6 +77,7 @@ class Probes(NamedTuple):
     softcap: float | None = None
     sink_logits: Tensor | None = None
     sums: bool = True
+    logsumexp: Tensor | None = None
 
 
 def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
@@ -96,7 +100,7 @@ def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReducti
     batch, heads, count, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     check_heads(heads, kv_heads)
-    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, told = probes
     if columns is None:
         columns = torch.arange(length, device=key.device)
     shape = (batch, kv_heads, length)
@@ -107,9 +111,13 @@ def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReducti
         at = query_columns[:, part, None]
         real = None if query_real is None else query_real[:, part]
         visible = _visible(columns <= at, valid, real, group)
-        rows = attention_rows(
-            query[:, :, part], key, scaling=scaling, visible=visible, softcap=softcap, sink_logits=sink_logits
-        )
+        if told is None:
+            rows = attention_rows(
+                query[:, :, part], key, scaling=scaling, visible=visible, softcap=softcap, sink_logits=sink_logits
+            )
+        else:
+            logits = attention_logits(query[:, :, part], key, scaling=scaling, softcap=softcap)
+            rows = (logits - told[:, :, part, None]).masked_fill_(~visible, float("-inf")).exp_()
         counted = _visible(columns <= at - distance, valid, real, group)
         counted = counted.expand(batch, heads, -1, -1)
         rows = rows.masked_fill_(~counted, 0.0).view(batch, kv_heads, -1, length)

@@ -29,9 +29,12 @@ def probe_reductions_op(
     softcap: float | None,
     sink_logits: Tensor | None,
     sums: bool,
+    logsumexp: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`core.reductions.probe_reductions` as an operator; a mean that is not asked for is empty."""
-    given = reductions.Probes(query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums)
+    given = reductions.Probes(
+        query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, logsumexp
+    )
     found = reductions.probe_reductions(query, key, given)
     return found.peak, key.new_empty(0, dtype=torch.float32) if found.mean is None else found.mean
 
@@ -47,7 +50,7 @@ def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Te
 @probe_reductions_op.register_fake
 def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     peak, mean = (
-        key.new_empty(shape, dtype=torch.float32) for shape in (key.shape[:3], key.shape[:3] if rest[-1] else (0,))
+        key.new_empty(shape, dtype=torch.float32) for shape in (key.shape[:3], key.shape[:3] if rest[-2] else (0,))
     )
     return peak, mean
 

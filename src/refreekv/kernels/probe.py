@@ -1,16 +1,17 @@
 """Probe reductions in Triton: attention of many queries, reduced per position while keys stream by.
 
 Three kernels. The first finds each query's softmax denominator over one split of the keys, the
-second joins the splits. The third takes a block of keys, holds it, runs all queries that can see it
-past it, and writes up to three numbers a key. No row ever leaves the chip. The query heads of one KV
-head are rows of one matrix, so that each key is read once for all of them, in the first kernel and
-in the third.
+second joins the splits; both are left out where attention has told its own. The third takes a block
+of keys, holds it, runs all queries that can see it past it, and writes up to three numbers a key.
+No row ever leaves the chip. The query heads of one KV head are rows of one matrix, so that each key
+is read once for all of them, in the first kernel and in the third.
 
 Most blocks of queries see a block of keys either whole or not at all: loops are in two parts, of
 which one compares no columns.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -144,7 +145,7 @@ def _join_kernel(partial, sinks, out, splits, rows, group, kv_heads, BLOCK: tl.c
 @triton.jit
 def _past(
     k, column, query, query_columns, denominators, start, stop, peak, total, count,
-    rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+    rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
     GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +161,7 @@ def _past(
             q = tl.load(lines[None, :] + d[:, None])
         else:
             q = tl.load(lines[None, :] + d[:, None], (d < HEAD)[:, None], 0.0)
-        whole = tl.load(denominators + row, row < rows, float("inf"))
+        whole = tl.load(denominators + at_row % GROUP * sd_h + probe * sd_q, row < rows, float("inf")) * unit
         # Keys times queries, and not the other way round: what is reduced then lies within few threads.
         share = _logits(k, q, scaling, softcap, HAS_CAP) - whole[None, :]
         if MASKED:
@@ -176,17 +177,20 @@ def _past(
     return peak, total, count
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "denominators", "sd_b", "sd_k", "sd_h", "sd_q"])
 def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out,
     probes, length, kv_heads, rows, distance,
-    scaling, softcap,
-    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h,
+    scaling, softcap, unit,
+    sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h, sd_b, sd_k, sd_h, sd_q,
     GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, SUMS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Peak, and with ``SUMS`` mean, of one block of keys over all rows."""
+    """Peak, and with ``SUMS`` mean, of one block of keys over all rows.
+
+    ``denominators`` are logarithms, in ``unit`` of those to base 2.
+    """
     pair = tl.program_id(1).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,15 +214,15 @@ def _reduce_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_N], tl.int32)
     queries, first_head = query + batch * sq_b, kv_head * GROUP
-    at_columns, whole = query_columns + batch * sc_b, denominators + pair * rows
+    at_columns, whole = query_columns + batch * sc_b, denominators + batch * sd_b + kv_head * sd_k
     peak, total, count = _past(
         k, column, queries, at_columns, whole, start, middle, peak, total, count,
-        rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
         GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
     )  # fmt: skip
     peak, total, count = _past(
         k, column, queries, at_columns, whole, middle, rows, peak, total, count,
-        rows, first_head, distance, scaling, softcap, sq_h, sq_k, sc_k,
+        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
         GROUP, HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
     )  # fmt: skip
     out = pair * length + n
@@ -265,7 +269,7 @@ def launch_probe_reductions(
     Without ``sums`` the mean is empty. ``tiles`` is there to be measured.
     """
     batch, heads, count, head_size = query.shape
-    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, told = probes
     scaling = head_size**-0.5 if scaling is None else scaling
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -287,13 +291,6 @@ def launch_probe_reductions(
     place = None if columns is None else columns.to(torch.int32)
     block_d = max(16, power_of_2(head_size))
     one, two = tiles or tiles_for(query, block_d, sums)
-    blocks = blocks_of(rows, one.block_m)
-    # Enough programs to fill the device several times over, each with enough keys to be worth it.
-    # However many rows there are: what is computed of one does not depend on the others beside it.
-    splits = max(1, min(blocks_of(1024, kv_heads * blocks), blocks_of(length, 512)))
-    split_keys = blocks_of(blocks_of(length, splits), one.block_n) * one.block_n
-    splits = blocks_of(length, split_keys)
-    partial = query.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
     strides = (*query.stride()[:3], *key.stride()[:3], *at.stride())
     strides += (0, 0) if shown is None else shown.stride()[:2]
     settings = {
@@ -306,24 +303,54 @@ def launch_probe_reductions(
     }
     inputs = (query, key, at, at if place is None else place, at if shown is None else shown)
     cap = 1.0 if softcap is None else softcap
-    _denominator_kernel[(blocks, splits, batch * kv_heads)](
-        *inputs, partial, count, length, kv_heads, split_keys, rows, scaling, cap, *strides,
-        BLOCK_M=one.block_m, BLOCK_N=one.block_n, **one.options, **settings,
-    )  # fmt: skip
-    whole = partial
-    if splits > 1 or sink_logits is not None:
-        whole = query.new_empty(batch, kv_heads, rows, dtype=torch.float32)
-        sinks = partial if sink_logits is None else sink_logits.contiguous()
-        _join_kernel[(blocks_of(rows, 128), batch * kv_heads)](
-            partial, sinks, whole, splits, rows, group, kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
-        )
+    if told is not None:
+        whole, unit = told, LOG2E.value
+        of_rows = told.stride(0), told.stride(1) * group, told.stride(1), told.stride(2)
+    else:
+        sizes = batch, kv_heads, count, length
+        whole = _denominators(inputs, sink_logits, one, sizes, rows, scaling, cap, strides, settings)
+        unit, of_rows = 1.0, (kv_heads * rows, rows, 1, group)
     shape = (batch, kv_heads, length)
     peak, mean = (
         torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums)
     )
     _reduce_kernel[(blocks_of(length, two.block_n), batch * kv_heads)](
-        *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, *strides,
+        *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, unit, *strides, *of_rows,
         BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_QUERIES, power_of_2(count)), SUMS=sums,
         **two.options, **settings,
     )  # fmt: skip
     return peak, mean
+
+
+def _denominators(
+    inputs: Sequence[Tensor],
+    sink_logits: Tensor | None,
+    tile: Tile,
+    shape: tuple[int, int, int, int],
+    rows: int,
+    scaling: float,
+    softcap: float,
+    strides: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """Logarithms to base 2 of the rows' softmax denominators, ``[B, H_kv, rows]`` float32."""
+    batch, kv_heads, count, length = shape
+    blocks = blocks_of(rows, tile.block_m)
+    # Enough programs to fill the device several times over, each with enough keys to be worth it.
+    # However many rows there are: what is computed of one does not depend on the others beside it.
+    splits = max(1, min(blocks_of(1024, kv_heads * blocks), blocks_of(length, 512)))
+    split_keys = blocks_of(blocks_of(length, splits), tile.block_n) * tile.block_n
+    splits = blocks_of(length, split_keys)
+    partial = inputs[0].new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
+    _denominator_kernel[(blocks, splits, batch * kv_heads)](
+        *inputs, partial, count, length, kv_heads, split_keys, rows, scaling, softcap, *strides,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options, **settings,
+    )  # fmt: skip
+    if splits == 1 and sink_logits is None:
+        return partial
+    whole = partial.new_empty(batch, kv_heads, rows)
+    sinks = partial if sink_logits is None else sink_logits.contiguous()
+    _join_kernel[(blocks_of(rows, 128), batch * kv_heads)](
+        partial, sinks, whole, splits, rows, settings["GROUP"], kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
+    )
+    return whole

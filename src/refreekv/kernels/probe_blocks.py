@@ -24,7 +24,8 @@ WIDENED = 2**24
 def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReductions:
     """`core.reductions.probe_reductions`: its parameters, results and errors."""
     batch, heads, count, dim = query.shape
-    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums = probes
+    # Denominators that are known save nothing here: a softmax in place is one pass.
+    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, _told = probes
     kv_heads, length = key.shape[1], key.shape[2]
     check_heads(heads, kv_heads)
     group = heads // kv_heads

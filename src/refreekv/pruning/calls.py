@@ -28,6 +28,9 @@ class AttentionCall:
         The mask over logical columns, in one of the forms of `masks.visible_columns`.
     scaling, softcap, sink_logits
         As in `core.probes.attention_rows`.
+    logsumexp : Tensor or None
+        ``[B, H, q]`` float32: logarithms of the softmax denominators, as attention itself computed them; None where it
+        did not tell.
     """
 
     query: Tensor
@@ -35,6 +38,7 @@ class AttentionCall:
     scaling: float | None = None
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    logsumexp: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,8 @@ class Queries:
         one is always right; so is that of every real query.
     start : int or None
         Where these are all queries of a prompt, or a turn, without padding, the column of the first one.
+    logsumexp : Tensor or None
+        ``[B, H, r]`` float32, as `AttentionCall` has it; None: nobody knows them.
     """
 
     states: Tensor
@@ -174,6 +180,7 @@ class Queries:
     real: Tensor | None
     ordinals: Tensor
     start: int | None = None
+    logsumexp: Tensor | None = None
 
     @classmethod
     def of_call(cls, states: Tensor, first: int, valid: Tensor | None, earlier: "Queries | None" = None) -> "Queries":
@@ -208,13 +215,11 @@ class Queries:
     def planned(self, plan: ProbePlan) -> "Queries":
         """The real ones that a plan asks for, with padding in front where a row has fewer."""
         if self.real is None and not plan.spread:
-            last = slice(-plan.rows, None)
-            return Queries(self.states[:, :, last], self.columns[:, last], None, self.ordinals[:, last])
+            return self._some(slice(-plan.rows, None))
         if self.whole and not plan.rows:
             # Every step-th of all: views, and no number that is on the device only.
             each = spread_step(plan.spread, self.states.shape[2])
-            some = slice(each - 1, None, each)
-            return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some])
+            return self._some(slice(each - 1, None, each))
         batch, heads, _, dim = self.states.shape
         if self.whole:
             assert self.start is not None
@@ -226,6 +231,11 @@ class Queries:
             )
         states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
         return Queries(states, asked[0], asked[2], asked[1])
+
+    def _some(self, some: slice) -> "Queries":
+        """Views of some of those of which none is padding."""
+        told = None if self.logsumexp is None else self.logsumexp[:, :, some]
+        return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some], logsumexp=told)
 
     @property
     def whole(self) -> bool:
@@ -243,7 +253,8 @@ class Queries:
             return numbers if numbers.shape[0] == 1 else _rows(numbers, indices)
 
         real = None if self.real is None else of(self.real)
-        return Queries(_rows(self.states, indices), of(self.columns), real, of(self.ordinals))
+        told = None if self.logsumexp is None else _rows(self.logsumexp, indices)
+        return Queries(_rows(self.states, indices), of(self.columns), real, of(self.ordinals), logsumexp=told)
 
 
 @lru_cache(maxsize=4)

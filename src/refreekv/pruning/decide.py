@@ -305,6 +305,8 @@ def _reductions(
     if not plan.count:
         return None
     queries = entries.queries.planned(plan)
+    # Attention's own denominators are those of all that these queries see; with padding it looked at a mask.
+    told = None if entries.valid is not None or not entries.gapless else queries.logsumexp
     probes = Probes(
         queries.columns,
         columns=None if entries.gapless else entries.columns,
@@ -315,6 +317,7 @@ def _reductions(
         softcap=call.softcap,
         sink_logits=call.sink_logits,
         sums=sums,
+        logsumexp=told,
     )
     return probe_reductions(queries.states, entries.keys, probes)
 

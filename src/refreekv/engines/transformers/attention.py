@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,9 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from refreekv.engines.transformers.denominators import listening
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
-from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking
+from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking, tells_denominators
 from refreekv.engines.transformers.ragged_attention import AttentionFunction, ragged_attention
 from refreekv.engines.transformers.reading_attention import over_what_was_read
 from refreekv.pruning.calls import AttentionCall
@@ -129,10 +131,17 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
             function = over_what_was_read(function, own)
         if layer.ragged is None:
-            output, weights = function(called, query, key, value, attention_mask, **kwargs)
-            if lacks_proof(module, base):
-                exact = not kwargs.get("dropout")
-                layer.state.proofs.append(Proof.of(module, base, layer.index, call, key, value, output, exact=exact))
+            unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")
+            right = tells_denominators(module, base)
+            asks = base == "sdpa" and exact and right is not False and (unproved or layer.asks_denominators())
+            with listening(call, key.shape[2], wanted=asks) as heard:
+                output, weights = function(called, query, key, value, attention_mask, **kwargs)
+            told = None if heard is None else heard.logsumexp
+            if unproved or (told is not None and right is None):
+                proof = Proof.of(module, base, layer.index, call, key, value, output, exact=exact, told=told)
+                layer.state.proofs.append(proof)
+            if right:
+                call = replace(call, logsumexp=told)
         else:
             output = ragged_attention(layer, function, called, query, attention_mask, flash=flash, **heeded)
         layer.after_attention(call)

@@ -60,6 +60,13 @@ class ReFreeKVLayer(RememberingLayer):
 
     # -- what the attention function calls --------------------------------------------------
 
+    def asks_denominators(self) -> bool:
+        """Whether a prompt ends in the present call, and its probe reduces softmax rows."""
+        policy, before = self.state.policy, self._length - self._appended
+        if policy.freezes(self.ordinal) or self.state.tokens_after_prompt(before, self._length) is None:
+            return False
+        return policy.probe_plan(self._length).reduced
+
     @torch.no_grad()
     def after_attention(self, call: AttentionCall) -> None:
         """Prune if the prompt ended in this call; remember its last queries if it goes on."""
@@ -169,7 +176,10 @@ class ReFreeKVLayer(RememberingLayer):
         visible = visible_columns(call.mask, -1 - after, call.query.shape[0], end)
         padding = None if visible is None else self._padding.until(end, visible)
         held = self._queries.prompt
-        queries = Queries.of_call(call.query[:, :, :new], end - new, visible, held).after(held)
+        queries = Queries.of_call(call.query[:, :, :new], end - new, visible, held)
+        if call.logsumexp is not None and queries.whole:
+            queries = replace(queries, logsumexp=call.logsumexp[:, :, :new])
+        queries = queries.after(held)
         if self.ragged is None:
             keys, values = (entries[:, :, :end] for entries in self.dense)
             return [Entries.of_dense(keys, values, visible, padding, queries, self._earlier_length)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.probes import attention_rows
+from refreekv.core.probes import attention_logits, attention_rows
 from refreekv.engines.transformers.handout import ADVICE
 from refreekv.pruning.calls import AttentionCall
 from refreekv.pruning.masks import visible_columns
@@ -31,8 +31,12 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 _COARSE = 5e-2
 """That of types of 16 bits."""
 
+_TELLING = 1e-3
+"""Largest difference of a logarithm of a softmax denominator that attention told."""
+
 # Modules and the implementations that they were compared under: a model is the same as long as it lives.
 _PROVED: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+_TOLD: "weakref.WeakKeyDictionary[nn.Module, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
 _MARK = "_refreekv_mask"
@@ -79,6 +83,11 @@ def lacks_proof(module: nn.Module, implementation: str) -> bool:
     return implementation not in _PROVED.get(module, ())
 
 
+def tells_denominators(module: nn.Module, implementation: str) -> bool | None:
+    """Whether denominators that were heard from the module's attention were right; None: none were heard yet."""
+    return _TOLD.get(module, {}).get(implementation)
+
+
 def check_mask(module: nn.Module, layer: int, mask: Tensor) -> None:
     """Raise RuntimeError if the newest query does not see all entries from some column on.
 
@@ -108,6 +117,8 @@ class Proof:
         Relative difference of the two, on the device: a number that nobody waits for.
     tolerance : float
         The largest one that is rounding.
+    telling : Tensor or None
+        How far the logarithms of the softmax denominators are off that attention told; None: it told none.
     """
 
     module: nn.Module
@@ -115,6 +126,7 @@ class Proof:
     layer: int
     difference: Tensor
     tolerance: float
+    telling: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -129,9 +141,11 @@ class Proof:
         output: Tensor,
         *,
         exact: bool = True,
+        told: Tensor | None = None,
     ) -> "Proof":
         """Compare the last query of a call's first row; not ``exact``: with chance in it, so that all may differ.
 
+        ``told`` are logarithms of softmax denominators, ``[B, H, q]``, as attention told them.
         ``key`` and ``value`` are ``[B, H_kv, n, D]``, ``output`` is ``[B, q, H, Dv]``.
         """
         query, mask = call.query, call.mask
@@ -153,9 +167,14 @@ class Proof:
             if valid is not None:
                 # A row that sees nothing has no output that means something.
                 difference = torch.where(valid.any(), difference, 0.0)
+            telling = None
+            if told is not None:
+                # [H, n]
+                logits = attention_logits(query[:1, :, -1:], key[:1].to(query.dtype), scaling=call.scaling)[0, :, 0]
+                telling = (told[0, :, -1] - logits.logsumexp(-1)).abs().max()
         types = {tensor.dtype for tensor in (query, key, value, output)}
         tolerance = max(_TOLERANCE.get(dtype, _COARSE) for dtype in types) if exact else math.inf
-        return cls(module, implementation, layer, difference, tolerance)
+        return cls(module, implementation, layer, difference, tolerance, telling)
 
     def check(self) -> None:
         """Raise RuntimeError if the two differ; remember the module if not."""
@@ -168,3 +187,5 @@ class Proof:
                 f"of its own, which refreekv's probes and kernels would leave out. {ADVICE}"
             )
         _PROVED.setdefault(self.module, set()).add(self.implementation)
+        if self.telling is not None:
+            _TOLD.setdefault(self.module, {})[self.implementation] = float(self.telling) <= _TELLING
