@@ -112,11 +112,12 @@ def test_a_padded_prompt_first(model, probed):
     assert all(part is not None for part in told(probed))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("operators", [2, 1])
-def test_two_operators_tell_nothing(operators):
+def test_two_operators_tell_nothing(operators, mode):
     query, key = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
     call = decide.AttentionCall(query, None)
-    with denominators.Listening(call) as heard:
+    with mode(), denominators.Listening(call) as heard:
         for _ in range(operators):
             torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)
     assert (heard.logsumexp is None) is (operators == 2)

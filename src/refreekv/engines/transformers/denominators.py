@@ -20,6 +20,8 @@ _TELLS = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_atte
 """Operators whose second result they are, in any case."""
 _ASKED = "_scaled_dot_product_cudnn_attention"
 """One that tells where its fifth argument asks for it, as it does for gradients."""
+_CHOOSES = "scaled_dot_product_attention"
+"""What calls one of these; inference mode shows it in their place."""
 
 
 class Listening(TorchDispatchMode):
@@ -40,6 +42,9 @@ class Listening(TorchDispatchMode):
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = function.overloadpacket.__name__
+        if name == _CHOOSES:
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
         if name == _ASKED and len(args) > 4:
             args = (*args[:4], True, *args[5:])
         elif name not in _TELLS:
