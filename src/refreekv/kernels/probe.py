@@ -53,10 +53,12 @@ def _exponentials(
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Rows' running maximum and sum of exponentials, taken on over the keys from ``start`` to ``stop``."""
-    d = tl.arange(0, BLOCK_D)
+    d, place = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    at_lines = keys + place.to(tl.int64)[None, :] * sk_n + d[:, None]
+    far = tl.full([], 0, tl.int64)
     for first in range(start, stop, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        lines = keys + n.to(tl.int64)[None, :] * sk_n + d[:, None]
+        n = first + place
+        lines = at_lines + (far + first) * sk_n
         if MASKED:
             inside = n < stop
             k = tl.load(lines, inside[None, :] & (d < HEAD)[:, None], 0.0)
@@ -150,23 +152,34 @@ def _past(
     MASKED: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Run the rows from ``start`` to ``stop`` past a block of keys. The peak is one of logarithms."""
-    d = tl.arange(0, BLOCK_D)
+    d, place = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    # Blocks begin with a query's first head, as a rule: then addresses of the first one's rows serve all of them.
+    aligned: tl.constexpr = BLOCK_M % GROUP == 0
+    at_lines = query + (first_head + place % GROUP).to(tl.int64) * sq_h + (place // GROUP).to(tl.int64) * sq_k
+    at_whole = place % GROUP * sd_h + place // GROUP * sd_q
+    far = tl.full([], 0, tl.int64)
     for first in range(start, stop, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        # Behind the last row stands that row again, under a denominator that leaves nothing of it.
-        at_row = tl.minimum(row, rows - 1)
-        probe, head = at_row // GROUP, first_head + at_row % GROUP
-        lines = query + head * sq_h + probe.to(tl.int64) * sq_k
-        if HEAD == BLOCK_D:
-            q = tl.load(lines[None, :] + d[:, None])
+        row = first + place
+        if aligned:
+            ahead = first // GROUP
+            probe = ahead + place // GROUP
+            lines, own = at_lines + (far + ahead) * sq_k, denominators + ahead * sd_q + at_whole
         else:
-            q = tl.load(lines[None, :] + d[:, None], (d < HEAD)[:, None], 0.0)
-        whole = tl.load(denominators + at_row % GROUP * sd_h + probe * sd_q, row < rows, float("inf")) * unit
+            probe = row // GROUP
+            lines = query + (first_head + row % GROUP) * sq_h + probe.to(tl.int64) * sq_k
+            own = denominators + row % GROUP * sd_h + probe * sd_q
+        # Behind the last row there is nothing, under a denominator that leaves nothing of it.
+        there = row < rows
+        if HEAD == BLOCK_D:
+            q = tl.load(lines[None, :] + d[:, None], there[None, :], 0.0)
+        else:
+            q = tl.load(lines[None, :] + d[:, None], there[None, :] & (d < HEAD)[:, None], 0.0)
+        whole = tl.load(own, there, float("inf")) * unit
         # Keys times queries, and not the other way round: what is reduced then lies within few threads.
         share = _logits(k, q, scaling, softcap, HAS_CAP) - whole[None, :]
         if MASKED:
-            at = tl.load(query_columns + probe * sc_k).to(tl.int32)
-            counts = (row < rows)[None, :] & (column[:, None] + distance <= at[None, :])
+            at = tl.load(query_columns + probe * sc_k, there, -1).to(tl.int32)
+            counts = there[None, :] & (column[:, None] + distance <= at[None, :])
             # A hidden logit may lie far above the denominator: it must not be exponentiated.
             share = tl.where(counts, share, float("-inf"))
             if SUMS:
