@@ -39,7 +39,7 @@ from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_levels import launch_paged_levels
 from refreekv.kernels.paged_storage import launch_move as launch_paged_move
 from refreekv.kernels.paged_storage import launch_read, launch_spread, launch_sum
-from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.probe_launch import launch_both_reductions, launch_probe_reductions
 from refreekv.kernels.queries import launch_asked
 from refreekv.kernels.storage import launch_append, launch_fetch, launch_gather, launch_move, launch_take_out
 from refreekv.kernels.surrogates import launch_put, launch_surrogates
@@ -122,6 +122,7 @@ def choosing(dtype, heads, head_size):
         launch_asked(columns, columns, some, 8, 16, 24)
     launch_probe_reductions(query, key, Probes(columns))
     launch_probe_reductions(query, key, Probes(columns, columns, real, real, 1.0, 8, 30.0, torch.zeros(heads), False))
+    launch_both_reductions(query, query, key, Probes(columns), Probes(columns, distance=8, sums=False))
     scores = torch.zeros(1, 1, 300)
     launch_cut(scores, 4, 0.01, True)
     reductions = ProbeReductions(scores, scores)

@@ -18,7 +18,7 @@ from refreekv.kernels import packed_ops, shared_memory
 from refreekv.kernels.needs import launch_kept_first
 from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
-from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.probe_launch import launch_both_reductions
 from refreekv.storage import warm_up
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.leveled import LeveledKV
@@ -59,12 +59,11 @@ def turn(length, tokens):
     held = row[0].shape[1]
     asked = min(tokens, 256)
     queries, places = torch.randn(1, 2 * HEADS, asked, SIZES[0]).bfloat16(), torch.arange(held)
-    for spread in (0, 64):
-        probes = Probes(
-            places[-asked:][None], columns=places.int(), valid=storage.visible(0)[None], query_real=None, scaling=1.0,
-            distance=spread, softcap=None, sink_logits=None, sums=not spread,
-        )  # fmt: skip
-        launch_probe_reductions(queries, row[0][None], probes)
+    probes = Probes(
+        places[-asked:][None], columns=places.int(), valid=storage.visible(0)[None], query_real=None, scaling=1.0,
+        distance=0, softcap=None, sink_logits=None, sums=True,
+    )  # fmt: skip
+    launch_both_reductions(queries, queries, row[0][None], probes, probes._replace(distance=64, sums=False))
     launch_kept_first(torch.ones(1, HEADS, held, dtype=torch.bool))
     kept(storage, rung, [held, held - 40], 0)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from refreekv.core import reductions
+from refreekv.core.probes import attention_logits
 from refreekv.core.reductions import Probes
-from refreekv.kernels import ops, probe, probe_blocks, probe_reductions
-from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels import both_reductions, ops, probe_blocks, probe_launch, probe_reductions
+from refreekv.kernels.probe_launch import launch_both_reductions, launch_probe_reductions
 
 
 def whole_rows(query, key, at, *, columns, valid=None, real=None, scaling, distance=0, softcap=None, sinks=None):
@@ -123,7 +124,7 @@ def test_denominators_that_are_known(which, group, dtype, close, device, monkeyp
     at = columns[None, some]
     peak, mean, _ = whole_rows(query[:, :, some], key, at, columns=columns, scaling=0.17, distance=distance)
     probes = Probes(at, scaling=0.17, distance=distance, logsumexp=told[:, :, some])
-    monkeypatch.setattr(probe, "_denominator_kernel", None)
+    monkeypatch.setattr(probe_launch, "_denominator_kernel", None)
     monkeypatch.setattr(reductions, "attention_rows", None)
     reduce = launch_probe_reductions if which == "kernel" else reductions.probe_reductions
     got = reduce(query[:, :, some], key, probes)
@@ -131,6 +132,55 @@ def test_denominators_that_are_known(which, group, dtype, close, device, monkeyp
     close(got[1], mean)
     halved = reduce(query[:, :, some], key, probes._replace(logsumexp=told[:, :, some] + 0.6931472))
     close(halved[0], peak / 2)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_two_sets_of_queries_at_once(group, padded, told, device):
+    """Bit by bit what each has alone; the sets differ in all that is their own."""
+    heads, length = 2 * group, 200
+    query = torch.randn(2, heads, length, 64, device=device).half()
+    key = torch.randn(2, 2, length, 64, device=device).half()
+    columns = torch.arange(length, device=device)
+    valid = columns >= torch.tensor([[0], [9]], device=device) if padded else None
+    seen = columns <= columns[:, None] if valid is None else (columns <= columns[:, None]) & valid[:, None, None]
+    sums = attention_logits(query, key).masked_fill(~seen, float("-inf")).logsumexp(-1)
+    sets = []
+    for some, distance, wanted in ((slice(-7, None), 0, True), (slice(4, None, 5), 13, False)):
+        known = sums[:, :, some] if told else None
+        given = Probes(columns[None, some], valid=valid, distance=distance, sums=wanted, logsumexp=known)
+        sets.append((query[:, :, some], given))
+    (window, of_window), (spread, of_spread) = sets
+    together = launch_both_reductions(window, spread, key, of_window, of_spread)
+    swapped = launch_both_reductions(spread, window, key, of_spread, of_window)
+    tile = probe_launch.tile_of_both(query, 64)
+    alone = []
+    for states, given in sets:
+        first = probe_launch.tiles_for(query, 64, given.sums)[0]
+        alone += launch_probe_reductions(states, key, given, (first, tile))
+    for one, two in zip((*together, *swapped), (*alone, *alone[2:], *alone[:2]), strict=True):
+        assert torch.equal(one, two)
+    plain = both_reductions(
+        window.cpu(), spread.cpu(), key.cpu(), *(_on_cpu(given) for given in (of_window, of_spread))
+    )
+    torch.testing.assert_close(together[0].cpu(), plain[0].peak, atol=1e-5, rtol=2e-3)
+    torch.testing.assert_close(together[1].cpu(), plain[0].mean, atol=1e-5, rtol=2e-3)
+    torch.testing.assert_close(together[2].cpu(), plain[1].peak, atol=1e-5, rtol=2e-3)
+    assert plain[1].mean is None
+    assert not together[3].numel()
+
+
+def _on_cpu(probes):
+    return Probes(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in probes))
+
+
+@pytest.mark.parametrize("name", ["scaling", "valid"])
+def test_two_sets_share_keys_and_attention(name):
+    query, key, at = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 20, 16), torch.tensor([[5, 10, 19]])
+    other = 0.5 if name == "scaling" else torch.ones(1, 20, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"differ in their {name}"):
+        both_reductions(query, query, key, Probes(at), Probes(at)._replace(**{name: other}))
 
 
 def test_a_hidden_logit_of_any_size_does_no_harm(device):

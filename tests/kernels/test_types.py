@@ -11,7 +11,7 @@ from refreekv.core.reductions import Probes
 from refreekv.core.surrogates import make, put
 from refreekv.kernels import append, gather, move, ragged_decode, reference
 from refreekv.kernels.decode import launch_ragged_decode
-from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.probe_launch import launch_probe_reductions
 from refreekv.kernels.reference import decode_segment
 from refreekv.kernels.storage import launch_append, launch_gather
 from refreekv.kernels.surrogates import launch_put, launch_surrogates

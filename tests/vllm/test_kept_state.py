@@ -372,7 +372,7 @@ def test_a_prompt_s_end_takes_few_launches(monkeypatch):
         driver.step(**{name: 133})
         assert driver.state.requests[name].kept is not None
     assert look == {"index": LAYERS}
-    assert end["kernels.probe_reductions"] == 2 * KERNELS["probe_reductions"]
+    assert end["kernels.both_reductions"] == KERNELS["both_reductions"]
     assert end["kernels.needed"] == KERNELS["needed"]
     # The copy out of blocks, which is one launch on CUDA, is some of them here.
     assert sum(end.values()) < 105

@@ -39,6 +39,7 @@ __all__ = [
     "asked",
     "available",
     "block_linear",
+    "both_reductions",
     "centres",
     "code_oldest",
     "fetch",
@@ -94,6 +95,30 @@ def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReducti
         return ProbeReductions(peak, mean if probes.sums else None)
     plain = probe_blocks.probe_reductions if key.device.type == "cpu" else reductions.probe_reductions
     return plain(query, key, probes)
+
+
+def both_reductions(
+    query: Tensor, other_query: Tensor, key: Tensor, probes: Probes, other: Probes
+) -> tuple[ProbeReductions, ProbeReductions]:
+    """`probe_reductions` of two sets of queries over the same keys: on CUDA one kernel reads these once for both.
+
+    What the two say of keys and of attention, ``columns``, ``valid``, ``scaling``, ``softcap`` and ``sink_logits``,
+    must be the same; ValueError if it is not.
+    """
+    for name in ("columns", "valid", "scaling", "softcap", "sink_logits"):
+        one, two = getattr(probes, name), getattr(other, name)
+        if one is not two and (isinstance(one, Tensor) or isinstance(two, Tensor) or one != two):
+            raise ValueError(f"two probes of the same keys differ in their {name}; reduce them one after the other")
+    if not _at_once(key):
+        return probe_reductions(query, key, probes), probe_reductions(other_query, key, other)
+    from refreekv.kernels.probe_launch import launch_both_reductions
+
+    reductions.check_heads(query.shape[1], key.shape[1])
+    peak, mean, other_peak, other_mean = launch_both_reductions(query, other_query, key, probes, other)
+    return (
+        ProbeReductions(peak, mean if probes.sums else None),
+        ProbeReductions(other_peak, other_mean if other.sums else None),
+    )
 
 
 def needed(

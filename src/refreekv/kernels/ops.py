@@ -42,7 +42,7 @@ def probe_reductions_op(
 @probe_reductions_op.register_kernel("cuda")
 def probe_reductions_on_cuda(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`probe_reductions_op` in Triton, without the operator around it."""
-    from refreekv.kernels.probe import launch_probe_reductions
+    from refreekv.kernels.probe_launch import launch_probe_reductions
 
     return launch_probe_reductions(query, key, reductions.Probes(*rest))
 

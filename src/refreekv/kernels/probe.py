@@ -10,23 +10,15 @@ Most blocks of queries see a block of keys either whole or not at all: loops are
 which one compares no columns.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from refreekv.core.reductions import Probes
-from refreekv.kernels.device_guard import on_its_device
-from refreekv.kernels.sizes import blocks_of, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LENGTHS = ["query_columns", "probes", "length", "rows", "sc_b", "sc_k", "sv_b", "sv_h"]
 """Arguments that follow from a prompt's length: another one is no reason to compile for seconds."""
-LEAST_QUERIES = 256
-"""Queries that kernels are compiled for at least: a short turn, which has few, asks for no kernel of its own."""
+STRIDES = ["sd_b", "sd_k", "sd_h", "sd_q"]
+OTHERS = ["other_columns", "other_denominators", "other_probes", "other_rows"]
+OTHERS += ["oq_k", "oc_b", "oc_k", "od_b", "od_k", "od_h", "od_q"]
 
 
 @triton.jit
@@ -190,17 +182,51 @@ def _past(
     return peak, total, count
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "denominators", "sd_b", "sd_k", "sd_h", "sd_q"])
+@triton.jit
+def _counted(
+    k, column, oldest, newest, query, query_columns, denominators, probes, rows, first_head, distance, scaling,
+    softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, SUMS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Peak, and with ``SUMS`` mean, of a block of keys over all rows of some queries."""
+    # The first query that counts any of these keys, and the first from which on all count all of them.
+    every = tl.arange(0, BLOCK_P)
+    at = tl.load(query_columns + every * sc_k, every < probes, -1).to(tl.int32)
+    first = tl.min(tl.where((at >= oldest + distance) & (every < probes), every, probes), 0)
+    clear = tl.max(tl.where((at < newest + distance) & (every < probes), every + 1, 0), 0)
+    start = first * GROUP // BLOCK_M * BLOCK_M
+    middle = tl.minimum(tl.maximum((clear * GROUP + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
+    peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    peak, total, count = _past(
+        k, column, query, query_columns, denominators, start, middle, peak, total, count,
+        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
+        GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
+    )  # fmt: skip
+    peak, total, count = _past(
+        k, column, query, query_columns, denominators, middle, rows, peak, total, count,
+        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
+        GROUP, HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
+    )  # fmt: skip
+    # All rows from the middle on count.
+    return tl.exp2(peak), total / tl.maximum(count + rows - middle, 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "denominators", *STRIDES, *OTHERS])
 def _reduce_kernel(
     query, key, query_columns, columns, valid, denominators, peak_out, mean_out,
-    probes, length, kv_heads, rows, distance,
-    scaling, softcap, unit,
+    other_query, other_columns, other_denominators, other_peak, other_mean,
+    probes, rows, distance, unit, other_probes, other_rows, other_distance, other_unit,
+    length, kv_heads, scaling, softcap,
     sq_b, sq_h, sq_k, sk_b, sk_h, sk_n, sc_b, sc_k, sv_b, sv_h, sd_b, sd_k, sd_h, sd_q,
+    oq_b, oq_h, oq_k, oc_b, oc_k, od_b, od_k, od_h, od_q,
     GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, SUMS: tl.constexpr, OTHER_P: tl.constexpr, OTHER_SUMS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Peak, and with ``SUMS`` mean, of one block of keys over all rows.
+    """Peak, and with ``SUMS`` mean, of one block of keys over all rows; with ``OTHER_P`` of other queries as well.
 
     ``denominators`` are logarithms, in ``unit`` of those to base 2.
     """
@@ -216,154 +242,23 @@ def _reduce_kernel(
     newest = tl.max(tl.where(inside, column, 0))
     if HAS_VALID:
         inside = inside & (tl.load(valid + batch * sv_b + kv_head * sv_h + n, inside, 0) != 0)
-    # The first query that counts any of these keys, and the first from which on all count all of them.
-    every = tl.arange(0, BLOCK_P)
-    at = tl.load(query_columns + batch * sc_b + every * sc_k, every < probes, -1).to(tl.int32)
-    first = tl.min(tl.where((at >= oldest + distance) & (every < probes), every, probes), 0)
-    clear = tl.max(tl.where((at < newest + distance) & (every < probes), every + 1, 0), 0)
-    start = first * GROUP // BLOCK_M * BLOCK_M
-    middle = tl.minimum(tl.maximum((clear * GROUP + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), rows)
-    peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    count = tl.zeros([BLOCK_N], tl.int32)
-    queries, first_head = query + batch * sq_b, kv_head * GROUP
-    at_columns, whole = query_columns + batch * sc_b, denominators + batch * sd_b + kv_head * sd_k
-    peak, total, count = _past(
-        k, column, queries, at_columns, whole, start, middle, peak, total, count,
-        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
-        GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
-    )  # fmt: skip
-    peak, total, count = _past(
-        k, column, queries, at_columns, whole, middle, rows, peak, total, count,
-        rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
-        GROUP, HEAD, BLOCK_D, BLOCK_M, False, SUMS, HAS_CAP,
-    )  # fmt: skip
     out = pair * length + n
+    peak, mean = _counted(
+        k, column, oldest, newest, query + batch * sq_b, query_columns + batch * sc_b,
+        denominators + batch * sd_b + kv_head * sd_k, probes, rows, kv_head * GROUP, distance, scaling, softcap,
+        unit, sq_h, sq_k, sc_k, sd_h, sd_q, GROUP, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_P, SUMS, HAS_CAP,
+    )  # fmt: skip
     # Padding took part like any key, as keys do not touch each other; nothing of it is given out.
-    tl.store(peak_out + out, tl.where(inside, tl.exp2(peak), 0.0), n < length)
+    tl.store(peak_out + out, tl.where(inside, peak, 0.0), n < length)
     if SUMS:
-        # All rows from the middle on count.
-        count = tl.maximum(count + rows - middle, 1).to(tl.float32)
-        tl.store(mean_out + out, tl.where(inside, total / count, 0.0), n < length)
-
-
-class Tile(NamedTuple):
-    """Rows and keys of a block, warps, stages of software pipelining, most registers of a thread."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """How the kernel is compiled and launched."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-def tiles_for(query: Tensor, block_d: int, sums: bool) -> tuple[Tile, Tile]:
-    """Of the denominators and of the reductions."""
-    if query.dtype == torch.float32:
-        return Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
-    if block_d > 128:
-        return Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)
-    # What was fastest on an H100, by a few percent. With 128 registers a thread two blocks that sum fit a
-    # multiprocessor, and without a bound one: that is a fifth at 32,768 keys.
-    return (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3, 128)) if sums else (Tile(64, 64, 4, 3), Tile(64, 128, 4, 3))
-
-
-@on_its_device
-def launch_probe_reductions(
-    query: Tensor, key: Tensor, probes: Probes, tiles: tuple[Tile, Tile] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Run the kernels; parameters as in `core.reductions.probe_reductions`.
-
-    Without ``sums`` the mean is empty. ``tiles`` is there to be measured.
-    """
-    batch, heads, count, head_size = query.shape
-    query_columns, columns, valid, query_real, scaling, distance, softcap, sink_logits, sums, told = probes
-    scaling = head_size**-0.5 if scaling is None else scaling
-    kv_heads, length = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    rows = group * count
-    if query.dtype != key.dtype:  # as of a model that was moved to another type: products are of one
-        widest = torch.promote_types(query.dtype, key.dtype)
-        query, key = query.to(widest), key.to(widest)
-    if query.stride(-1) != 1:
-        query = query.contiguous()
-    if key.stride(-1) != 1:
-        key = key.contiguous()
-    # A query at padding stands before every key.
-    at = query_columns if query_real is None else query_columns.where(query_real, -1)
-    at = at.expand(batch, count)
-    shown = None
-    if valid is not None:
-        shown = (valid[:, None] if valid.dim() == 2 else valid).expand(batch, kv_heads, length).contiguous()
-        shown = shown.view(torch.uint8)
-    place = None if columns is None else columns.to(torch.int32)
-    block_d = max(16, power_of_2(head_size))
-    one, two = tiles or tiles_for(query, block_d, sums)
-    strides = (*query.stride()[:3], *key.stride()[:3], *at.stride())
-    strides += (0, 0) if shown is None else shown.stride()[:2]
-    settings = {
-        "GROUP": group,
-        "HEAD": head_size,
-        "BLOCK_D": block_d,
-        "HAS_VALID": shown is not None,
-        "HAS_COLUMNS": place is not None,
-        "HAS_CAP": softcap is not None,
-    }
-    inputs = (query, key, at, at if place is None else place, at if shown is None else shown)
-    cap = 1.0 if softcap is None else softcap
-    if told is not None:
-        whole, unit = told, LOG2E.value
-        of_rows = told.stride(0), told.stride(1) * group, told.stride(1), told.stride(2)
-    else:
-        sizes = batch, kv_heads, count, length
-        whole = _denominators(inputs, sink_logits, one, sizes, rows, scaling, cap, strides, settings)
-        unit, of_rows = 1.0, (kv_heads * rows, rows, 1, group)
-    shape = (batch, kv_heads, length)
-    peak, mean = (
-        torch.empty(shape if wanted else 0, dtype=torch.float32, device=query.device) for wanted in (True, sums)
-    )
-    _reduce_kernel[(blocks_of(length, two.block_n), batch * kv_heads)](
-        *inputs, whole, peak, mean, count, length, kv_heads, rows, distance, scaling, cap, unit, *strides, *of_rows,
-        BLOCK_M=two.block_m, BLOCK_N=two.block_n, BLOCK_P=max(LEAST_QUERIES, power_of_2(count)), SUMS=sums,
-        **two.options, **settings,
-    )  # fmt: skip
-    return peak, mean
-
-
-def _denominators(
-    inputs: Sequence[Tensor],
-    sink_logits: Tensor | None,
-    tile: Tile,
-    shape: tuple[int, int, int, int],
-    rows: int,
-    scaling: float,
-    softcap: float,
-    strides: Sequence[int],
-    settings: Mapping[str, Any],
-) -> Tensor:
-    """Logarithms to base 2 of the rows' softmax denominators, ``[B, H_kv, rows]`` float32."""
-    batch, kv_heads, count, length = shape
-    blocks = blocks_of(rows, tile.block_m)
-    # Enough programs to fill the device several times over, each with enough keys to be worth it.
-    # However many rows there are: what is computed of one does not depend on the others beside it.
-    splits = max(1, min(blocks_of(1024, kv_heads * blocks), blocks_of(length, 512)))
-    split_keys = blocks_of(blocks_of(length, splits), tile.block_n) * tile.block_n
-    splits = blocks_of(length, split_keys)
-    partial = inputs[0].new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
-    _denominator_kernel[(blocks, splits, batch * kv_heads)](
-        *inputs, partial, count, length, kv_heads, split_keys, rows, scaling, softcap, *strides,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options, **settings,
-    )  # fmt: skip
-    if splits == 1 and sink_logits is None:
-        return partial
-    whole = partial.new_empty(batch, kv_heads, rows)
-    sinks = partial if sink_logits is None else sink_logits.contiguous()
-    _join_kernel[(blocks_of(rows, 128), batch * kv_heads)](
-        partial, sinks, whole, splits, rows, settings["GROUP"], kv_heads, BLOCK=128, HAS_SINKS=sink_logits is not None
-    )
-    return whole
+        tl.store(mean_out + out, tl.where(inside, mean, 0.0), n < length)
+    if OTHER_P > 0:
+        peak, mean = _counted(
+            k, column, oldest, newest, other_query + batch * oq_b, other_columns + batch * oc_b,
+            other_denominators + batch * od_b + kv_head * od_k, other_probes, other_rows, kv_head * GROUP,
+            other_distance, scaling, softcap, other_unit, oq_h, oq_k, oc_k, od_h, od_q,
+            GROUP, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, OTHER_P, OTHER_SUMS, HAS_CAP,
+        )  # fmt: skip
+        tl.store(other_peak + out, tl.where(inside, peak, 0.0), n < length)
+        if OTHER_SUMS:
+            tl.store(other_mean + out, tl.where(inside, mean, 0.0), n < length)

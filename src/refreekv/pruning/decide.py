@@ -17,7 +17,7 @@ from refreekv.core.quantisation import SINKS, Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
-from refreekv.kernels import kept_first, leveled, probe_reductions, put_surrogates
+from refreekv.kernels import both_reductions, kept_first, leveled, probe_reductions, put_surrogates
 from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.report import RowReport
@@ -287,8 +287,7 @@ def layer_view(
         origins=entries.origins,
     )
     if plan.reduced:
-        window = _reductions(ProbePlan(rows=plan.rows), call, entries, distance=0, sums=True)
-        spread = _reductions(ProbePlan(spread=plan.spread), call, entries, plan.distance, plan.spread_sums)
+        window, spread = _reductions(plan, call, entries)
         view = replace(view, window=window, spread=spread)
         if not plan.queries or not plan.rows or call.softcap is not None:
             return view
@@ -299,15 +298,29 @@ def layer_view(
 
 
 def _reductions(
+    plan: ProbePlan, call: AttentionCall, entries: Entries
+) -> tuple[ProbeReductions | None, ProbeReductions | None]:
+    """What the window's queries, and those spread, gave each position; their rows never exist together."""
+    keys = entries.keys
+    of_window = _probes(ProbePlan(rows=plan.rows), call, entries, 0, True)
+    of_spread = _probes(ProbePlan(spread=plan.spread), call, entries, plan.distance, plan.spread_sums)
+    if of_window is not None and of_spread is not None:
+        (window, one), (spread, other) = of_window, of_spread
+        return both_reductions(window, spread, keys, one, other)
+    alone = [None if own is None else probe_reductions(own[0], keys, own[1]) for own in (of_window, of_spread)]
+    return alone[0], alone[1]
+
+
+def _probes(
     plan: ProbePlan, call: AttentionCall, entries: Entries, distance: int, sums: bool
-) -> ProbeReductions | None:
-    """What the planned queries gave each position; their rows never exist together."""
+) -> tuple[Tensor, Probes] | None:
+    """The planned queries ``[B, H, k, D]``, and what counts of their attention; None: none are planned."""
     if not plan.count:
         return None
     queries = entries.queries.planned(plan)
     # Attention's own denominators are those of all that these queries see; with padding it looked at a mask.
     told = None if entries.valid is not None or not entries.gapless else queries.logsumexp
-    probes = Probes(
+    return queries.states, Probes(
         queries.columns,
         columns=None if entries.gapless else entries.columns,
         valid=entries.valid,
@@ -319,7 +332,6 @@ def _reductions(
         sums=sums,
         logsumexp=told,
     )
-    return probe_reductions(queries.states, entries.keys, probes)
 
 
 def select(policy: Policy, view: LayerView) -> Selection | CutSelection | None:

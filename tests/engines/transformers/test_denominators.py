@@ -25,12 +25,12 @@ def probed(monkeypatch):
     """The probes of each layer; with plain reductions, which heed what they are told."""
     found = []
 
-    def noting(query, key, probes):
-        found.append((query, key, probes))
-        return reductions.probe_reductions(query, key, probes)
+    def noting(query, other_query, key, *given):
+        found.extend((own, key, probes) for own, probes in zip((query, other_query), given, strict=True))
+        return tuple(reductions.probe_reductions(*one) for one in found[-2:])
 
     monkeypatch.setattr(denominators, "listens_on", lambda device: True)
-    monkeypatch.setattr(decide, "probe_reductions", noting)
+    monkeypatch.setattr(decide, "both_reductions", noting)
     return found
 
 

@@ -80,7 +80,7 @@ def cost(monkeypatch):
     """Counts while a layer is pruned, the third of the model."""
     found = Cost()
     for module, name, launches in (
-        (decide, "probe_reductions", 3), (decide, "kept_first", 1), (decide, "leveled", 1), (layer, "centres", 2),
+        (decide, "both_reductions", 5), (decide, "kept_first", 1), (decide, "leveled", 1), (layer, "centres", 2),
         (kernels, "needed", 3), (kernels, "mapped_means", 1), (kernels, "gather", 1), (kernels, "pack_rungs", 1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, found.kernel(getattr(module, name), launches))
