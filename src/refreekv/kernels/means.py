@@ -10,8 +10,10 @@ from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.storage import elements_first
 
-CHUNK, BLOCK = 512, 64
-"""Entries of a program, and entries that it adds up at a time."""
+CHUNK, BLOCK, WARPS = 512, 64, 8
+"""Entries of a program, entries that it adds up at a time, and its warps."""
+CHUNKS = 16
+"""Sums of chunks that are added up at a time."""
 MAPPED = 32
 """Channels of a mean that a program takes to code space."""
 
@@ -121,9 +123,9 @@ def launch_centres(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     _sums_of_entries_kernel[(chunks, batch * heads, 2)](
         keys, values, sums, length, first, heads, *keys.stride()[:3], *values.stride()[:3], **sizes,
         BLOCK_D=power_of_2(size), BLOCK_V=power_of_2(value_size), CHUNK=CHUNK, BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=WARPS,
     )  # fmt: skip
     _means_of_entries_kernel[(batch * heads,)](
-        sums, *means, chunks, length - first, **sizes, BLOCK_D=power_of_2(size + value_size), BLOCK=16,
+        sums, *means, chunks, length - first, **sizes, BLOCK_D=power_of_2(size + value_size), BLOCK=CHUNKS,
     )  # fmt: skip
     return means
