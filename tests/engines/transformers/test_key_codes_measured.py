@@ -163,7 +163,7 @@ def test_a_lack_of_memory_is_not_remembered(monkeypatch):
 
 def test_without_codes_keys_are_rotated(monkeypatch):
     model = build("llama", attention="sdpa", head_dim=16)
-    monkeypatch.setattr("refreekv.engines.transformers.attachment.key_codes", lambda model, weights: None)
+    monkeypatch.setattr("refreekv.engines.transformers.key_codes.key_codes", lambda model, weights: None)
     cache = refreekv.ReFreeKVCache(model, "full", kv_dtype="int4:recent=8")
     greedy(model, *prompts((90,)), cache, steps=2)
     for layer in cache.pruned_layers:

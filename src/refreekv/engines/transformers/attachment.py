@@ -5,21 +5,20 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refreekv.engines.transformers import fingerprint, following, sessions
+from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
-from refreekv.engines.transformers.copy_scores import copy_scores
+from refreekv.engines.transformers.constants import give_constants, measure_again, settle
 from refreekv.engines.transformers.finding import COMPILED, check_can_prune
 from refreekv.engines.transformers.graph import Decoder
-from refreekv.engines.transformers.key_codes import are_known, key_codes
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
-from refreekv.engines.transformers.prompt import ATTACHMENT
+from refreekv.engines.transformers.prompt import ATTACHMENT, OutdatedError
 from refreekv.engines.transformers.read_again import ReadingCache
 from refreekv.engines.transformers.routing import Route, attention_configs
 
@@ -188,10 +187,22 @@ class Attachment:
         self._hooked.discard(here)
         output = self._decoder(forward, kwargs) if self._generating and not args else None
         if output is None:
-            output = forward(*args, **kwargs)
+            outdated = True
+            with suppress(OutdatedError):
+                output, outdated = forward(*args, **kwargs), False
+            if outdated:
+                cache = cache_given(arguments(self._signature, args, kwargs))
+                assert isinstance(cache, PrunedCache)
+                measure_again(self.model, cache)
+                output = forward(*args, **kwargs)
         if not hooked:
             self._after_forward(self.model, args, kwargs, output)
         return output
+
+    @property
+    def _runs_forward(self) -> bool:
+        """Whether the model's forward is `run`, and nobody's who put theirs in its place."""
+        return self.model.__dict__.get("forward") is self._shadows["forward"][0]
 
     def _before_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         changed = self._before_forward(module, args, kwargs)
@@ -239,15 +250,9 @@ class Attachment:
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")
-            weights = None
-            if tokens is not None and cache.state.codes_wanted:
-                cache.state.codes_wanted = False
-                # Asked once for codes and scores: the device waits meanwhile. A pass that measures may change it.
-                asked = fingerprint.of_contents(self.model)
-                weights = asked if are_known(self.model, asked) else None
-                cache.state.key_codes = key_codes(self.model, asked)
-            if tokens is not None and cache.state.lacks_scores(cache.get_seq_length() + tokens.shape[1]):
-                cache.state.copy_scores = copy_scores(self.model, weights)
+            if tokens is not None:
+                # Calls that do not come by `run` cannot be made once more.
+                give_constants(self.model, cache, tokens, may_repeat=self._runs_forward)
         if cache.made_for(self.model):
             if (verification := cache.state.verification) is not None:
                 cache.state.refresh()
@@ -280,6 +285,8 @@ class Attachment:
         # A part of the model that the cache was made for leaves it to that one.
         if not isinstance(cache, PrunedCache) or not cache.made_for(self.model):
             return
+        if cache.state.unconfirmed is not None:
+            settle(self.model, cache)
         cache.state.end_forward()
         cache.state.finish()
         if cache.state.verification is not None:

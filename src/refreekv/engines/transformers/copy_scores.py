@@ -42,6 +42,11 @@ def copy_scores(model: PreTrainedModel, weights: object = None) -> Sequence[Tens
     return known[1]
 
 
+def at_hand(model: PreTrainedModel) -> tuple[object, Sequence[Tensor]] | None:
+    """What `fingerprint.of_contents` said when scores were last measured, and these; None: they never were."""
+    return _KNOWN.get(model)
+
+
 def remember(model: PreTrainedModel, scores: Sequence[Tensor], key: str | None) -> None:
     """Note scores that were measured on another occasion; also on disk where the model has a ``key``."""
     _KNOWN[model] = (fingerprint.of_contents(model), tuple(scores))

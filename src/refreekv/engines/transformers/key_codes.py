@@ -28,6 +28,16 @@ def are_known(model: PreTrainedModel, weights: object) -> bool:
     return known is not None and known[0] == weights
 
 
+def at_hand(model: PreTrainedModel) -> tuple[object, Sequence[KeyCodes] | None] | None:
+    """What `fingerprint.of_contents` said when codes were last measured, and these; None: they never were."""
+    return _KNOWN.get(model)
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Measure anew when codes are next asked for, or read them from disk."""
+    _KNOWN.pop(model, None)
+
+
 def key_codes(model: PreTrainedModel, weights: object = None) -> Sequence[KeyCodes] | None:
     """Codes for the keys of each full-attention layer, measured at the first call and remembered, also on disk.
 

@@ -71,6 +71,8 @@ class ReFreeKVLayer(RememberingLayer):
     def after_attention(self, call: AttentionCall) -> None:
         """Prune if the prompt ended in this call; remember its last queries if it goes on."""
         self.state.awaiting = None
+        if self.ordinal or self.state.layers == 1:  # behind the first layer the host has nothing to spare yet
+            self.state.confirm()
         if call.query.shape[2] != self._appended:
             raise RuntimeError(
                 f"layer {self.index} of the model stored {self._appended} new entries and attends to them with "

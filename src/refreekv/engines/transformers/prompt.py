@@ -26,6 +26,10 @@ ATTACHMENT = "_refreekv_attachment"
 """Attribute of a model that leads to its attachment, while it has one."""
 
 
+class OutdatedError(Exception):
+    """The codes and scores that a prompt's first layer was about to use are those of other weights."""
+
+
 @dataclass
 class PromptState:
     """Tells a layer, after each attention call, whether the prompt ended in that call.
@@ -56,6 +60,8 @@ class PromptState:
         By layer that may be pruned, codes of the model's own for keys; None: keys are rotated.
     codes_wanted : bool
         Whether entries are coded, and nobody has tried yet to measure codes for them.
+    unconfirmed : callable or None
+        Tells whether the model is what its codes and scores were measured on: asked while the device is busy.
     codes_optional : bool
         Whether what cannot be coded is stored as it is, without a word: nobody asked for codes by name.
     decode_interval : int or None
@@ -95,6 +101,7 @@ class PromptState:
     copy_scores: Sequence[Tensor] | None = None
     key_codes: Sequence[KeyCodes] | None = None
     codes_wanted: bool = False
+    unconfirmed: Callable[[], bool] | None = None
     codes_optional: bool = False
     decode_interval: int | None = None
     prompt_dtype: KVDtype | str | None = "auto"
@@ -164,6 +171,12 @@ class PromptState:
         reads = self.policy.reads_copy_scores and self.policy.frozen_layers != "all"
         return reads and self.copy_scores is None and self.policy.probe_plan(length).count > 0
 
+    def confirm(self) -> None:
+        """Raise OutdatedError if the model has changed since its codes and scores were measured."""
+        check, self.unconfirmed = self.unconfirmed, None
+        if check is not None and not check():
+            raise OutdatedError
+
     def later(self, carry_out: Callable[[], None]) -> None:
         """Compact a layer when the next one was decided on: by then its numbers are on the host."""
         self.finish()
@@ -178,6 +191,7 @@ class PromptState:
         """Forget what is under way."""
         self.awaiting = self.forward = None
         self.mask_given = False
+        self.unconfirmed = None
         self.proofs.clear()
         self.joint.clear()
         self._pending.clear()
