@@ -6,6 +6,7 @@ import torch
 from refreekv import kernels
 from refreekv.core.needs import Grading, Rules, levels, needs
 from refreekv.core.reductions import ProbeReductions
+from refreekv.kernels import needs as needs_kernels
 from refreekv.kernels import reference
 from refreekv.kernels.needs import launch_kept_first, launch_leveled, launch_needs
 from refreekv.storage.members import Members
@@ -126,8 +127,9 @@ def test_rungs_come_with_what_is_kept(n, damage_rows, device):
 
 
 @pytest.mark.parametrize("groups", [(3, 3), (1, 3), (3, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("n", [1, 60, 2048, 5000])
-def test_rungs_in_the_order_of_what_is_kept(n, groups, device):
+@pytest.mark.parametrize(("n", "at_a_time"), [(1, 8192), (60, 8192), (2048, 8192), (5000, 8192), (5000, 1024)])
+def test_rungs_in_the_order_of_what_is_kept(n, at_a_time, groups, device, monkeypatch):
+    monkeypatch.setattr(needs_kernels, "COUNTED", at_a_time)
     order, kept, _ = launch_kept_first(torch.rand(2, groups[0], n, device=device) < 0.6)
     found = torch.randint(0, 6, (2, groups[1], n), dtype=torch.uint8, device=device)
     ordered, counts, listed, packed = launch_leveled(order, kept, found, 4, 4, 20)

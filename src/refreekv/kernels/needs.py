@@ -15,6 +15,8 @@ from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.sizes import blocks_of, power_of_2
 
 BLOCK = 1024
+COUNTED = 8192
+"""Entries that are counted at a time, fewer than 65,536."""
 NEVER = tl.constexpr(-(2**30))
 REAL = tl.constexpr(9)
 """Where among a chunk's numbers is how many entries it has, if heads have different numbers of them."""
@@ -231,7 +233,7 @@ def launch_kept_first(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @triton.jit(do_not_specialize=["length", "so_b", "so_g", "sl_b", "sl_g", "sk_b", "sk_g"])
 def _leveled_kernel(
     order, kept, levels, ordered, counts, listed, packed, length, groups, so_b, so_g, sk_b, sk_g, sl_b, sl_g, first,
-    recent, RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    recent, RUNGS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, group = line // groups, line % groups
@@ -239,17 +241,19 @@ def _leveled_kernel(
     order += row * so_b + group * so_g
     levels += row * sl_b + group * sl_g
     rung, place = tl.arange(0, WIDE), tl.arange(0, BLOCK)
-    # Counted anew by each program, in place of a launch that adds up.
+    # Counted anew by each program, in place of a launch that adds up. All reads of many entries are under way at once.
     before = tl.zeros([WIDE], tl.int32)
     total = tl.zeros([WIDE], tl.int32)
-    for start in range(0, held, BLOCK):
-        n = start + place
+    for start in range(0, held, COUNTED):
+        n = start + tl.arange(0, COUNTED)
         at = tl.load(order + n, n < held, 0)
         level = tl.minimum(tl.load(levels + at, n < held, 0).to(tl.int32), RUNGS - 1)
         coded = (n >= first) & (n < held - recent)
-        found = tl.sum(((level[None, :] == rung[:, None]) & coded[None, :]).to(tl.int32), 1)
-        total += found
-        before += tl.where(start < chunk * BLOCK, found, 0)
+        # Those before this program's in the upper half: neither has more than 16 bits.
+        worth = tl.where(n < chunk * BLOCK, 65537, 1)
+        found = tl.sum(tl.where((level[None, :] == rung[:, None]) & coded[None, :], worth[None, :], 0), 1)
+        total += found & 65535
+        before += found >> 16
     if chunk == 0:
         tl.store(counts + row * RUNGS * groups + rung * groups + group, total, rung < RUNGS)
     n = chunk * BLOCK + place
@@ -287,6 +291,6 @@ def launch_leveled(
     block = 2048
     _leveled_kernel[(blocks_of(length, block), batch * groups)](
         *wide, ordered, counts, listed, packed, length, groups, *strides, first, recent,
-        RUNGS=rungs, WIDE=power_of_2(max(rungs, 2)), BLOCK=block, num_warps=8,
+        RUNGS=rungs, WIDE=power_of_2(max(rungs, 2)), BLOCK=block, COUNTED=COUNTED, num_warps=8,
     )  # fmt: skip
     return ordered, counts, listed, packed
