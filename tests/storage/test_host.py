@@ -12,6 +12,7 @@ import torch
 
 from refreekv.storage import host
 from refreekv.storage.host import HostMemory, NoRoomError, Parked
+from refreekv.storage.told import Told
 
 CPU = torch.device("cpu")
 PAGED = False
@@ -190,6 +191,27 @@ def test_several_threads(device):
         thread.join()
     assert not wrong
     assert pool.used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_computes_does_not_wait_for_copies():
+    """Numbers are told while much is copied: what is launched behind them runs before that is done."""
+    device = torch.device("cuda")
+    pool, numbers = HostMemory(2**30, pinned=True), torch.arange(12, device=device).view(3, 4)
+    other = torch.zeros(9, device=device)
+    held = {"lines": torch.zeros(2**29, dtype=torch.uint8, device=device)}  # some 10 ms
+    Parked.put(pool, held)  # pinned, for the next one
+    gc.collect()
+    torch.cuda.synchronize()
+    parked = Parked.put(pool, held)
+    copied = host.copy_stream(device).record_event()
+    told = Told(numbers)
+    other += 1
+    torch.cuda.current_stream().synchronize()
+    assert not copied.query()
+    assert told.wait().tolist() == numbers.tolist()
+    assert parked.nbytes == 2**29
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from refreekv.policies import LayerView, Policy, ProbePlan
 from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.report import RowReport
 from refreekv.storage.columns import Columns, Levels
+from refreekv.storage.told import Told
 
 REASON = "reason:"
 """What the names of reasons begin with among a decision's numbers."""
@@ -403,22 +404,16 @@ class _ToHost:
     """
 
     def __init__(self, parts: Sequence[Tensor]):
-        self._event: torch.cuda.Event | None = None
         as_they_are = all(part.dtype in (torch.float32, torch.int32) for part in parts)
         self._whole = [as_they_are and part.dtype == torch.int32 for part in parts for _ in range(part.shape[1])]
         numbers = torch.cat([part.view(torch.float32) if as_they_are else part.double() for part in parts], 1)
-        self._numbers = numbers
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.current_stream(numbers.device).record_event()
+        self._told = Told(numbers)
 
     def wait(self) -> list[list[float]]:
         """The numbers, once they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        numbers = self._numbers.double()
+        told = self._told.wait()
+        numbers = told.double()
         if any(self._whole):
-            numbers = torch.where(torch.tensor(self._whole), self._numbers.view(torch.int32), numbers)
+            numbers = torch.where(torch.tensor(self._whole), told.view(torch.int32), numbers)
         found: list[list[float]] = numbers.tolist()
         return found
