@@ -92,6 +92,18 @@ def test_a_turn_over_everything(models):
         assert sent <= 4
 
 
+def test_a_turn_over_everything_of_many_heads():
+    """Attention behind its mask was a call for each KV head, with keys and values copied for each query head."""
+    many = [
+        build(
+            "llama", attention="sdpa", head_dim=16, num_hidden_layers=n, num_key_value_heads=8, num_attention_heads=32
+        )
+        for n in (FEW, MANY)
+    ]
+    _, *turns = a_layer(many, "host")
+    assert all(launches <= 112 for launches, _, _ in turns)
+
+
 def test_keeping_costs_a_prompt_few_launches(models):
     (plain, *_), (kept, *_) = a_layer(models, None), a_layer(models, "host")
     assert kept[0] - plain[0] <= 8

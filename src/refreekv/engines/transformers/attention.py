@@ -24,7 +24,7 @@ from refreekv.engines.transformers.denominators import listening
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking, tells_denominators
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, ragged_attention
+from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_group, ragged_attention
 from refreekv.engines.transformers.reading_attention import over_what_was_read
 from refreekv.pruning.calls import AttentionCall
 
@@ -130,6 +130,8 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         own, function = function, _in_one_type(function, flash=flash)
         if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
             function = over_what_was_read(function, own)
+        elif base == "sdpa" and layer.ragged is not None:
+            function = by_group(function)
         if layer.ragged is None:
             unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")
             right = tells_denominators(module, base)

@@ -112,6 +112,49 @@ def _by_row(
     return torch.cat(outputs) if batch > 1 else outputs[0]
 
 
+FEW = 128
+"""Queries up to which a mask that is repeated for the heads of a group is less than a KV head's entries would be."""
+
+
+def by_group(attention: AttentionFunction) -> AttentionFunction:
+    """The same attention function, with the query heads that share a KV head as more queries of one head.
+
+    So a mask keeps sdpa from nothing: no keys and values are copied for each query head, and one call serves all. It
+    is what transformers does for a single query.
+    """
+
+    def together(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        (batch, heads, count, _), kv_heads = query.shape, key.shape[1]
+        group = heads // kv_heads
+        if mask is None or mask.dim() != 4 or group == 1 or not 1 < count <= FEW:
+            return attention(module, query, key, value, mask, **kwargs)
+        if mask.shape[1] == 1:
+            mask = mask.expand(-1, group, -1, -1).flatten(1, 2)[:, None]  # [B, 1, q, n] -> [B, 1, group * q, n]
+        else:
+            mask = mask.reshape(len(mask), kv_heads, group * count, -1)  # [B, H, q, n] -> [B, H_kv, group * q, n]
+        own = query.reshape(batch, kv_heads, group * count, -1)  # [B, H, q, D] -> [B, H_kv, group * q, D]
+        output = attention(_Ungrouped(module), own, key, value, mask, **kwargs)[0]
+        # [B, group * q, H_kv, Dv] -> [B, q, H, Dv]
+        output = output.reshape(batch, group, count, kv_heads, -1).permute(0, 2, 3, 1, 4)
+        return output.reshape(batch, count, heads, -1), None
+
+    return together
+
+
+class _Ungrouped:
+    """An attention module whose every query head has a KV head of its own, as attention functions see it."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether this is plain decoding: one token a row that sees every entry."""
     return (

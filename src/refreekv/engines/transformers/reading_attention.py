@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from refreekv.engines.transformers.proof import hides_nothing
-from refreekv.engines.transformers.ragged_attention import AttentionFunction
+from refreekv.engines.transformers.ragged_attention import FEW, AttentionFunction, by_group
 
 
 def over_what_was_read(attention: AttentionFunction, base: AttentionFunction) -> AttentionFunction:
@@ -25,7 +25,8 @@ def over_what_was_read(attention: AttentionFunction, base: AttentionFunction) ->
     ) -> tuple[Tensor, Tensor | None]:
         if base is sdpa_attention_forward and hides_nothing(mask) and _flash_can(query, key, value):
             return _to_the_last(query, key, value, **kwargs), None
-        return by_kv_head(attention)(module, query, key, value, mask, **kwargs)
+        masked = by_group if query.shape[2] <= FEW else by_kv_head
+        return masked(attention)(module, query, key, value, mask, **kwargs)
 
     return attend
 
