@@ -27,6 +27,8 @@ EXACT = ("keys", "values")
 """Names of the two parts of entries that are not coded."""
 EXTRA = "extra_"
 """What the names of tensors begin with that the layer adds."""
+TOGETHER = 1024
+"""Columns of later turns up to which the next turn's are kept with them: each piece costs the host a copy back."""
 AHEAD = 2
 """Layers that are on their way to the device while one computes."""
 
@@ -264,18 +266,21 @@ class Past:
             self._end_turn(ordinal)
             return
         earlier = self._layers.get(ordinal) if continues and self._rows is None else None
-        start = earlier.in_pieces if earlier is not None else 0
+        pieces = earlier.pieces if earlier is not None else ()
+        stop = entries.coded if isinstance(entries, UnfinishedKV) else length
+        # The first prompt's stays what it is: copies of a conversation share it.
+        if len(pieces) > 1 and pieces[-1].stop < stop and pieces[-1].stop - pieces[-1].start < TOGETHER:
+            pieces = pieces[:-1]
+        start = pieces[-1].stop if pieces else 0
         rest = {EXTRA + name: part for name, part in extras.items()}
         if isinstance(entries, UnfinishedKV):
-            new, stop = entries.lines(start), entries.coded
+            new = entries.lines(start)
             rest |= entries.rest()
             number, codes, batch, device = entries.number, entries.codes, entries.shape[0], entries.device
         else:
             new = {name: part[:, :, start:length] for name, part in zip(EXACT, entries, strict=True)}
-            stop = length
             number, codes, batch, device = None, None, entries[0].shape[0], entries[0].device
         try:
-            pieces = () if earlier is None else earlier.pieces
             if stop > start:
                 stored = self.store.put(self, new, device)
                 if number is None and isinstance(stored, Parked):

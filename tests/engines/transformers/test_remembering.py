@@ -14,6 +14,7 @@ from helpers.driving import POLICIES, Uneven
 from helpers.models import build, full_layers
 from refreekv import HostStore, KVDtype, ReFreeKVCache
 from refreekv.storage import host
+from refreekv.storage import past as past_module
 
 LOOSE = {"constant": 0.03, "copying": 2.0, "window": 8, "follow": 2, "lost_mass": 0.5}
 CASES = {
@@ -181,8 +182,9 @@ def test_in_sixteen_bits():
     assert talk.cache.report.remembered.host_bytes < 4 * 2 * 180 * 2 * 16 * 2 + 4 * 200_000
 
 
-def test_lines_are_coded_once_and_kept_once():
-    """A later turn adds its own lines, and its report says what all of them take."""
+def test_lines_are_coded_once_and_kept_once(monkeypatch):
+    """A later turn adds its own lines, short turns to one piece, and its report says what all of them take."""
+    monkeypatch.setattr(past_module, "TOGETHER", 100)
     talk = talk_of(model_of(), "heavy-hitter", prompt_dtype="int8:recent=4")
     first, second, third = turns_of(ALONE, question=50, answer=5)
     talk.ask(*first)
@@ -195,7 +197,7 @@ def test_lines_are_coded_once_and_kept_once():
     pieces = past.layer(0).pieces
     assert pieces[0] is piece
     assert all(torch.equal(part, before[name]) for name, part in piece.stored.on_host().items())
-    assert [(one.start, one.stop) for one in pieces] == [(0, 146), (146, 201), (201, 256)]
+    assert [(one.start, one.stop) for one in pieces] == [(0, 146), (146, 256)]  # of two turns
     report = talk.cache.report.remembered
     heads, lines = 2, 32 + 4
     rest = sum(sum(part.nbytes for part in past.layer(n).rest.on_host().values()) for n in range(4))
