@@ -20,6 +20,8 @@ COUNTED = 8192
 NEVER = tl.constexpr(-(2**30))
 REAL = tl.constexpr(9)
 """Where among a chunk's numbers is how many entries it has, if heads have different numbers of them."""
+FEW = 32
+"""Chunks up to which it is one kernel, however many there are."""
 LOST = tl.constexpr(8)
 """Where among a chunk's numbers the highest peak is that is not kept; before it the `REASONS`, in their order."""
 
@@ -180,7 +182,7 @@ def launch_needs(
         float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight), float(by.code_unit),
         LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None,
         HAS_ORIGINS=origins is not None, BLOCK=BLOCK,
-        BLOCK_F=power_of_2(max(rules.follow, 1)), BLOCK_C=power_of_2(chunks), num_warps=8,
+        BLOCK_F=power_of_2(max(rules.follow, 1)), BLOCK_C=power_of_2(max(chunks, FEW)), num_warps=8,
     )  # fmt: skip
     _tally_kernel[(batch,)](
         stats, numbers, kv_heads * chunks, 1.0 / (kv_heads * length), BLOCK=64, HAS_ORIGINS=origins is not None

@@ -22,7 +22,10 @@ def _wanted(n, ordinals, real, length, seen, step, rows, HAS_REAL: tl.constexpr,
     return wanted & (n < length)
 
 
-@triton.jit(do_not_specialize=["length", "count", "rows", "spread", "step_c", "step_o", "step_r"])
+@triton.jit(
+    do_not_specialize=["length", "count", "rows", "spread", "step_c", "step_o", "step_r"],
+    do_not_specialize_on_alignment=["columns", "ordinals", "real"],  # of a turn, from any place on
+)
 def _asked_kernel(
     columns, ordinals, real, index_out, columns_out, ordinals_out, real_out, length, count, rows, spread,
     step_c, step_o, step_r, HAS_REAL: tl.constexpr, HAS_SPREAD: tl.constexpr, BLOCK: tl.constexpr,
