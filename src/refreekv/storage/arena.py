@@ -460,11 +460,15 @@ def on_device(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         return table.to(device, non_blocking=True)
 
 
-def tell(arenas: Sequence[KVArena]) -> None:
-    """Give arenas that have none their tables, in one copy: each costs the host as much as some launches."""
-    tables = together([arena._lines() for arena in arenas], arenas[0].device)
-    for arena, table in zip(arenas, tables, strict=True):
+def tell(arenas: Sequence[KVArena], others: Sequence[Sequence[Sequence[int]]] = ()) -> list[Tensor]:
+    """Give arenas that have none their tables, in one copy: each costs the host as much as some launches.
+
+    ``others`` are as in `together`, and come with them: they are kept as long as the tables.
+    """
+    told = together([*(arena._lines() for arena in arenas), *others], arenas[0].device)
+    for arena, table in zip(arenas, told, strict=False):
         arena.table = table
+    return told[len(arenas) :]
 
 
 def together(parts: Sequence[Sequence[Sequence[int]]], device: torch.device) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from refreekv import kernels
 from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
 from refreekv.kernels.table import LENGTH
-from refreekv.storage.arena import KVArena, Span, as_lists, on_device, together
+from refreekv.storage.arena import KVArena, Span, as_lists, tell, together
 from refreekv.storage.coding import ROOM, Coding, room_for
 from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Array, Counts, Lengths, Members, counted
@@ -178,24 +178,24 @@ class CodedLines:
         found[runs(starts_of(coded), known, device)] = self.members.rungs()
         return found
 
-    def decode_into(self, target: RaggedKV, where: Tensor) -> None:
-        """Write all entries, in full precision, to their places ``where`` in flat storage, segment by segment."""
-        coded, device = flat(self.lengths), target.keys.device
-        # Where each is in its own segment: int32 [entries]
-        places = (where - spread(starts_of(flat(target.lengths)), coded, device)).int()
+    def decode_into(self, target: RaggedKV, places: Tensor) -> None:
+        """Write all entries, in full precision, to flat storage: to ``places`` of their own segments, int32."""
         if len(self.rungs) > 1:
             places = places[self.rung_of_each().argsort(stable=True)]
-        table, at = KVArena(target.keys, target.values, target.lengths, [0] * len(target.lengths)).table, 0
+        into = KVArena(target.keys, target.values, target.lengths, [0] * len(target.lengths), told=False)
+        told, work, at = list[Sequence[Span]](), [], 0
         for form, arena in zip(self.coding.forms, self.rungs, strict=True):
             counts = flat(arena.lengths)
             if count := sum(counts):
-                told = on_device([list(span) for span in spans(places[at : at + count], counts, 0)], device)
-                with arena.table_in_turn() as lines:
-                    kernels.unpack_lines(
-                        target.keys, target.values, lines, form, self.coding.maps, told, end=0, longest=max(counts),
-                        target=table,
-                    )  # fmt: skip
+                told.append(spans(places[at : at + count], counts, 0))
+                work.append((form, arena, max(counts)))
             at += count
+        for (form, arena, longest), where in zip(work, tell([into], told), strict=True):
+            with arena.table_in_turn() as lines:
+                kernels.unpack_lines(
+                    target.keys, target.values, lines, form, self.coding.maps, where, end=0, longest=longest,
+                    target=into.table,
+                )  # fmt: skip
 
     # -- others made of them --------------------------------------------------------------------
 

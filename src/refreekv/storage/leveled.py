@@ -191,25 +191,36 @@ class LeveledKV(KVStorage):
         return self.exact, *self.lines.rungs
 
     def full(self) -> RaggedKV:
-        device, exact, lengths = self.keys.device, self.exact.full(), self.lengths
-        exact_at, coded_at = (runs(*where, device) for where in self._where())
+        return self._decoded(self.lengths)
+
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        return self._decoded([(max(row),) * len(row) for row in self.lengths]).rows()
+
+    def _decoded(self, room: Counts) -> RaggedKV:
+        """All entries in full precision at the ends of segments of so many lines; zeros are before them."""
+        device, exact, total = self.keys.device, self.exact.full(), sum(flat(room))
+        (exact_starts, exact_counts), (coded_starts, coded) = self._where(room)
+        # Exact ones among all lines; coded ones, which are told by segment, among those of theirs.
+        relative = list(map(sub, coded_starts, starts_of(flat(room))))
+        both = runs([*exact_starts, *relative], [*exact_counts, *coded], device)
+        exact_at, coded_at = both.split([len(exact.keys), sum(coded)])
+        made = torch.empty if total == sum(flat(self.lengths)) else torch.zeros
         keys, values = (
-            torch.empty(sum(flat(lengths)), size, dtype=kind, device=device)
-            for size, kind in zip(self.sizes, self._types, strict=True)
+            made(total, size, dtype=kind, device=device) for size, kind in zip(self.sizes, self._types, strict=True)
         )
         for side, own in ((keys, exact.keys), (values, exact.values)):
             side[exact_at] = own.to(side.dtype)
-        found = RaggedKV(keys, values, lengths)
-        self.lines.decode_into(found, coded_at)
+        found = RaggedKV(keys, values, [tuple(row) for row in room])
+        self.lines.decode_into(found, coded_at.int())
         return found
 
     def segments(self, row: int) -> tuple[Piece, Piece]:
         return self.select_rows([row]).full().segments(0)
 
-    def _where(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
-        """Where runs of exact and of coded entries begin among all of all segments, and how long they are."""
+    def _where(self, room: Counts) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+        """Where runs of exact and of coded entries begin among the lines of `_decoded`, and how long they are."""
         lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.lines.lengths))
-        starts = starts_of(lengths)
+        starts = [start + n - own for start, n, own in zip(starts_of(flat(room)), flat(room), lengths, strict=True)]
         firsts = [start + n for start, n in zip(starts, sinks, strict=True)]
         ends = [first + n for first, n in zip(firsts, coded, strict=True)]
         rest = [start + n - end for start, n, end in zip(starts, lengths, ends, strict=True)]
