@@ -165,7 +165,8 @@ class Decision:
                 columns = Columns.of_ranges((0, self._length))
             else:
                 heads = tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True))
-                columns = Columns(heads=heads, marks=None if self._marks is None else self._marks[row])
+                marks = None if self._marks is None else self._marks[row]
+                columns = Columns(heads=heads, marks=marks, listed=self._order[row])
         elif isinstance(self._selection, CutSelection):
             assert cut is not None
             sinks = min(self._selection.sinks, cut)

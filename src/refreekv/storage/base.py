@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from refreekv.storage.runs import numbers
+from refreekv.storage.runs import numbers, sent
 
 if TYPE_CHECKING:
     from refreekv.storage.arena import KVArena
@@ -131,11 +131,8 @@ class KVStorage(ABC):
         """How many places `rows` padded of each of this row's heads: int32 ``[kv_heads]``; None if it padded none."""
         if self.even(row):
             return None
-        longest, pinned = max(self.lengths[row]), self.keys.is_cuda
-        before = [longest - length for length in self.lengths[row]]
-        # From pinned memory, so that the host does not wait for the device.
-        told = torch.tensor(before, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        return told.to(self.keys.device, non_blocking=True)
+        longest = max(self.lengths[row])
+        return sent([longest - length for length in self.lengths[row]], self.keys.device, torch.int32)
 
     def attend(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``; where there are tables."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refreekv.kernels import kept_first
 from refreekv.storage.members import Counts, Members
-from refreekv.storage.runs import numbers, spread
+from refreekv.storage.runs import numbers, sent, spread
 
 Range = tuple[int, int]
 
@@ -34,6 +34,8 @@ class Columns:
         How many of the bits of each group are set.
     marks : Tensor or None
         Beside ``heads``: the same as bits, where these are at hand.
+    listed, aligned : Tensor or None
+        Beside ``heads``: lines int32 ``[G, L]`` that these begin, or end, where they are views of some.
     """
 
     ranges: tuple[Range, ...] | None = None
@@ -41,6 +43,8 @@ class Columns:
     bits: Tensor | None = None
     held: tuple[int, ...] = ()
     marks: Tensor | None = None
+    listed: Tensor | None = None
+    aligned: Tensor | None = None
 
     @classmethod
     def of_ranges(cls, *ranges: Range) -> "Columns":
@@ -63,16 +67,23 @@ class Columns:
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """As int32 indices on ``device``, one for all KV heads or one for each."""
         if self.bits is not None:
-            fields = self.bits.to(device)[..., None] >> numbers(0, 8, device, torch.uint8) & 1
-            order, *_ = kept_first(fields.flatten(1).bool())  # [G, bytes, 8] -> [G, columns]
+            order, *_ = kept_first(self._fields(device).bool())
             return tuple(own[:n] for own, n in zip(order, self.held, strict=True))
         if self.ranges is None:
             return tuple(head.to(device) for head in self.heads)
         parts = [numbers(start, stop, device, torch.int32) for start, stop in self.ranges]
         return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=device),)
 
+    def _fields(self, device: torch.device) -> Tensor:
+        """The bits, each in a byte of its own: uint8 ``[G, columns]``."""
+        assert self.bits is not None
+        fields = self.bits.to(device)[..., None] >> numbers(0, 8, device, torch.uint8) & 1
+        return fields.flatten(1)  # [G, bytes, 8] -> [G, columns]
+
     def padded(self, device: torch.device) -> Tensor:
-        """As one int32 index ``[G, L]``, shorter heads filled up on the left with column 0."""
+        """As one int32 index ``[G, L]``, shorter heads filled up on the left with any column."""
+        if self.aligned is not None:
+            return self.aligned.to(device)
         heads = self.tensors(device)
         longest = max(self.counts)
         return torch.stack([torch.nn.functional.pad(head, (longest - len(head), 0)) for head in heads])
@@ -91,15 +102,38 @@ class Columns:
         """With the range ``start .. stop - 1`` behind."""
         if self.ranges is not None:
             return Columns.of_ranges(*self.ranges, (start, stop))
+        if self.bits is not None and self.bits.shape[1] == -(-start // 8):
+            return self._extended_bits(start, stop)
         device = (self.heads[0] if self.bits is None else self.bits).device
         tail = numbers(start, stop, device, torch.int32)
         return Columns(heads=tuple(torch.cat([head, tail]) for head in self.tensors(device)))
+
+    def _extended_bits(self, start: int, stop: int) -> "Columns":
+        """`extended`, of bits for the columns up to ``start``: all heads at once, as views of lines."""
+        assert self.bits is not None
+        device = self.bits.device
+        fields = torch.nn.functional.pad(self._fields(device)[:, :start], (0, stop - start), value=1)
+        order, *_ = kept_first(fields.bool())
+        counts = [n + stop - start for n in self.held]
+        longest = max(counts)
+        if min(counts) == longest:
+            lines = order[:, :longest]
+        else:
+            at = numbers(0, longest, device) - sent([longest - n for n in counts], device)[:, None]
+            lines = order.gather(1, at.clamp_min(0))  # what fills up is a head's first one
+        heads = tuple(line[longest - n :] for line, n in zip(lines, counts, strict=True))
+        return Columns(heads=heads, aligned=lines)
 
     def take(self, kept: "Columns", device: torch.device) -> "Columns":
         """What remains when only the entries ``kept`` (counted within the `padded` row) stay."""
         if self.ranges is not None and kept.ranges is not None:
             return Columns.of_ranges(*_compose(self.ranges, kept.ranges))
-        known, index = self.padded(device), kept.tensors(device)
+        known = self.padded(device)
+        if kept.listed is not None and len(kept.listed) in (1, len(known)):
+            lines = known.gather(1, kept.listed.to(device).long().expand(len(known), -1))
+            heads = zip(lines, kept.for_heads(len(known)), strict=True)
+            return Columns(heads=tuple(line[:n] for line, n in heads), listed=lines)
+        index = kept.tensors(device)
         groups = max(len(known), len(index))
         return Columns(heads=tuple(known[g % len(known)][index[g % len(index)]] for g in range(groups)))
 

@@ -21,6 +21,13 @@ def spread(numbers: Sequence[int], counts: Sequence[int], device: torch.device) 
     return torch.repeat_interleave(number, count, output_size=sum(counts))
 
 
+def sent(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers on a device; the host does not wait for it, as they are in pinned memory."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
+
+
 def runs(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """The numbers ``starts[i] .. starts[i] + counts[i] - 1``, one run after the other: int64 ``[sum of counts]``."""
     shifts = [start - before for start, before in zip(starts, starts_of(counts), strict=True)]
