@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refreekv.kernels import kept_first
 from refreekv.storage.columns import Columns, Levels, lasting
 
 CPU = torch.device("cpu")
@@ -46,6 +47,25 @@ def test_what_lasts_says_the_same(made):
         assert lists_of(mine.below(end // 2)) == lists_of(given_row.below(end // 2))
         every_other = Columns(heads=(torch.arange(0, max(mine.counts), 2, dtype=torch.int32),))
         assert lists_of(mine.take(every_other, CPU)) == lists_of(given_row.take(every_other, CPU))
+
+
+@given(st.integers(1, 60), st.integers(0, 2**31), st.sampled_from([1, 3]), st.sampled_from([1, 3]))
+def test_of_all_heads_at_once_it_is_the_same(end, seed, groups, chosen):
+    """Columns that are views of lines, for all KV heads or for each, and what is kept of them."""
+    generator = torch.Generator().manual_seed(seed)
+    order, held, marks = kept_first(torch.rand(groups, end, generator=generator) < 0.7)
+    there = Columns(bits=marks, held=tuple(held.tolist())).extended(end, end + 7)
+    longest = max(there.counts)
+    assert there.aligned.shape == there.padded(CPU).shape == (groups, longest)
+    for line, own, first, n in zip(there.padded(CPU), lists_of(there), order, held.tolist(), strict=True):
+        assert own == [*first[:n].tolist(), *range(end, end + 7)]
+        assert line.tolist()[longest - len(own) :] == own
+    # Of the columns that all heads hold, as a policy is not asked about what fills shorter ones up.
+    real = torch.arange(longest) >= longest - min(there.counts)
+    listed, kept, _ = kept_first((torch.rand(chosen, longest, generator=generator) < 0.5) & real)
+    heads = tuple(line[:n] for line, n in zip(listed, kept.tolist(), strict=True))
+    want = there.take(Columns(heads=heads), CPU)
+    assert lists_of(there.take(Columns(heads=heads, listed=listed), CPU)) == lists_of(want)
 
 
 def parts(row):

@@ -54,7 +54,7 @@ def _in_code_space(
     return w
 
 
-@triton.jit(do_not_specialize=["target", "kv_heads", "row_of_maps"])
+@triton.jit(do_not_specialize=["target", "kv_heads", "row_of_maps"], do_not_specialize_on_alignment=["starts"])
 def _recode_kernel(
     table, sources, rungs, at, starts, target, kv_heads, key_worth, row_of_maps,
     key_where, key_steps, value_where, value_steps, lines, key_grid, value_grid, key_places, value_places,

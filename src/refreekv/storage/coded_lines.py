@@ -23,7 +23,7 @@ from refreekv.storage.hosted import HostArena
 from refreekv.storage.members import Array, Counts, Lengths, Members, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.recoding import recoded
-from refreekv.storage.runs import each, flat, runs, spread, starts_of
+from refreekv.storage.runs import each, flat, runs, starts_of
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV

@@ -269,21 +269,21 @@ class LeveledKV(KVStorage):
         What is coded moves to the rung that ``levels`` say of it if that is narrower than its own, and is coded anew
         from what its code stands for. What is due is coded: there, or without ``levels`` as generated entries are.
         """
-        chosen, counts = self._chosen(kept, after)
+        chosen, counts, begins = self._chosen(kept, after)
         device, flat_counts = chosen.device, flat(counts)
-        lengths, sinks, coded = (flat(rows) for rows in (self.lengths, self.sinks, self.lines.lengths))
+        sinks, coded = flat(self.sinks), flat(self.lines.lengths)
         segment = spread(range(len(flat_counts)), flat_counts, device)
         # Each chosen entry's number among those of its segment, and where it is if it is coded and if it is not.
-        by_segment = starts_of(lengths), sinks, coded, starts_of(coded), starts_of(flat(self.exact.capacities))
-        starts, firsts, held, coded_starts, exact_starts = on_device(by_segment, device)[:, segment]
-        number = chosen - starts
+        by_segment = begins, sinks, coded, starts_of(coded), starts_of(flat(self.exact.capacities))
+        before, firsts, held, coded_starts, exact_starts = on_device(by_segment, device)[:, segment]
+        number = chosen - before
         early = number < firsts
         is_coded = (number >= firsts) & (number < firsts + held)
         coded_at = number - firsts + coded_starts
         exact_at = torch.where(early, number, number - held) + exact_starts
         rungs = len(self.lines.rungs)
         asked = None if levels is None or rungs == 1 else rungs_asked(levels, counts, after, rungs - 1)
-        sides = counted((early + 2 * is_coded).to(torch.uint8), counts, 3)
+        sides = counted(early + 2 * is_coded, counts, 3, segment)
         left = sides[2]
         # Exact ones, then coded ones: without asking the device once more how many they are.
         order = is_coded.to(torch.uint8).argsort(stable=True)
@@ -314,18 +314,17 @@ class LeveledKV(KVStorage):
         self.exact.trim(FLUSH)
         self._sinks = firsts * (self.lines.counts > 0)
 
-    def _chosen(self, kept: Sequence[Columns], after: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-        """The numbers of entries that stay, among all of all segments, and how many they are of each."""
-        device, parts, counts, shifts = self.keys.device, [], [], []
-        starts = iter(starts_of(flat(self.lengths)))
+    def _chosen(self, kept: Sequence[Columns], after: int) -> tuple[Tensor, list[tuple[int, ...]], list[int]]:
+        """Entries that stay, by their places in `rows`; how many they are of each segment, and where that begins."""
+        device, parts, counts, begins = self.keys.device, [], [], []
         for columns, lengths in zip(kept, self.lengths, strict=True):
             longest, index = max(lengths), columns.tensors(device)
             tail = numbers(longest - after, longest, device, torch.int32)
             for head, length in enumerate(lengths):
                 parts += [index[head % len(index)], tail]
-                shifts.append(next(starts) - (longest - length))
+                begins.append(longest - length)
             counts.append(tuple(n + after for n in columns.for_heads(len(lengths))))
-        return torch.cat(parts) + spread(shifts, flat(counts), device), counts
+        return torch.cat(parts), counts, begins
 
     # -- growing, moving and freeing, in place ---------------------------------------------------
 

@@ -118,13 +118,16 @@ def _shifted(counts: Sequence[int], device: torch.device) -> Tensor:
     return runs(starts, counts, device)
 
 
-def counted(rungs: Tensor, counts: Counts, most: int) -> list[list[tuple[int, ...]]]:
+def counted(rungs: Tensor, counts: Counts, most: int, segment: Tensor | None = None) -> list[list[tuple[int, ...]]]:
     """How many of each segment's entries are in each of ``most`` rungs: by rung, row and KV head.
 
-    ``rungs`` are those of all entries, one segment after the other.
+    ``rungs`` are those of all entries, one segment after the other, and ``segment`` the number of each one's, if that
+    is known.
     """
     segments, heads = sum(map(len, counts)), len(counts[0])
-    places = spread(range(0, segments * most, most), flat(counts), rungs.device) + rungs
+    if segment is None:
+        segment = spread(range(segments), flat(counts), rungs.device)
+    places = segment * most + rungs
     # Without `bincount`, which asks the device for the largest number first.
     found = torch.zeros(segments * most, dtype=torch.int64, device=rungs.device)
     found.index_add_(0, places, numbers(1, 2, rungs.device).expand_as(places))

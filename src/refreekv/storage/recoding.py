@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.storage.arena import KVArena, growth_for, on_device
+from refreekv.storage.arena import KVArena, growth_for, tell, together
 from refreekv.storage.coding import room_for
 from refreekv.storage.members import Lengths, Members, counted
 from refreekv.storage.runs import flat, runs, starts_of
@@ -41,18 +41,18 @@ def recoded(lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Len
     by_rung = counted(rungs, counts, len(arenas))
     order = rungs.argsort(stable=True)
     came, line = came[order], line[order]
-    sources = on_device(
-        [[arena.keys.data_ptr(), arena.values.data_ptr(), len(arena.keys), form.line_bytes]
-         for arena, form in zip(arenas, forms, strict=True)], device,
-    )  # fmt: skip
-    firsts, at = [], 0
-    for own in by_rung:
+    firsts, at, made = [], 0, []
+    for rung, own in enumerate(by_rung):
         firsts.append([at + start for start in starts_of(flat(own))])
         at += sum(map(sum, own))
-    starts, made = on_device(firsts, device), []
-    for rung, own in enumerate(by_rung):
         growth = max(growth_for(own), room_for(counts) if rung == lines.coding.generated else 0)
-        arena = _alike(arenas[rung], forms[rung], own, growth)
+        made.append(_alike(arenas[rung], forms[rung], own, growth))
+    tell(made)
+    sources, starts = together(
+        [[(arena.keys.data_ptr(), arena.values.data_ptr(), len(arena.keys), form.line_bytes)
+          for arena, form in zip(arenas, forms, strict=True)], firsts], device,
+    )  # fmt: skip
+    for rung, (arena, own) in enumerate(zip(made, by_rung, strict=True)):
         if longest := max(map(max, own)):
             with ExitStack() as stack:
                 # Lines are read by address: what another stream still writes is waited for.
@@ -62,11 +62,11 @@ def recoded(lines: "CodedLines", stay: Tensor, asked: Tensor | None, counts: Len
                 kernels.recode_lines(
                     kernels.Moved(table, sources, came, line, starts[rung], forms, rung, lines.coding.maps, longest)
                 )
-        made.append(arena)
     return made, Members.of(rungs, counts)
 
 
 def _alike(arena: KVArena, form: PackedFormat, lengths: Sequence[tuple[int, ...]], growth: int) -> KVArena:
-    """An arena on the device for so many lines, with room for others, which are still to be written."""
+    """An arena on the device for so many lines, with room for others; they are still to be written, as is its table."""
     like = torch.empty(0, form.line_bytes, dtype=torch.uint8, device=arena.device)
-    return KVArena.like(like, arena.values.new_empty(0, 2, device=arena.device), lengths, growth, arena.freed)
+    values = arena.values.new_empty(0, 2, device=arena.device)
+    return KVArena.like(like, values, lengths, growth, arena.freed, told=False)
