@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -130,7 +131,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         own, function = function, _in_one_type(function, flash=flash)
         if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
             function = over_what_was_read(function, own)
-        elif base == "sdpa" and layer.ragged is not None:
+        elif own is sdpa_attention_forward and layer.ragged is not None:
             function = by_group(function)
         if layer.ragged is None:
             unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")

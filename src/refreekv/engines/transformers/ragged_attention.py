@@ -13,6 +13,9 @@ from refreekv.storage.base import KVStorage, Piece
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
+FEW = 128
+"""Queries up to which a mask that is repeated for the heads of a group is less than a KV head's entries would be."""
+
 
 def ragged_attention(
     layer: ReFreeKVLayer,
@@ -110,10 +113,6 @@ def _by_row(
             row_mask = hide_padding(row_mask, visible, heads, query.dtype)
         outputs.append(attention(module, query[row : row + 1], keys[None], values[None], row_mask, **row_kwargs)[0])
     return torch.cat(outputs) if batch > 1 else outputs[0]
-
-
-FEW = 128
-"""Queries up to which a mask that is repeated for the heads of a group is less than a KV head's entries would be."""
 
 
 def by_group(attention: AttentionFunction) -> AttentionFunction:

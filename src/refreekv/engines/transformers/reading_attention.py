@@ -23,9 +23,10 @@ def over_what_was_read(attention: AttentionFunction, base: AttentionFunction) ->
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if base is sdpa_attention_forward and hides_nothing(mask) and _flash_can(query, key, value):
+        known = base is sdpa_attention_forward
+        if known and hides_nothing(mask) and _flash_can(query, key, value):
             return _to_the_last(query, key, value, **kwargs), None
-        masked = by_group if query.shape[2] <= FEW else by_kv_head
+        masked = by_group if known and query.shape[2] <= FEW else by_kv_head
         return masked(attention)(module, query, key, value, mask, **kwargs)
 
     return attend
