@@ -53,14 +53,10 @@ def test_it_is_causal_attention(flash, scaling, monkeypatch):
     torch.testing.assert_close(output.double(), expected(query, key, value, mask, scaling), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("why", "queries", "heads"),
-    [("hidden entries", 9, [2]), ("hidden entries", 130, [1, 1]), ("another function", 9, [1, 1])],
-)
-def test_masks_that_say_more_and_other_functions_are_heeded(why, queries, heads, monkeypatch):
-    """Few queries are attended to by group, many one KV head at a time."""
+@pytest.mark.parametrize("why", ["hidden entries", "another function"])
+def test_masks_that_say_more_and_other_functions_are_heeded(why, monkeypatch):
     monkeypatch.setattr(reading_attention, "_flash_can", lambda *_: True)
-    query, key, value = entries(queries=queries)
+    query, key, value = entries()
     mask, called = causal(query, key), []
 
     def mine(*args, **kwargs):
@@ -74,7 +70,7 @@ def test_masks_that_say_more_and_other_functions_are_heeded(why, queries, heads,
     else:
         attend = over_what_was_read(mine, mine)
     output, _ = attend(Module(), query, key, value, mask)
-    assert called == heads
+    assert called == [1, 1], "one KV head at a time"
     torch.testing.assert_close(output.double(), expected(query, key, value, mask), rtol=1e-4, atol=1e-5)
 
 

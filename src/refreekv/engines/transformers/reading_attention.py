@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from refreekv.engines.transformers.proof import hides_nothing
-from refreekv.engines.transformers.ragged_attention import FEW, AttentionFunction, by_group
+from refreekv.engines.transformers.ragged_attention import AttentionFunction
 
 
 def over_what_was_read(attention: AttentionFunction, base: AttentionFunction) -> AttentionFunction:
@@ -23,11 +23,9 @@ def over_what_was_read(attention: AttentionFunction, base: AttentionFunction) ->
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        known = base is sdpa_attention_forward
-        if known and hides_nothing(mask) and _flash_can(query, key, value):
+        if base is sdpa_attention_forward and hides_nothing(mask) and _flash_can(query, key, value):
             return _to_the_last(query, key, value, **kwargs), None
-        masked = by_group if known and query.shape[2] <= FEW else by_kv_head
-        return masked(attention)(module, query, key, value, mask, **kwargs)
+        return by_kv_head(attention)(module, query, key, value, mask, **kwargs)
 
     return attend
 
