@@ -25,7 +25,7 @@ from refreekv.engines.transformers.denominators import listening
 from refreekv.engines.transformers.handout import ADVICE, receive
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import Proof, check_mask, is_own, lacks_proof, marking, tells_denominators
-from refreekv.engines.transformers.ragged_attention import AttentionFunction, by_group, ragged_attention
+from refreekv.engines.transformers.ragged_attention import FEW, AttentionFunction, by_group, ragged_attention
 from refreekv.engines.transformers.reading_attention import over_what_was_read
 from refreekv.pruning.calls import AttentionCall
 
@@ -129,10 +129,10 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             check_mask(module, layer.index, attention_mask)
         weights = None
         own, function = function, _in_one_type(function, flash=flash)
-        if base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
-            function = over_what_was_read(function, own)
-        elif own is sdpa_attention_forward and layer.ragged is not None:
+        if own is sdpa_attention_forward and layer.ragged is not None and query.shape[2] <= FEW:
             function = by_group(function)
+        elif base == "sdpa" and attention_mask is not None and layer.is_decoded_for_call:
+            function = over_what_was_read(function, own)
         if layer.ragged is None:
             unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")
             right = tells_denominators(module, base)
