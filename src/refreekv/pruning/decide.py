@@ -7,6 +7,7 @@ when they are needed, by when they have long arrived.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -156,24 +157,25 @@ class Decision:
         return [self._row(row, {name: values[row] for name, values in table.items()}) for row in range(self._batch)]
 
     def _row(self, row: int, number: dict[str, float]) -> KeptRow:
-        real = tuple(int(value) for name, value in number.items() if name.startswith("real"))
+        kinds = _kinds(tuple(number))
+        real = tuple(int(number[name]) for name in kinds["real"])
         cut = int(number["cut"]) if "cut" in number else None
         if self._order is not None:
-            kept = [int(value) for name, value in number.items() if name.startswith("kept")]
+            kept = [int(number[name]) for name in kinds["kept"]]
             if min(kept) == self._length:
                 # Where nothing goes no list has to say what stays.
                 columns = Columns.of_ranges((0, self._length))
             else:
                 heads = tuple(index[:n] for index, n in zip(self._order[row], kept, strict=True))
                 marks = None if self._marks is None else self._marks[row]
-                columns = Columns(heads=heads, marks=marks, listed=self._order[row])
+                columns = Columns(heads=heads, held=tuple(kept), marks=marks, listed=self._order[row])
         elif isinstance(self._selection, CutSelection):
             assert cut is not None
             sinks = min(self._selection.sinks, cut)
             columns = Columns.of_ranges((0, sinks), (cut, self._length))
         else:
             columns = Columns.of_ranges((0, self._length))
-        reasons = {name.removeprefix(REASON): value for name, value in number.items() if name.startswith(REASON)}
+        reasons = {name.removeprefix(REASON): number[name] for name in kinds[REASON]}
         hides = bool(number.get("hides"))
         levels = None
         if self._levels is not None and self._ladder is not None and self._by_rung is not None:
@@ -390,6 +392,12 @@ def _check_shape(policy: Policy, found: Tensor, keys: Tensor, dtype: torch.dtype
             f"policy {policy.name!r} returned {what} of shape {tuple(found.shape)} and type {found.dtype}; "
             f"expected {wanted} ({batch}, 1 or {kv_heads}, {length})"
         )
+
+
+@lru_cache(maxsize=8)
+def _kinds(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Names of numbers by what they begin with: they are the same in all layers."""
+    return {kind: tuple(name for name in names if name.startswith(kind)) for kind in ("real", "kept", REASON)}
 
 
 def _numbered(name: str, numbers: Tensor) -> tuple[list[str], Tensor]:

@@ -31,7 +31,7 @@ class Columns:
     bits : Tensor or None
         In the place of both: uint8 ``[G, bytes]``, a bit for each column, the first in the lowest bit.
     held : tuple of int
-        How many of the bits of each group are set.
+        How many of the bits of each group are set; beside ``heads`` their lengths, where somebody knows them.
     marks : Tensor or None
         Beside ``heads``: the same as bits, where these are at hand.
     listed, aligned : Tensor or None
@@ -122,7 +122,7 @@ class Columns:
             at = numbers(0, longest, device) - sent([longest - n for n in counts], device)[:, None]
             lines = order.gather(1, at.clamp_min(0))  # what fills up is a head's first one
         heads = tuple(line[longest - n :] for line, n in zip(lines, counts, strict=True))
-        return Columns(heads=heads, aligned=lines)
+        return Columns(heads=heads, held=tuple(counts), aligned=lines)
 
     def take(self, kept: "Columns", device: torch.device) -> "Columns":
         """What remains when only the entries ``kept`` (counted within the `padded` row) stay."""
@@ -131,8 +131,9 @@ class Columns:
         known = self.padded(device)
         if kept.listed is not None and len(kept.listed) in (1, len(known)):
             lines = known.gather(1, kept.listed.to(device).long().expand(len(known), -1))
-            heads = zip(lines, kept.for_heads(len(known)), strict=True)
-            return Columns(heads=tuple(line[:n] for line, n in heads), listed=lines)
+            counts = kept.for_heads(len(known))
+            heads = tuple(line[:n] for line, n in zip(lines, counts, strict=True))
+            return Columns(heads=heads, held=counts, listed=lines)
         index = kept.tensors(device)
         groups = max(len(known), len(index))
         return Columns(heads=tuple(known[g % len(known)][index[g % len(index)]] for g in range(groups)))

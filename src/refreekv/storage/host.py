@@ -291,7 +291,7 @@ class Parked:
         """
         places: dict[str, _Place] = {}
         at = 0
-        apart = [name for name, tensor in tensors.items() if all(len(run) >= APART for run in _runs(tensor))]
+        apart = [name for name, tensor in tensors.items() if _is_apart(tensor)]
         for name in (*apart, *(name for name in tensors if name not in apart)):
             places[name] = _Place(at, tensors[name].shape, tensors[name].dtype)
             at += -(-places[name].size // ALIGNED) * ALIGNED
@@ -408,9 +408,17 @@ def _beside(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
+def _is_apart(tensor: Tensor) -> bool:
+    """Whether each run without a gap is worth a copy of its own; so is what copies nothing."""
+    return not tensor.nbytes or (tensor.nbytes >= APART and all(run.nbytes >= APART for run in _runs(tensor)))
+
+
 def _runs(tensor: Tensor) -> Iterator[Tensor]:
     """The bytes of a tensor in order, as views of runs without a gap."""
     if not tensor.numel():
+        return
+    if tensor.is_contiguous():
+        yield tensor.reshape(-1).view(torch.uint8)
         return
     inner, expected = tensor.dim(), 1
     # A dimension of one element may have any stride.

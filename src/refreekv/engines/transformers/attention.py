@@ -117,7 +117,7 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         call = AttentionCall(
             query, attention_mask, kwargs.get("scaling"), heeded.get("softcap"), sink_logits=kwargs.get("s_aux")
         )
-        if isinstance(layer, OwnAttention):
+        if not isinstance(layer, ReFreeKVLayer):
             return layer.attend(call, key, value), None
         for name in named:
             if name not in _REPEATED and kwargs.get(name) is not None:
