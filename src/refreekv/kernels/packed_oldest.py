@@ -35,19 +35,18 @@ def _code_oldest_kernel(
         row, head = (segment // kv_heads).to(tl.int64), segment % kv_heads
         exact = tl.load(own).to(tl.pointer_type(tl.int64)) + segment * 4
         table = tl.load(own + 1).to(tl.pointer_type(tl.int64)) + segment * 4
-        key_at, value_at, length = tl.load(exact), tl.load(exact + 1), tl.load(exact + 2)
-        lines_at, factors_at = tl.load(table), tl.load(table + 1)
-        key_offset = tl.load(own + 2).to(tl.pointer_type(tl.float32))
-        key_matrix = tl.multiple_of(tl.load(own + 3).to(tl.pointer_type(TYPE)), 16)
-        key_worth = tl.load(own + 4).to(tl.pointer_type(tl.float32))
-        value_offset = tl.load(own + 5).to(tl.pointer_type(tl.float32))
-        value_matrix = tl.multiple_of(tl.load(own + 6).to(tl.pointer_type(TYPE)), 16)
-        key_from = tl.multiple_of(key_at.to(tl.pointer_type(TYPE)), 16)
-        value_from = tl.multiple_of(value_at.to(tl.pointer_type(TYPE)), 16)
-        for begin in range(0, count, BLOCK_T):
+        for begin in tl.range(0, count, BLOCK_T, disable_licm=True):
             t = begin + tl.arange(0, BLOCK_T)
+            # Looked up for each block: kept in between, they take registers that coding needs.
+            key_from = tl.multiple_of(tl.load(exact).to(tl.pointer_type(TYPE)), 16)
+            value_from = tl.multiple_of(tl.load(exact + 1).to(tl.pointer_type(TYPE)), 16)
+            key_offset = tl.load(own + 2).to(tl.pointer_type(tl.float32))
+            key_matrix = tl.multiple_of(tl.load(own + 3).to(tl.pointer_type(TYPE)), 16)
+            key_worth = tl.load(own + 4).to(tl.pointer_type(tl.float32))
+            value_offset = tl.load(own + 5).to(tl.pointer_type(tl.float32))
+            value_matrix = tl.multiple_of(tl.load(own + 6).to(tl.pointer_type(TYPE)), 16)
             _pack_entries(
-                key_from, value_from, HEAD, VALUE, first + t, t < count, lines_at, factors_at, start + t, 0,
+                key_from, value_from, HEAD, VALUE, first + t, t < count, table, (start + t).to(tl.int32), 0,
                 row * row_of_means + head, row * row_of_maps + head, lines, key_grid, value_grid, key_places,
                 value_places, key_offset, key_matrix, key_worth, value_offset, value_matrix, key_rest, value_rest,
                 HEAD, VALUE, KEY_TILES, KEY_TILE, KEY_WORDS, VALUE_TILES, VALUE_TILE, VALUE_WORDS, BLOCK_W, BLOCK_IN,
@@ -55,6 +54,7 @@ def _code_oldest_kernel(
             )  # fmt: skip
         # All are read by then.
         tl.debug_barrier()
+        key_at, value_at, length = tl.load(exact), tl.load(exact + 1), tl.load(exact + 2)
         _close_up(key_at, first, count, length, HEAD * BYTES, LANE)
         _close_up(value_at, first, count, length, VALUE * BYTES, LANE)
         tl.debug_barrier()

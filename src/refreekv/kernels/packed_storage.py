@@ -237,22 +237,25 @@ def _of(tables, number):
 
 @triton.jit
 def _pack_entries(
-    key_from, value_from, sk_n, sv_n, source, real, lines_at, factors_at, line, rung, means, maps, lines, key_grid,
+    key_from, value_from, sk_n, sv_n, source, real, table, line, rung, means, maps, lines, key_grid,
     value_grid, key_places, value_places, key_offset, key_matrix, key_worth, value_offset, value_matrix, key_rest,
     value_rest, HEAD: tl.constexpr, VALUE: tl.constexpr, KEY_TILES: tl.constexpr, KEY_TILE: tl.constexpr,
     KEY_WORDS: tl.constexpr, VALUE_TILES: tl.constexpr, VALUE_TILE: tl.constexpr, VALUE_WORDS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Code the entries ``source`` of one segment, as far as they are ``real``, to as many lines of a rung."""
-    # Lines are a multiple of 8 bytes, planes of 4.
-    line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
-    key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
-    value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
-    to = tl.multiple_of(lines_at.to(tl.pointer_type(tl.uint16)), 8) + line * line_words
+    """Code the entries ``source`` of one segment, as far as they are ``real``, to as many lines of a rung.
+
+    ``table`` is the segment's line of its table.
+    """
     w = _in_code_space(
         key_from, sk_n, source, real, key_offset + means * HEAD, key_matrix + maps * HEAD * HEAD, key_rest,
         HEAD, KEY_TILES, KEY_TILE, BLOCK_T, BLOCK_IN, EXACT,
     )  # fmt: skip
+    # What is looked up only where it is needed takes no registers until then. Lines are a multiple of 8 bytes, planes
+    # of 4.
+    line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
+    key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
+    to = tl.multiple_of(tl.load(table).to(tl.pointer_type(tl.uint16)), 8) + line.to(tl.int64) * line_words
     key_factor = _write_side(
         w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
         key_words, key_worth + maps * HEAD, to, real, to, True, False, HEAD, KEY_TILES, KEY_TILE, BLOCK_T,
@@ -262,6 +265,10 @@ def _pack_entries(
         value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
         value_rest, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T, BLOCK_IN, EXACT,
     )  # fmt: skip
+    line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
+    key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
+    value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
+    to = tl.multiple_of(tl.load(table).to(tl.pointer_type(tl.uint16)), 8) + line.to(tl.int64) * line_words
     value_factor = _write_side(
         w, real, value_grid + rung * 4 * VALUE_TILES,
         value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
@@ -270,7 +277,7 @@ def _pack_entries(
     )  # fmt: skip
     both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    tl.store(factors_at.to(tl.pointer_type(tl.uint32)) + line, both, real)
+    tl.store(tl.load(table + 1).to(tl.pointer_type(tl.uint32)) + line, both, real)
 
 
 # Another prompt's length, and more rows, are no reason to compile for seconds.
@@ -305,8 +312,8 @@ def _pack_kernel(
             key_from = keys + row * sk_b + head * sk_h
             value_from = values + row * sv_b + head * sv_h
         _pack_entries(
-            key_from, value_from, sk_n, sv_n, source, real, tl.load(table + segment * 4),
-            tl.load(table + segment * 4 + 1), first + t.to(tl.int64), rung, row * row_of_means + head,
+            key_from, value_from, sk_n, sv_n, source, real, table + segment * 4, (first + t).to(tl.int32), rung,
+            row * row_of_means + head,
             row * row_of_maps + head, lines, key_grid, value_grid, key_places, value_places, key_offset, key_matrix,
             key_worth, value_offset, value_matrix, key_rest, value_rest, HEAD, VALUE, KEY_TILES, KEY_TILE, KEY_WORDS,
             VALUE_TILES, VALUE_TILE, VALUE_WORDS, BLOCK_W, BLOCK_IN, BLOCK_T, EXACT,

@@ -141,10 +141,14 @@ def planes_of(side: Side, start: int, most: int) -> tuple[tuple[float, ...], ...
 
 
 @on_its_device
-def launch_unpack(given: Transfer, block: int | None = None, warps: int = 4, at_once: int | None = None) -> None:
+def launch_unpack(
+    given: Transfer, block: int | None = None, warps: int = 4, at_once: int | None = None,
+    registers: int | None = None,
+) -> None:  # fmt: skip
     """Write what lines stand for to chosen entries; see `kernels.unpack_lines`.
 
-    ``block``, lines of a program, ``warps``, and bytes of a line that are decoded ``at_once`` are there to be measured.
+    ``block``, lines of a program, ``warps``, bytes of a line that are decoded ``at_once`` and ``registers`` of a thread
+    are there to be measured.
     """
     given.check(packs=False)
     keys, values, target, table, form, maps, spans, end, longest, starts = given
@@ -166,4 +170,5 @@ def launch_unpack(given: Transfer, block: int | None = None, warps: int = 4, at_
         KEY_TYPE=TYPES[keys.dtype], VALUE_TYPE=TYPES[values.dtype],
         BLOCK_D=power_of_2(form.key_size), BLOCK_V=power_of_2(form.value_size),
         BLOCK_T=block, TO_ARENA=target is not None, HAS_STARTS=starts is not None, EXACT=exact, num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip

@@ -200,10 +200,12 @@ def _counted(
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_N], tl.int32)
+    # With sums, columns are compared for half a block at a time: there are no registers for those of a whole one.
+    COMPARED: tl.constexpr = BLOCK_M // 2 if SUMS and BLOCK_M > 32 else BLOCK_M
     peak, total, count = _past(
         k, column, query, query_columns, denominators, start, middle, peak, total, count,
         rows, first_head, distance, scaling, softcap, unit, sq_h, sq_k, sc_k, sd_h, sd_q,
-        GROUP, HEAD, BLOCK_D, BLOCK_M, True, SUMS, HAS_CAP,
+        GROUP, HEAD, BLOCK_D, COMPARED, True, SUMS, HAS_CAP,
     )  # fmt: skip
     peak, total, count = _past(
         k, column, query, query_columns, denominators, middle, rows, peak, total, count,
