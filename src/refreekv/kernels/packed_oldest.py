@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from refreekv.core.quantisation import FLUSH
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_calls import Oldest
-from refreekv.kernels.packed_storage import BLOCK_IN, _pack_entries, block_of, registers_of, tables_of
+from refreekv.kernels.packed_storage import BLOCK_IN, _pack_entries, block_of, tables_of
 from refreekv.kernels.storage import TYPES, _close_up
 
 ADDRESSES = tl.constexpr(8)
@@ -83,11 +84,12 @@ def launch_code_oldest(exact: torch.Tensor, layers: Sequence[Oldest]) -> None:
     if exact.is_cuda:
         numbers = numbers.pin_memory().to(exact.device, non_blocking=True)
     segments, block = len(exact), block_of(kind)
+    if max(form.key_size, form.value_size) > 128:  # more would not fit the registers
+        block = min(block, FLUSH)
     _code_oldest_kernel[(segments, len(layers))](
         numbers, *told, segments, one.kv_heads,
         0 if maps.key_mean.shape[0] == 1 else one.kv_heads, 0 if maps.key_matrix.shape[0] == 1 else one.kv_heads,
         maps.key_sum.stride(0), maps.value_sum.stride(0), TYPE=TYPES[kind], BYTES=kind.itemsize, LANE=1024,
         HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"), BLOCK_W=told.block,
         BLOCK_IN=BLOCK_IN, BLOCK_T=block, EXACT=kind.itemsize > 2, num_warps=4, num_stages=2,
-        maxnreg=registers_of(kind, form),
     )  # fmt: skip

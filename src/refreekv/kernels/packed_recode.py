@@ -128,7 +128,7 @@ def _where(sides: tuple[Side, ...], starts: tuple[int, ...], device: torch.devic
 
 
 @on_its_device
-def launch_recode(table: Tensor, given: Moved, block: int = 32, warps: int = 4) -> None:
+def launch_recode(table: Tensor, given: Moved, block: int | None = None, warps: int = 4) -> None:
     """Fill the segments of ``table``; see `kernels.recode_lines`. ``block`` and ``warps`` are there to be measured."""
     given.check()
     form, maps, device = given.forms[given.target], given.maps, table.device
@@ -137,6 +137,8 @@ def launch_recode(table: Tensor, given: Moved, block: int = 32, warps: int = 4) 
     starts = tuple(one.keys.bytes for one in given.forms)
     values = _where(tuple(one.values for one in given.forms), starts, device)
     told = tables_of(tuple(given.forms), device)
+    if block is None:  # as many lines as there are registers for
+        block = 16 if max(form.key_size, form.value_size) > 128 else 32
     _recode_kernel[(blocks_of(max(given.longest, 1), block), table.shape[0])](
         table, given.sources, given.rungs, given.at, given.starts, given.target, kv_heads, maps.key_worth,
         0 if maps.key_worth.shape[0] == 1 else kv_heads, *keys, *values, *told,
