@@ -25,7 +25,7 @@ from refreekv.kernels.packed_oldest import code_alike
 from refreekv.kernels.packed_recode import launch_recode
 from refreekv.kernels.packed_storage import launch_pack
 from refreekv.kernels.packed_unpack import launch_unpack
-from refreekv.kernels.probe import launch_probe_reductions
+from refreekv.kernels.probe_launch import launch_both_reductions, launch_probe_reductions
 from refreekv.storage.warm_up import available_cores
 
 HEADS, GROUP, ENTRIES = 8, 4, 4096
@@ -78,10 +78,12 @@ def recode(size: int) -> None:
 
 
 def probe(size: int) -> None:
-    """Reductions with sums and without."""
+    """Reductions with sums, without, and both at once."""
     query, key = torch.zeros(1, GROUP, 256, size, dtype=KIND), torch.zeros(1, 1, ENTRIES, size, dtype=KIND)
-    for sums in (True, False):
-        launch_probe_reductions(query, key, Probes(torch.arange(ENTRIES)[None, -256:], sums=sums))
+    window, spread = (Probes(torch.arange(ENTRIES)[None, -256:], sums=sums) for sums in (True, False))
+    launch_probe_reductions(query, key, window)
+    launch_probe_reductions(query, key, spread)
+    launch_both_reductions(query, query, key, window, spread._replace(distance=64))
 
 
 def main() -> None:

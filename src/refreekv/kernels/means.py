@@ -10,9 +10,9 @@ from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.sizes import blocks_of, power_of_2
 from refreekv.kernels.storage import elements_first
 
-CHUNK, BLOCK, WARPS = 512, 64, 8
+CHUNK, BLOCK, WARPS = 256, 64, 4
 """Entries of a program, entries that it adds up at a time, and its warps."""
-CHUNKS = 16
+CHUNKS = 32
 """Sums of chunks that are added up at a time."""
 MAPPED = 32
 """Channels of a mean that a program takes to code space."""
