@@ -9,9 +9,9 @@ from torch import Tensor
 class Told:
     """Numbers on their way from a device to the host, which must stay as they are until they were waited for.
 
-    A GPU carries out copies to the host one after the other, whatever streams they are of. Among what is computed a
-    copy of some bytes would wait for the megabytes that `storage.host` has begun to copy, and all behind it would,
-    too: so that it has a stream of its own, which only the host waits for.
+    A GPU may carry out copies to the host one after the other, whatever streams they are of. Among what is computed a
+    copy of some bytes would then wait for the megabytes that `storage.host` has begun to copy, and all behind it
+    would, too: so that it has a stream of its own, which only the host waits for.
     """
 
     def __init__(self, numbers: Tensor):
