@@ -51,9 +51,10 @@ SHARES = """Entries are taken to be stored in these shares: {source}.
 """
 MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `benchmarks/one_gpu.py`). A peak is what
 tensors held at most and what the driver holds, beside `plan`'s forecast for that length. `adaptive-as-measured` costs
-what `adaptive` does and keeps what that keeps of real text, as random weights say nothing about it. Where a forecast of
-the longest prompt stands, it was searched for, to within 6 % and for some tens of seconds; the other lengths were
-chosen, and more may fit. Forecasts are `plan`'s of that day, which kept {reserve} free and no more:
+what `adaptive` does and keeps what that keeps of real text, as random weights say nothing about it. Full caches were
+searched for, to within 1 %; the other lengths were chosen, and more may fit where the peak is below the limit. Where it
+is above, by up to 1.5 %, what the driver takes while a prompt is read was not part of the limit, and a little less may
+fit: [lab/performance.md](../lab/performance.md) says how much. Forecasts are `plan`'s of the time of each run:
 """
 WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
 prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,
@@ -133,7 +134,7 @@ def page(policy: str, kv: str, rows: list[dict[str, Any]]) -> str:
     chats = [row for row in rows if "limit" not in row]
     if gpu:
         abouts = sorted({row["about"] for row in gpu})
-        lines += ["", MEASURED.format(abouts="; ".join(abouts), reserve=format_size(RESERVE)), one_gpu.table(gpu)]
+        lines += ["", MEASURED.format(abouts="; ".join(abouts)), one_gpu.table(gpu)]
     if chats:
         lines += ["", chat_speed.table(chats)]
     lines += ["", "`plan` takes your own model, card, context and number of requests: [plan.md](plan.md)."]

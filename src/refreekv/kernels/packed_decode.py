@@ -45,9 +45,6 @@ REGISTERS = 65_536
 WARPS = 12
 """That are to run on a multiprocessor at once, whatever registers Triton would like."""
 
-WARPS_OF_LARGE_HEADS = 10
-"""The same with heads of more than 128 elements: with twelve, widths of 6 and 7 find too few registers."""
-
 LEAST_ENTRIES = 256
 """Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
 
@@ -316,7 +313,7 @@ def launch_packed_decode(
     if stages is None:
         stages = 2 if half else 3
     if each is None:
-        each = (WARPS if max(size, value_size) <= 128 else WARPS_OF_LARGE_HEADS) // warps
+        each = WARPS // warps
     if programs is None:
         programs = each * multiprocessors(query.device)
     levels = tuple(level_of(form, beside, joined) for form in forms)
