@@ -101,6 +101,7 @@ class Try:
     allocated: int = 0  # of the peak what tensors held
     reserved: int = 0  # what the allocator had at most: blocks that it could not use, too
     before: int = 0  # what tensors held before it: the weights, and what an earlier try left
+    driver_read: int = 0  # what the driver held when all but the last chunk was read: before a step was captured
     chunk: int = 0
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -301,6 +302,7 @@ class Bench:
             with contextlib.nullcontext() if kind == "full" else cache.prompt_until(length):
                 self.model(ids[:, start : start + self.chunk], use_cache=True, logits_to_keep=1, **options)
             self.memory.count(self._weights + held(cache))
+        tried.driver_read = self.memory.driver
         stamps = Stamps()
         self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._new, do_sample=False,
