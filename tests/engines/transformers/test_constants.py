@@ -5,7 +5,7 @@ import torch
 
 from helpers.models import build
 from refreekv import ReFreeKVCache
-from refreekv.engines.transformers import constants, fingerprint
+from refreekv.engines.transformers import constants, fingerprint, key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 
 PROBED = {"min_length": 16, "constant": 0.02, "spread": 8, "window": 8, "follow": 2}
@@ -134,6 +134,31 @@ def test_layers_of_other_kinds_are_asked_before(order):
     order.clear()
     read(model, ids)
     assert order == ["asked", "attention 0", "attention 1"]
+
+
+@pytest.mark.parametrize("where", ["second layer", "measuring"])
+def test_a_prompt_that_was_interrupted_before_it_was_asked(order, monkeypatch, where):
+    model, ids = model_of(), torch.randint(2, 90, (1, 70))
+    read(model, ids)
+    trained(model)
+    cache = ReFreeKVCache(model, "adaptive", **PROBED)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched, torch.no_grad(), cache.prompt_until(70):
+        if where == "measuring":
+            patched.setattr(key_codes, "_measure", fail)
+        else:
+            patched.setattr(type(model.model.layers[1].mlp), "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(input_ids=ids, cache=cache)
+    cache.reset()
+    with torch.no_grad(), cache.prompt_until(70):
+        model(input_ids=ids, cache=cache)
+    cache.state.finish()
+    plain, _ = read(trained(model_of()), ids)
+    assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))
 
 
 def test_one_layer_that_may_be_pruned(order):

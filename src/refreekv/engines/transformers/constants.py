@@ -62,7 +62,7 @@ def settle(model: PreTrainedModel, cache: PrunedCache) -> None:
         cache.state.confirm()
     except OutdatedError:
         key_codes.forget(model)
-        cache.state.codes_wanted, cache.state.copy_scores = True, None
+        cache.state.forget_constants()
         raise RuntimeError(
             f"the weights of the {type(model).__name__} were changed since refreekv measured them, and it ran fewer "
             "layers than then: call reset() on this cache, or make a new one, and read the prompt again"
@@ -71,9 +71,11 @@ def settle(model: PreTrainedModel, cache: PrunedCache) -> None:
 
 def measure_again(model: PreTrainedModel, cache: PrunedCache) -> None:
     """Make a cache ready for the same call, with what is measured on the model as it is."""
-    state, mask_given = cache.state, cache.state.mask_given
+    state, mask_given, scored = cache.state, cache.state.mask_given, cache.state.copy_scores is not None
     cache.reset()
-    state.key_codes = key_codes.key_codes(model)
-    if state.copy_scores is not None:
+    state.forget_constants()  # should measuring fail
+    codes = key_codes.key_codes(model)
+    if scored:
         state.copy_scores = copy_scores.copy_scores(model)
+    state.key_codes, state.codes_wanted = codes, False
     cache.begin_forward(mask_given=mask_given)

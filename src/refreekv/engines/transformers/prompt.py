@@ -171,6 +171,11 @@ class PromptState:
         reads = self.policy.reads_copy_scores and self.policy.frozen_layers != "all"
         return reads and self.copy_scores is None and self.policy.probe_plan(length).count > 0
 
+    def forget_constants(self) -> None:
+        """Let codes and scores be measured, or found to be the model's, when the next prompt begins."""
+        self.unconfirmed = self.key_codes = self.copy_scores = None
+        self.codes_wanted = True
+
     def confirm(self) -> None:
         """Raise OutdatedError if the model has changed since its codes and scores were measured."""
         check, self.unconfirmed = self.unconfirmed, None
@@ -191,7 +196,8 @@ class PromptState:
         """Forget what is under way."""
         self.awaiting = self.forward = None
         self.mask_given = False
-        self.unconfirmed = None
+        if self.unconfirmed is not None:  # nobody came to ask whether these are the model's
+            self.forget_constants()
         self.proofs.clear()
         self.joint.clear()
         self._pending.clear()
