@@ -1,13 +1,16 @@
 """What a layer remembers between calls: queries until its next pruning, and what an earlier prompt left."""
 
+import weakref
+
 import pytest
 import torch
 
 from helpers.driving import prefill
 from helpers.models import prompts
 from refreekv import ReFreeKVCache
-from refreekv.policies import ProbePlan
+from refreekv.policies import ProbePlan, create
 from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.joint import JointPruning
 from refreekv.pruning.queries import HeldQueries
 
 
@@ -24,6 +27,16 @@ def test_of_a_chunk_only_what_the_plan_asks_for_stays_alive():
     both = held.with_chunk(call, 100, 102, ProbePlan(rows=3))
     assert both.prompt.columns.tolist() == [[99, 100, 101]]
     assert torch.equal(both.prompt.states[:, :, 1:], call.query)
+
+
+def test_of_a_layer_that_waits_for_the_last_one_neither_entries_nor_queries_stay_alive():
+    joint, call = JointPruning(), AttentionCall(queries(tokens=100), None)
+    keys, values = torch.randn(2, 2, 2, 100, 8)
+    part = Entries.of_dense(keys, values, None, None, Queries.of_call(call.query, 0, None), 0)
+    alive = [weakref.ref(tensor) for tensor in (call.query, keys, values)]
+    joint.add(create("cake", ratio=0.4, window=4), call, [part], 0, 2, lambda decisions: None)
+    del call, part, keys, values
+    assert [gone() for gone in alive] == [None] * 3
 
 
 def test_without_a_plan_nothing_is_held():

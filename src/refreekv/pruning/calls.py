@@ -237,6 +237,10 @@ class Queries:
         told = None if self.logsumexp is None else self.logsumexp[:, :, some]
         return Queries(self.states[:, :, some], self.columns[:, some], None, self.ordinals[:, some], logsumexp=told)
 
+    def none(self) -> "Queries":
+        """None of them, in storage of their own."""
+        return Queries(self.states[:, :, :0].clone(), self.columns[:, :0].clone(), None, self.ordinals[:, :0].clone())
+
     @property
     def whole(self) -> bool:
         """Whether these are all queries of a prompt, or a turn, without padding."""

@@ -49,7 +49,8 @@ class JointPruning:
             for part in parts:
                 plan = policy.probe_plan(part.keys.shape[2])
                 rows += policy.examine(layer_view(plan, call, part, layer, layers)).rows()
-            # Nothing is asked about the entries themselves any more: they must not stay for the other layers' sake.
+            # Nothing is asked about the entries themselves any more: neither they nor a prompt's queries may stay for
+            # the other layers' sake.
             self._waiting.append(_Held([_without_entries(part) for part in parts], rows, carry_out))
         if layer == layers - 1:
             self._decide(policy)
@@ -76,7 +77,8 @@ class JointPruning:
 def _without_entries(part: Entries) -> Entries:
     """The same of shapes alone."""
     nothing = part.keys.new_empty(1)
-    return replace(part, keys=nothing.expand(part.keys.shape), values=nothing.expand(part.values.shape))
+    keys, values = (nothing.expand(whole.shape) for whole in (part.keys, part.values))
+    return replace(part, keys=keys, values=values, queries=part.queries.none())
 
 
 def _joined(rows: Sequence[Selection]) -> Selection:

@@ -25,7 +25,7 @@ from refreekv.engines.transformers.naming import cache_argument, logits_argument
 from refreekv.engines.transformers.read_again import ANSWER, PROMPT, Recheck, divergence, reading_cache
 from refreekv.policies import JointPolicy, LayerView, Policy, create
 from refreekv.policies.constants import at_factors, dial
-from refreekv.pruning.calls import AttentionCall, Entries, Queries
+from refreekv.pruning.calls import AttentionCall, Entries
 from refreekv.pruning.decide import Decision, select, stored_view, with_surrogates
 from refreekv.report import Verified
 
@@ -79,7 +79,7 @@ class _Held:
         """Take down what is known of the entries, and let go of them: the layer may grow meanwhile."""
         return cls(
             layer,
-            [replace(_without_entries(part), queries=_no_queries(part.queries)) for part in parts],
+            [replace(_without_entries(part), queries=part.queries.none()) for part in parts],
             [_without_entries(view) for view in views],
             end,
             [part.keys.shape[2] for part in parts],
@@ -398,11 +398,6 @@ def _fed(given: Mapping[str, Any]) -> tuple[str, Tensor] | None:
 def _end_tokens(model: nn.Module) -> list[int]:
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return list(end) if isinstance(end, list | tuple) else [] if end is None else [end]
-
-
-def _no_queries(like: Queries) -> Queries:
-    """None of them, in storage of their own."""
-    return Queries(like.states[:, :, :0].clone(), like.columns[:, :0].clone(), None, like.ordinals[:, :0].clone())
 
 
 def _first(part: Tensor, tokens: int, axis: int) -> Tensor:
