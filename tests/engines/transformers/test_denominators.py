@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers.models import build
 from refreekv import ReFreeKVCache
 from refreekv.core import reductions
-from refreekv.engines.transformers import denominators
+from refreekv.engines.transformers import attention, denominators
 from refreekv.pruning import decide
 
 PROBED = {"min_length": 16, "constant": 0.02, "spread": 8, "window": 8, "follow": 2}
@@ -110,6 +111,19 @@ def test_a_padded_prompt_first(model, probed):
         probed.clear()
         read(model, ids, **given)
     assert all(part is not None for part in told(probed))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_somebody_s_own_attention_is_not_listened_to(model, probed, monkeypatch):
+    def own(module, query, key, value, mask, scaling=None, **_):
+        count = query.shape[2]
+        assert mask is None
+        seen = create_block_mask(lambda b, h, q, k: q >= k, None, None, count, count, device="cpu")
+        return flex_attention(query, key, value, block_mask=seen, scale=scaling, enable_gqa=True).transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "_base_function", lambda base, module: own)
+    read(model, torch.randint(2, 90, (1, 70)))
+    assert told(probed) == [None] * len(probed)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -136,7 +136,9 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if layer.ragged is None:
             unproved, exact = lacks_proof(module, base), not kwargs.get("dropout")
             right = tells_denominators(module, base)
-            asks = base == "sdpa" and exact and right is not False and (unproved or layer.asks_denominators())
+            # Others' functions may call what cannot be listened to, as flex attention.
+            tells = own is sdpa_attention_forward and exact and right is not False
+            asks = tells and (unproved or layer.asks_denominators())
             with listening(call, key.shape[2], wanted=asks) as heard:
                 output, weights = function(called, query, key, value, attention_mask, **kwargs)
             told = None if heard is None else heard.logsumexp
