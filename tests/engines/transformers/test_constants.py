@@ -5,7 +5,7 @@ import torch
 
 from helpers.models import build
 from refreekv import ReFreeKVCache
-from refreekv.engines.transformers import constants, fingerprint, key_codes
+from refreekv.engines.transformers import attachment, constants, fingerprint, key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 
 PROBED = {"min_length": 16, "constant": 0.02, "spread": 8, "window": 8, "follow": 2}
@@ -113,6 +113,24 @@ def test_within_generate(order):
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), cache=plain, **given)
     assert torch.equal(tokens, wanted)
     assert cache.get_seq_length() == plain.get_seq_length()
+
+
+def test_a_part_of_the_model_that_is_compressed_by_itself(order, monkeypatch):
+    """It is not the one that is measured, and called once more, for a cache of the whole model."""
+    model, ids, again = model_of(), torch.randint(2, 90, (1, 70)), []
+
+    def measured(whole, cache):
+        again.append(whole)
+        constants.measure_again(whole, cache)
+
+    monkeypatch.setattr(attachment, "measure_again", measured)
+    part, _ = read(model.model, ids)
+    read(model, ids)
+    trained(model)
+    for _ in range(2):
+        read(model, ids)
+    assert part.get_seq_length() == 70
+    assert again == [model]
 
 
 def test_somebody_s_own_forward_is_asked_before(order):

@@ -5,7 +5,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -187,9 +187,13 @@ class Attachment:
         self._hooked.discard(here)
         output = self._decoder(forward, kwargs) if self._generating and not args else None
         if output is None:
-            outdated = True
-            with suppress(OutdatedError):
-                output, outdated = forward(*args, **kwargs), False
+            outdated = False
+            try:
+                output = forward(*args, **kwargs)
+            except OutdatedError as error:
+                if error.args[0] is not self.model:
+                    raise  # that of a model around this one
+                outdated = True
             if outdated:
                 cache = cache_given(arguments(self._signature, args, kwargs))
                 assert isinstance(cache, PrunedCache)

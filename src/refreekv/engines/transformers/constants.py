@@ -52,7 +52,12 @@ def _at_hand(model: PreTrainedModel, cache: PrunedCache, *, scores: bool) -> boo
     cache.state.key_codes = codes[1]
     if own is not None:
         cache.state.copy_scores = own[1]
-    cache.state.unconfirmed = lambda: bool(fingerprint.of_contents(model) == codes[0])
+
+    def confirm() -> None:
+        if fingerprint.of_contents(model) != codes[0]:
+            raise OutdatedError(model)
+
+    cache.state.unconfirmed = confirm
     return True
 
 

@@ -27,7 +27,7 @@ ATTACHMENT = "_refreekv_attachment"
 
 
 class OutdatedError(Exception):
-    """The codes and scores that a prompt's first layer was about to use are those of other weights."""
+    """The codes and scores that a prompt's first layers used are those of other weights; its argument is the model."""
 
 
 @dataclass
@@ -61,7 +61,8 @@ class PromptState:
     codes_wanted : bool
         Whether entries are coded, and nobody has tried yet to measure codes for them.
     unconfirmed : callable or None
-        Tells whether the model is what its codes and scores were measured on: asked while the device is busy.
+        Raises OutdatedError if the model has changed since codes and scores were measured: asked while the device is
+        busy.
     codes_optional : bool
         Whether what cannot be coded is stored as it is, without a word: nobody asked for codes by name.
     decode_interval : int or None
@@ -101,7 +102,7 @@ class PromptState:
     copy_scores: Sequence[Tensor] | None = None
     key_codes: Sequence[KeyCodes] | None = None
     codes_wanted: bool = False
-    unconfirmed: Callable[[], bool] | None = None
+    unconfirmed: Callable[[], None] | None = None
     codes_optional: bool = False
     decode_interval: int | None = None
     prompt_dtype: KVDtype | str | None = "auto"
@@ -179,8 +180,8 @@ class PromptState:
     def confirm(self) -> None:
         """Raise OutdatedError if the model has changed since its codes and scores were measured."""
         check, self.unconfirmed = self.unconfirmed, None
-        if check is not None and not check():
-            raise OutdatedError
+        if check is not None:
+            check()
 
     def later(self, carry_out: Callable[[], None]) -> None:
         """Compact a layer when the next one was decided on: by then its numbers are on the host."""
