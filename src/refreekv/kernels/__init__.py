@@ -83,8 +83,9 @@ def probe_reductions(query: Tensor, key: Tensor, probes: Probes) -> ProbeReducti
     """Per-position peak and mean of the probes' attention, ``[B, H_kv, n]`` float32 each.
 
     Parameters, results and errors are those of `core.reductions.probe_reductions`, the plain version.
-    On CUDA two kernels read the keys once each, and no row is ever written out: memory is the results
-    and one float32 a query, head and split of the keys. On a CPU it goes in blocks (`probe_blocks`).
+    On CUDA two kernels read the keys once each, or one where ``logsumexp`` is known, and no row is ever written out:
+    memory is the results and, where it is not, one float32 a query, head and split of the keys. On a CPU it goes in
+    blocks (`probe_blocks`).
     """
     reductions.check_heads(query.shape[1], key.shape[1])
     if probes.scaling is None:

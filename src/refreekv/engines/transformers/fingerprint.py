@@ -37,8 +37,8 @@ def _walk(
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Attributes of all modules, each once, and the tensors with memory of their own that they compute with.
 
-    Of buffers those are counted that are ``named``. One loop, as it is asked before each prefill, while the device
-    waits.
+    Of buffers those are counted that are ``named``. One loop, as it is asked of each prompt, by a host that has a
+    device to keep busy.
     """
     found, states, held = {model}, [vars(model)], list[Tensor]()
     for state in states:
