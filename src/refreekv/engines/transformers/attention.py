@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ _REPEATED = {"module", "query", "key", "value", "attention_mask", "dropout", "sc
 _REPEATED |= {"sliding_window"}  # `proof` finds out where one is shorter than the prompt
 
 
-@runtime_checkable
 class OwnAttention(Protocol):
     """A cache layer that computes attention itself: what it handed out leads to it as to a `ReFreeKVLayer`."""
 
