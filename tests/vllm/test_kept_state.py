@@ -21,6 +21,7 @@ from refreekv.core.key_codes import Moments
 from refreekv.core.quantisation import SINKS, Ladder, centre_of
 from refreekv.engines.vllm.gpu import coding, deciding, trial
 from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.gpu.tracked import HostCopy
 from refreekv.engines.vllm.messages import CodeOrder, CopyOrder, StepOrders
 from refreekv.engines.vllm.worker_side import scoring
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts, Probes, alike, select
@@ -693,6 +694,29 @@ def test_preempted_before_the_prompt_has_ended():
     driver.step(a=90, b=1)
     driver.step(a=1, b=1)
     assert driver.outcomes["a"].epoch == 1
+
+
+def test_preempted_before_its_numbers_have_come_to_the_host(monkeypatch):
+    """It has no blocks then: the scheduler is told once the prompt is computed again, and once."""
+    driver = Driver(ADAPTIVE)
+    driver.add("a", 90)
+    driver.add("b", 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopy, "arrived", False)
+        driver.step(a=90)
+        driver.step(a=1, b=40)
+        assert not driver.outcomes
+        driver.preempt("a")
+    driver.step(b=1)
+    assert set(driver.outcomes) == {"b"}
+    driver.step(a=50, b=1)
+    assert set(driver.outcomes) == {"b"}
+    driver.step(a=41, b=1)
+    driver.step(a=1, b=1)
+    assert driver.outcomes["a"].epoch == 1
+    driver.move("a")
+    driver.step(a=1, b=1)
+    assert not driver.state.end_step()
 
 
 def test_whole_prompts_stay_as_they_are():

@@ -20,6 +20,7 @@ from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm.config import PluginOptions
 from refreekv.engines.vllm.gpu.kept import unpacked
 from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.gpu.tracked import HostCopy
 from refreekv.engines.vllm.scheduler_side.reserve import Reserve
 from refreekv.engines.vllm.spec import PrivateAttentionSpec
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
@@ -265,6 +266,14 @@ def test_random_requests(monkeypatch, folder, policy, formats, asynchronous, hyb
     # Several widths leave so much memory that nobody has to go.
     assert seen["preempted"] > 0 or (formats and "+" in formats)
     assert worker.read["listed"] > 100
+
+
+def test_numbers_that_come_late(monkeypatch, folder):
+    """A GPU tells how much is kept some steps after a prompt's end, or once its request has been preempted."""
+    rng = random.Random(4)
+    monkeypatch.setattr(Reserve, "admit", lambda *_: None)
+    monkeypatch.setattr(HostCopy, "arrived", property(lambda _: rng.random() < 0.3))
+    drive(folder, "full", "int8:recent=4", True, False)
 
 
 def test_what_is_kept_free_spares_preemptions(monkeypatch, folder):

@@ -182,7 +182,10 @@ class KeptState:
         for request_id, epoch in orders.preempted.items():
             if request_id in self.requests:
                 self.requests[request_id].preempt(epoch)
-        self._waiting = [one for one in self._waiting if self.requests.get(one[0]) is one[1] and not one[1].announced]
+        # A preempted request waits anew once its prompt is computed again: until then it has no blocks to give back.
+        self._waiting = [
+            one for one in self._waiting if self.requests.get(one[0]) is one[1] and one[0] not in orders.preempted
+        ]
         for order in orders.copies:
             self._move(order)
         for code in orders.codes:
