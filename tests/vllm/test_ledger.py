@@ -24,3 +24,12 @@ def test_tokens_after_an_eviction_are_not_offered(freed, offered):
     # A streaming session that goes on: its answer and new input count as prompt now.
     request.num_prompt_tokens = 280
     assert ledger.untouched(request, 300) == offered
+
+
+def test_of_a_session_that_goes_on_before_the_outcome_is_in_only_the_first_prompt_is_offered():
+    """Its new input is read behind what is kept of that."""
+    ledger = Ledger()
+    request = SimpleNamespace(request_id="r", num_prompt_tokens=100)
+    ledger.open(request)
+    request.num_prompt_tokens = 280
+    assert ledger.untouched(request, 300) == 100

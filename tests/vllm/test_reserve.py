@@ -19,7 +19,7 @@ def outcome(prompt, copies):
 
 
 def entry(*told, pending=False):
-    return Entry(SimpleNamespace(request_id="r"), outcome(*told) if told else None, [0] if pending else [])
+    return Entry(SimpleNamespace(request_id="r"), 160, outcome(*told) if told else None, [0] if pending else [])
 
 
 def test_nothing_is_kept_free_before_anything_is_known():

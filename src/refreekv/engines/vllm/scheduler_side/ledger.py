@@ -14,6 +14,8 @@ class Entry:
     ----------
     request : vllm Request
         vLLM's own object: its preemption count and status are always up to date.
+    prompt : int
+        Tokens of the prompt that it came with, which is the one that is pruned.
     outcome : PruningOutcome or None
         The last one that was applied, or is being applied.
     pending : list of int
@@ -27,6 +29,7 @@ class Entry:
     """
 
     request: Any
+    prompt: int
     outcome: PruningOutcome | None = None
     pending: list[int] = field(default_factory=list)
     freed: int = 0
@@ -42,7 +45,7 @@ class Ledger:
 
     def open(self, request: Any) -> None:
         """A request has arrived."""
-        self.entries[request.request_id] = Entry(request)
+        self.entries[request.request_id] = Entry(request, int(request.num_prompt_tokens))
 
     def close(self, request_id: str) -> Entry | None:
         """A request has ended."""
@@ -58,11 +61,12 @@ class Ledger:
     def untouched(self, request: Any, tokens: int) -> int:
         """How many of a request's first ``tokens`` tokens were computed without any eviction before them.
 
-        Until the outcome is in, the prompt's. Afterwards all, if nothing was evicted, else those of
-        the prompt that the outcome was about: a session that goes on calls all that it holds its prompt.
+        Until the outcome is in, those of the prompt that the request came with: a session that goes on calls all that
+        it holds its prompt. Afterwards all, if nothing was evicted, else those of that prompt.
         """
         entry = self.entries.get(request.request_id)
-        outcome = entry.outcome if entry is not None else None
-        if outcome is None:
+        if entry is None:
             return min(tokens, int(request.num_prompt_tokens))
-        return min(tokens, outcome.prompt) if outcome.altered else tokens
+        if entry.outcome is not None and not entry.outcome.altered:
+            return tokens
+        return min(tokens, entry.prompt)
