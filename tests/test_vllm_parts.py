@@ -273,4 +273,5 @@ def test_the_command_carries_the_options_as_json():
         "kv_dtype": "auto",
         "prefix_hits": None,
         "log_requests": False,
+        "coded_answers": True,
     }

@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
 class Case:
     """A request that runs, whose prompt is in private blocks."""
 
-    def __init__(self, folder, computed, answer, tokens=TOKENS):
-        self.scheduler = make_scheduler(folder, PluginOptions("full"), False)
+    def __init__(self, folder, computed, answer, tokens=TOKENS, **options):
+        self.scheduler = make_scheduler(folder, PluginOptions("full", **options), False)
         self.reclaimer = self.scheduler.connector.reclaimer
         self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.pool = self.manager.block_pool
@@ -117,3 +117,13 @@ def test_of_requests_that_are_gone_nothing_is_coded(folder):
 def test_where_a_prompt_is_not_coded_its_answer_is_not(folder):
     case = Case(folder, PROMPT + TOKENS + RECENT, TOKENS + RECENT, tokens=0)
     assert not case.orders().codes
+
+
+def test_answers_stay_as_they_are_where_that_is_asked_for(folder):
+    """What is kept of the prompt is moved all the same."""
+    case = Case(folder, PROMPT + TOKENS + RECENT, TOKENS + RECENT, coded_answers=False)
+    before = case.blocks
+    found = case.orders()
+    assert [order.request_id for order in found.copies] == ["r"]
+    assert not found.codes
+    assert case.blocks == before

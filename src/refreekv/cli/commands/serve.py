@@ -26,7 +26,7 @@ LOCAL = {"weights": "--weights", "device": "--device", "device_map": "--device-m
          "cache_memory": "--cache-memory", "cache_disk": "--cache-disk", "cache_folder": "--cache-folder",
          "verify": "--verify", "keep_evicted": "--keep-evicted", "host_memory": "--host-memory"}  # fmt: skip
 VLLM = {"layers_per_group": "--layers-per-group", "prefix_hits": "--prefix-hits", "log_requests": "--log-requests",
-        "dry_run": "--dry-run"}  # fmt: skip
+        "coded_answers": "--coded-answers", "dry_run": "--dry-run"}  # fmt: skip
 
 _local = functools.partial(typer.Option, rich_help_panel="With --engine transformers")
 
@@ -72,6 +72,13 @@ def serve(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log of each finished request what was kept of its prompt. (vLLM)")
     ] = False,
+    coded_answers: Annotated[
+        bool,
+        typer.Option(
+            "--coded-answers/--no-coded-answers",
+            help="Code an answer's older tokens, too, where its prompt is coded; else answers stay in 16 bits. (vLLM)",
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do not run it. (vLLM)")] = False,
     host: Annotated[
         str, typer.Option("--host", help="Where to listen. Others than this machine need a key.")
@@ -164,7 +171,7 @@ def serve(
     with refusals():
         from refreekv.engines.vllm.config import PluginOptions
 
-        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests)
+        settings = PluginOptions(policy, layers_per_group, kv_dtype, prefix_hits, log_requests, coded_answers)
     _serve_vllm(model, settings, more, dry_run=dry_run)
 
 

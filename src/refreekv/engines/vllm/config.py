@@ -39,6 +39,8 @@ class PluginOptions:
         same, and probe what is left to be computed. None: on GPUs they do, on CPUs they cannot.
     log_requests : bool
         Whether a line of vLLM's log says of each finished request what was kept.
+    coded_answers : bool
+        Whether an answer's older tokens are coded, too, where its prompt's entries are; else answers stay in 16 bits.
     """
 
     policy: str = DEFAULT_POLICY
@@ -46,6 +48,7 @@ class PluginOptions:
     kv_dtype: str = AUTO
     prefix_hits: bool | None = None
     log_requests: bool = False
+    coded_answers: bool = True
 
     def __post_init__(self) -> None:
         parse(self.policy)
@@ -53,6 +56,7 @@ class PluginOptions:
         if self.prefix_hits is not None:
             check_flag("prefix_hits", self.prefix_hits)
         check_flag("log_requests", self.log_requests)
+        check_flag("coded_answers", self.coded_answers)
         self.ladder()
 
     @classmethod

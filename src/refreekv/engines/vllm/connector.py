@@ -27,9 +27,10 @@ class RefreekvConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any):
-        self._log_requests = refusals.check_config(vllm_config).log_requests
+        options = refusals.check_config(vllm_config)
+        self._log_requests = options.log_requests
         super().__init__(vllm_config, role, kv_cache_config)
-        self.reclaimer = Reclaimer() if role is KVConnectorRole.SCHEDULER else None
+        self.reclaimer = Reclaimer(options.coded_answers) if role is KVConnectorRole.SCHEDULER else None
         self.state: WorkerState | KeptState | None = None
 
     # Beside the scheduler

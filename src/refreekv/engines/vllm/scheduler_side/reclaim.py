@@ -25,10 +25,16 @@ class Reclaimer:
 
     Tokens that came after a prompt are coded by the block, once so many of them are no longer among the newest: the
     blocks that they leave are free at once, and the one that they go to may be one of those.
+
+    Parameters
+    ----------
+    coded_answers : bool
+        Whether they are; else they stay as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, coded_answers: bool = True) -> None:
         self.ledger = Ledger()
+        self._coded_answers = coded_answers
         self._managers: tuple[PrunedAttentionManager, ...] = ()
         self._pool: BlockPool | None = None
         self._reserve: Reserve | None = None
@@ -98,7 +104,7 @@ class Reclaimer:
             order = CopyOrder(outcome.request_id, index, tuple(block.block_id for block in private))
             self._copies.append((outcome, order))
             entry.pending.pop(0)
-            if outcome.coded_tokens:
+            if outcome.coded_tokens and self._coded_answers:
                 entry.due = outcome.prompt + outcome.coded_tokens + outcome.recent
 
     def _code_later(self) -> list[CodeOrder]:
