@@ -756,6 +756,30 @@ def test_a_slot_is_clean_for_the_next_request():
     driver.step(b=1)
 
 
+@pytest.mark.parametrize("how", ["ends", "preempted", "goes on"])
+def test_lists_of_a_slot_that_was_left_are_not_followed(how):
+    """They will be gone, and data-parallel ranks without a request replay graphs with any slots."""
+    driver = Driver("snapkv:ratio=0.3")
+    driver.add("a", 80)
+    driver.add("b", 60)
+    driver.step(a=80, b=60)
+    slot = driver.sequences["b"].slot
+    segments = driver.state.table.segments
+    assert segments[:, slot].any()
+    assert slot
+    if how == "preempted":
+        driver.preempt("b")
+    elif how == "ends":
+        driver.sequences.pop("b")
+        driver.orders.finished.append("b")
+    else:
+        driver.sequences.pop("a")
+        driver.orders.finished.append("a")
+        driver.sequences["b"].slot = -1
+    driver.step(**{"b" if how == "goes on" else "a": 1})
+    assert not segments[:, slot].any()
+
+
 def test_of_the_plugin_s_own_prompts_nothing_is_left():
     """Their lists are freed, and graphs are captured with any slot: nobody may follow their addresses."""
     driver = Driver(ADAPTIVE, ladder=Ladder.of("int8", recent=4))

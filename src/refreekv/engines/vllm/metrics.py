@@ -10,7 +10,7 @@ from refreekv.engines.vllm.messages import PruningOutcome
 COUNTS = {
     "pruned_requests": "Requests of which a part of the prompt was evicted.",
     "prompt_tokens": "Prompt tokens that a policy has looked at.",
-    "blocks_returned": "KV cache blocks given back to the pool at the end of a prompt.",
+    "blocks_returned": "KV cache blocks given back to the pool since prompts ended, those of coded answers among them.",
 }
 
 REASONS = ("policy", "rounding", "ended")

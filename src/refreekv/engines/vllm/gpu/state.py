@@ -178,9 +178,10 @@ class KeptState:
         if orders is None:
             return
         for request_id in orders.finished:
-            self.requests.pop(request_id, None)
+            self._leave(self.requests.pop(request_id, None))
         for request_id, epoch in orders.preempted.items():
             if request_id in self.requests:
+                self._leave(self.requests[request_id])
                 self.requests[request_id].preempt(epoch)
         # A preempted request waits anew once its prompt is computed again: until then it has no blocks to give back.
         self._waiting = [
@@ -190,6 +191,11 @@ class KeptState:
             self._move(order)
         for code in orders.codes:
             self._code_later(code)
+
+    def _leave(self, tracked: Tracked | None) -> None:
+        """Follow a slot's lists no more: they will be gone, and a graph may run for no request, with any slots."""
+        if tracked is not None and tracked.slot >= 0 and tracked.kept is not None and tracked.kept.lists is not None:
+            self.table.segments[:, tracked.slot].zero_()
 
     def admit(self, request_id: str, slot: int, prompt: int) -> None:
         """A request has got a slot: it is new, comes back after a preemption, or goes on with a session."""
@@ -201,6 +207,8 @@ class KeptState:
             else:
                 # vLLM's own warm-up: nothing is pruned, as if all that comes were an answer.
                 tracked.prompt = 0
+        if tracked.slot != slot:
+            self._leave(tracked)
         before, tracked.slot = tracked.slot, slot
         self._prompts[slot] = tracked.prompt
         if before >= 0 and tracked.private:
