@@ -6,6 +6,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.gpu.windows import hide_left
 
 
 class KeptModelRunner(GPUModelRunner):
@@ -13,6 +14,9 @@ class KeptModelRunner(GPUModelRunner):
 
     kept: KeptState | None = None
     """Set by the worker."""
+
+    reaches: tuple[int, ...] = ()
+    """Of each KV cache group, `windows.reach_of`; set by the worker where blocks left behind have to be hidden."""
 
     shift = 0
     """What is added to the positions that the model is told; slots are where they are. While constants are measured."""
@@ -42,8 +46,11 @@ class KeptModelRunner(GPUModelRunner):
         return batch, uniform
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        """As vLLM, and plan the step."""
+        """As vLLM, without blocks that windows have left, and plan the step."""
         found: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
+        if any(self.reaches):
+            computed = self.req_states.num_computed_tokens.gpu[input_batch.idx_mapping]
+            hide_left(found[0], self.reaches, self.block_tables.block_sizes, computed)
         if self.kept is not None:
             self.kept.plan(input_batch)
         if self.shift:

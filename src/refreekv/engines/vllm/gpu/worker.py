@@ -19,6 +19,7 @@ from refreekv.engines.vllm.connector import RefreekvConnector
 from refreekv.engines.vllm.gpu import backend
 from refreekv.engines.vllm.gpu.runner import KeptModelRunner
 from refreekv.engines.vllm.gpu.state import KeptState
+from refreekv.engines.vllm.gpu.windows import reach_of
 from refreekv.engines.vllm.spec import PrivateAttentionSpec
 from refreekv.engines.vllm.worker_side.calibration import measure_constants, measure_copy_scores, warm_up
 from refreekv.engines.vllm.worker_side.scoring import LayerFacts
@@ -104,6 +105,8 @@ class RefreekvGPUWorker(Worker):
             len(groups),
             runner.decode_query_len,
         )
+        if state.ladder is not None and not hasattr(runner.block_tables, "has_sliding_window_groups"):
+            runner.reaches = tuple(reach_of(one.kv_cache_spec) for one in groups)
         connector.state = runner.kept = state
         for builder in builders:
             builder.state = state
