@@ -7,6 +7,7 @@ from helpers.models import build
 from refreekv import ReFreeKVCache
 from refreekv.engines.transformers import attachment, constants, fingerprint, key_codes
 from refreekv.engines.transformers.layer import ReFreeKVLayer
+from refreekv.engines.transformers.naming import NAME
 
 PROBED = {"min_length": 16, "constant": 0.02, "spread": 8, "window": 8, "follow": 2}
 
@@ -44,7 +45,7 @@ def model_of(name="llama"):
 def read(model, ids, **given):
     cache = ReFreeKVCache(model, "adaptive", **PROBED)
     with torch.no_grad(), cache.prompt_until(ids.shape[1]):
-        out = model(input_ids=ids, cache=cache, **given)
+        out = model(input_ids=ids, **{NAME: cache}, **given)
     cache.state.finish()
     return cache, out
 
@@ -81,7 +82,7 @@ def test_a_model_that_was_trained_meanwhile(order, monkeypatch, chunk):
     cache = ReFreeKVCache(model, "adaptive", **PROBED)
     with torch.no_grad(), cache.prompt_until(70):
         for part in ids.split(chunk or 70, 1):
-            out = model(input_ids=part, cache=cache, output_hidden_states=True)
+            out = model(input_ids=part, **{NAME: cache}, output_hidden_states=True)
     cache.state.finish()
     assert order[:3] == ["attention 0", "attention 1", "asked"]
     assert len(out.hidden_states) == len(model.model.layers) + 1
@@ -90,7 +91,7 @@ def test_a_model_that_was_trained_meanwhile(order, monkeypatch, chunk):
     plain = ReFreeKVCache(other, "adaptive", **PROBED)
     with torch.no_grad(), plain.prompt_until(70):
         for part in ids.split(chunk or 70, 1):
-            wanted = other(input_ids=part, cache=plain)
+            wanted = other(input_ids=part, **{NAME: plain})
     plain.state.finish()
     assert torch.equal(out.logits, wanted.logits)
     assert cache.get_seq_length() == 70
@@ -107,10 +108,10 @@ def test_within_generate(order):
     order.clear()
     cache = ReFreeKVCache(model, "adaptive", **PROBED)
     given = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **given)
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **{NAME: cache}, **given)
     assert order[:3] == ["attention 0", "attention 1", "asked"]
     plain = ReFreeKVCache(model, "adaptive", **PROBED)
-    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), cache=plain, **given)
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **{NAME: plain}, **given)
     assert torch.equal(tokens, wanted)
     assert cache.get_seq_length() == plain.get_seq_length()
 
@@ -142,7 +143,7 @@ def test_somebody_s_own_forward_is_asked_before(order):
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     order.clear()
     with torch.no_grad(), cache.prompt_until(70):
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, **{NAME: cache})
     assert order == ["asked", "attention 0", "attention 1"]
 
 
@@ -170,10 +171,10 @@ def test_a_prompt_that_was_interrupted_before_it_was_asked(order, monkeypatch, w
         else:
             patched.setattr(type(model.model.layers[1].mlp), "forward", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            model(input_ids=ids, cache=cache)
+            model(input_ids=ids, **{NAME: cache})
     cache.reset()
     with torch.no_grad(), cache.prompt_until(70):
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, **{NAME: cache})
     cache.state.finish()
     plain, _ = read(trained(model_of()), ids)
     assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))
@@ -195,13 +196,13 @@ def test_a_model_that_lost_layers(order):
     rest = model.model.layers[1:]
     del model.model.layers[1:]
     with torch.no_grad(), cache.prompt_until(70), pytest.raises(RuntimeError, match="ran fewer layers than then"):
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, **{NAME: cache})
     assert order == ["attention 0", "asked"]
     model.model.layers.extend(rest)
     trained(model)
     cache.reset()
     with torch.no_grad(), cache.prompt_until(70):
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, **{NAME: cache})
     cache.state.finish()
     plain, _ = read(trained(model_of()), ids)
     assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))

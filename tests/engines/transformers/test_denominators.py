@@ -10,6 +10,7 @@ from helpers.models import build
 from refreekv import ReFreeKVCache
 from refreekv.core import reductions
 from refreekv.engines.transformers import attention, denominators
+from refreekv.engines.transformers.naming import NAME
 from refreekv.pruning import decide
 
 PROBED = {"min_length": 16, "constant": 0.02, "spread": 8, "window": 8, "follow": 2}
@@ -39,7 +40,7 @@ def read(model, ids, chunk=None, **given):
     cache = ReFreeKVCache(model, "adaptive", **PROBED)
     with torch.no_grad(), cache.prompt_until(ids.shape[1]):
         for part in ids.split(chunk or ids.shape[1], 1):
-            model(input_ids=part, cache=cache, **given)
+            model(input_ids=part, **{NAME: cache}, **given)
     cache.state.finish()
     return cache
 

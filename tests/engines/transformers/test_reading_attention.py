@@ -7,6 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from helpers.models import build
 from refreekv import ReFreeKVCache
 from refreekv.engines.transformers import reading_attention
+from refreekv.engines.transformers.naming import NAME
 from refreekv.engines.transformers.reading_attention import over_what_was_read
 
 BEHIND = 70
@@ -96,7 +97,7 @@ def test_chunks_are_read_as_behind_masks(padded, monkeypatch):
             for start in range(0, 300, 100):
                 part = slice(start, start + 100)
                 found[flash] = model(
-                    ids[:, part], attention_mask=there[:, : start + 100], past_key_values=cache, use_cache=True
+                    ids[:, part], attention_mask=there[:, : start + 100], use_cache=True, **{NAME: cache}
                 ).logits
         if flash:
             assert used == ([] if padded else [100] * 2 * model.config.num_hidden_layers)
