@@ -7,7 +7,9 @@
 Random weights, as times do not depend on them. All times are from an idle device to an idle device; medians of runs
 that take turns, with and without. Each part is printed when it is measured: the way back before what takes longer.
 
-    plain, kept   reading the prompt without and with ``keep_evicted``; ``extra`` is the median of their ratios
+    full, plain, kept
+                  reading the prompt into transformers' own cache, and without and with ``keep_evicted``, in turns;
+                  ``pruning`` and ``extra`` are the medians of the ratios plain / full and kept / plain
     first         the same with it for the first time in a process, which pins the host memory, after a short prompt
                   (``short``), which compiles kernels
     host          bytes that are kept, and what part of a full cache's they are
@@ -133,16 +135,20 @@ def measure(
     }
     if clock.up:
         return
-    plain, kept = [], []
+    full, plain, kept = [], [], []
+    read(model, ids, DynamicCache(config=model.config))  # plain and kept were read before
     for _ in clock.rounds(repeats):
         gc.collect()
+        full.append(seconds(device, lambda: read(model, ids, DynamicCache(config=model.config))))
         plain.append(seconds(device, lambda: read(model, ids, new(False))))
         kept.append(seconds(device, lambda: read(model, ids, new(True))))
     yield {
         "part": "prompt",
         "length": length,
+        "full": statistics.median(full),
         "plain": statistics.median(plain),
         "kept": statistics.median(kept),
+        "pruning": statistics.median(b / a for a, b in zip(full, plain, strict=True)) - 1,
         "extra": statistics.median(b / a for a, b in zip(plain, kept, strict=True)) - 1,
     }
     if clock.up:
@@ -185,7 +191,8 @@ def line(found: dict[str, Any]) -> str:
             f"(x {found['ratio']:.2f})"
         )
     elif found["part"] == "prompt":
-        said = f"{ms['plain']} plain, {ms['kept']} kept ({found['extra']:+.2%})"
+        said = f"{ms['full']} full, {ms['plain']} plain ({found['pruning']:+.2%}), "
+        said += f"{ms['kept']} kept ({found['extra']:+.2%})"
     else:
         turn, first = found["turn"], found["first_turn"]
         times = ", ".join(f"{name} {turn[name] * 1e3:.1f} ms (first {first[name] * 1e3:.0f})" for name in turn)

@@ -67,6 +67,8 @@ def test_what_it_costs_is_measured(limit):
     if limit is None:
         assert found["turn"]["decoding"][0] < found["turn"]["decoding"][1] * 1.5
         assert "over everything" in restore_price.line(found["turn"])
+        prompt = found["prompt"]
+        assert prompt["pruning"] == pytest.approx(prompt["plain"] / prompt["full"] - 1)
     assert torch.is_grad_enabled()
 
 

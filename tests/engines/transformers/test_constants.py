@@ -62,6 +62,16 @@ def entries(cache):
             for layer in cache.pruned_layers]  # fmt: skip
 
 
+def assert_reads_as_trained(model, cache, ids):
+    """After a reset the cache holds what that of a model with these weights from the first holds."""
+    cache.reset()
+    with torch.no_grad(), cache.prompt_until(ids.shape[1]):
+        model(input_ids=ids, **{NAME: cache})
+    cache.state.finish()
+    plain, _ = read(trained(model_of()), ids)
+    assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))
+
+
 def test_it_is_asked_behind_the_second_attention(order):
     model, ids = model_of(), torch.randint(2, 90, (1, 70))
     first, _ = read(model, ids)
@@ -172,12 +182,7 @@ def test_a_prompt_that_was_interrupted_before_it_was_asked(order, monkeypatch, w
             patched.setattr(type(model.model.layers[1].mlp), "forward", fail)
         with pytest.raises(torch.OutOfMemoryError):
             model(input_ids=ids, **{NAME: cache})
-    cache.reset()
-    with torch.no_grad(), cache.prompt_until(70):
-        model(input_ids=ids, **{NAME: cache})
-    cache.state.finish()
-    plain, _ = read(trained(model_of()), ids)
-    assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))
+    assert_reads_as_trained(model, cache, ids)
 
 
 def test_one_layer_that_may_be_pruned(order):
@@ -200,9 +205,4 @@ def test_a_model_that_lost_layers(order):
     assert order == ["attention 0", "asked"]
     model.model.layers.extend(rest)
     trained(model)
-    cache.reset()
-    with torch.no_grad(), cache.prompt_until(70):
-        model(input_ids=ids, **{NAME: cache})
-    cache.state.finish()
-    plain, _ = read(trained(model_of()), ids)
-    assert all(torch.equal(*pair) for pair in zip(entries(cache), entries(plain), strict=True))
+    assert_reads_as_trained(model, cache, ids)
