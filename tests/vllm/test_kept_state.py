@@ -638,6 +638,15 @@ def test_wrong_kernels_are_found(monkeypatch):
     assert state.table.coded is None
 
 
+@pytest.mark.parametrize(("own", "other"), [(None, 0), (None, 1), ("out of registers", 0)])
+def test_ranks_code_together_or_not_at_all(monkeypatch, own, other):
+    state = Driver("full", ladder=Ladder.parse("int4"), ranks=2).state
+    monkeypatch.setattr(trial, "fault", lambda *_: own)
+    monkeypatch.setattr(state, "gather", lambda part, dim: torch.cat([part, torch.full_like(part, other)], dim))
+    said = state.fault_of_any()
+    assert said == own if own else ("another" in said if other else said is None)
+
+
 def test_preempted_requests_see_the_same_again():
     driver = Driver(ADAPTIVE)
     driver.add("a", 90)

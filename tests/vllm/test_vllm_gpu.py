@@ -194,6 +194,22 @@ def test_coded_answers(folder, prompts, long_answers, feature):
         agree(vllm.generate(prompts[:SHORTER], LONG), long_answers[0])
 
 
+def test_what_blocks_held_before_is_not_seen(folder, prompts):
+    """FlashAttention 3 loads blocks of 128 tokens whole, also behind a sequence's end."""
+    options = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN", "block_size": 128, "kv_dtype": "int8"}
+    first = []
+    for left in (0.0, torch.nan):
+        with engine(folder, "full", skip_tokenizer_init=True, **options) as vllm:
+            for layer in vllm.state.layers.values():
+                layer.module.kv_cache[1:].fill_(left)
+            tokens = vllm.generate(prompts, TOKENS, logprobs=2)
+            said = [one.logprob for request in vllm.logprobs.values() for place in request for one in place.values()]
+        # Later ones depend on when codes begin.
+        first.append([one[0] for one in tokens])
+        assert torch.tensor(said).isfinite().all()
+    assert first[0] == first[1]
+
+
 def distance(said, logits, others=None):
     """Between log-probabilities of vLLM's best tokens, from the `SETTLED`-th on, and those of logits; or of two."""
     logprobs = logits.log_softmax(-1)

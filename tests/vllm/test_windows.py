@@ -1,4 +1,4 @@
-"""Blocks that sliding windows have left are not loaded: they may hold somebody's codes."""
+"""What attention loads beside a sequence's tokens holds no codes: blocks that windows have left, and ends of blocks."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from refreekv.engines.vllm.gpu.ends import clear_behind
 from refreekv.engines.vllm.gpu.windows import hide_left, reach_of
 
 SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
@@ -45,3 +46,32 @@ def test_the_model_runner_hides_them(monkeypatch):
     made.prepare_attn(batch)
     assert table[0].tolist() == [0, 2, 3, 4, 5, 6, 7, 8]
     assert table[1].all()
+
+
+def test_blocks_are_cleared_behind_a_sequence():
+    caches = [torch.full((6, 64, 2, 8), torch.nan).transpose(1, 2) for _ in range(3)]
+    before = [cache.clone() for cache in caches]
+    table = torch.tensor([[3, 0, 0], [2, 5, 0], [4, 0, 0], [1, 1, 1]], dtype=torch.int32)
+    # A block that is full has nothing behind its sequence.
+    clear_behind(caches, table, torch.tensor([1, 64 + 40, 64], dtype=torch.int32))
+    for cache, wanted in zip(caches, before, strict=True):
+        wanted[3, :, 1:] = 0
+        wanted[5, :, 40:] = 0
+        assert torch.equal(cache.isnan(), wanted.isnan())
+        assert not cache.nan_to_num().any()
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_model_runner_clears_them(monkeypatch, planned):
+    """In steps that have many queries of a row; others load no tiles whole."""
+    runner = pytest.importorskip("refreekv.engines.vllm.gpu.runner", exc_type=ImportError)
+    made = runner.KeptModelRunner.__new__(runner.KeptModelRunner)
+    table = torch.tensor([[1], [2]], dtype=torch.int32)
+    monkeypatch.setattr(runner.GPUModelRunner, "prepare_attn", lambda *_: ((table,), None))
+    cache = torch.full((3, 1, 64, 2), torch.nan)
+    made.ends = ([cache],)
+    made.kept = SimpleNamespace(plan=lambda batch: None, reads_tiles=planned)
+    made.prepare_attn(SimpleNamespace(seq_lens=torch.tensor([5, 60, 9], dtype=torch.int32), num_reqs=2))
+    # [blocks, N]
+    numbers = ~cache[:, 0, :, 0].isnan()
+    assert numbers.sum(1).tolist() == ([0, 59, 4] if planned else [0, 0, 0])

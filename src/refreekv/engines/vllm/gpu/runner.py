@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from refreekv.engines.vllm.gpu.ends import clear_behind
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.gpu.windows import hide_left
 
@@ -17,6 +18,9 @@ class KeptModelRunner(GPUModelRunner):
 
     reaches: tuple[int, ...] = ()
     """Of each KV cache group, `windows.reach_of`; set by the worker where blocks left behind have to be hidden."""
+
+    ends: tuple[list[Tensor], ...] = ()
+    """Of each KV cache group its layers' caches; set by the worker where what is behind sequences may be loaded."""
 
     shift = 0
     """What is added to the positions that the model is told; slots are where they are. While constants are measured."""
@@ -46,13 +50,16 @@ class KeptModelRunner(GPUModelRunner):
         return batch, uniform
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        """As vLLM, without blocks that windows have left, and plan the step."""
+        """As vLLM, without blocks that windows have left or what is behind sequences, and plan the step."""
         found: tuple[tuple[Tensor, ...], Tensor] = super().prepare_attn(input_batch)
         if any(self.reaches):
             computed = self.req_states.num_computed_tokens.gpu[input_batch.idx_mapping]
             hide_left(found[0], self.reaches, self.block_tables.block_sizes, computed)
         if self.kept is not None:
             self.kept.plan(input_batch)
+            if self.ends and self.kept.reads_tiles:
+                for caches, table in zip(self.ends, found[0], strict=True):
+                    clear_behind(caches, table, input_batch.seq_lens[: input_batch.num_reqs])
         if self.shift:
             input_batch.positions += self.shift
         return found

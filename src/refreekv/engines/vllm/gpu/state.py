@@ -147,6 +147,14 @@ class KeptState:
         codes = None if self._codes is None else self._codes[0]
         return trial.fault(self.pool, self.group, self.forms, codes, facts.scale, facts.softcap, self.ladder.generated)
 
+    def fault_of_any(self) -> str | None:
+        """`fault`, of whichever tensor-parallel rank has one: all code, or none, for they share block tables."""
+        own = self.fault()
+        if self.ranks == 1 or self.ladder is None:
+            return own
+        told = self.gather(torch.tensor([own is not None], dtype=torch.int32, device=self.device), 0)
+        return own or ("it is wrong on another tensor-parallel rank's" if told.any() else None)
+
     def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
         """Show policies from now on how much each KV head of each layer copies."""
         self.layers = {
@@ -227,6 +235,11 @@ class KeptState:
     def watches(self, slots: np.ndarray[Any, Any], computed: np.ndarray[Any, Any]) -> bool:
         """Whether prompts are read in a step of requests in these slots, of which so many tokens are computed."""
         return bool((computed < self._prompts[slots]).any())
+
+    @property
+    def reads_tiles(self) -> bool:
+        """Whether vLLM's kernels read many queries of a row in the step that is planned, beside codes in the pool."""
+        return self.table.coded is not None and self.step is not None and self.step.limits is not None
 
     def plan(self, batch: Any) -> None:
         """Plan a step: vLLM's `InputBatch` says whose tokens it has."""

@@ -10,6 +10,7 @@ from vllm.distributed import (
 )
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec, replace_as
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -17,6 +18,7 @@ from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm import refusals
 from refreekv.engines.vllm.connector import RefreekvConnector
 from refreekv.engines.vllm.gpu import backend
+from refreekv.engines.vllm.gpu.ends import SMALLEST_TILE
 from refreekv.engines.vllm.gpu.runner import KeptModelRunner
 from refreekv.engines.vllm.gpu.state import KeptState
 from refreekv.engines.vllm.gpu.windows import reach_of
@@ -88,7 +90,7 @@ class RefreekvGPUWorker(Worker):
         refusals.check_attention(modules, specs, runner.decode_query_len, MOST_QUERIES)
         ranks = get_tensor_model_parallel_world_size()
         tables = runner.block_tables.block_tables[pruned[0]]
-        builders = [builder for one in runner.attn_groups[pruned[0]] for builder in one.metadata_builders]
+        builders = _builders(runner, pruned[0])
         refusals.check_backends(
             [type(builder).__name__ for builder in builders if type(builder) not in backend.BUILDERS]
         )
@@ -107,6 +109,9 @@ class RefreekvGPUWorker(Worker):
         )
         if state.ladder is not None and not hasattr(runner.block_tables, "has_sliding_window_groups"):
             runner.reaches = tuple(reach_of(one.kv_cache_spec) for one in groups)
+        flash = any(isinstance(one, FlashAttentionMetadataBuilder) for one in _builders(runner))
+        if state.ladder is not None and flash and state.block >= SMALLEST_TILE:
+            runner.ends = tuple([modules[name].kv_cache for name in one.layer_names] for one in groups)
         connector.state = runner.kept = state
         for builder in builders:
             builder.state = state
@@ -128,7 +133,7 @@ class RefreekvGPUWorker(Worker):
 
     def _try_codes(self, state: KeptState) -> None:
         """Go without codes, or refuse, if the GPU's kernels for them are wrong."""
-        wrong = state.fault()
+        wrong = state.fault_of_any()
         if wrong is None:
             return
         said = f"K/V cannot be coded on {self.device}: {wrong}"
@@ -143,6 +148,12 @@ class RefreekvGPUWorker(Worker):
             logger.warning("heads of %d elements cannot be coded: what is kept stays as the model computes it", size)
             return None
         return self._options.ladder()
+
+
+def _builders(runner: Any, group: int | None = None) -> list[Any]:
+    """Metadata builders, of all KV cache groups or of one."""
+    groups = runner.attn_groups if group is None else [runner.attn_groups[group]]
+    return [builder for attention in groups for one in attention for builder in one.metadata_builders]
 
 
 def _alone(tensor: Tensor, dim: int) -> Tensor:
