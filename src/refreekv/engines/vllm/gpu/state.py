@@ -153,7 +153,7 @@ class KeptState:
         if self.ranks == 1 or self.ladder is None:
             return own
         told = self.gather(torch.tensor([own is not None], dtype=torch.int32, device=self.device), 0)
-        return own or ("it is wrong on another tensor-parallel rank's" if told.any() else None)
+        return own or ("another tensor-parallel rank found its own wrong" if told.any() else None)
 
     def know_copy_scores(self, scores: Sequence[Tensor]) -> None:
         """Show policies from now on how much each KV head of each layer copies."""
