@@ -138,6 +138,28 @@ def of_rows(tensors: Mapping[str, Tensor], rows: Sequence[int] | None, batch: in
     return {name: part.index_select(0, index) if len(part) == batch else part for name, part in tensors.items()}
 
 
+def extras_left(extras: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """What a layer had added, of its first ``length`` columns: padding, and queries that are all among them."""
+    left = dict(extras)
+    if "padding" in left:
+        left["padding"] = left["padding"][:, :length]
+    if "states" in left:
+        there = (left["columns"] < length).all(0).nonzero()[:, 0]
+        left["states"] = left["states"][:, :, there]
+        left |= {name: left[name][:, there] for name in ("columns", "ordinals", "real") if name in left}
+    return left
+
+
+def rest_left(layer: PastLayer, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a later turn replaces of a layer, ``rest``, without what is about columns that were cropped."""
+    if not layer.cropped:
+        return dict(rest)
+    own = {name: part for name, part in rest.items() if not name.startswith(EXTRA)}
+    if "sink_columns" in own:
+        own["sink_columns"] = own["sink_columns"].where(own["sink_columns"] < layer.length, -1)
+    return own | {EXTRA + name: part for name, part in extras_left(_extras(rest), layer.length).items()}
+
+
 def _extras(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(EXTRA): part for name, part in rest.items() if name.startswith(EXTRA)}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.quantisation import SINKS, KVDtype
-from refreekv.storage.past import EXACT, EXTRA, PastLayer, of_rows
+from refreekv.storage.past import EXACT, EXTRA, PastLayer, of_rows, rest_left
 from refreekv.storage.unfinished import LINES
 from refreekv.storage.written import CODES, TYPES, Written, check
 
@@ -53,7 +53,8 @@ def written(layer: PastLayer, rows: Sequence[int] | None) -> Written:
             parts.setdefault(name, []).append(part[:, :, : piece.stop - piece.start])
     tensors = {name: torch.cat(part, 2) for name, part in parts.items()}
     tail = layer.length - layer.in_pieces
-    for name, part in of_rows(layer.rest.on_host(), rows, layer.batch).items():
+    rest = rest_left(layer, of_rows(layer.rest.on_host(), rows, layer.batch))
+    for name, part in rest.items():
         tensors[_REST + name] = part[:, :, :tail].contiguous() if name.startswith("tail_") else part
     if layer.codes is not None:
         # Copies: a file takes no tensor twice, and the cache has the same codes.

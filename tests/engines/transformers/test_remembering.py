@@ -297,6 +297,23 @@ def test_rows_are_selected_reordered_and_repeated():
     assert cache.state.past.layer(0).batch == 5
 
 
+@pytest.mark.parametrize("number", [None, "int8:recent=4"])
+@pytest.mark.parametrize("case", ["heavy-hitter", "joint", "adaptive"])
+def test_a_single_row_is_repeated(case, number):
+    """Its queries' columns are told once for all rows, and were taken for those of the one row."""
+    model, turns = model_of(), turns_of(ALONE, count=3)
+    talk = talk_of(model, case, chunk=5, prompt_dtype=number)
+    alone = talk_of(model, case, chunk=5, prompt_dtype=number)
+    talk.ask(*turns[0])
+    alone.ask(*turns[0])
+    talk.cache.batch_repeat_interleave(3)
+    talk.total = talk.total.repeat(3, 1)
+    for ids, mask, said in turns[1:]:
+        got = talk.ask(ids.repeat(3, 1), mask.repeat(3, 1), said.repeat(3, 1))
+        torch.testing.assert_close(got, alone.ask(ids, mask, said).repeat(3, 1, 1), rtol=0, atol=TOLERANCE)
+    assert talk.cache.report.remembered.restored
+
+
 def test_a_copy_goes_on_by_itself():
     model = model_of()
     talk = talk_of(model, "heavy-hitter", prompt_dtype=None)

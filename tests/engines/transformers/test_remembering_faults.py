@@ -350,6 +350,31 @@ def test_a_saved_conversation_goes_on_over_everything(policy, lengths, number, l
     assert left_out.report.remembered is None
 
 
+@pytest.mark.parametrize("left", [155, 149, 120, 2])
+@pytest.mark.parametrize("number", [None, "int8:recent=4"])
+@pytest.mark.parametrize("lengths", [ALONE, (150, 40, 149)], ids=["alone", "batch"])
+@pytest.mark.parametrize("policy", ["refreekv-heavy-hitter", "adaptive"])
+def test_a_saved_conversation_may_have_been_cropped(policy, lengths, number, left, llama, tmp_path):
+    """Padding, queries and sinks of what was cropped are in no file: it was taken for damaged."""
+    if len(lengths) > 1 and left == 2:
+        lengths = (150, 150, 149)  # rows without a token are refused
+    parameters = {} if policy == "adaptive" else {"threshold": 0.1, "frozen_layers": 0}
+    cache = ReFreeKVCache(llama, policy, **parameters, keep_evicted="host", prompt_dtype=number)
+    talk = Talk(llama, cache, padded=len(lengths) > 1)
+    turns = turns_of(lengths, count=3, answer=5)
+    talk.ask(*turns[0])
+    talk.ask(*turns[1])
+    cache.crop(left - talk.total.shape[1])
+    talk.total = talk.total[:, :left]
+    cache.save(tmp_path / "cache")
+    loaded = Talk(llama, ReFreeKVCache.load(tmp_path / "cache", llama), padded=talk.padded)
+    loaded.total = talk.total
+    for turn in (turns[2], turns[1]):
+        torch.testing.assert_close(loaded.ask(*turn), talk.ask(*turn), rtol=0, atol=2e-4)
+        assert remembered(loaded).restored
+        assert remembered(loaded).tokens == remembered(talk).tokens
+
+
 def test_a_file_finds_no_room(llama, tmp_path, caplog):
     talk = talk_of(llama, "host")
     talk.ask(*turns_of(ALONE)[0])

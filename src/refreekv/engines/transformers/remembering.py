@@ -19,7 +19,7 @@ from refreekv.pruning.padding import Padding
 from refreekv.pruning.queries import HeldQueries
 from refreekv.storage import trial
 from refreekv.storage.coding import Pair
-from refreekv.storage.past import Past, PastLayer
+from refreekv.storage.past import Past, PastLayer, extras_left
 from refreekv.storage.unfinished import UnfinishedKV
 
 PROBED_LENGTH = 8192
@@ -100,17 +100,16 @@ class RememberingLayer(IntakeLayer):
 
     def _take_up(self, extras: Mapping[str, Tensor], layer: PastLayer, *, padding: bool = True) -> None:
         """Go on with the queries and the padding that were kept with a layer's entries."""
+        if layer.cropped:
+            extras = extras_left(extras, layer.length)
         if padding:
-            stored = extras.get("padding")
-            self._padding = Padding(None if stored is None else stored[:, : layer.length])
+            self._padding = Padding(extras.get("padding"))
         if "states" not in extras:
             return
         states, columns, ordinals, real = (extras.get(name) for name in ("states", "columns", "ordinals", "real"))
         assert states is not None and columns is not None and ordinals is not None  # noqa: PT018
-        if layer.cropped:  # queries of what is left
-            there = (columns < layer.length).all(0).nonzero()[:, 0]
-            states, columns, ordinals = states[:, :, there], columns[:, there], ordinals[:, there]
-            real = None if real is None else real[:, there]
+        if real is None:  # the same in all rows; those of a batch of one were repeated with it
+            columns, ordinals = columns[:1], ordinals[:1]
         if columns.shape[1]:
             self._queries = HeldQueries(Queries(states, columns, real, ordinals))
 
