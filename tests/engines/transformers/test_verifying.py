@@ -644,6 +644,39 @@ def test_beams_keep_everything_and_drafts_do_not(llama):
     assert drafted == pytest.approx(kv.report.verified.tried, rel=0.05)
 
 
+@pytest.mark.parametrize("rows", [[2, 1, 0], [1, 1], [0, 0, 1, 1, 2, 2]], ids=["moved", "fewer", "more"])
+@pytest.mark.parametrize("first", [True, False], ids=["first turn", "later turn"])
+@pytest.mark.parametrize("policy", [CUT, HARSH])
+def test_rows_that_are_moved_meanwhile_keep_their_own(llama, policy, first, rows):
+    """Padding was told apart by what had been in a row's place, and real entries went with it."""
+    cache = ReFreeKVCache(llama, policy, verify="answer:damage=1e9,tokens=4")
+    total = torch.zeros(3, 0, dtype=torch.long)
+
+    def feed(to, ids, total):
+        positions = (total.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        with torch.no_grad():
+            return llama(ids, attention_mask=total, position_ids=positions, past_key_values=to).logits[:, -1]
+
+    for lengths in [(40, LENGTH, 61)] if first else [(40, LENGTH, 61), (9, 50, 20)]:
+        for _ in range(5 if total.shape[1] else 0):  # an answer, behind which the first prompt was pruned
+            total = torch.cat([total, torch.ones(3, 1, dtype=torch.long)], 1)
+            feed(cache, torch.full((3, 1), 7), total)
+        ids, mask = prompts(lengths, seed=1)
+        total = torch.cat([total, mask], 1)
+        feed(cache, ids, total)
+    assert first or cache.report.budget < 0.9
+    stays = copy.deepcopy(cache)
+    stays.state.verification.reading = Recheck(ANSWER, 4, 1e-9)  # to its last step
+    cache.batch_select_indices(torch.tensor(rows))
+    for at in range(6):
+        ids, _ = prompts((1,) * 3, seed=20 + at)
+        total = torch.cat([total, torch.ones_like(ids)], 1)
+        wanted = feed(stays, ids, total)
+        torch.testing.assert_close(feed(cache, ids[rows], total[rows]), wanted[rows], atol=1e-4, rtol=1e-4)
+    assert "rows of the batch" in cache.report.verified.reason
+    assert cache.report.verified.policy == stays.report.verified.policy == "full"
+
+
 def test_a_prompt_that_was_cropped_meanwhile_stays(llama):
     cache = ReFreeKVCache(llama, CUT, verify="answer:damage=1e9")
     read(llama, cache)

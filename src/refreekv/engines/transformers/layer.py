@@ -263,6 +263,8 @@ class ReFreeKVLayer(RememberingLayer):
     def _take_rows(self, indices: Sequence[int]) -> None:
         super()._take_rows(indices)
         self._unverified = None  # of other rows; the next token's call serves as well
+        if self._columns_now is not None:
+            self._columns_now = [self._columns_now[row] for row in indices]
 
 
 def _centres(prompt: Entries) -> tuple[Tensor, Tensor]:

@@ -245,7 +245,7 @@ class StoredLayer(DynamicLayer):
             self.state.past.take_rows(indices)
         self._finish_reading()
         if self.state.verification is not None:
-            self.state.verification.rows_moved()
+            self.state.verification.take_rows(self, indices)
         if self.ragged is None:
             keys, values = self.dense
             index = torch.tensor(indices, device=keys.device)

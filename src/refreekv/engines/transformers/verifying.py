@@ -101,7 +101,20 @@ class _Held:
         for at, ((keys, values), stored) in enumerate(zip(held, self.stored, strict=True)):
             keys, values = keys[:, :, :stored], values[:, :, :stored]
             self.parts[at] = replace(self.parts[at], keys=keys, values=values)
-            self.views[at] = replace(self.views[at], keys=keys, values=values)
+        self.views = [
+            replace(view, keys=part.keys, values=part.values)
+            for view, part in zip(self.views, self.parts, strict=False)
+        ]
+
+    def take_rows(self, indices: Sequence[int]) -> None:
+        """Go on with these rows, of which policies cannot be asked any more."""
+        self.views = []
+        if self.layer.ragged is not None:
+            self.parts, self.stored = [self.parts[row] for row in indices], [self.stored[row] for row in indices]
+            return
+        (part,) = self.parts
+        valid, hidden = (None if told is None else told[list(indices)] for told in (part.valid, part.hidden))
+        self.parts = [replace(part, valid=valid, hidden=hidden)]
 
     def select(self, policy: Policy) -> list[Selection | CutSelection | None]:
         """What a policy would keep of each part."""
@@ -264,10 +277,12 @@ class Verification:
                 "out"
             )
 
-    def rows_moved(self) -> None:
-        """Note that the rows of the batch are others, or in another order, than those that the policy was shown."""
-        if self._held:
-            self._refused = "rows of the batch were moved meanwhile, as beam search does"
+    def take_rows(self, layer: "StoredLayer", indices: Sequence[int]) -> None:
+        """Note that these rows of a layer are in the place of those that the policy was shown."""
+        for held in self._held:
+            if held.layer is layer:
+                held.take_rows(indices)
+                self._refused = "rows of the batch were moved meanwhile, as beam search does"
 
     def cropped(self, length: int) -> None:
         """Note that only so many tokens are left: of a prompt that was cropped, what is left stays as it is."""
@@ -319,6 +334,8 @@ class Verification:
         reference: Tensor | None = None
         refused = self._refused or ("" if tokens > 0 else "there are no tokens to read again")
         for number, policy in enumerate(self.steps[:-1]):
+            if not all(held.views for held in self._held):  # rows were moved
+                break
             selections = [held.select(policy) for held in self._held]
             if not coded and all(one is None for parts in selections for one in parts):
                 self._carry_out(selections)
@@ -341,7 +358,7 @@ class Verification:
                 break
         del reference
         cache.store_exactly()
-        self._carry_out([held.select(self.steps[-1]) for held in self._held])
+        self._carry_out([[None] * len(held.parts) for held in self._held])
         return self._outcome(len(self.steps) - 1, tried, tokens, refused)
 
     def _carry_out(self, selections: Sequence[Sequence[Selection | CutSelection | None]]) -> None:
