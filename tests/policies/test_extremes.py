@@ -14,7 +14,12 @@ SPECS = {
         "min_length=0,sinks=0,window=1,constant=0.5",
         "min_length=0,constant=0.05,shared=true",
     ],
-    "refreekv": ["threshold=0.3,frozen_layers=0", "threshold=0.3,frozen_layers=0,sinks=0,probe_rows=3"],
+    "refreekv": [
+        "threshold=0.3,frozen_layers=0",
+        "threshold=0.3,frozen_layers=0,sinks=0,probe_rows=3",
+        # Sinks may hold the norm by themselves, and nothing else stays.
+        "threshold=0.9,frozen_layers=0,probe_rows=4,norm_includes_sinks=true",
+    ],
     "refreekv-heavy-hitter": ["threshold=0.3,frozen_layers=0", "threshold=0.3,frozen_layers=0,sinks=0,recent=0"],
     "gvote": ["", "window=1"],
     "top-p": ["", "p=0.5"],
@@ -54,7 +59,7 @@ def answer(model, policy, lengths, arena=None, kv_dtype=None):
 
 
 @POLICY
-@pytest.mark.parametrize("lengths", [(1,), (2,), (3,), (5, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (2,), (3,), (5,), (5, 1, 2, 3)], ids=str)
 def test_prompts_of_a_few_tokens(lengths, policy, small, packable):
     wanted = answer(small, "full", lengths)[0]
     out, cache = answer(small, policy, lengths)

@@ -55,8 +55,8 @@ def _spans(columns: Columns, heads: int, end: int) -> list[Span]:
         lines = [(head.data_ptr(), len(head), 0) if len(head) else (0, 0, end) for head in columns.heads]
         return lines * heads if len(lines) == 1 else lines
     ranges = columns.ranges
-    if ranges and ranges[-1][1] != end:
-        raise AssertionError("a dense prompt is kept up to its end")
     first = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
-    start = ranges[-1][0] if ranges else end
+    start = ranges[-1][0] if ranges and ranges[-1][1] == end else end
+    if ranges not in ((), ((0, first),), ((start, end),), ((0, first), (start, end))):
+        raise AssertionError("one gap in a dense prompt")
     return [(0, first, 0 if start < first else start - first)] * heads
