@@ -402,7 +402,7 @@ def _beside(tensors: Sequence[Tensor]) -> Tensor:
     parts = []
     for tensor in tensors:
         runs = list(itertools.islice(_runs(tensor.detach()), RUNS + 1))
-        parts += runs if len(runs) <= RUNS else [tensor.detach().reshape(-1).view(torch.uint8)]
+        parts += runs if len(runs) <= RUNS else [tensor.detach().contiguous().reshape(-1).view(torch.uint8)]
         if short := -tensor.nbytes % ALIGNED:
             parts.append(gap[:short])
     return torch.cat(parts)

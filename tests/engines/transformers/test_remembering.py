@@ -23,6 +23,7 @@ CASES = {
     "adaptive": ("adaptive", {"min_length": 16, **LOOSE}),
     "surrogates": ("adaptive", {"min_length": 16, "bits": 16, **LOOSE}),
     "ada-kv": ("ada-kv", {"ratio": 0.3}),
+    "spread": ("h2o", {"ratio": 0.3, "queries": 32}),  # every so many-th query is asked, and none at the end
 }
 ALONE, BATCH = (150,), (150, 40, 121, 99)
 TOLERANCE = 2e-4
