@@ -270,6 +270,29 @@ def test_entries_come_back_but_for_the_format(kind, padded):
     assert report.bytes_after < 0.8 * plain.report.bytes_after
 
 
+@pytest.mark.parametrize("lengths", [(90,), (90, 40, 61)], ids=["alone", "batch"])
+def test_chunks_may_be_shorter_than_what_a_policy_looks_at(lengths):
+    """Queries of chunks were not asked as long as the prompt was too short for the policy to keep less than all."""
+    model, (ids, mask) = model_of(), prompts(lengths, seed=1)
+    loose = {
+        "constant": 0.1,
+        "copying": 2.0,
+        "window": 4,
+        "spread_factor": 1.0,
+        "hit": 0.9,
+        "follow": 0,
+        "lost_mass": 0.9,
+    }
+
+    def kept(chunk):
+        cache = ReFreeKVCache(model, "adaptive", min_length=64, bits=16, prompt_dtype=None, **loose)
+        loop(model, cache, [(ids, mask if len(lengths) > 1 else None)], chunk)
+        return [cache.kept_ranges(row) for row in range(len(lengths))]
+
+    assert any(len(head) > 1 for layer in kept(None)[0] for head in layer)
+    assert kept(16) == kept(None)
+
+
 def test_a_row_is_as_alone_where_chunks_end_in_the_same_places():
     """Neither its padding nor its neighbours change how it is coded."""
     model = model_of()

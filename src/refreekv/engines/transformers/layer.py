@@ -94,7 +94,8 @@ class ReFreeKVLayer(RememberingLayer):
         elif self.state.continues(self._length):
             self._padding = self._padding.with_chunk(call, before, self._length)
             if not self.state.policy.freezes(self.ordinal):
-                plan = self.state.policy.probe_plan(self._length)
+                # That of the whole prompt: a policy may ask for no queries of what is as short as a first chunk.
+                plan = self.state.policy.probe_plan(max(self._length, self.state.end or 0))
                 self._queries = self._queries.with_chunk(call, before, self._length, plan)
             if self.reading is not None:
                 self._put_away()
