@@ -53,6 +53,21 @@ def test_table_and_json_say_the_same(run, llama_file, own_budgets):
         assert f"{row['requests']:,}" in shown
 
 
+def test_heads_that_cannot_be_coded_stay_as_they_are(run, tmp_path):
+    """As `compress` does unless codes were asked for by name; it was refused, with the advice to do what was done."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**LLAMA, "num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 4000}))
+    arguments = ["plan", str(file), "--vram", "48GiB", "--json"]
+    result = json.loads(run(*arguments).out)
+    assert result["kv"]["dtype"] == "bf16"
+    assert "multiple of 16" in result["kv"]["shares_from"]
+    assert {row["stored"] for row in result["scenarios"]} == {row["read"] for row in result["scenarios"]} == {"bf16"}
+    assert "multiple of 16" in run(*arguments[:-1]).out
+    named = run(*arguments, "--kv", "int4")
+    assert named.code == 2
+    assert "multiple of 16" in named.err
+
+
 def test_how_a_prompt_is_held_until_its_end(run, llama_file):
     arguments = ["plan", llama_file, "--vram", "24GiB", "--kv", "int4", "--json"]
     held = {}

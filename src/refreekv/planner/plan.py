@@ -118,6 +118,7 @@ def make(
     number: KVDtype | Mix | None = None,
     worst: KVDtype | Mix | None = None,
     stored_source: str = "",
+    optional: bool = False,
     policy: str = "",
     expected: Expected | None = None,
     reserve: int | None = None,
@@ -145,6 +146,8 @@ def make(
         How it is stored where the policy keeps everything; as ``number`` if nobody says.
     stored_source : str
         Where the shares of a `Mix` are from, in words.
+    optional : bool
+        Whether entries that cannot be coded are stored as they are, since nobody asked for codes by name.
     policy : str
         Name of the policy, for the record.
     expected : Expected, optional
@@ -189,11 +192,17 @@ def make(
         reader=Reader.of(model.text, unpacked_bytes(model, weighed, counts)),
         host=host,
     )
+    codable = all(layer.takes(PROMPT_DTYPE) for layer in geometry.prunable)
+    if optional and number is not None and not codable and not host:
+        number = worst = None
+        stored_source = "K/V stays in 16 bits: number formats take heads of a multiple of 16 elements"
     if host and number is None:
         raise ValueError("host memory holds codes, and K/V is to be stored as it is computed: choose --kv auto or int4")
     scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:
         held, narrower = (PROMPT_DTYPE, PROMPT_DTYPES[1:]) if isinstance(prompt_number, str) else (prompt_number, ())
+        if isinstance(prompt_number, str) and not codable:
+            held, narrower = None, ()
         ours = functools.partial(Scenario, prompt_number=held, narrower=narrower, queries=queries)
         at_worst = number if worst is None else worst
         scenarios.append(ours("worst case", lambda _: 1.0, at_worst, compacts=number is not None))

@@ -271,6 +271,7 @@ def _make(
         number=stored.expected,
         worst=stored.worst,
         stored_source=stored.source,
+        optional=kv[0] == "auto",
         policy=policy,
         queries=lambda prompt: parsed.probe_plan(prompt).count,
         expected=measured.expected(parsed, found.name, own),
