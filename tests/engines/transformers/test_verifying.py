@@ -690,6 +690,17 @@ def test_a_prompt_that_was_cropped_meanwhile_stays(llama):
     assert "cropped" in cache.report.verified.reason
 
 
+def test_a_prompt_that_was_cropped_to_nothing_meanwhile_is_gone(llama):
+    cache = ReFreeKVCache(llama, CUT, verify="answer:damage=1e9,tokens=4")
+    read(llama, cache)
+    cache.crop(-LENGTH)
+    wanted = read(llama, ReFreeKVCache(llama, "full"), seed=2)
+    torch.testing.assert_close(read(llama, cache, seed=2), wanted)
+    following(llama, cache, 4)
+    assert cache.report.verified.step == 0
+    assert cache.report.tokens == LENGTH + 4
+
+
 def test_rows_that_have_ended_do_not_count(llama, monkeypatch):
     """What is fed to a row behind its end token is padding."""
     seen = []

@@ -207,12 +207,12 @@ class StoredLayer(DynamicLayer):
         if remove == 0:
             return
         length = self._length - remove
+        if self.state.verification is not None:
+            self.state.verification.cropped(length)
         if length == 0:
             self.reset()
             return
         self._finish_reading()
-        if self.state.verification is not None:
-            self.state.verification.cropped(length)
         self._queries = self._queries.cropped(remove)
         self._padding = self._padding.cropped(length)
         self._earlier_length = min(self._earlier_length, length)
