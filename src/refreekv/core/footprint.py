@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from refreekv.core.configuration import head_size, largest
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.core.quantisation import FLUSH, SINKS, Count, KVDtype, Ladder
+from refreekv.core.slices import unpacked_weights
 
 LayerKind = Literal["full", "window", "latent", "state"]
 PLAIN_BYTES = 2
@@ -213,22 +214,28 @@ class Reader:
     product: int = 0  # elements that it takes while its widest product is computed: residual, input, and two results
     # elements of an entry's keys and values, copied for each query head that shares them: behind a mask sdpa does so
     repeated: int = 0
-    unpacked: int = 0  # bytes of the largest matrix that is unpacked to 16 bits to be multiplied with; 0: none is
+    # of matrices that are unpacked some rows at a time to be multiplied with: rows and columns of each, none twice
+    matrices: tuple[tuple[int, int], ...] = ()
+    whole: int = 0  # weights of the largest matrix that is unpacked whole
 
     @classmethod
-    def of(cls, text: Any, unpacked: int = 0) -> "Reader":
-        """Of a language model's configuration."""
+    def of(cls, text: Any, matrices: tuple[tuple[int, int], ...] = (), whole: int = 0) -> "Reader":
+        """Of a language model's configuration, and of its packed matrices."""
         hidden, widest = int(text.hidden_size), activation_elements(text)
         heads = largest(text, "num_attention_heads") or 1
         shared = (largest(text, "num_key_value_heads") or heads) < heads
         inner = (widest - 4 * hidden) // 3
         repeated = 2 * heads * head_size(text) if shared else 0
-        return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, unpacked)
+        return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, matrices, whole)
+
+    def of_library(self) -> "Reader":
+        """The same without refreekv: matrices are unpacked whole."""
+        return replace(self, matrices=(), whole=max([self.whole, *(rows * size for rows, size in self.matrices)]))
 
     def behind(self, tokens: int, itemsize: int) -> int:
-        """Bytes of so many tokens in the feed-forward part: its three results, or two and an unpacked matrix."""
-        three = tokens * itemsize * self.activation
-        return max(three, tokens * itemsize * self.product + self.unpacked) if self.unpacked else three
+        """Bytes of so many tokens in the feed-forward part: its three results, or two and a matrix's unpacked rows."""
+        three, unpacked = tokens * self.activation, max(self.whole, unpacked_weights(self.matrices, tokens))
+        return itemsize * (max(three, tokens * self.product + unpacked) if unpacked else three)
 
 
 def called_bytes(reader: Reader, itemsize: int, tokens: int, prompt: int) -> int:

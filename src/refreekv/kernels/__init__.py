@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core import needs as needs_in_torch
-from refreekv.core import reductions, selection
+from refreekv.core import reductions, selection, slices
 from refreekv.core import surrogates as surrogates_in_torch
 from refreekv.core.needs import Grading, Needs, Rules
 from refreekv.core.packed_lines import PackedFormat, PackedMaps
@@ -643,22 +643,15 @@ def block_linear(x: Tensor, blocks: WeightBlocks, bias: Tensor | None = None) ->
         of them, and on CPUs, weights are unpacked, some rows of the matrix at a time.
     """
     triton = _at_once(blocks.low)
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    count, size = blocks.shape
     if triton:
         from refreekv.kernels import block_products
 
+        flat = x.reshape(-1, x.shape[-1])  # [M, K]
         if len(flat) <= block_products.MOST_ROWS:
-            return block_products.product(flat.contiguous(), blocks, bias).view(*x.shape[:-1], count)
-    step = max(1, UNPACKED // size)
-    parts = []
-    for start in range(0, count, step):
-        some = sliced(blocks, start, start + step)
-        weights = block_products.unpack(some, x.dtype) if triton else unpacked(some, x.dtype)
-        parts.append(flat @ weights.T)
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return (out if bias is None else out + bias).view(*x.shape[:-1], count)
+            return block_products.product(flat.contiguous(), blocks, bias).view(*x.shape[:-1], blocks.shape[0])
 
+    def unpack(start: int, stop: int) -> Tensor:
+        some = sliced(blocks, start, stop)
+        return block_products.unpack(some, x.dtype) if triton else unpacked(some, x.dtype)
 
-UNPACKED = 2**25
-"""Weights that are unpacked at a time."""
+    return slices.product(x, blocks.shape[0], unpack, None if bias is None else bias.to(x.dtype))

@@ -48,6 +48,7 @@ class Scenario:
     prompt_number: KVDtype | None = None
     narrower: tuple[KVDtype, ...] = ()  # formats that are tried one after the other where it does not fit in that
     queries: Callable[[int], int] = lambda _: 0  # prompt tokens to the queries that a layer holds until their end
+    of_library: bool = False  # whether refreekv is not in use
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def _use(
     read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in set(geometry.layers)), default=0)
     logits = load.requests * machine.logit_bytes
     reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
+    reader = reader.of_library() if scenario.of_library else reader
     queries = scenario.queries(load.prompt)
 
     def at_the_end(hosted: int) -> float:

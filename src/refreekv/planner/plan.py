@@ -13,7 +13,7 @@ from refreekv.planner.budgets import Expected
 from refreekv.planner.geometry import Geometry, measure
 from refreekv.planner.memory import Load, Machine, Scenario, longest_context, most_requests, use
 from refreekv.planner.source import Model
-from refreekv.planner.weights import BITS, Counts, Weights, count, unpacked_bytes, weigh
+from refreekv.planner.weights import BITS, Counts, Weights, count, packed_matrices, weigh
 from refreekv.policies.base import AUTO
 
 RESERVE = 3 * 2**28
@@ -189,7 +189,7 @@ def make(
         activation_bytes=2 * activation_elements(model.text),
         logit_bytes=4 * int(model.text.vocab_size),
         chunk=chunk,
-        reader=Reader.of(model.text, unpacked_bytes(model, weighed, counts)),
+        reader=Reader.of(model.text, packed_matrices(model, weighed, counts)),
         host=host,
     )
     codable = all(layer.takes(PROMPT_DTYPE) for layer in geometry.prunable)
@@ -198,7 +198,7 @@ def make(
         stored_source = "K/V stays in 16 bits: number formats take heads of a multiple of 16 elements"
     if host and number is None:
         raise ValueError("host memory holds codes, and K/V is to be stored as it is computed: choose --kv auto or int4")
-    scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
+    scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False, of_library=True)]
     if geometry.prunable:
         held, narrower = (PROMPT_DTYPE, PROMPT_DTYPES[1:]) if isinstance(prompt_number, str) else (prompt_number, ())
         if isinstance(prompt_number, str) and not codable:

@@ -27,7 +27,7 @@ class Counts:
     matrices: int  # in matrix products of the layers, experts included: what quantisation makes smaller
     others: int  # embeddings, the output head, norms, biases: in 16 bits in any case
     experts: int = 0  # those of the matrices that belong to experts, of which a token uses a few
-    widest: int = 0  # of the largest of these matrices
+    shapes: tuple[tuple[int, int], ...] = ()  # rows and columns of these matrices, none twice
     partial: bool = False  # whether the language model alone was counted, as its other parts could not be built here
 
     @property
@@ -63,10 +63,12 @@ def count(model: Model) -> Counts:
             raise ModelError(f"transformers cannot build {model.name}: {error}") from error
         built, partial = skeleton(model.text), True
     head = getattr(built, "get_output_embeddings", lambda: None)()
-    quantised = {
-        id(module.weight)
-        for module in built.modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    quantised = {id(module.weight) for module in linears}
+    shapes = {
+        (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
+        for module in linears
+        for shape in [module.weight.shape]
     }
     parameters: dict[int, Any] = {}
     experts = 0
@@ -77,10 +79,9 @@ def count(model: Model) -> Counts:
             experts += parameter.numel()
     if head is not None:
         quantised -= {id(parameter) for parameter in head.parameters()}  # also where it is tied
-    sizes = [parameter.numel() for key, parameter in parameters.items() if key in quantised and parameter.dim() == 2]
     matrices = sum(parameter.numel() for key, parameter in parameters.items() if key in quantised)
     everything = sum(parameter.numel() for parameter in parameters.values())
-    return Counts(matrices, everything - matrices, experts, max(sizes, default=0), partial)
+    return Counts(matrices, everything - matrices, experts, tuple(sorted(shapes)), partial)
 
 
 def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
@@ -105,13 +106,14 @@ def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
     return Weights(int(size), counts.total, chosen, words)
 
 
-def unpacked_bytes(model: Model, weights: Weights, counts: Counts) -> int:
-    """Bytes of the matrix in 16 bits that weights in 4 bits are unpacked to where more than a few tokens are read.
+def packed_matrices(model: Model, weights: Weights, counts: Counts) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of matrices in 4 bits, which are unpacked to 16 where more than a few tokens are read.
 
-    bitsandbytes does so matrix by matrix; its kernels read codes themselves for a few rows only.
+    bitsandbytes does so matrix by matrix, and in `refreekv.compress` some rows at a time; its kernels read codes
+    themselves for a few tokens only.
     """
     form = _stored(model) if weights.form == "checkpoint" else weights.form
-    return 2 * counts.widest if form == "int4" else 0
+    return counts.shapes if form == "int4" else ()
 
 
 def _stored(model: Model) -> str:

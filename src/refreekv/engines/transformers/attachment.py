@@ -21,10 +21,13 @@ from refreekv.engines.transformers.naming import arguments, cache_given, name_am
 from refreekv.engines.transformers.prompt import ATTACHMENT, OutdatedError
 from refreekv.engines.transformers.read_again import ReadingCache
 from refreekv.engines.transformers.routing import Route, attention_configs
+from refreekv.engines.transformers.slices import TOKENS, SlicedProducts
 
 logger = logging.getLogger("refreekv")
 
 _lock = threading.RLock()
+_TOKENS = ("input_ids", "inputs_embeds")
+"""Arguments that bring a call's tokens, ``[B, q]`` or ``[B, q, hidden]``."""
 
 
 class Attachment:
@@ -52,6 +55,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._signature = inspect.signature(model.forward)
         self._decoder = Decoder(model)
+        self._sliced = SlicedProducts(model)
         self._generating = 0
         # Threads whose call has come by the hook before the model, and not yet to its forward.
         self._hooked: set[int] = set()
@@ -62,7 +66,9 @@ class Attachment:
         memo[id(self)] = copied
         own = {**vars(self), "users": 0, "_generating": 0, "_opened": [], "_hooked": set()}
         routes = own.pop("_routes")
+        del own["_sliced"]  # functions of the model's layers, which no copy changes
         copied.__dict__.update(copy.deepcopy(own, memo))
+        copied._sliced = SlicedProducts(copied.model)
         copied._routes = [route.of_copy(copy.deepcopy(route.config, memo)) for route in routes]
         return copied
 
@@ -189,7 +195,7 @@ class Attachment:
         if output is None:
             outdated = False
             try:
-                output = forward(*args, **kwargs)
+                output = self._compute(forward, args, kwargs)
             except OutdatedError as error:
                 if error.args[0] is not self.model:
                     raise  # that of a model around this one
@@ -198,10 +204,20 @@ class Attachment:
                 cache = cache_given(arguments(self._signature, args, kwargs))
                 assert isinstance(cache, PrunedCache)
                 measure_again(self.model, cache)
-                output = forward(*args, **kwargs)
+                output = self._compute(forward, args, kwargs)
         if not hooked:
             self._after_forward(self.model, args, kwargs, output)
         return output
+
+    def _compute(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``forward`` makes of a call: of a prompt's for a cache of ours, without whole matrices unpacked."""
+        given = arguments(self._signature, args, kwargs)
+        tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)
+        ours = isinstance(cache_given(given), PrunedCache | ReadingCache)
+        if not ours or tokens is None or tokens.shape[0] * tokens.shape[1] <= TOKENS:
+            return forward(*args, **kwargs)
+        with self._sliced.reading():
+            return forward(*args, **kwargs)
 
     @property
     def _runs_forward(self) -> bool:
@@ -250,7 +266,7 @@ class Attachment:
             args, kwargs = with_argument(self._signature, args, kwargs, "use_cache", True)
         for route in self._routes:
             route.ensure()
-        for name in ("input_ids", "inputs_embeds"):
+        for name in _TOKENS:
             tokens = given.get(name)
             if tokens is not None and tokens.shape[1] == 0:
                 raise ValueError("empty prompt: the model was called with no tokens, so there is nothing to cache")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv import kernels
 from refreekv.core.configuration import head_size, largest
 from refreekv.core.device_memory import free_memory
 from refreekv.core.footprint import LayerKV, Reader, called_bytes, chunked_bytes
@@ -18,6 +17,7 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
 from refreekv.engines.transformers.packed_weights import PackedLinear
+from refreekv.engines.transformers.slices import is_known
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.attachment import Attachment
@@ -155,7 +155,7 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> Manner:
 def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> Manner:
     """What `forecast` says where so many bytes are free. The policy may keep everything."""
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
-    layers, reader = _layers(text, cache, itemsize), Reader.of(text, unpacked_bytes(model))
+    layers, reader = _layers(text, cache, itemsize), Reader.of(text, *unpacked(model))
     new, queries = length - cache.get_seq_length(), cache.policy.probe_plan(length).count
     free += 0 if cache.is_unused else cache.report.bytes_after
     kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, None)) for layer in layers)
@@ -177,18 +177,19 @@ def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int
     return Manner(CHUNKS[-1], PROMPT_DTYPES[-1]) if free_choice else Manner(CHUNKS[-1])
 
 
-def unpacked_bytes(model: Any) -> int:
-    """Bytes of the largest matrix that is unpacked to the model's precision where a prompt is multiplied with it.
+def unpacked(model: Any) -> tuple[tuple[tuple[int, int], ...], int]:
+    """What is unpacked to the model's precision where a prompt is multiplied with it, as a `Reader` is told.
 
-    bitsandbytes unpacks its 4 bits matrix by matrix, and we our blocks in parts. Others multiply with what they have.
+    bitsandbytes' layers of 4 bits and our blocks are unpacked some rows at a time, such layers that are not quite
+    what we know matrix by matrix. Others multiply with what they have.
     """
-    sizes = [0]
+    sliced, whole = set(), 0
     for module in model.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            sizes.append(module.in_features * module.out_features)
-        elif isinstance(module, PackedLinear):
-            sizes.append(min(module.in_features * module.out_features, kernels.UNPACKED))
-    return int(model.dtype.itemsize) * max(sizes)
+        if isinstance(module, PackedLinear) or is_known(module):
+            sliced.add((module.out_features, module.in_features))
+        elif getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            whole = max(whole, module.out_features * module.in_features)
+    return tuple(sorted(sliced)), whole
 
 
 def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype) -> int:

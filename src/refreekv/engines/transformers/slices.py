@@ -1,0 +1,128 @@
+"""Linear layers of 4 bits, bitsandbytes', while a prompt is read: some rows of a matrix are unpacked at a time.
+
+The library unpacks all of them for more than a few tokens, which is up to half a gigabyte beside everything else. Its
+own function does so for rows as well, with the same numbers: see `core.slices`.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refreekv.core import slices
+from refreekv.core.four_bits import FourBits
+from refreekv.engines.transformers import four_bits
+
+HIGH_BANDWIDTH = (9, 10)
+"""Major compute capabilities of which bitsandbytes unpacks for more than 64 tokens; for others from 513 on at least."""
+TOKENS, TOKENS_ELSEWHERE = 64, 512
+
+
+class SlicedProducts:
+    """The layers of a model that read prompts in slices.
+
+    They are looked for when the first prompt comes. A layer that is put in later computes as it does.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within, products with many tokens unpack a slice at a time; others are the library's.
+
+        Only instances are changed, and for the length of a call: threads that run the model meanwhile get the same
+        numbers, up to rounding.
+        """
+        if self._forwards is None:
+            self._forwards = {module: _forward_of(module) for module in self._model.modules() if is_known(module)}
+        swapped = [module for module in self._forwards if "forward" not in module.__dict__]  # else somebody else's
+        try:
+            for module in swapped:
+                module.__dict__["forward"] = self._forwards[module]
+            yield
+        finally:
+            for module in swapped:
+                module.__dict__.pop("forward", None)
+
+
+def is_known(module: Any) -> bool:
+    """Whether a module is bitsandbytes' layer of 4 bits, computes by the library's code, and holds what we can read."""
+    library = sys.modules.get("bitsandbytes")
+    if library is None or not isinstance(module, library.nn.Linear4bit):
+        return False
+    own = type(module).forward is library.nn.Linear4bit.forward and "forward" not in module.__dict__
+    return own and four_bits.held(module) is not None
+
+
+def _forward_of(linear: Any) -> Callable[[Tensor], Tensor]:
+    """The library's forward in slices, where these save anything."""
+    known: list[tuple[Any, Any, FourBits | None]] = [(None, None, None)]  # a weight, its state, and what they are
+
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight
+        state = getattr(weight, "quant_state", None)
+        if known[0][0] is not weight or known[0][1] is not state:
+            known[0] = weight, state, four_bits.held(linear)
+        coded = known[0][2]
+        if coded is None or not _is_worth_it(linear, x, coded):
+            own: Tensor = type(linear).forward(linear, x)
+            return own
+        return product(linear, x, coded)
+
+    return forward
+
+
+def _is_worth_it(linear: Any, x: Tensor, coded: FourBits) -> bool:
+    """Whether the library would unpack more for this input than a slice is, and nobody wants gradients."""
+    count, size = coded.shape
+    tokens = x.numel() // size
+    return (
+        x.is_cuda
+        and x.shape[-1] == size
+        and tokens > _most_tokens(x.device)
+        and count > slices.slice_rows(size, tokens)
+        and linear.compute_type_is_set
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (
+            torch.is_grad_enabled() and (x.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
+        )
+    )
+
+
+@functools.cache
+def _most_tokens(device: torch.device) -> int:
+    """Tokens up to which the library may multiply with codes as they are."""
+    return TOKENS if torch.cuda.get_device_capability(device)[0] in HIGH_BANDWIDTH else TOKENS_ELSEWHERE
+
+
+def product(linear: Any, x: Tensor, coded: FourBits) -> Tensor:
+    """What the library's forward computes of ``[..., K]``, its weights unpacked in slices."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    state, size = linear.weight.quant_state, coded.shape[1]
+    kind = x.dtype if linear.compute_dtype is None else linear.compute_dtype
+    factors = coded.factors
+    if state.state2 is not None:
+        factors = dequantize_blockwise(factors, state.state2).add_(state.offset)
+
+    def unpack(start: int, stop: int) -> Tensor:
+        first, last = start * size, stop * size
+        of_rows = QuantState(
+            absmax=factors[first // coded.block : last // coded.block],
+            shape=torch.Size((stop - start, size)),
+            code=state.code,
+            blocksize=coded.block,
+            quant_type=state.quant_type,
+            dtype=kind,
+        )
+        made: Tensor = dequantize_4bit(coded.codes[first // 2 : last // 2, None], of_rows)
+        return made
+
+    bias = None if linear.bias is None else linear.bias.detach().to(kind)
+    return slices.product(x.to(kind), coded.shape[0], unpack, bias).to(x.dtype)
