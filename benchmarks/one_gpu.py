@@ -17,8 +17,10 @@ question, or `adaptive-as-measured`, which costs what `adaptive` does and keeps 
               first try is what `plan` forecasts
     chunk     the prompt is read in --chunk tokens at a time, or in a half, a quarter … of it, down to 256, where `plan`
               says that memory does not suffice for more; of both kinds alike
-    peak      the most that tensors held, and the driver's context, beside `plan`'s forecast for that very length. What
-              the allocator reserves grows up to a limit whatever is needed, and is listed beside it
+    peak      the most that tensors held and the driver at the time, beside `plan`'s forecast for that very length. What
+              the allocator reserves grows up to a limit whatever is needed, and is listed beside it. The driver takes
+              more and more and gives nothing back: it is asked behind the last chunk but one, at the answer's first
+              token, and at its end, and each time the most that tensors held since is added to it
     floor     (weights that a token reads + what the cache holds) / bandwidth of a copy on the same device; or what it
               holds in host memory / bandwidth of a copy from there, if that is more
 
@@ -40,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import refreekv
 from as_measured import AsMeasured, expected
@@ -97,11 +99,14 @@ class Try:
     length: int
     fits: bool
     seconds: float
-    peak: int = 0  # what tensors held at most, and what the driver holds
+    peak: int = 0  # the most that tensors held and the driver, at a time
     allocated: int = 0  # of the peak what tensors held
     reserved: int = 0  # what the allocator had at most: blocks that it could not use, too
     before: int = 0  # what tensors held before it: the weights, and what an earlier try left
-    driver_read: int = 0  # what the driver held when all but the last chunk was read: before a step was captured
+    peak_read: int = 0  # what tensors held at most until all but the last chunk was read
+    peak_prompt: int = 0  # until all of it was
+    driver_read: int = 0  # what the driver held when all but the last chunk was read
+    driver_prompt: int = 0  # and when all of it was: before a step is captured
     chunk: int = 0
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -148,6 +153,7 @@ class Memory:
             free, total = torch.cuda.mem_get_info(device)
             self.context = total - free - torch.cuda.memory_reserved(device)
         self._counted = 0
+        self._noted = self._noted_allocated = self._noted_reserved = 0  # of parts that have ended
         self._limit_tensors()
 
     def _limit_tensors(self) -> None:
@@ -172,7 +178,7 @@ class Memory:
 
     def begin(self) -> None:
         """Forget the peak."""
-        self._counted = 0
+        self._counted = self._noted = self._noted_allocated = self._noted_reserved = 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -184,20 +190,33 @@ class Memory:
         if self.device.type != "cuda" and held > self.limit:
             raise torch.OutOfMemoryError(f"{held} bytes of {self.limit}")
 
+    def note(self) -> None:
+        """End a part: what the driver takes from now on was not there when tensors held most in it."""
+        self._noted, self._noted_allocated, self._noted_reserved = self.peak, self.allocated, self.reserved
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     @property
     def peak(self) -> int:
-        """The most that was held, by tensors and by the driver."""
-        return self.allocated + self.driver
+        """The most that was held at a time, by tensors and by the driver."""
+        return max(self._noted, self._part[0] + self.driver)
 
     @property
     def reserved(self) -> int:
         """The most that the allocator had."""
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self._counted
+        return max(self._noted_reserved, self._part[1])
 
     @property
     def allocated(self) -> int:
         """The most that tensors held."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._counted
+        return max(self._noted_allocated, self._part[0])
+
+    @property
+    def _part(self) -> tuple[int, int]:
+        """The most that tensors held, and that the allocator had, since the last part ended."""
+        if self.device.type != "cuda":
+            return self._counted, self._counted
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
     def close(self) -> None:
         """Take the limit away."""
@@ -247,6 +266,21 @@ class Variant:
             prompt_dtype=none_for_16(self.prompt),
             host_memory=self.host,
         )
+
+
+class FirstToken(LogitsProcessor):
+    """Notes when a prompt was read, and before a step is captured, what memory that took."""
+
+    def __init__(self, memory: Memory, tried: Try):
+        self._memory, self._tried, self._noted = memory, tried, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Note it once and change nothing."""
+        if not self._noted:
+            self._noted = True
+            self._memory.note()
+            self._tried.driver_prompt, self._tried.peak_prompt = self._memory.driver, self._memory.allocated
+        return scores
 
 
 class Bench:
@@ -302,11 +336,12 @@ class Bench:
             with contextlib.nullcontext() if kind == "full" else cache.prompt_until(length):
                 self.model(ids[:, start : start + self.chunk], use_cache=True, logits_to_keep=1, **options)
             self.memory.count(self._weights + held(cache))
-        tried.driver_read = self.memory.driver
+        self.memory.note()
+        tried.driver_read, tried.peak_read = self.memory.driver, self.memory.allocated
         stamps = Stamps()
         self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._new, do_sample=False,
-            logits_processor=LogitsProcessorList([stamps]), **{NAME: cache},
+            logits_processor=LogitsProcessorList([stamps, FirstToken(self.memory, tried)]), **{NAME: cache},
         )  # fmt: skip
         self.memory.count(self._weights + held(cache))
         tried.cache_bytes = held(cache)

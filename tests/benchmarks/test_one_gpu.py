@@ -196,6 +196,37 @@ def test_nothing_outlives_a_try(monkeypatch, prompt):
         gc.enable()
 
 
+def test_what_the_driver_takes_later_was_not_there_at_an_earlier_peak():
+    """Tensors 70 with a driver of 10, then 60 with 15, then 30 with 30: 80 at a time, and not 100."""
+
+    class Card(one_gpu.Memory):
+        driver, _part = 10, (70, 72)
+
+    memory = Card(torch.device("cpu"), 2**40)
+    assert (memory.peak, memory.allocated, memory.reserved) == (80, 70, 72)
+    memory.note()
+    Card.driver, Card._part = 15, (60, 75)
+    assert (memory.peak, memory.allocated, memory.reserved) == (80, 70, 75)
+    memory.note()
+    Card.driver, Card._part = 30, (30, 70)
+    assert (memory.peak, memory.allocated, memory.reserved) == (80, 70, 75)
+    Card._part = (55, 70)
+    assert memory.peak == 85
+    memory.begin()
+    assert (memory.peak, memory.allocated, memory.reserved) == (85, 55, 70)
+
+
+def test_parts_of_a_try_are_noted():
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
+    memory = one_gpu.Memory(torch.device("cpu"), 2**40)
+    bench = one_gpu.Bench(model, memory, variant=Variant("full", "bf16", "16", None), chunk=256, new=4)
+    noted = []
+    memory.note = lambda: noted.append(type(memory).note(memory))
+    tried = bench.attempt("full", 700)
+    assert len(noted) == 2
+    assert weight_bytes(model) < tried.peak_read <= tried.peak_prompt <= tried.allocated == tried.peak
+
+
 def test_chunks_are_halved_where_memory_is_short():
     row = Row.parse("qwen2.5-32b:int4:24GB")
     settings = one_gpu.Settings(Variant("full", "bf16", "16", None), 2048, 24, 0.02, 2**19, 1e9)
