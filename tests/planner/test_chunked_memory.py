@@ -174,6 +174,28 @@ def test_what_reads_a_chunk_counts():
     assert chunked_bytes(layers, 65536, 64, number, kept, reader) == pytest.approx(moving, rel=1e-4)
 
 
+def test_rows_of_packed_matrices_count():
+    """Llama-3-8B in 4 bits: the full cache unpacks 14336 x 4096 weights, ours the rows of a slice."""
+    model = model_of(LLAMA)
+    made = plans.make(model, memory=24 * GIB, load=Load(8192, 0), weights="int4", number=KVDtype("int4"))
+    reader = made.machine.reader
+    assert reader.matrices == ((1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096))
+    results, three = 2 * 4096 + 2 * 14336, 4 * 4096 + 3 * 14336
+    assert reader.behind(256, 2) == 2 * (256 * results + 4096 * 4096)  # more than 1,024 rows of 14,336
+    assert reader.behind(1024, 2) == 2 * (1024 * results + 2048 * 14336) > 2 * 1024 * three
+    assert reader.behind(2048, 2) == 2 * 2048 * three
+    library = reader.of_library()
+    assert library.behind(256, 2) == 2 * (256 * results + 4096 * 14336)
+    machine = Machine(24 * GIB, 0, 0, activation_bytes=0, logit_bytes=0, chunk=256, reader=reader)
+    peaks = {
+        who: memory.use(
+            geometry.measure(model), machine, Scenario("", lambda _: 1.0, compacts=False, of_library=who), Load(1024, 0)
+        ).peak
+        for who in (True, False)
+    }
+    assert peaks[True] - peaks[False] == 2 * 4096 * (14336 - 4096)
+
+
 def test_longer_prompts_fit():
     model = model_of({**LLAMA, "max_position_embeddings": 131072})
     contexts = {}

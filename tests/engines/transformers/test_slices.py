@@ -184,3 +184,24 @@ def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
         x.requires_grad_()
     with torch.autocast(WHERE, dtype=torch.bfloat16, enabled=what == "autocast"):
         assert slices._is_worth_it(linear, x, coded) == (what == "all")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(WHERE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("count", "size"), [(14336, 4096), (4096, 14336)])
+@torch.inference_mode()
+def test_memory_on_a_card_is_the_result_and_a_slice(count, size, nested):
+    linear, tokens = layer(count, size, nested=nested), 600
+    forward, x = slices._forward_of(linear), torch.randn(1, tokens, size, device=WHERE).bfloat16()
+    want = linear(x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = forward(x)
+    taken = torch.cuda.max_memory_allocated() - before
+    rows = rows_of.slice_rows(size, tokens)
+    assert rows < count
+    # Factors of nested codes are numbers for the length of a product, twice at most.
+    assert taken <= got.nbytes + 2 * rows * size + nested * 2 * 4 * count * size // 64 + 2**22
+    assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
