@@ -215,6 +215,22 @@ def test_a_model_whose_capture_fails_goes_on_eagerly(llama, monkeypatch, caplog)
     assert "TypeError: no such argument" in caplog.text
 
 
+def test_why_a_capture_fails_is_said_from_the_innermost_error(llama, monkeypatch, caplog):
+    """Triton's errors begin with a place in the code, and lead to one of what that calls."""
+
+    def broken(*args):
+        try:
+            raise ValueError("at 3:4:\n    y = x + 1\n        ^\nx has two types")
+        except ValueError as error:
+            raise RuntimeError("at 9:8:\n    if x:\n    ^") from error
+
+    monkeypatch.setattr(graph.Step, "__init__", broken)
+    ids, mask = prompts((40,), seed=1)
+    with caplog.at_level(logging.WARNING, logger="refreekv"):
+        both_ways(build("llama", attention="sdpa"), ids, mask)
+    assert "cannot be captured: ValueError: at 3:4: x has two types" in caplog.text
+
+
 def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
     """A dropped step's tables are others' memory at once: kernels that still read them would write anywhere."""
     happened = []

@@ -123,3 +123,37 @@ def test_projections_of_different_kinds_are_products_of_their_own():
         with fusion.fused(model, 1):
             after = model(ids).logits
     assert (after - before).norm() <= 1e-2 * before.norm()
+
+
+def test_biases_of_different_types_are_added_in_launches_of_their_own(monkeypatch):
+    """bitsandbytes makes a bias the input's type when the layer first computes: some may have, others not."""
+    pytest.importorskip("triton")
+    from refreekv.kernels import four_bits as kernels
+
+    class Converting(FourBitLinear):
+        def forward(self, x):
+            self.bias = None if self.bias is None else nn.Parameter(self.bias.to(x.dtype), requires_grad=False)
+            return super().forward(x)
+
+    model = build("llama", attention="sdpa", hidden_size=128, intermediate_size=256, attention_bias=True)
+    quantise(model.to(torch.float16), Converting)
+    model = moved(model.to(WHERE))
+    for layer in model.model.layers[1:]:
+        layer.self_attn.q_proj.bias.data = layer.self_attn.q_proj.bias.data.float()
+    launched, linears = [], kernels.linears
+
+    def watched(x, weights, biases, *rest):
+        launched.append({None if bias is None else bias.dtype for bias in biases})
+        return linears(x, weights, biases, *rest)
+
+    monkeypatch.setattr(kernels, "linears", watched)
+    ids = prompts((1,), seed=4)[0].to(WHERE)
+    with torch.no_grad():
+        with fusion.fused(model, 1):
+            Converting.calls = 0
+            after = model(ids).logits
+            assert Converting.calls == 0
+        assert max(map(len, launched)) == 1
+        assert {torch.float32} in launched
+        before = model(ids).logits
+    assert (after - before).norm() <= 1e-2 * before.norm()

@@ -75,6 +75,17 @@ def test_a_product_is_that_of_the_whole_matrix(nested, bias, given, few_rows):
     assert (got.double() - want.double()).norm() <= 4e-3 * want.double().norm()
 
 
+def test_a_bias_of_another_type_becomes_the_input_s(few_rows):
+    """As the library makes it, so that projections that are read in slices and others still fit in one launch."""
+    linear, other = layer(200, 384, bias=True), layer(200, 384, bias=True)
+    for one in (linear, other):
+        one.bias.data = one.bias.data.float()
+    x = torch.randn(70, 384, device=WHERE).bfloat16()
+    slices.product(linear, x, slices.four_bits.held(linear))
+    other(x)
+    assert linear.bias.dtype == other.bias.dtype == torch.bfloat16
+
+
 def test_no_more_than_a_slice_is_unpacked(few_rows, monkeypatch):
     from bitsandbytes import functional
 

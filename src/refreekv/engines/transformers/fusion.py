@@ -104,9 +104,14 @@ def _plain(module: Any) -> bool:
 def _form(linear: Any, rows: int) -> tuple[Any, ...] | None:
     """What linear layers share for which one comparison is enough; None if our products do not do for them."""
     if _plain(linear):
-        return (tuple(linear.weight.shape), linear.weight.dtype, linear.bias is not None) if rows <= MOST_ROWS else None
+        return (tuple(linear.weight.shape), linear.weight.dtype, _bias_type(linear)) if rows <= MOST_ROWS else None
     coded = four_bits.held(linear) if rows <= MOST_ROWS_OF_4_BITS else None
-    return None if coded is None else (*four_bits.form(coded), linear.bias is not None)
+    return None if coded is None else (*four_bits.form(coded), _bias_type(linear))
+
+
+def _bias_type(linear: Any) -> torch.dtype | None:
+    """The type of a layer's bias, which one launch for several layers takes to be that of all; None if it has none."""
+    return None if linear.bias is None else linear.bias.dtype
 
 
 def _products(parts: list[Any]) -> tuple[Any, list[Any], Callable[[Tensor], bool]]:
@@ -254,7 +259,7 @@ def _linears_of(*names: str) -> Maker:
 
     def make(module: Any) -> Forwards:
         parts = [getattr(module, name) for name in names] or [module]
-        if len({part.in_features for part in parts}) > 1 or len({part.bias is None for part in parts}) > 1:
+        if len({part.in_features for part in parts}) > 1 or len({_bias_type(part) for part in parts}) > 1:
             raise AttributeError("projections of different kinds")
         kernels, weights, fits = _products(parts)
         # The last input and its results, always replaced together: threads may share the module.

@@ -352,9 +352,8 @@ class Decoder:
                 self._refused[key] = str(error)
                 raise
             except Exception as error:  # whatever it is, eager decoding goes on
-                what = f"{type(error).__name__}: {error}".splitlines()[0]
                 logger.debug("a forward could not be captured", exc_info=error)
-                self._refused[key] = f"its forward cannot be captured: {what}"
+                self._refused[key] = f"its forward cannot be captured: {_innermost(error)}"
                 raise UncapturableError(self._refused[key]) from error
             self._steps[key] = step
         step.adopt(storages)
@@ -392,6 +391,14 @@ class Decoder:
             step.release()
         self._steps.clear()
         self._last = None
+
+
+def _innermost(error: BaseException) -> str:
+    """Type, first and last line of what an error came of: between them a compiler quotes the code."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first, *others = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return f"{first} {others[-1]}" if others else first
 
 
 def _hooks(module: nn.Module) -> list[Any]:

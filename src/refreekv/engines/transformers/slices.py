@@ -124,5 +124,7 @@ def product(linear: Any, x: Tensor, coded: FourBits) -> Tensor:
         made: Tensor = dequantize_4bit(coded.codes[first // 2 : last // 2, None], of_rows)
         return made
 
-    bias = None if linear.bias is None else linear.bias.detach().to(kind)
+    if linear.bias is not None and linear.bias.dtype != kind:
+        linear.bias.data = linear.bias.data.to(kind)  # for good, as the library does: a model's biases stay of one type
+    bias = None if linear.bias is None else linear.bias.detach()
     return slices.product(x.to(kind), coded.shape[0], unpack, bias).to(x.dtype)
