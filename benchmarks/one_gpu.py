@@ -16,7 +16,9 @@ question, or `adaptive-as-measured`, which costs what `adaptive` does and keeps 
     longest   the longest prompt that is read in chunks and answered with --new tokens, found by bisection; the
               first try is what `plan` forecasts
     chunk     the prompt is read in --chunk tokens at a time, or in a half, a quarter … of it, down to 256, where `plan`
-              says that memory does not suffice for more; of both kinds alike
+              says that memory does not suffice for more; of both kinds alike. Of ours, weights of 4 bits are unpacked
+              some rows of a matrix at a time where `plan` says that whole matrices do not fit with that chunk, as
+              `generate` decides by itself
     peak      the most that tensors held and the driver at the time, beside `plan`'s forecast for that very length. What
               the allocator reserves grows up to a limit whatever is needed, and is listed beside it. The driver takes
               more and more and gives nothing back: it is asked behind the last chunk but one, at the answer's first
@@ -108,6 +110,7 @@ class Try:
     driver_read: int = 0  # what the driver held when all but the last chunk was read
     driver_prompt: int = 0  # and when all of it was: before a step is captured
     chunk: int = 0
+    sliced: bool = False  # whether weights of 4 bits were unpacked some rows of a matrix at a time
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
     cache_bytes: int = 0
@@ -288,7 +291,7 @@ class Bench:
 
     def __init__(self, model: Any, memory: Memory, *, variant: Variant, chunk: int, new: int):
         self.model, self.memory, self.variant = model, memory, variant
-        self.chunk, self._new = chunk, new
+        self.chunk, self.sliced, self._new = chunk, False, new
         self._weights = weight_bytes(model)
 
     def cache(self, kind: str) -> Any:
@@ -310,7 +313,7 @@ class Bench:
         """Read a prompt of a length and answer it, or run out of memory."""
         self.memory.begin()
         begin = time.perf_counter()
-        tried = Try(length, fits=False, seconds=0.0, before=self.memory.held, chunk=self.chunk)
+        tried = Try(length, False, 0.0, before=self.memory.held, chunk=self.chunk, sliced=self.sliced)
         try:
             with torch.inference_mode():
                 self._run(kind, length, tried)
@@ -328,6 +331,8 @@ class Bench:
     def _run(self, kind: str, length: int, tried: Try) -> None:
         device = self.memory.device
         cache = self.cache(kind)
+        if kind != "full":
+            cache.state.sliced = self.sliced
         generator = torch.Generator(device).manual_seed(length)
         ids = torch.randint(1, self.model.config.vocab_size, (1, length), generator=generator, device=device)
         options = cache_argument(self.model.forward, cache)
@@ -407,12 +412,16 @@ def chunks(most: int) -> list[int]:
     return found
 
 
-def chunk_for(row: Row, kind: str, length: int, settings: "Settings") -> int:
-    """The largest chunk with which `refreekv plan` says that a prompt fits; the smallest if it does with none."""
+def reading_for(row: Row, kind: str, length: int, settings: "Settings") -> tuple[int, bool]:
+    """The largest chunk with which `refreekv plan` says that a prompt fits, the smallest if it does with none.
+
+    And whether it says that matrices of 4 bits are to be unpacked some rows at a time.
+    """
     for chunk in chunks(settings.chunk):
-        if forecast(row, kind, length, replace(settings, chunk=chunk)).fits:
-            return chunk
-    return chunks(settings.chunk)[-1]
+        planned = forecast(row, kind, length, replace(settings, chunk=chunk))
+        if planned.fits:
+            break
+    return chunk, planned.sliced
 
 
 def forecast(row: Row, kind: str, length: int, settings: "Settings") -> Scenario:
@@ -485,7 +494,7 @@ def measure(
                     about(device), weight_bytes(model), None if full else variant.host, constants,
                 )  # fmt: skip
                 if length:
-                    bench.chunk = chunk_for(row, kind, length, own)
+                    bench.chunk, bench.sliced = reading_for(row, kind, length, own)
                     result.at = bench.attempt(kind, length)
                     result.tries = [result.at]
                     result.longest = length if result.at.fits else 0
@@ -511,7 +520,7 @@ def search(bench: Bench, row: Row, result: Result, settings: Settings) -> None:
     def fits(length: int) -> bool:
         if time.monotonic() - begin > settings.seconds:
             return False
-        bench.chunk = chunk_for(row, result.kind, length, settings)
+        bench.chunk, bench.sliced = reading_for(row, result.kind, length, settings)
         tried = bench.attempt(result.kind, length)
         result.tries.append(tried)
         verdict = "answered" if tried.fits else "out of memory"
@@ -543,7 +552,7 @@ def line(result: Result) -> str:
     parts.append(f"{at.length:,} tokens")
     if result.forecast_longest is not None:
         parts.append(f"forecast {result.forecast_longest:,}")
-    parts.append(f"chunks of {at.chunk:,}")
+    parts.append(f"chunks of {at.chunk:,}" + (", matrices in slices" if at.sliced else ""))
     parts.append(f"peak {format_size(at.peak)}, of which tensors {format_size(at.allocated)}")
     if result.forecast_peak is not None:
         parts.append(f"forecast {format_size(result.forecast_peak)} ({result.forecast_peak / at.peak - 1:+.1%})")

@@ -227,18 +227,34 @@ def test_parts_of_a_try_are_noted():
     assert weight_bytes(model) < tried.peak_read <= tried.peak_prompt <= tried.allocated == tried.peak
 
 
-def test_chunks_are_halved_where_memory_is_short():
+@pytest.mark.parametrize("kind", ["full", "ours"])
+def test_chunks_are_halved_where_memory_is_short(kind):
     row = Row.parse("qwen2.5-32b:int4:24GB")
     settings = one_gpu.Settings(Variant("full", "bf16", "16", None), 2048, 24, 0.02, 2**19, 1e9)
-    found = {length: one_gpu.chunk_for(row, "full", length, settings) for length in (2048, 4096, 7000, 2**19)}
-    assert found[2048] == 2048
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert found[2**19] == one_gpu.LEAST_CHUNK
-    for length, chunk in found.items():
-        planned = one_gpu.forecast(row, "full", length, replace(settings, chunk=chunk))
+    lengths = (2048, 4096, 7000, 2**19)
+    found = {length: one_gpu.reading_for(row, kind, length, settings) for length in lengths}
+    assert found[2048] == (2048, False)
+    assert [chunk for chunk, _ in found.values()] == sorted((chunk for chunk, _ in found.values()), reverse=True)
+    assert found[2**19] == (one_gpu.LEAST_CHUNK, kind == "ours")
+    for length, (chunk, sliced) in found.items():
+        planned = one_gpu.forecast(row, kind, length, replace(settings, chunk=chunk))
         assert planned.fits == (length < 2**19)
+        assert planned.sliced == sliced
         if chunk < 2048:
-            assert not one_gpu.forecast(row, "full", length, replace(settings, chunk=2 * chunk)).fits
+            assert not one_gpu.forecast(row, kind, length, replace(settings, chunk=2 * chunk)).fits
+
+
+def test_a_try_is_read_in_slices_where_that_is_said():
+    model = build(SHAPES["tiny"], "bf16", torch.device("cpu"))
+    memory = one_gpu.Memory(torch.device("cpu"), 2**40)
+    bench = one_gpu.Bench(model, memory, variant=Variant("full", "bf16", "16", None), chunk=256, new=4)
+    caches, make = [], bench.cache
+    bench.cache = lambda kind: caches.append(make(kind)) or caches[-1]
+    for bench.sliced in (False, True):
+        assert bench.attempt("ours", 300).sliced is bench.sliced
+        assert caches[-1].state.sliced is bench.sliced
+    bench.sliced = False
+    assert bench.attempt("full", 300).fits
 
 
 def test_a_full_cache_of_llama_70b_is_forecast():

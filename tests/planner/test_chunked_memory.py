@@ -1,5 +1,7 @@
 """What plans say about prompts that are read in chunks, against what caches hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -174,26 +176,50 @@ def test_what_reads_a_chunk_counts():
     assert chunked_bytes(layers, 65536, 64, number, kept, reader) == pytest.approx(moving, rel=1e-4)
 
 
-def test_rows_of_packed_matrices_count():
-    """Llama-3-8B in 4 bits: the full cache unpacks 14336 x 4096 weights, ours the rows of a slice."""
+def test_packed_matrices_count_whole_and_in_slices():
+    """Llama-3-8B in 4 bits: 14336 x 4096 weights are unpacked, or, where these do not fit, a quarter of them."""
     model = model_of(LLAMA)
     made = plans.make(model, memory=24 * GIB, load=Load(8192, 0), weights="int4", number=KVDtype("int4"))
-    reader = made.machine.reader
+    reader, sliced = made.machine.reader.ways
     assert reader.matrices == ((1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096))
     results, three = 2 * 4096 + 2 * 14336, 4 * 4096 + 3 * 14336
-    assert reader.behind(256, 2) == 2 * (256 * results + 4096 * 4096)  # more than 1,024 rows of 14,336
-    assert reader.behind(1024, 2) == 2 * (1024 * results + 2048 * 14336) > 2 * 1024 * three
-    assert reader.behind(2048, 2) == 2 * 2048 * three
-    library = reader.of_library()
-    assert library.behind(256, 2) == 2 * (256 * results + 4096 * 14336)
-    machine = Machine(24 * GIB, 0, 0, activation_bytes=0, logit_bytes=0, chunk=256, reader=reader)
-    peaks = {
-        who: memory.use(
-            geometry.measure(model), machine, Scenario("", lambda _: 1.0, compacts=False, of_library=who), Load(1024, 0)
-        ).peak
-        for who in (True, False)
-    }
-    assert peaks[True] - peaks[False] == 2 * 4096 * (14336 - 4096)
+    assert reader.behind(256, 2) == 2 * (256 * results + 4096 * 14336)
+    assert sliced.behind(256, 2) == 2 * (256 * results + 4096 * 4096)
+    assert sliced.behind(1024, 2) == 2 * 1024 * three > 2 * (1024 * results + 4096 * 4096)
+    assert reader.behind(4096, 2) == sliced.behind(4096, 2) == 2 * 4096 * three
+    assert Reader(3).ways == (Reader(3),)
+    machine = Machine(0, 0, 0, activation_bytes=0, logit_bytes=0, chunk=256, reader=reader)
+    plain, ours = (Scenario("", lambda _: 1.0, compacts=False, may_slice=may) for may in (False, True))
+
+    def use(memory_bytes, scenario):
+        return memory.use(geometry.measure(model), replace(machine, memory=memory_bytes), scenario, Load(1024, 0))
+
+    whole = use(0, plain).peak
+    assert not use(0, plain).sliced
+    assert (use(whole, ours).peak, use(whole, ours).sliced) == (whole, False)
+    short = use(whole - 1, ours)
+    assert short.sliced
+    assert whole - short.peak == 2 * 4096 * (14336 - 4096)
+
+
+def test_slices_come_before_a_narrower_format_and_a_plan_says_so():
+    model = model_of({**LLAMA, "max_position_embeddings": 131072})
+
+    def plan(prompt):
+        load = Load(prompt + 24, 24)
+        return plans.make(model, memory=8 * GIB, load=load, weights="int4", number=KVDtype("int4"), chunk=256)
+
+    short, ways = plan(1024), []
+    for prompt in range(1024, 40_000, 512):
+        taken = memory.use(short.geometry, short.machine, short.scenarios[-1], Load(prompt + 24, 24))
+        if taken.peak <= short.machine.available:
+            ways.append((str(taken.read), taken.sliced))
+    assert sorted(set(ways), key=ways.index) == [("int8", False), ("int8", True), ("k6v4", False), ("k6v4", True)]
+    longest = plan(short.rows[-1].longest_context - 24)
+    assert longest.rows[-1].sliced
+    assert not longest.rows[0].sliced
+    assert any("some rows at a time" in note for note in longest.notes)
+    assert not any("some rows at a time" in note for note in short.notes)
 
 
 def test_longer_prompts_fit():

@@ -214,27 +214,33 @@ class Reader:
     product: int = 0  # elements that it takes while its widest product is computed: residual, input, and two results
     # elements of an entry's keys and values, copied for each query head that shares them: behind a mask sdpa does so
     repeated: int = 0
-    # of matrices that are unpacked some rows at a time to be multiplied with: rows and columns of each, none twice
+    # of matrices that are unpacked to be multiplied with, all or some rows at a time: rows and columns, none twice
     matrices: tuple[tuple[int, int], ...] = ()
-    whole: int = 0  # weights of the largest matrix that is unpacked whole
+    fixed: int = 0  # the most weights that are unpacked at a time of others, whatever is asked
+    is_sliced: bool = False  # whether matrices are unpacked some rows at a time
 
     @classmethod
-    def of(cls, text: Any, matrices: tuple[tuple[int, int], ...] = (), whole: int = 0) -> "Reader":
+    def of(cls, text: Any, matrices: tuple[tuple[int, int], ...] = (), fixed: int = 0) -> "Reader":
         """Of a language model's configuration, and of its packed matrices."""
         hidden, widest = int(text.hidden_size), activation_elements(text)
         heads = largest(text, "num_attention_heads") or 1
         shared = (largest(text, "num_key_value_heads") or heads) < heads
         inner = (widest - 4 * hidden) // 3
         repeated = 2 * heads * head_size(text) if shared else 0
-        return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, matrices, whole)
+        return cls(widest, 4 * hidden, 2 * hidden + 2 * inner, repeated, matrices, fixed)
 
-    def of_library(self) -> "Reader":
-        """The same without refreekv: matrices are unpacked whole."""
-        return replace(self, matrices=(), whole=max([self.whole, *(rows * size for rows, size in self.matrices)]))
+    @property
+    def ways(self) -> "tuple[Reader, ...]":
+        """As it is, and with matrices in slices if there are any: what takes less memory is later, and slower."""
+        return (self, replace(self, is_sliced=True)) if self.matrices else (self,)
 
     def behind(self, tokens: int, itemsize: int) -> int:
-        """Bytes of so many tokens in the feed-forward part: its three results, or two and a matrix's unpacked rows."""
-        three, unpacked = tokens * self.activation, max(self.whole, unpacked_weights(self.matrices, tokens))
+        """Bytes of so many tokens in the feed-forward part: its three results, or two and what is unpacked."""
+        if self.is_sliced:
+            unpacked = unpacked_weights(self.matrices, tokens)
+        else:
+            unpacked = max((count * size for count, size in self.matrices), default=0)
+        three, unpacked = tokens * self.activation, max(unpacked, self.fixed)
         return itemsize * (max(three, tokens * self.product + unpacked) if unpacked else three)
 
 

@@ -650,8 +650,19 @@ def block_linear(x: Tensor, blocks: WeightBlocks, bias: Tensor | None = None) ->
         if len(flat) <= block_products.MOST_ROWS:
             return block_products.product(flat.contiguous(), blocks, bias).view(*x.shape[:-1], blocks.shape[0])
 
-    def unpack(start: int, stop: int) -> Tensor:
-        some = sliced(blocks, start, stop)
+    rows = block_rows(*blocks.shape)
+
+    def unpack(index: int) -> Tensor:
+        some = sliced(blocks, index * rows, (index + 1) * rows)
         return block_products.unpack(some, x.dtype) if triton else unpacked(some, x.dtype)
 
-    return slices.product(x, blocks.shape[0], unpack, None if bias is None else bias.to(x.dtype))
+    return slices.product(x, blocks.shape[0], rows, unpack, None if bias is None else bias.to(x.dtype))
+
+
+UNPACKED = 2**25
+"""Weights in blocks that are unpacked at a time."""
+
+
+def block_rows(count: int, size: int) -> int:
+    """Rows of a matrix ``[N, K]`` in blocks that are unpacked at a time."""
+    return min(count, max(1, UNPACKED // size))

@@ -1,5 +1,6 @@
 """What fits: weights, activations and K/V of the requests, at the moment when they take most."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,9 @@ class Scenario:
     prompt_number: KVDtype | None = None
     narrower: tuple[KVDtype, ...] = ()  # formats that are tried one after the other where it does not fit in that
     queries: Callable[[int], int] = lambda _: 0  # prompt tokens to the queries that a layer holds until their end
-    of_library: bool = False  # whether refreekv is not in use
+    may_slice: bool = (
+        False  # whether matrices of 4 bits may be unpacked some rows at a time where whole ones do not fit
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Use:
     host: int = 0  # bytes of what is there while tokens are generated, of all requests
     most_host: int = 0  # and at most
     read: KVDtype | None = None  # how the prompt is held until its end
+    sliced: bool = False  # whether matrices of 4 bits are unpacked some rows at a time
 
 
 def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) -> Use:
@@ -94,18 +98,28 @@ def use(geometry: Geometry, machine: Machine, scenario: Scenario, load: Load) ->
 
     K/V in a number format is decoded in place. Codes that do not fit are in host memory, if the machine has some for
     them: those of as many full-attention layers as it takes, and two layers' pass through the device. Where that does
-    not do, the prompt is held in narrower formats until its end.
+    not do, matrices of 4 bits are unpacked some rows at a time, and then the prompt is held in narrower formats until
+    its end.
     """
     called = load.prompt if machine.chunk is None else min(machine.chunk, load.prompt)
-    taken = _use(geometry, machine, scenario, load, called, scenario.prompt_number if called < load.prompt else None)
-    for number in scenario.narrower if called < load.prompt else ():
-        if taken.peak > machine.available:
-            taken = _use(geometry, machine, scenario, load, called, number)
+    reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
+    ways = reader.ways if scenario.may_slice else (reader,)
+    formats = (scenario.prompt_number, *scenario.narrower) if called < load.prompt else (None,)
+    for number, way in itertools.product(formats, ways):
+        taken = _use(geometry, machine, scenario, load, called, number, way)
+        if taken.peak <= machine.available:
+            break
     return taken
 
 
 def _use(
-    geometry: Geometry, machine: Machine, scenario: Scenario, load: Load, called: int, read: KVDtype | None
+    geometry: Geometry,
+    machine: Machine,
+    scenario: Scenario,
+    load: Load,
+    called: int,
+    read: KVDtype | None,
+    reader: Reader,
 ) -> Use:
     """What a load takes whose prompt is read ``called`` tokens at a time and held in a format until its end."""
     budget, number = scenario.budget(load.prompt), scenario.number
@@ -116,8 +130,6 @@ def _use(
     kept_codes = _codes(geometry, number, budget * load.prompt)
     read_codes = max((layer.unfinished_lines(load.prompt, read) for layer in set(geometry.layers)), default=0)
     logits = load.requests * machine.logit_bytes
-    reader = machine.reader or Reader(machine.activation_bytes // PLAIN_BYTES)
-    reader = reader.of_library() if scenario.of_library else reader
     queries = scenario.queries(load.prompt)
 
     def at_the_end(hosted: int) -> float:
@@ -158,6 +170,7 @@ def _use(
         host,
         max(host, int(others + reading_layers * read_codes)),
         read,
+        reader.is_sliced,
     )
 
 

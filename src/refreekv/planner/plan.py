@@ -56,6 +56,9 @@ class Row:
     # a step at least: all that it reads, of the GPU's memory and over the bus beside it; None: nobody said how fast
     step_seconds: float | None = None
     read: str = "bf16"  # how the prompt is held until its end
+    sliced: bool = (
+        False  # whether matrices of 4 bits are unpacked some rows at a time while it is read, as memory is short
+    )
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,12 @@ def make(
         stored_source = "K/V stays in 16 bits: number formats take heads of a multiple of 16 elements"
     if host and number is None:
         raise ValueError("host memory holds codes, and K/V is to be stored as it is computed: choose --kv auto or int4")
-    scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False, of_library=True)]
+    scenarios = [Scenario("full cache", lambda _: 1.0, compacts=False)]
     if geometry.prunable:
         held, narrower = (PROMPT_DTYPE, PROMPT_DTYPES[1:]) if isinstance(prompt_number, str) else (prompt_number, ())
         if isinstance(prompt_number, str) and not codable:
             held, narrower = None, ()
-        ours = functools.partial(Scenario, prompt_number=held, narrower=narrower, queries=queries)
+        ours = functools.partial(Scenario, prompt_number=held, narrower=narrower, queries=queries, may_slice=True)
         at_worst = number if worst is None else worst
         scenarios.append(ours("worst case", lambda _: 1.0, at_worst, compacts=number is not None))
         if expected is not None:
@@ -249,6 +252,7 @@ def _row(
         taken.most_host,
         None if speeds is None else speeds.step(machine.weights + taken.kv - taken.host, taken.host),
         "bf16" if taken.read is None else str(taken.read),
+        taken.sliced,
     )
 
 
@@ -352,6 +356,11 @@ def _notes(
         notes.append(
             f"Until its end the prompt is held in {narrow[-1].read}, as it does not fit in {PROMPT_DTYPE}: that loses "
             "about as much again as the default does."
+        )
+    if rows[-1].sliced and rows[-1].fits:
+        notes.append(
+            "While the prompt is read, matrices of 4 bits are unpacked some rows at a time, as whole ones do not fit: "
+            "that takes longer."
         )
     if len(rows) > 1 and rows[-1].longest_context <= rows[0].longest_context and load.requests == 1:
         notes.append(

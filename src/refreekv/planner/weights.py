@@ -109,8 +109,8 @@ def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
 def packed_matrices(model: Model, weights: Weights, counts: Counts) -> tuple[tuple[int, int], ...]:
     """Rows and columns of matrices in 4 bits, which are unpacked to 16 where more than a few tokens are read.
 
-    bitsandbytes does so matrix by matrix, and in `refreekv.compress` some rows at a time; its kernels read codes
-    themselves for a few tokens only.
+    bitsandbytes does so matrix by matrix, and in `refreekv.compress` some rows at a time where memory is short; its
+    kernels read codes themselves for a few tokens only.
     """
     form = _stored(model) if weights.form == "checkpoint" else weights.form
     return counts.shapes if form == "int4" else ()

@@ -1,5 +1,6 @@
 """Prompts that do not fit in one call: chunks by forecast, and after an out-of-memory error; on a CPU neither."""
 
+import itertools
 import logging
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import refreekv
 from helpers.driving import greedy
 from helpers.models import build, prompts
 from helpers.planning import LLAMA
-from refreekv import KVDtype, ReFreeKVCache, policies
+from refreekv import KVDtype, ReFreeKVCache, kernels, policies
+from refreekv.core.footprint import Reader, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPES
 from refreekv.engines.transformers import fitting
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.fitting import Manner
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.packed_weights import PackedEmbedding, PackedLinear
 
@@ -282,16 +285,57 @@ def test_chunks_that_fit():
 PACKED = ((32, 64), (64, 64), (64, 128), (128, 64))
 
 
-@pytest.mark.parametrize(("form", "shapes"), [("bf16", ()), ("int4-blocks", PACKED), ("int4-nf4", PACKED)])
-def test_matrices_that_are_unpacked_count(form, shapes):
+@pytest.mark.parametrize(
+    ("form", "found"), [("bf16", ((), 0)), ("int4-blocks", ((), 64 * 128)), ("int4-nf4", (PACKED, 0))]
+)
+def test_matrices_that_are_unpacked_count(form, found, monkeypatch):
     if form == "int4-nf4":
         pytest.importorskip("bitsandbytes")
     model = random_models.build(random_models.SHAPES["tiny"], form, torch.device("cpu"))
-    assert fitting.unpacked(model) == (shapes, 0)
+    assert fitting.unpacked(model) == found
+    monkeypatch.setattr(kernels, "UNPACKED", 1000)
+    assert fitting.unpacked(model) == (found[0], 15 * 64 if form == "int4-blocks" else 0)
     if form == "int4-nf4":  # somebody else's function: who knows what it takes
         layer = model.model.layers[0].mlp.down_proj
         layer.forward = layer.forward
-        assert fitting.unpacked(model) == (shapes, 64 * 128)
+        assert fitting.unpacked(model) == (PACKED, 64 * 128)
+
+
+def test_matrices_in_slices_where_whole_ones_do_not_fit(monkeypatch):
+    """Of Llama-3-8B's shape in 4 bits: before the chunk is halved, and before anything is lost."""
+    config = LlamaConfig(**{name: LLAMA[name] for name in SHAPE})
+    matrices = ((1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096))
+    monkeypatch.setattr(fitting, "unpacked", lambda model: (matrices, 0))
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"), modules=list)
+    reader = Reader.of(config, matrices)
+
+    def manner(free, length, **settings):
+        cache = PrunedCache(config, policies.create("full"), **settings)
+        return fitting.manner_for(model, cache, 1, length, int(free))
+
+    # In one call.
+    results, three = 2 * (2 * 4096 + 2 * 14336), 2 * (4 * 4096 + 3 * 14336)
+    cache = 32 * 1000 * 4096
+    assert manner(cache + 1000 * results + 2 * 4096 * 14336, 1000) == Manner()
+    assert manner(cache + 1000 * results + 2 * 4096 * 14336 - 1, 1000) == Manner(sliced=True)
+    assert manner(cache + 1000 * three, 1000) == Manner(sliced=True)
+    # So is a turn that is too short for chunks.
+    assert manner(2 * cache, 300) == Manner()
+    assert manner(0, 300) == Manner(sliced=True)
+    # In chunks: the first that fits of whole matrices, slices, and half the chunk.
+    length, order = 16_384, []
+    layers = fitting._layers(config, PrunedCache(config, policies.create("full")), 2)
+    for number, chunk in itertools.product(PROMPT_DTYPES, (2048, 1024, 512)):
+        kept = sum(one.stored_bytes(length, number) for one in layers)
+        for way in reader.ways:
+            taken = chunked_bytes(layers, length, chunk, number, kept, way)
+            order.append((taken, Manner(chunk, number, way.is_sliced)))
+    found = {manner(taken, length, kv_dtype="k4v2+k6v4+int8") for taken, _ in order}
+    assert found == {next(one for need, one in order if need <= taken) for taken, _ in order}
+    assert {Manner(2048), Manner(2048, sliced=True), Manner(1024, sliced=True)} < found
+    assert Manner(512) not in found  # takes more than slices of twice the chunk
+    assert manner(0, length) == Manner(512, PROMPT_DTYPES[-1], sliced=True)
+    assert manner(0, length, prompt_dtype=None) == Manner(512, sliced=True)
 
 
 def test_of_an_embedding_in_blocks_only_rows_are_unpacked():

@@ -210,11 +210,13 @@ class Attachment:
         return output
 
     def _compute(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``forward`` makes of a call: of a prompt's for a cache of ours, without whole matrices unpacked."""
+        """What ``forward`` makes of a call: of a prompt's without whole matrices unpacked, if that was asked for."""
         given = arguments(self._signature, args, kwargs)
+        cache = cache_given(given)
+        if not isinstance(cache, PrunedCache) or not cache.state.sliced:
+            return forward(*args, **kwargs)
         tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)
-        ours = isinstance(cache_given(given), PrunedCache | ReadingCache)
-        if not ours or tokens is None or tokens.shape[0] * tokens.shape[1] <= TOKENS:
+        if tokens is None or tokens.shape[0] * tokens.shape[1] <= TOKENS:
             return forward(*args, **kwargs)
         with self._sliced.reading():
             return forward(*args, **kwargs)

@@ -17,7 +17,8 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
 from refreekv.engines.transformers.packed_weights import PackedLinear
-from refreekv.engines.transformers.slices import is_known
+from refreekv.engines.transformers.slices import TOKENS, is_known
+from refreekv.kernels import block_rows
 
 if TYPE_CHECKING:
     from refreekv.engines.transformers.attachment import Attachment
@@ -41,19 +42,23 @@ class Manner(NamedTuple):
 
     chunk: int | None = None  # tokens at a time; None: all in one call
     number: KVDtype = PROMPT_DTYPE  # how what was read is held, if nobody has asked for a format
+    sliced: bool = False  # whether matrices of 4 bits are unpacked some rows at a time
 
-    def smaller(self, *, free: bool) -> "Manner | None":
-        """What takes less memory: half the chunk, then a narrower format where the choice is ``free``."""
+    def smaller(self, *, free: bool, sliced: bool = False) -> "Manner | None":
+        """What takes less memory: half the chunk, then a narrower format where the choice is ``free``.
+
+        Matrices are unpacked some rows at a time from now on, if the model has such (``sliced``).
+        """
         chunk = CHUNKS[-1] if self.chunk is None else self.chunk // 2
         if chunk >= min(LEAST, CHUNKS[-1]):
-            return self._replace(chunk=chunk)
+            return self._replace(chunk=chunk, sliced=sliced)
         narrower = PROMPT_DTYPES[PROMPT_DTYPES.index(self.number) + 1 :]
-        return Manner(CHUNKS[-1], narrower[0]) if free and narrower else None
+        return Manner(CHUNKS[-1], narrower[0], sliced) if free and narrower else None
 
     def __str__(self) -> str:
-        if self.chunk is None:
-            return "one call"
-        return f"chunks of {self.chunk}" + ("" if self.number == PROMPT_DTYPE else f", held in {self.number}")
+        said = "one call" if self.chunk is None else f"chunks of {self.chunk}"
+        said += "" if self.number == PROMPT_DTYPE else f", held in {self.number}"
+        return said + (", matrices unpacked in slices" if self.sliced else "")
 
 
 def prefill(
@@ -84,21 +89,23 @@ def prefill(
 
     manner, fresh = forecast(model, cache, len(input_ids), length), cache.is_unused
     said = f"a prompt of {len(input_ids)} x {length:,} tokens"
-    if manner.chunk is not None:
+    if manner != Manner():
         # Fewer bits lose something, which somebody may want to know.
         level = logging.INFO if manner.number == PROMPT_DTYPE else logging.WARNING
         logger.log(level, "%s is read in %s, as memory is short", said, manner)
+    asked = cache.state.sliced
     while True:
         try:
-            cache.state.held_as = manner.number
+            cache.state.held_as, cache.state.sliced = manner.number, asked or manner.sliced
             return read(manner.chunk)
         except torch.OutOfMemoryError:
-            smaller = manner.smaller(free=isinstance(cache.state.prompt_dtype, str))
+            sliceable = any(is_known(module) for module in model.modules())
+            smaller = manner.smaller(free=isinstance(cache.state.prompt_dtype, str), sliced=sliceable)
             # What an earlier prompt left may be pruned by now: only a new cache can begin anew.
             if not fresh or smaller is None or smaller.chunk is None or length <= smaller.chunk:
                 raise
         finally:
-            cache.state.held_as = PROMPT_DTYPE
+            cache.state.held_as, cache.state.sliced = PROMPT_DTYPE, asked
         # Outside of the handler, as the error holds on to all that the call had made.
         cache.reset()
         gc.collect()
@@ -146,50 +153,66 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> Manner:
     """
     devices = {parameter.device for parameter in model.parameters()}
     new = length - cache.get_seq_length()
-    if len(devices) != 1 or next(iter(devices)).type != "cuda" or new <= CHUNKS[-1]:
+    if len(devices) != 1 or next(iter(devices)).type != "cuda" or rows * new <= TOKENS:
         return Manner()
     device = next(iter(devices))
     return manner_for(model, cache, rows, length, int(USABLE * free_memory(device)))
 
 
 def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int) -> Manner:
-    """What `forecast` says where so many bytes are free. The policy may keep everything."""
+    """What `forecast` says where so many bytes are free. The policy may keep everything.
+
+    A format that loses less comes before everything else. Of the rest what is faster comes first: one call, then
+    chunks, the largest one that fits; each with whole matrices, then with slices of them: these cost less time than
+    half the chunk, and take less memory.
+    """
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
     layers, reader = _layers(text, cache, itemsize), Reader.of(text, *unpacked(model))
     new, queries = length - cache.get_seq_length(), cache.policy.probe_plan(length).count
+    is_short, least = new <= CHUNKS[-1], Manner(CHUNKS[-1], sliced=bool(reader.matrices))
+    if is_short and not reader.matrices:
+        return Manner()
     free += 0 if cache.is_unused else cache.report.bytes_after
     kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, None)) for layer in layers)
     full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
-    if rows * min(full, kept + 2 * widest) + reader.behind(rows * new, itemsize) <= free:
-        return Manner()
+    for way in reader.ways:
+        if rows * min(full, kept + 2 * widest) + way.behind(rows * new, itemsize) <= free:
+            return Manner(sliced=way.is_sliced)
+    if is_short:
+        return least._replace(chunk=None)
+    ways = [(chunk, way) for chunk in CHUNKS for way in reader.ways]
     wanted = cache.state.prompt_dtype
     if wanted is None:
-        fitting = (n for n in CHUNKS if rows * (full + called_bytes(reader, itemsize, n, length)) <= free)
-        return Manner(next(fitting, CHUNKS[-1]))
+        for chunk, way in ways:
+            if rows * (full + called_bytes(way, itemsize, chunk, length)) <= free:
+                return Manner(chunk, sliced=way.is_sliced)
+        return least
     free_choice = isinstance(wanted, str)
     for number in PROMPT_DTYPES if isinstance(wanted, str) else (wanted,):
         hosted = _hosted(layers, cache, model, rows, new, number)
         kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, number)) for layer in layers)
-        for chunk in CHUNKS:
-            taken = chunked_bytes(layers, length, chunk, number, kept, reader, hosted=hosted, queries=queries)
+        for chunk, way in ways:
+            taken = chunked_bytes(layers, length, chunk, number, kept, way, hosted=hosted, queries=queries)
             if rows * taken <= free:
-                return Manner(chunk, number) if free_choice else Manner(chunk)
-    return Manner(CHUNKS[-1], PROMPT_DTYPES[-1]) if free_choice else Manner(CHUNKS[-1])
+                return Manner(chunk, number if free_choice else PROMPT_DTYPE, way.is_sliced)
+    return least._replace(number=PROMPT_DTYPES[-1]) if free_choice else least
 
 
 def unpacked(model: Any) -> tuple[tuple[tuple[int, int], ...], int]:
     """What is unpacked to the model's precision where a prompt is multiplied with it, as a `Reader` is told.
 
-    bitsandbytes' layers of 4 bits and our blocks are unpacked some rows at a time, such layers that are not quite
-    what we know matrix by matrix. Others multiply with what they have.
+    bitsandbytes' layers of 4 bits can be unpacked some rows at a time, our blocks always are; such layers that are
+    not quite what we know are unpacked matrix by matrix. Others multiply with what they have.
     """
-    sliced, whole = set(), 0
+    matrices, fixed = set(), 0
     for module in model.modules():
-        if isinstance(module, PackedLinear) or is_known(module):
-            sliced.add((module.out_features, module.in_features))
+        if isinstance(module, PackedLinear):
+            fixed = max(fixed, block_rows(module.out_features, module.in_features) * module.in_features)
+        elif is_known(module):
+            matrices.add((module.out_features, module.in_features))
         elif getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            whole = max(whole, module.out_features * module.in_features)
-    return tuple(sorted(sliced)), whole
+            fixed = max(fixed, module.out_features * module.in_features)
+    return tuple(sorted(matrices)), fixed
 
 
 def _hosted(layers: list[LayerKV], cache: PrunedCache, model: Any, rows: int, new: int, number: KVDtype) -> int:

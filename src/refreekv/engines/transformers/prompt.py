@@ -71,6 +71,8 @@ class PromptState:
         How a prompt that comes in chunks is held until its end; "auto": as ``held_as`` says, where it can be.
     held_as : KVDtype
         What "auto" stands for, of the prompt that is read.
+    sliced : bool
+        Whether weights of 4 bits are unpacked some rows at a time while prompts are read, as memory is short.
     changed : bool
         Whether a layer was pruned since `take_changed` was last asked.
     joint : JointPruning
@@ -107,6 +109,7 @@ class PromptState:
     decode_interval: int | None = None
     prompt_dtype: KVDtype | str | None = "auto"
     held_as: KVDtype = PROMPT_DTYPE
+    sliced: bool = False
     changed: bool = False
     joint: JointPruning = field(default_factory=JointPruning)
     generating: bool = False

@@ -1,7 +1,8 @@
-"""Linear layers of 4 bits, bitsandbytes', while a prompt is read: some rows of a matrix are unpacked at a time.
+"""Linear layers of 4 bits, bitsandbytes', where memory is short: some rows of a matrix are unpacked at a time.
 
 The library unpacks all of them for more than a few tokens, which is up to half a gigabyte beside everything else. Its
-own function does so for rows as well, with the same numbers: see `core.slices`.
+own function does so for rows as well, with the same numbers: see `core.slices`. That costs time, and prompts that fit
+with whole matrices are read with these: see `fitting`.
 """
 
 import functools
@@ -86,7 +87,7 @@ def _is_worth_it(linear: Any, x: Tensor, coded: FourBits) -> bool:
         x.is_cuda
         and x.shape[-1] == size
         and tokens > _most_tokens(x.device)
-        and count > slices.slice_rows(size, tokens)
+        and count > slices.slice_rows(count, size, tokens)
         and linear.compute_type_is_set
         and not torch.is_autocast_enabled(x.device.type)
         and not (
@@ -102,29 +103,27 @@ def _most_tokens(device: torch.device) -> int:
 
 
 def product(linear: Any, x: Tensor, coded: FourBits) -> Tensor:
-    """What the library's forward computes of ``[..., K]``, its weights unpacked in slices."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    """What the library's forward computes of ``[..., K]``, its weights unpacked in slices, one where the last was."""
+    from bitsandbytes.functional import dequantize_blockwise
 
-    state, size = linear.weight.quant_state, coded.shape[1]
+    state, (count, size) = linear.weight.quant_state, coded.shape
     kind = x.dtype if linear.compute_dtype is None else linear.compute_dtype
     factors = coded.factors
     if state.state2 is not None:
         factors = dequantize_blockwise(factors, state.state2).add_(state.offset)
+    rows = slices.slice_rows(count, size, x.numel() // size)
+    codes, parts = coded.codes[:, None].split(rows * size // 2), factors.split(rows * size // coded.block)
+    made = torch.empty(rows, size, dtype=kind, device=x.device)
 
-    def unpack(start: int, stop: int) -> Tensor:
-        first, last = start * size, stop * size
-        of_rows = QuantState(
-            absmax=factors[first // coded.block : last // coded.block],
-            shape=torch.Size((stop - start, size)),
-            code=state.code,
-            blocksize=coded.block,
-            quant_type=state.quant_type,
-            dtype=kind,
+    def unpack(index: int) -> Tensor:
+        some = made[: count - index * rows]
+        # As `dequantize_4bit` calls it, without what that does around it: at most prompts the host is what waits.
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            codes[index], parts[index], coded.block, state.quant_type, some.shape, kind, out=some
         )
-        made: Tensor = dequantize_4bit(coded.codes[first // 2 : last // 2, None], of_rows)
-        return made
+        return some
 
     if linear.bias is not None and linear.bias.dtype != kind:
         linear.bias.data = linear.bias.data.to(kind)  # for good, as the library does: a model's biases stay of one type
     bias = None if linear.bias is None else linear.bias.detach()
-    return slices.product(x.to(kind), coded.shape[0], unpack, bias).to(x.dtype)
+    return slices.product(x.to(kind), count, rows, unpack, bias).to(x.dtype)

@@ -1,5 +1,8 @@
 """Prompts over bitsandbytes' weights of 4 bits, unpacked some rows at a time, against the whole matrix."""
 
+import copy
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +11,9 @@ import refreekv
 from helpers.models import build
 from helpers.quantised import quantise
 from refreekv.core import slices as rows_of
-from refreekv.engines.transformers import slices
+from refreekv.engines.transformers import fitting, slices
 from refreekv.engines.transformers.attachment import Attachment, attached
+from refreekv.engines.transformers.fitting import Manner
 from refreekv.engines.transformers.naming import cache_argument
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -36,9 +40,25 @@ def layer(count, size, *, kind="nf4", nested=False, block=64, bias=False, dtype=
 
 
 @pytest.fixture
-def few_rows(monkeypatch):
+def in_place():
+    """The library unpacks into a given tensor on CUDA alone: here as it does into a new one."""
+    name = "bitsandbytes::dequantize_4bit"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{name}.out", "CPU"):
+        yield
+        return
+
+    def unpack(*args):
+        args[-1].copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*args[:-1]))
+
+    with torch.library._scoped_library("bitsandbytes", "IMPL") as library:
+        library.impl("dequantize_4bit.out", unpack, "CPU")
+        yield
+
+
+@pytest.fixture
+def few_rows(monkeypatch, in_place):
     """Slices of 64 rows, on any device and for any number of tokens."""
-    monkeypatch.setattr(rows_of, "slice_rows", lambda size, tokens: 64)
+    monkeypatch.setattr(rows_of, "slice_rows", lambda count, size, tokens: 64)
     monkeypatch.setattr(slices, "_is_worth_it", lambda linear, x, coded: x.numel() > x.shape[-1])
 
 
@@ -52,8 +72,8 @@ def test_slices_are_rows_of_the_matrix(kind, nested, block, dtype, few_rows, mon
     linear = layer(200, 384, kind=kind, nested=nested, block=block, dtype=dtype, compute=dtype)
     whole, seen = dequantize_4bit(linear.weight.data, linear.weight.quant_state), []
 
-    def product(x, count, unpack, bias):
-        seen.extend(unpack(start, min(start + 64, count)) for start in range(0, count, 64))
+    def product(x, count, rows, unpack, bias):
+        seen.extend(unpack(index).clone() for index in range(-(-count // rows)))
         return x.new_zeros(*x.shape[:-1], count)
 
     monkeypatch.setattr(rows_of, "product", product)
@@ -87,13 +107,16 @@ def test_a_bias_of_another_type_becomes_the_input_s(few_rows):
 
 
 def test_no_more_than_a_slice_is_unpacked(few_rows, monkeypatch):
-    from bitsandbytes import functional
+    linear, made, product = layer(200, 384), [], rows_of.product
 
-    linear, made = layer(200, 384), []
-    unpack = functional.dequantize_4bit
-    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: made.append(unpack(*args)) or made[-1])
+    def watched(x, count, rows, unpack, bias):
+        return product(x, count, rows, lambda index: made.append(unpack(index)) or made[-1], bias)
+
+    monkeypatch.setattr(rows_of, "product", watched)
     slices.product(linear, torch.randn(70, 384, device=WHERE).bfloat16(), slices.four_bits.held(linear))
     assert [tuple(part.shape) for part in made] == [(64, 384)] * 3 + [(8, 384)]
+    assert len({part.untyped_storage().data_ptr() for part in made}) == 1
+    assert made[0].untyped_storage().nbytes() == 2 * 64 * 384
 
 
 def quantised():
@@ -111,37 +134,77 @@ def counted(few_rows, monkeypatch):
     return counts
 
 
+def cache_for(model, *, sliced=True):
+    """A cache whose prompts are read in slices, or not."""
+    cache = refreekv.ReFreeKVCache(model, "full", kv_dtype=None)
+    cache.state.sliced = sliced
+    return cache
+
+
+def read(model, ids, **settings):
+    return model(ids, **cache_argument(model.forward, cache_for(model, **settings))).logits.float()
+
+
 @torch.no_grad()
-def test_prompts_for_our_caches_are_read_in_slices(counted):
+def test_calls_are_read_in_slices_where_that_was_asked_for(counted):
     model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    want = model(ids).logits.float()
+    with attached(model):
+        read(model, ids, sliced=False)
+        model(ids, use_cache=False)
+        read(model, ids[:, :60])  # a call as short as answers' may be
+        assert not counted
+        got = read(model, ids)
+        assert len(counted) == 4 * 7
+    assert (got - want).norm() <= 2e-2 * want.norm()
+    assert not any("forward" in vars(module) for module in model.modules())
     with refreekv.compress(model, "full", kv_dtype=None):
         model(ids)
     assert len(counted) == 4 * 7
-    assert not any("forward" in vars(module) for module in model.modules())
-    with attached(model):
-        model(ids, use_cache=False)  # nobody asked us
-        cache = refreekv.ReFreeKVCache(model, "full")
-        model(ids[:, :60], **cache_argument(model.forward, cache))  # a call as short as answers' may be
-    assert len(counted) == 4 * 7
+
+
+@pytest.mark.parametrize(
+    ("manner", "calls"), [(Manner(), 0), (Manner(sliced=True), 1), (Manner(100), 0), (Manner(100, sliced=True), 2)]
+)
+def test_generate_reads_a_prompt_in_slices_where_memory_is_short(manner, calls, counted, monkeypatch, caplog):
+    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    monkeypatch.setattr(fitting, "forecast", lambda *_: manner)
+    for asked in (False, True):
+        cache = cache_for(model, sliced=asked)
+        del counted[:]
+        with caplog.at_level(logging.INFO, "refreekv"):
+            got = model.generate(ids, max_new_tokens=3, do_sample=False, **cache_argument(model.forward, cache))
+        assert len(counted) == 4 * 7 * (calls if not asked else calls or 1 + (manner.chunk is not None))
+        assert cache.state.sliced is asked  # what is decided of a prompt is of that prompt
+        assert got.shape == (1, 203)
+    assert ("matrices unpacked in slices, as memory is short" in caplog.text) == manner.sliced
+
+
+def test_memory_that_ran_out_is_answered_by_slices_too(counted, monkeypatch, caplog):
+    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    whole, failed = bitsandbytes.nn.Linear4bit.forward, []
+
+    def forward(self, x):
+        if x.shape[1] > 64 and not failed:
+            failed.append(x)
+            raise torch.OutOfMemoryError("no memory")
+        return whole(self, x)
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", forward)
+    monkeypatch.setattr(fitting, "CHUNKS", (100,))
+    monkeypatch.setattr(fitting, "forecast", lambda *_: Manner())
+    cache = cache_for(model, sliced=False)
+    model.generate(ids, max_new_tokens=3, do_sample=False, **cache_argument(model.forward, cache))
+    assert len(counted) == 2 * 4 * 7
+    assert "is read again in chunks of 100, matrices unpacked in slices" in caplog.text
 
 
 @torch.no_grad()
-def test_logits_are_those_of_whole_matrices(counted):
-    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
-    want = model(ids).logits.float()
-    del counted[:]
-    with refreekv.compress(model, "full", kv_dtype=None):
-        got = model(ids).logits.float()
-    assert counted
-    assert (got - want).norm() <= 2e-2 * want.norm()
-
-
 def test_forwards_go_back_when_a_call_fails(counted, monkeypatch):
-    model = quantised()
-    broken = model.model.layers[2].mlp
-    monkeypatch.setattr(type(broken), "forward", lambda *args: 1 / 0)
-    with refreekv.compress(model, "full", kv_dtype=None), torch.no_grad(), pytest.raises(ZeroDivisionError):
-        model(torch.randint(2, 90, (1, 200), device=WHERE))
+    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    monkeypatch.setattr(type(model.model.layers[2].mlp), "forward", lambda *args: 1 / 0)
+    with attached(model), pytest.raises(ZeroDivisionError):
+        read(model, ids)
     assert counted
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -164,15 +227,12 @@ def test_only_the_library_s_own_layers_are_known():
 
 
 def test_copies_of_an_attachment_have_their_own_layers(counted):
-    import copy
-
     model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
     with torch.no_grad(), attached(model):
-        cache = refreekv.ReFreeKVCache(model, "full")
-        model(ids, **cache_argument(model.forward, cache))
+        read(model, ids)
         copied = copy.deepcopy(model)
-        cache = refreekv.ReFreeKVCache(copied, "full")
         del counted[:]
+        cache = cache_for(copied)
         copied(ids, **cache_argument(copied.forward, cache))
     own = set(copied.modules())
     assert counted
@@ -184,7 +244,7 @@ def test_copies_of_an_attachment_have_their_own_layers(counted):
 def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
     monkeypatch.setattr(slices, "_most_tokens", lambda device: 64)
     linear = layer(4096, 256)
-    monkeypatch.setattr(rows_of, "slice_rows", lambda size, tokens: 4096 if what == "one slice" else 1024)
+    monkeypatch.setattr(rows_of, "slice_rows", lambda count, size, tokens: 4096 if what == "one slice" else 1024)
 
     class Placed(torch.Tensor):
         is_cuda = what != "cpu"
@@ -212,7 +272,7 @@ def test_memory_on_a_card_is_the_result_and_a_slice(count, size, nested):
     before = torch.cuda.memory_allocated()
     got = forward(x)
     taken = torch.cuda.max_memory_allocated() - before
-    rows = rows_of.slice_rows(size, tokens)
+    rows = rows_of.slice_rows(count, size, tokens)
     assert rows < count
     # Factors of nested codes are numbers for the length of a product, twice at most.
     assert taken <= got.nbytes + 2 * rows * size + nested * 2 * 4 * count * size // 64 + 2**22
