@@ -572,22 +572,27 @@ def line(result: Result) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Results as a Markdown table; ratios are to the full cache of the same shape, weights and limit."""
+    """Results as a Markdown table; ratios are to the full cache of the same shape, weights and limit.
+
+    Peaks of results that know none of their parts are sums of what may not have been there at a time.
+    """
     full = {(r["shape"], r["weights"], r["limit"]): r["longest"] for r in rows if r["kind"] == "full" and r["longest"]}
-    lines = ["| shape | weights | limit | cache | longest prompt | x full | forecast | peak | forecast | tokens/s |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = "shape | weights | limit | cache | longest prompt | x full | forecast | peak | forecast | tokens/s | on"
+    lines = [f"| {head} |", "|---" * 11 + "|"]
     for r in rows:
         at, base = r["at"] or {}, full.get((r["shape"], r["weights"], r["limit"]))
         ratio = f"{r['longest'] / base:.2f}" if base else "–"
         planned = f"{r['forecast_longest']:,}" if r["forecast_longest"] is not None else "–"
         off = f"{r['forecast_peak'] / at['peak'] - 1:+.1%}" if r["forecast_peak"] and at.get("peak") else "–"
         speed = f"{1 / at['token_seconds']:.1f}" if at.get("token_seconds") else "–"
+        on = r["about"].partition(";")[0].removeprefix("NVIDIA ").partition(" ")[0].rstrip(",")
+        most = f"{'' if at.get('peak_prompt') else '≤ '}{format_size(at.get('peak', 0))}"
         cache = "full" if r["kind"] == "full" else f"{r['policy']}, {r['kv']}"
         cache += f", prompts {r['prompt']}" if r["kind"] != "full" and r["prompt"] != AUTO else ""
         cache += f", host {r['host']}: {format_size(at.get('host_bytes', 0))}" if r.get("host") else ""
         lines.append(
             f"| {r['shape']} | {r['weights']} | {format_size(r['limit'])} | {cache} | {r['longest']:,} | {ratio} | "
-            f"{planned} | {format_size(at.get('peak', 0))} | {off} | {speed} |"
+            f"{planned} | {most} | {off} | {speed} | {on} |"
         )
     return "\n".join(lines)
 

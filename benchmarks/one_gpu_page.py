@@ -43,18 +43,22 @@ Which model reads how long a prompt on one card, and still answers with {output}
 with `--kv {kv}`, which holds a prompt in int8 until its end and in `k6v4` where only that fits | the same with `--kv
 int4 --prompt-kv int4`, which reads prompts over 4 bits and loses more
 ([lab/quantisation.md](../lab/quantisation.md#prompts-read-over-their-own-codes)). From `refreekv plan`, which reserves
-{reserve} and 1 % of the memory for the driver and fragmentation and reads prompts in chunks of 2,048 tokens;
-{longest:,} is where these models end. Twelve rows were measured within a limit: they stand below. `int4`: 4-bit
-weights (4.5 bits with their scales) beside embeddings in 16. A dash: the weights alone do not fit.
+{reserve} and 1 % of the memory for the driver and fragmentation and reads prompts in chunks of 2,048 tokens, for our
+caches with slices of matrices where whole ones of 4 bits do not fit; {longest:,} is where these models end. Twelve rows
+were measured within a limit: they stand below. `int4`: 4-bit weights (4.5 bits with their scales) beside embeddings in
+16. A dash: the weights alone do not fit.
 """
 SHARES = """Entries are taken to be stored in these shares: {source}.
 """
-MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `benchmarks/one_gpu.py`). A peak is what
-tensors held at most and what the driver holds, beside `plan`'s forecast for that length. `adaptive-as-measured` costs
-what `adaptive` does and keeps what that keeps of real text, as random weights say nothing about it. Full caches were
-searched for, to within 1 %; the other lengths were chosen, and more may fit where the peak is below the limit. Where it
-is above, by up to 1.5 %, what the driver takes while a prompt is read was not part of the limit, and a little less may
-fit: [lab/performance.md](../lab/performance.md) says how much. Forecasts are `plan`'s of the time of each run:
+MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `benchmarks/one_gpu.py`). What is called
+`adaptive-as-measured` costs what `adaptive` does and keeps what that keeps of real text, as random weights say nothing
+about it. Full caches were searched for, to within 1 %; the other lengths were chosen, and more may fit where the peak
+is below the limit. A peak is the most that tensors and the driver held at a time; with ≤ it is the most that tensors
+held, and added to it what the driver held at the end, by when that had grown by up to .08 GB. Beside it stands `plan`'s
+forecast for that length, of the time of the run. Llama-3-8B's rows in NF4 were read with matrices in slices of 32 MiB
+(commit 93b343f), as `generate` does by itself where whole ones do not fit, the others with whole matrices; 22,336
+tokens of Qwen2.5-32B were out of memory in slices, too. The H200's host ran three other processes, which the full
+cache's tokens show, as they are not captured. [lab/performance.md](../lab/performance.md) has what slices cost in time:
 """
 WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
 prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,

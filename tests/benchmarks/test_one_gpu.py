@@ -366,7 +366,13 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     assert lengths[:2] == [length - one_gpu_page.OUTPUT for length in longest_of]
     assert int(hosted[2].split(" ")[0].replace(",", "")) >= lengths[2] >= lengths[1] > lengths[0]
     assert "GiB; " in hosted[2]
-    assert sum(row.startswith("| tiny |") for row in rows) == 2
+    measured = [row for row in rows if row.startswith("| tiny |")]
+    assert len(measured) == 2
+    assert all("| CPU |" in row and "≤" not in row for row in measured)
+    # Of results of before, what tensors and the driver held is a sum.
+    before = [json.loads(line) for line in out.read_text().splitlines()]
+    del before[0]["at"]["peak_prompt"]
+    assert "| ≤ " in one_gpu.table(before).splitlines()[2]
     assert "CPU, counted and not measured" in text
 
 

@@ -319,9 +319,6 @@ def test_matrices_in_slices_where_whole_ones_do_not_fit(monkeypatch):
     assert manner(cache + 1000 * results + 2 * 4096 * 14336, 1000) == Manner()
     assert manner(cache + 1000 * results + 2 * 4096 * 14336 - 1, 1000) == Manner(sliced=True)
     assert manner(cache + 1000 * three, 1000) == Manner(sliced=True)
-    # So is a turn that is too short for chunks.
-    assert manner(2 * cache, 300) == Manner()
-    assert manner(0, 300) == Manner(sliced=True)
     # In chunks: the first that fits of whole matrices, slices, and half the chunk.
     length, order = 16_384, []
     layers = fitting._layers(config, PrunedCache(config, policies.create("full")), 2)

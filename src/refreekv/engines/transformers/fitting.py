@@ -17,7 +17,7 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.naming import NAME, cache_given
 from refreekv.engines.transformers.packed_weights import PackedLinear
-from refreekv.engines.transformers.slices import TOKENS, is_known
+from refreekv.engines.transformers.slices import is_known
 from refreekv.kernels import block_rows
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def forecast(model: Any, cache: PrunedCache, rows: int, length: int) -> Manner:
     """
     devices = {parameter.device for parameter in model.parameters()}
     new = length - cache.get_seq_length()
-    if len(devices) != 1 or next(iter(devices)).type != "cuda" or rows * new <= TOKENS:
+    if len(devices) != 1 or next(iter(devices)).type != "cuda" or new <= CHUNKS[-1]:
         return Manner()
     device = next(iter(devices))
     return manner_for(model, cache, rows, length, int(USABLE * free_memory(device)))
@@ -169,18 +169,16 @@ def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int
     text, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
     layers, reader = _layers(text, cache, itemsize), Reader.of(text, *unpacked(model))
     new, queries = length - cache.get_seq_length(), cache.policy.probe_plan(length).count
-    is_short, least = new <= CHUNKS[-1], Manner(CHUNKS[-1], sliced=bool(reader.matrices))
-    if is_short and not reader.matrices:
-        return Manner()
     free += 0 if cache.is_unused else cache.report.bytes_after
     kept = sum(layer.stored_bytes(length, _format(layer, cache.kv_dtype, None)) for layer in layers)
     full, widest = sum(layer.bytes(length) for layer in layers), max(layer.bytes(length) for layer in layers)
     for way in reader.ways:
         if rows * min(full, kept + 2 * widest) + way.behind(rows * new, itemsize) <= free:
             return Manner(sliced=way.is_sliced)
-    if is_short:
-        return least._replace(chunk=None)
-    ways = [(chunk, way) for chunk in CHUNKS for way in reader.ways]
+    least, ways = (
+        Manner(CHUNKS[-1], sliced=bool(reader.matrices)),
+        [(chunk, way) for chunk in CHUNKS for way in reader.ways],
+    )
     wanted = cache.state.prompt_dtype
     if wanted is None:
         for chunk, way in ways:
