@@ -586,7 +586,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         off = f"{r['forecast_peak'] / at['peak'] - 1:+.1%}" if r["forecast_peak"] and at.get("peak") else "–"
         speed = f"{1 / at['token_seconds']:.1f}" if at.get("token_seconds") else "–"
         on = r["about"].partition(";")[0].removeprefix("NVIDIA ").partition(" ")[0].rstrip(",")
-        most = f"{'' if at.get('peak_prompt') else '≤ '}{format_size(at.get('peak', 0))}"
+        most = f"{'' if 'peak_prompt' in at else '≤ '}{format_size(at.get('peak', 0))}"
         cache = "full" if r["kind"] == "full" else f"{r['policy']}, {r['kv']}"
         cache += f", prompts {r['prompt']}" if r["kind"] != "full" and r["prompt"] != AUTO else ""
         cache += f", host {r['host']}: {format_size(at.get('host_bytes', 0))}" if r.get("host") else ""
