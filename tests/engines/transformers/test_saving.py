@@ -136,6 +136,30 @@ def test_other_architectures(settings, name, tmp_path, request):
     check_goes_on(model, cache, tmp_path / "cache.safetensors", sequence, mask)
 
 
+@pytest.mark.parametrize("why", ["heads of 8", "verified"])
+def test_what_was_to_be_coded_and_is_not_stays_so(why, llama, tmp_path):
+    """Where nobody asked for codes by name: the next turn was refused, and so was a new conversation."""
+    model = llama if why == "verified" else build("llama", attention="sdpa")
+    verify = "prompt:damage=1e-12" if why == "verified" else False
+    # With few tokens at full precision, so that something would be coded.
+    cache = refreekv.ReFreeKVCache(model, "adaptive:min_length=8,window=4,constant=0.4,copying=2", verify=verify)
+    sequence, mask, _ = answer(model, cache, *prompts((120,), seed=3))
+    assert cache.report.kv_dtype is None
+    assert " in k" not in str(cache.report)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = refreekv.ReFreeKVCache.load(tmp_path / "cache.safetensors", model, verify=verify)
+    assert loaded.report.kv_dtype is None
+    for seed in (11, 12):
+        want = next_turn(model, cache, sequence, mask, seed)
+        for one, other in zip(next_turn(model, loaded, sequence, mask, seed), want, strict=True):
+            assert torch.equal(one, other)
+        sequence, mask, _ = want
+    for other in (cache, loaded):
+        other.reset()
+        answer(model, other, *prompts((120,), seed=4))
+    assert summary(loaded) == summary(cache)
+
+
 def test_what_changed_rows_and_lengths_before(storage, llama, tmp_path):
     cache = refreekv.ReFreeKVCache(llama, "refreekv-heavy-hitter", threshold=0.1, frozen_layers=0, **storage)
     sequence, mask, _ = answer(llama, cache, *prompts(RAGGED, seed=3))

@@ -129,6 +129,7 @@ class ReFreeKVCache(PrunedCache):
         saved = Saved(path)
         saved.check_model(model)
         chosen_policy, settings = saved.policy(None if policy is None else resolve(policy)), saved.settings
+        settings["kv_dtype"] = saved.asked_kv_dtype(chosen_policy)
         if verify is not False:
             settings.pop("prompt_dtype")
         if keep_evicted == AUTO:

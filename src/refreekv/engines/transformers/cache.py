@@ -355,6 +355,7 @@ class PrunedCache(DynamicCache):
     def report(self) -> CompressionReport:
         """What is kept and what it saves, now."""
         self.state.finish()
+        stored = next((layer.ladder for layer in self.pruned_layers if layer.ladder is not None), None)
         return CompressionReport(
             policy=self.policy.spec,
             tokens=self.get_seq_length(self.pruned_layers[0].index),
@@ -364,7 +365,7 @@ class PrunedCache(DynamicCache):
                 if isinstance(layer, CacheLayerMixin)
             ),
             index_bytes=sum(index_bytes(layer) for layer in self.pruned_layers),
-            kv_dtype=None if self.kv_dtype is None else str(self.kv_dtype),
+            kv_dtype=None if stored is None else str(stored),
             padded_bytes=max(padded_bytes(layer) for layer in self.pruned_layers),
             verified=None if self.state.verification is None else self.state.verification.outcome,
             remembered=remembered(self.state.past),

@@ -24,7 +24,7 @@ from refreekv.engines.transformers import identity
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.policies import Policy, registry
-from refreekv.policies.base import AUTO
+from refreekv.policies.base import AUTO, ladder_for
 from refreekv.report import RowReport
 from refreekv.storage import past_written
 from refreekv.storage.arena import KVArena
@@ -92,6 +92,7 @@ def _described(cache: "PrunedCache", model: nn.Module) -> tuple[dict[str, Any], 
         "model": identity.described(model),
         "policy": _policy(cache.policy),
         "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype),
+        "codes_optional": cache.state.codes_optional,
         "prompt_dtype": None if cache.state.prompt_dtype is None else str(cache.state.prompt_dtype),
         "decode": cache.decode,
         "decode_interval": cache.state.decode_interval,
@@ -138,6 +139,7 @@ def _pruned_layer(layer: ReFreeKVLayer) -> tuple[dict[str, Any], dict[str, Tenso
             "select the others before saving (batch_select_indices)"
         )
     plain: dict[str, Any] = {"kind": "pruned", **layer.marks, "hides": layer.holds_hidden}
+    plain["codes"] = layer.ladder is not None
     tensors: dict[str, Tensor] = {}
     if layer.ragged is None:
         plain["storage"] = {"kind": "dense"}
@@ -243,6 +245,14 @@ class Saved:
             found["prompt_dtype"] = parse_prompt_dtype(self.description.get("prompt_dtype", AUTO))
             return {**found, "kv_dtype": None if found["kv_dtype"] is None else Ladder.parse(found["kv_dtype"])}
 
+    def asked_kv_dtype(self, policy: Policy) -> Ladder | str | None:
+        """The ``kv_dtype`` that the cache was made with: ``"auto"`` where nobody asked for codes by name."""
+        stored = self.settings["kv_dtype"]
+        own = ladder_for(policy, AUTO)
+        with self._reading():
+            optional = bool(self.description.get("codes_optional", False))
+        return AUTO if optional and stored in (None, own) else stored
+
     def fill(self, cache: "PrunedCache", model: nn.Module) -> None:
         """Put what the file holds into a cache that was just made for ``model``.
 
@@ -253,6 +263,8 @@ class Saved:
         """
         devices = _devices(model)
         with self._reading():
+            if self.description["kv_dtype"] is None:
+                cache.store_exactly()
             described = self.description["layers"]
             if len(described) != len(cache.layers):
                 raise DamagedError(f"it has {len(described)} layers and the cache {len(cache.layers)}")
@@ -350,6 +362,8 @@ def _fill_layer(layer: Any, plain: Mapping[str, Any], tensors: dict[str, Tensor]
 
 def _fill_pruned(layer: ReFreeKVLayer, plain: Mapping[str, Any], tensors: dict[str, Tensor], arena: bool | None) -> int:
     marks = {name: _count(plain[name]) for name in ("length", "pruned", "settled")}
+    if not plain.get("codes", True):
+        layer.ladder = None
     columns = [_columns(row, given, tensors, marks["pruned"]) for row, given in enumerate(plain["columns"])]
     entries: KVStorage | tuple[Tensor, Tensor]
     if plain["storage"]["kind"] == "dense":
