@@ -145,6 +145,7 @@ def linear(dtype, rows, size):
 def small(dtype, rows, size):
     x, angles = torch.zeros(rows, 4, 1, size, dtype=dtype), torch.zeros(1, 1, size, dtype=dtype)
     fused.rms_norm(x, x[0, 0, 0], 1e-6, True)
+    fused.add_rms_norm(x, x, x[0, 0, 0], 1e-6, True)
     fused.gated(x, x, False)
     fused.rotary(x, x, angles, angles)
 

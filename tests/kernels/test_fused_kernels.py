@@ -38,3 +38,13 @@ def test_rotary(size, shared, dtype, close, device):
         low, high = x.double().chunk(2, -1)
         turned = torch.cat([-high, low], -1)
         close(got, x.double() * cos.double()[:, None] + turned * sin.double()[:, None])
+
+
+@pytest.mark.parametrize("one_added", [False, True])
+def test_add_rms_norm(one_added, dtype, close, device):
+    both = torch.randn(3, 1, 2 * 576, device=device).to(dtype) * 3
+    x, more = both.chunk(2, -1)
+    weight = torch.randn(576, device=device).to(dtype)
+    total, got = fused.add_rms_norm(x, more, weight, 1e-5, one_added)
+    assert torch.equal(total, x + more)
+    assert torch.equal(got, fused.rms_norm(x + more, weight, 1e-5, one_added))

@@ -31,6 +31,29 @@ def _rms_norm_kernel(
 
 
 @triton.jit
+def _add_rms_norm_kernel(
+    x, more, weight, total, out, size, eps, stride, stride_more, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    pdl.in_turn(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    values = tl.load(x + row * stride + n, n < size, 0.0).to(tl.float32)
+    values += tl.load(more + row * stride_more + n, n < size, 0.0).to(tl.float32)
+    # Rounded first, as what is added up is normalised.
+    values = values.to(out.dtype.element_ty)
+    tl.store(total + row * size + n, values, n < size)
+    values = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
+    w = tl.load(weight + n, n < size, 0.0)
+    if ONE_ADDED:
+        result = values * scale * (1.0 + w.to(tl.float32))
+    else:
+        result = (values * scale).to(out.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
+    tl.store(out + row * size + n, result.to(out.dtype.element_ty), n < size)
+
+
+@triton.jit
 def _gated_kernel(
     gate, up, out, size, stride_gate, stride_up, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
@@ -80,9 +103,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_added: bool) -> Tensor:
     _rms_norm_kernel[(flat.shape[0],)](
         flat, weight, out, flat.shape[1], eps, flat.stride(0),
         ONE_ADDED=one_added, BLOCK=block, num_warps=max(1, min(16, block // 512)),
-        **pdl.options(flat.shape[0], x),
+        **pdl.options(flat.shape[0], x, small=True),
     )  # fmt: skip
     return out.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, one_added: bool) -> tuple[Tensor, Tensor]:
+    """``x + more``, and `rms_norm` of it."""
+    flat, others = x.reshape(-1, x.shape[-1]), more.reshape(-1, x.shape[-1])
+    total, out = (torch.empty_like(flat, memory_format=torch.contiguous_format) for _ in range(2))
+    block = triton.next_power_of_2(flat.shape[1])
+    _add_rms_norm_kernel[(flat.shape[0],)](
+        flat, others, weight, total, out, flat.shape[1], eps, flat.stride(0), others.stride(0),
+        ONE_ADDED=one_added, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        **pdl.options(flat.shape[0], x, small=True),
+    )  # fmt: skip
+    return total.view(x.shape), out.view(x.shape)
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
@@ -119,6 +155,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     _rotary_kernel[(heads + kv_heads, batch)](
         query, key, cos, sin, query_out, key_out, heads, kv_heads,
         *query.stride()[:2], *key.stride()[:2], step_cos, step_sin,
-        HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1, **pdl.options(batch, query),
+        HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1,
+        **pdl.options(batch, query, small=True),
     )  # fmt: skip
     return query_out, key_out

@@ -278,7 +278,7 @@ def launch_prepare(
         query.stride(0), query.stride(1), *(0 if part.shape[0] == 1 else kv_heads for part in (means, dual)),
         HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK_R=rows, BLOCK_G=block_g,
         HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["DEPENDENT"],
-        num_warps=4, **pdl.options(batch, query),
+        num_warps=4, **pdl.options(batch, query, small=True),
     )  # fmt: skip
     return out, scales, shifts
 

@@ -196,7 +196,7 @@ def launch_append(keys: Tensor, values: Tensor, table: Tensor, form: Format) -> 
         keys, values, table, keys.shape[2], keys.shape[1], *keys.stride()[:3], *values.stride()[:3],
         **_sizes(form),
         BLOCK_T=1 if keys.shape[2] == 1 else 16, num_warps=1 if keys.shape[2] == 1 else 4,
-        **pdl.options(keys.shape[0] * keys.shape[2], keys),
+        **pdl.options(keys.shape[0] * keys.shape[2], keys, small=True),
     )  # fmt: skip
 
 
