@@ -282,6 +282,9 @@ def test_fused_modules_compute_the_same_and_leave_no_trace(name, rows):
     with torch.no_grad(), fusion.fused(model, rows) as count:
         after = model(ids).logits
         assert all("forward" in vars(layer.self_attn) for layer in model.model.layers)
+        # Gemma's layers have norms elsewhere, Phi's dropout.
+        whole = name in ("llama", "qwen2", "qwen3", "mixtral")
+        assert all(("forward" in vars(layer)) is whole for layer in model.model.layers)
     # Two norms a layer and the last one, the attention's rotary embedding, and a dense MLP.
     expected = 2 * 4 + 1 + 4 + 4 * (name != "mixtral")
     if rows == 1:
@@ -335,6 +338,30 @@ def test_a_decorator_that_cannot_be_rebuilt_is_left_alone(monkeypatch):
     with torch.no_grad(), fusion.fused(model, 1) as count:
         assert count > 0
         assert "forward" not in vars(model.model.layers[0].self_attn)
+
+
+@pytest.mark.parametrize("changed", ["sums", "arguments", "nothing"])
+def test_layers_that_do_something_else_keep_their_own_code(changed, monkeypatch):
+    pytest.importorskip("triton")
+    model = build("llama", attention="sdpa").to(WHERE).half()
+    ids = prompts((1,), seed=4)[0].to(WHERE)
+    own = type(model.model.layers[0]).forward
+
+    @functools.wraps(own)
+    def scaled(layer, hidden_states, *args, **kwargs):
+        return own(layer, hidden_states, *args, **kwargs) + 0.5 * hidden_states
+
+    @functools.wraps(own)
+    def told(layer, hidden_states, *args, **kwargs):
+        return own(layer, hidden_states, *args, **{**kwargs, "use_cache": False})
+
+    other = {"sums": scaled, "arguments": told, "nothing": own}[changed]
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", other)
+    before = model(ids).logits
+    with torch.no_grad(), fusion.fused(model, 1):
+        assert all(("forward" in vars(layer)) is (changed == "nothing") for layer in model.model.layers)
+        after = model(ids).logits
+    assert (after - before).norm() <= 2e-2 * before.norm()
 
 
 def test_a_module_that_computes_something_else_keeps_its_own_code():

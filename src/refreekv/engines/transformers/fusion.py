@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from refreekv.core.four_bits import MOST_ROWS as MOST_ROWS_OF_4_BITS
-from refreekv.engines.transformers import four_bits
+from refreekv.engines.transformers import four_bits, residuals
 
 ROTARY = "apply_rotary_pos_emb"
 MOST_ROWS = 32
@@ -56,6 +56,10 @@ def fused(model: nn.Module, rows: int) -> Iterator[int]:
                 for part, forward in make(module).items():
                     part.__dict__["forward"] = forward
                     swapped.append(part)
+        # Last, as they need the normalisations'.
+        for layer, whole in residuals.stand_ins(model):
+            layer.__dict__["forward"] = whole
+            swapped.append(layer)
         yield len(swapped)
     finally:
         for module in swapped:
@@ -197,20 +201,11 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 
 def _norm(one_added: bool) -> Maker:
-    from refreekv.kernels import fused as kernels
-
     def make(module: nn.Module) -> Forwards:
         eps = _epsilon(module)
         if eps is None:
             raise AttributeError(f"{type(module).__name__} says no epsilon")
-        (weight,) = module.parameters(recurse=False)
-
-        def forward(x: Tensor) -> Any:
-            if x.dtype != weight.dtype:  # under autocast: results are of the wider type
-                return type(module).forward(module, x)
-            return kernels.rms_norm(x, weight, eps, one_added)
-
-        return {module: forward}
+        return {module: residuals.Norm(module, eps, one_added)}
 
     return make
 
