@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refreekv.kernels import shared_memory
+from refreekv.kernels import packed_decode, shared_memory
 from refreekv.kernels.surrogates import Tile, launch_surrogates, tile_for
 
 
@@ -23,6 +23,11 @@ def test_kernels_fit(tmp_path):
     found = printed["found"]
     assert {name.split(":")[0] for name, _, _ in found} == {"86", "90"}
     assert [line for line in found if line[1] > line[2]] == []
+    # As many programs as a multiprocessor has registers for have room on it: it has a KiB more, and takes one of each.
+    attention = [line for line in found if line[0].startswith("90: packed torch.bfloat16")]
+    attention = [size for name, size, _ in attention if name.endswith("_packed_decode_kernel")]
+    assert len(attention) == 1
+    assert packed_decode.WARPS * (attention[0] + 1024) <= 232_448 + 1024
     # The interpreter runs what no compiler takes: a kernel that is not compiled here has not been tested.
     assert set(printed["kernels"]) <= {name.split()[-1] for name, _, _ in found}
 
@@ -44,6 +49,15 @@ def test_fused_modules_that_fit_nowhere(monkeypatch):
     assert tile_for(*layer) is None
     with pytest.raises(ValueError, match="no tile"):
         launch_surrogates(*layer, torch.ones(1, 1, 100, dtype=torch.bool), 4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "entry", "stages"),
+    [(232_448, 212, 3), (232_448, 260, 3), (232_448, 516, 2), (166_912, 132, 3), (166_912, 212, 2), (101_376, 132, 2)],
+)
+def test_a_third_stage_takes_no_program_its_place(limit, entry, stages, monkeypatch):
+    monkeypatch.setattr(shared_memory, "bytes_of", lambda device: limit)
+    assert packed_decode._stages(packed_decode.WARPS, 32 * entry, torch.device("cpu")) == stages
 
 
 def test_the_limit_is_the_one_that_triton_knows(monkeypatch):

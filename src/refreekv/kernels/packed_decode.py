@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat
-from refreekv.kernels import pdl
+from refreekv.kernels import pdl, shared_memory
 from refreekv.kernels.decode import _held, multiprocessors
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_block import (
@@ -44,6 +44,9 @@ REGISTERS = 65_536
 
 WARPS = 12
 """That are to run on a multiprocessor at once, whatever registers Triton would like."""
+
+SCRATCH = 1024
+"""Bytes of shared memory of a program beside its blocks; Triton took so many."""
 
 LEAST_ENTRIES = 256
 """Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
@@ -90,7 +93,7 @@ def _exact(
     query, table, out, denominators, segments, at, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_CAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program's share of the exact entries."""
     held, counted = shared_out(table, segments, BLOCK, COST, EXTRA, BLOCK_S)
@@ -113,7 +116,7 @@ def _exact(
         highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK, BLOCK_G], tl.float32)
         result = tl.zeros([BLOCK_V, BLOCK_G], tl.float32)
-        for start in range(begin * BLOCK, finish * BLOCK, BLOCK):
+        for start in tl.range(begin * BLOCK, finish * BLOCK, BLOCK, num_stages=STAGES):
             n = start + tl.arange(0, BLOCK)
             inside = n < visible
             k = tl.load(keys + n[:, None] * HEAD + d[None, :], inside[:, None] & (d < HEAD)[None, :], 0.0)
@@ -193,7 +196,8 @@ def _packed_decode_kernel(
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, LEVELS: tl.constexpr, COUNT: tl.constexpr,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, EXACT_COST: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr, EXACT_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # The tables and the queries are not of the kernel before, but of those that this one has waited for.
     totals = ()
@@ -215,6 +219,7 @@ def _packed_decode_kernel(
             query, tables[0], out, denominators, segments, at, tl.minimum(stop, totals[0]), kv_heads, group, scaling,
             softcap, sq_b, sq_h,
             HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXACT_COST, EXTRA, BLOCK_S, HAS_CAP,
+            EXACT_STAGES,
         )  # fmt: skip
     for i in tl.static_range(COUNT):
         at, stop = tl.maximum(at - totals[i], 0), stop - totals[i]
@@ -228,6 +233,16 @@ def _packed_decode_kernel(
             )  # fmt: skip
     # Whoever comes next relies on all before it being over.
     pdl.in_turn(DEPENDENT)
+
+
+def _stages(each: int, block_bytes: int, device: torch.device) -> int:
+    """Of lines: three, so that a block is on its way while another one is computed with, where memory is enough.
+
+    Two have a place for one block: its successor is asked for when it is done with.
+    """
+    # A multiprocessor has a KiB more than what a block may have, and takes one for each program.
+    room = (shared_memory.bytes_of(device) + 1024) // each - 1024
+    return 3 if 2 * block_bytes + SCRATCH <= room else 2
 
 
 @dataclass(frozen=True)
@@ -310,10 +325,11 @@ def launch_packed_decode(
         warps = (1 if small else 2) if half else 4
     if block is None:
         block = 32 if half else 16
-    if stages is None:
-        stages = 2 if half else 3
     if each is None:
         each = WARPS // warps
+    if stages is None:
+        longest = max((form.entry_bytes for form in forms), default=0)
+        stages = _stages(each, block * longest, query.device) if half else 3
     if programs is None:
         programs = each * multiprocessors(query.device)
     levels = tuple(level_of(form, beside, joined) for form in forms)
@@ -333,7 +349,8 @@ def launch_packed_decode(
         BLOCK=block, EXACT_BLOCK=exact_block, EXACT_COST=exact_cost, EXTRA=extra, LEAST=most,
         BLOCK_S=triton.next_power_of_2(max(segments, 2)),
         HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
-        num_warps=warps, num_stages=stages,
+        # Exact entries are few, and their blocks larger than those of lines.
+        EXACT_STAGES=min(stages, 2) if half else stages, num_warps=warps, num_stages=stages,
         maxnreg=REGISTERS // (each * 32 * warps) // 8 * 8, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
     return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, most)
