@@ -206,3 +206,22 @@ def test_missing_packages_are_named_with_their_command(run, folder, tmp_path, mo
 def test_unknown_commands_and_options_leave_with_code_2(run):
     assert run("generat").code == 2
     assert run("demo", "--modle", "x").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "name"),
+    [
+        (["generate", "--prompt", "a\udcff"], "", "the prompt"),
+        (["inspect", "--prompt", "a\udcff", "--out", "page.html"], "", "the prompt"),
+        (["generate", "--prompt-file", "-"], "a\udcff", "stdin"),
+        (["chat", "--system", "a\udcff"], "", "--system"),
+        (["chat"], "a\n\udcff\n", "the input"),
+    ],
+)
+def test_bytes_that_are_no_text(run, folder, monkeypatch, arguments, given, name):
+    """As Python hands them over in a locale without UTF-8; tokenizers failed on them."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    options = [*arguments, "--model", str(folder), "--max-new-tokens", "2"]
+    outcome = run(*options)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"refreekv: error: {name} is not UTF-8 text")

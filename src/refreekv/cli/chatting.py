@@ -149,8 +149,8 @@ class Chat:
         while True:
             try:
                 if sys.stdin.isatty() and self.live:
-                    return input(prompt)
-                line = sys.stdin.readline()
+                    return prompts.whole(input(prompt), "the input")
+                line = prompts.whole(sys.stdin.readline(), "the input")
                 return line.rstrip("\n") if line else None
             except EOFError:
                 self._say("")

@@ -14,7 +14,7 @@ def read(prompt: str | None, file: str | None) -> str:
     """The prompt from ``--prompt`` or ``--prompt-file``, of which exactly one is given."""
     if (prompt is None) == (file is None):
         raise UserError("give the prompt by exactly one of --prompt and --prompt-file")
-    text = prompt if prompt is not None else read_file(str(file))
+    text = whole(prompt, "the prompt") if prompt is not None else read_file(str(file))
     if not text.strip():
         raise UserError("the prompt is empty" + (f": {file}" if file else ""))
     return text
@@ -23,11 +23,25 @@ def read(prompt: str | None, file: str | None) -> str:
 def read_file(file: str) -> str:
     """Text of a UTF-8 file; ``-`` is stdin."""
     try:
-        return sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+        if file == "-":
+            return whole(sys.stdin.read(), "stdin")
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {one_line(error)}") from error
     except OSError as error:
         raise UserError(f"cannot read the prompt from {file}: {error.strerror or one_line(error)}") from error
+
+
+def whole(text: str, name: str) -> str:
+    """The text of arguments or of stdin; UserError where bytes in it are no UTF-8.
+
+    In a locale without an encoding of its own Python stands characters in for these that no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {one_line(error)}") from error
+    return text
 
 
 def encode(loaded: "Loaded", text: str, *, chat: bool | None, max_new_tokens: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def chat(
     """
     from rich.console import Console
 
-    from refreekv.cli import loading, running
+    from refreekv.cli import loading, prompts, running
     from refreekv.cli.chatting import Chat, transcript
     from refreekv.cli.conversation import Conversation, Sampling
     from refreekv.cli.progress import stderr_console
@@ -49,6 +49,8 @@ def chat(
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature must be a number from 0 on, got {temperature}")
     parsed, stored = running.parse(policy, kv_dtype, max_new_tokens)
+    if system is not None:
+        prompts.whole(system, "--system")
     loaded = loading.load(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, weights=weights, device_map=device_map
     )
