@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import httpx
 import pytest
@@ -64,6 +65,25 @@ def test_it_serves_until_it_is_interrupted(folder, tmp_path):
         assert answer["usage"]["completion_tokens"] == 3
         assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_for_an_answer_is_told_that_the_server_was_stopped(tmp_path, stream):
+    """It ended with a traceback, and with an error of another form or a connection that broke off."""
+    body = {"messages": [{"role": "user", "content": "w1 w2"}], "stream": stream}
+    folder, got = save_chat_model(tmp_path / "endless", context=100_000), []
+
+    def ask(url):
+        got.append(httpx.post(f"{url}/chat/completions", json=body, timeout=60))
+
+    with server(folder) as (_, url, _):
+        asking = threading.Thread(target=ask, args=(url,))
+        asking.start()
+        while 'refreekv_requests{state="running"} 1.0' not in httpx.get(url.removesuffix("/v1") + "/metrics").text:
+            assert asking.is_alive()
+    asking.join(60)
+    assert "the server was stopped" in got[0].text
+    assert got[0].status_code == (200 if stream else 503)
 
 
 def test_it_serves_with_a_calibration_and_verifies(folder, tmp_path):

@@ -80,6 +80,7 @@ def create(worker: Worker, name: str, *, access: Access = Access(), weight_bytes
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="refreekv", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.stop = worker.stop
     app.add_middleware(Gate, access=access)
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(access.origins), allow_methods=["*"], allow_headers=["*"])
@@ -172,10 +173,17 @@ async def _answer(request: Request, body: ChatRequest | CompletionRequest, job: 
                 return event
             texts.append(event.text)
 
-    end = await _while_connected(request.receive, job, collect)
+    end = _complete(await _while_connected(request.receive, job, collect))
     if isinstance(end, RefusedError):
         return _refusal(end)
     return JSONResponse(writer.whole(texts, end))
+
+
+def _complete(end: Finished | RefusedError) -> Finished | RefusedError:
+    """How an answer ended, to who waits for it: what was cancelled meanwhile is none."""
+    if isinstance(end, Finished) and end.reason == "cancelled":
+        return RefusedError(503, "server_stopped", "the server was stopped before the answer was complete")
+    return end
 
 
 async def _first(job: Job) -> Piece | Finished | RefusedError | None:
@@ -230,6 +238,8 @@ class _Stream(Response):
             yield begin
         event: Piece | Finished | RefusedError | None = self._first
         while True:
+            if isinstance(event, Finished):
+                event = _complete(event)
             if isinstance(event, Piece):
                 yield self._writer.piece(event.text)
             elif isinstance(event, Finished):

@@ -1,5 +1,6 @@
 """A socket, and uvicorn on it."""
 
+import asyncio
 import socket
 from typing import Any
 
@@ -24,4 +25,13 @@ def address(host: str, listening: socket.socket) -> str:
 def server(app: Any) -> uvicorn.Server:
     """What serves an application until it is interrupted: ``server(app).run(sockets=[listen(…)])``."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-    return uvicorn.Server(config)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """One that stops answers while who waits for them can still be told."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, within `GRACE` seconds; uvicorn would break off what is left by then, with a traceback for each."""
+        asyncio.get_running_loop().call_later(GRACE / 2, self.config.app.state.stop)  # type: ignore[union-attr]
+        await super().shutdown(sockets=sockets)

@@ -235,10 +235,14 @@ class Worker:
         self._thread.submit(self._run, job)
         return job
 
-    def close(self) -> None:
-        """Stop all answers, wait for that, and forget all conversations."""
+    def stop(self) -> None:
+        """Stop all answers, without waiting for that."""
         for job in list(self._jobs):
             job.cancel()
+
+    def close(self) -> None:
+        """Stop all answers, wait for that, and forget all conversations."""
+        self.stop()
         self._thread.shutdown(wait=True)
         self.conversations.clear()
         self._attached.close()
