@@ -186,3 +186,12 @@ def test_a_model_that_ignores_its_cache_is_found_out(ids):
     model = Forgetful(build("llama").config).eval()
     with refreekv.compress(model), torch.no_grad(), pytest.raises(RuntimeError, match="did not store"):
         model(ids)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_called_so(number):
+    """They were taken for attention of another kind."""
+    model = build("llama", attention="sdpa")
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = number
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"\(layer 1\) computes NaN or infinity.*overflow"):
+        model(torch.arange(2, 40)[None], past_key_values=ReFreeKVCache(model))

@@ -179,6 +179,12 @@ class Proof:
     def check(self) -> None:
         """Raise RuntimeError if the two differ; remember the module if not."""
         difference = float(self.difference)
+        if not math.isfinite(difference):
+            raise RuntimeError(
+                f"{type(self.module).__name__} (layer {self.layer}) computes NaN or infinity for the last token of the "
+                "prompt: weights are damaged, or numbers overflow the model's type; load the model anew, or in another "
+                "type (bfloat16 holds larger numbers than float16)"
+            )
         if not difference <= self.tolerance:
             raise RuntimeError(
                 f"{type(self.module).__name__} (layer {self.layer}) with attn_implementation={self.implementation!r} "
