@@ -56,7 +56,8 @@ def test_error_is_that_of_the_grid_whatever_the_bias(bits, size, dtype):
     error = (back.double() - rounded.double())[..., 3:].square().mean() / spread
     if dtype == torch.float32:
         # One scale an entry takes part of the spread of its size out, and the best of several sizes more of it.
-        assert 0.5 < error / grid_error(bits, step(bits)) < 1
+        # Levels of 8 bits reach as far as each entry does, which is not as far as the best grid for all of them.
+        assert (0.5 if bits < 8 else 0.3) < error / grid_error(bits, step(bits)) < 1
     else:  # The result is rounded, too, and with it what is left of eight bits.
         assert error < 1.06 * grid_error(bits, step(bits)) + torch.finfo(dtype).eps ** 2
 

@@ -297,11 +297,14 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
     sides: list[tuple[Side, int]] = [(form.keys, 0), (form.values, form.keys.bytes)]
     for (side, start), entries, factor in zip(sides, coded, factors.T, strict=True):
         codes = side.unpack(lines[:, start : start + side.bytes]).int()
-        best, _ = side.encode(entries)
-        # Of two sizes as good in float32 an entry may have either: at 8 bits and 256 channels one in 4000 does.
+        best, reaching = side.encode(entries)
+        # Of two sizes as good in float32 an entry may have either: at 6 bits and 256 channels one in 4000 may.
         other = ((codes - best.int()).abs() > 1).any(-1)
         assert other.sum() <= 2
         assert (codes != best.int())[~other].sum() <= 2e-3 * codes.numel()
+        if side.in_bytes:
+            torch.testing.assert_close(factor, reaching, rtol=1e-3, atol=0)
+            continue
         # By least squares for the codes that were written, of which a tie may be another than the reference's.
         best_factors, lost = least_squares(side, codes, entries)
         torch.testing.assert_close(factor.double(), best_factors, rtol=2e-3, atol=0)
@@ -322,7 +325,7 @@ def least_squares(side, codes, entries):
 @pytest.mark.parametrize("which", ["kernel", "reference"])
 @pytest.mark.parametrize(("keys_of", "values_of", "sizes"), [
     ("4444", "4444", (64, 64)), ("6666", "4444", (128, 128)), ("8642", "6442", (80, 96)), ("8888", "2222", (64, 16)),
-    ("4422", "8888", (256, 256)), ("6444", "6666", (96, 64)),
+    ("4422", "8888", (256, 256)), ("6444", "6666", (96, 64)), ("8888", "8888", (128, 128)), ("8888", "8888", (80, 16)),
 ])  # fmt: skip
 def test_pack_takes_ranges_and_indices(keys_of, values_of, sizes, which, dtype, device):
     n, end = 150, 140

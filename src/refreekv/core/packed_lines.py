@@ -36,7 +36,7 @@ FACTOR_BYTES = 4
 """Of an entry's two factors, of its key and of its value: float16 each."""
 
 SIZES = (1.0, 0.8, 1.25, 1.6)
-"""Of an entry's root mean square: sizes at which it may be coded."""
+"""Of an entry's root mean square: sizes at which it may be coded in less than 8 bits."""
 
 MOST = 65504.0
 """The largest float16."""
@@ -75,6 +75,10 @@ def grid_error(bits: int, step: float) -> float:
         error += 2 * (second - 2 * value * first + value * value * mass)
         start, density_at_start, below_start = stop, density, below
     return error
+
+
+HALF_RANGE = 127.5 * step(8)
+"""How far the outer levels of 8 bits are from zero, at factor 1."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,11 @@ class Side:
         """Bytes of the planes."""
         return sum(plane.bytes for plane in self.planes)
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether all codes have 8 bits."""
+        return self.widths[-1] == 8
+
     def by_channel(self, numbers: dict[int, float], like: Tensor) -> Tensor:
         """``[size]``: each channel's number, by its width."""
         quarter = self.size // 4
@@ -185,8 +194,16 @@ class Side:
         least: few channels may be far out. The factor is what makes the squared error least for them. Computed in
         float32, or the entries' wider type. ``worth``, broadcast to the entries, is what a squared error in each
         channel counts; all count alike if it is left out.
+
+        Where all channels have 8 bits, the outer levels are as far out as the entry's largest element: that is nearer
+        than those of any of `SIZES` would be, or loses less than cutting it off, and needs no search.
         """
         w = entries.to(torch.promote_types(entries.dtype, torch.float32))
+        if self.in_bytes:
+            # Codes are those for the factor as it is stored.
+            factors = (w.abs().amax(-1) / HALF_RANGE).clamp(0, MOST).half()
+            levels = w / (factors.to(w)[..., None] * step(8)).clamp_min_(torch.finfo(w.dtype).tiny)
+            return levels.add_(127.5).round_().clamp_(0, 255).to(torch.uint8), factors
         size = w.square().mean(-1, keepdim=True).sqrt()
         steps = self.by_channel({width: step(width) for width in WIDTHS}, w)
         offsets = self.by_channel({width: (2**width - 1) / 2 for width in WIDTHS}, w)

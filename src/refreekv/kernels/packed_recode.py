@@ -81,20 +81,21 @@ def _recode_kernel(
         line, line_words = t.to(tl.int64), tl.multiple_of(tl.load(lines + target * 4), 4)
         key_words = tl.multiple_of(tl.load(lines + target * 4 + 1), 2)
         value_words = tl.multiple_of(tl.load(lines + target * 4 + 2), 2)
+        fine = tl.load(lines + target * 4 + 3)
         to = tl.multiple_of(tl.load(table + segment * 4).to(tl.pointer_type(tl.uint16)), 8) + line * line_words
         was, changed = earlier.to(tl.pointer_type(tl.uint16)), real & (same == 0)
         w = _in_code_space(earlier, rung, changed, key_factor, key_where, key_steps, HEAD, KEY_TILES, KEY_TILE)
         key_factor = _write_side(
             w, real, key_grid + target * 4 * KEY_TILES, key_places + target * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
-            key_words, key_worth + (row * row_of_maps + head) * HEAD, to, same, was, True, True, HEAD, KEY_TILES,
-            KEY_TILE, BLOCK_T, KEY_WORDS, BLOCK_W,
+            key_words, fine & 1, key_worth + (row * row_of_maps + head) * HEAD, to, same, was, True, True, HEAD,
+            KEY_TILES, KEY_TILE, BLOCK_T, KEY_WORDS, BLOCK_W,
         )  # fmt: skip
         w = _in_code_space(
             earlier, rung, changed, value_factor, value_where, value_steps, VALUE, VALUE_TILES, VALUE_TILE
         )
         value_factor = _write_side(
             w, real, value_grid + target * 4 * VALUE_TILES,
-            value_places + target * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words, key_worth,
+            value_places + target * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words, fine & 2, key_worth,
             to + key_words, same, was + key_words, False, True, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
             VALUE_WORDS, BLOCK_W,
         )  # fmt: skip

@@ -7,6 +7,9 @@ What a format is, the kernel reads from tables: one that is compiled serves all 
 ladder. Bits are put in their places by a product: a code's upper and its lower bits, each times the power of two that
 moves them to their place in a 16-bit word, added up over the channels. All of that is exact. Rows of a tile lie within
 a warp, so that what is summed over an entry's channels waits for no other.
+
+Where all codes are bytes there is nothing to search and nothing to put together: a launch of such formats alone is
+another compiled kernel, which takes an entry's largest element and writes bytes.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as lines have tiles.
@@ -23,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refreekv.core.packed_lines import MOST, SIZES, PackedFormat, Side, step
+from refreekv.core.packed_lines import HALF_RANGE, MOST, SIZES, PackedFormat, Side, step
 from refreekv.core.quantisation import MOST_RUNGS
 from refreekv.kernels.device_guard import on_its_device
 from refreekv.kernels.packed_block import constant
@@ -37,6 +40,7 @@ BLOCK_IN = 32
 LARGEST_FACTOR = tl.constexpr(MOST)
 SHARES = tl.constexpr(len(SIZES))
 OF_SIZE = tl.constexpr(tuple((share,) for share in SIZES))
+HALF = tl.constexpr(HALF_RANGE)
 RUNGS = tl.constexpr(MOST_RUNGS)
 TINY = tl.constexpr(2.0**-126)
 """The smallest normal float32."""
@@ -50,7 +54,8 @@ class Tables(NamedTuple):
     Attributes
     ----------
     lines : Tensor
-        int32 ``[R, 4]``: of each format, 16-bit words of a line, of its keys and of its values.
+        int32 ``[R, 4]``: of each format, 16-bit words of a line, of its keys and of its values; and 1 where its keys
+        are bytes, 2 where its values are, 3 where both.
     key_grid, value_grid : Tensor
         float32 ``[R, tiles, 4]``: the largest code, the step of the levels, half of what lies between the outer ones,
         and one over all of that.
@@ -79,12 +84,12 @@ class Tables(NamedTuple):
 
 def _side_tables(sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
     """`Tables.key_grid` and `Tables.key_places` of some formats."""
-    tiles = len(sides[0].widths)
+    tiles = 1 if all(side.in_bytes for side in sides) else len(sides[0].widths)
     size = sides[0].size // tiles
     tile, words = max(16, power_of_2(size)), -(-sides[0].size // 32) * 16
     grid, places = torch.zeros(len(sides), tiles, 4), torch.zeros(len(sides), tiles, 2, tile, words)
     for rung, side in enumerate(sides):
-        for at, width in enumerate(side.widths):
+        for at, width in enumerate(side.widths[:tiles]):
             most = 2.0**width - 1
             span = most * step(width)
             grid[rung, at] = torch.tensor([most, step(width), span / 2, 1 / span])
@@ -106,7 +111,10 @@ def _side_tables(sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=64)
 def tables_of(forms: tuple[PackedFormat, ...], device: torch.device) -> Tables:
     """The tables of these formats, of one pair of head sizes."""
-    lines = [[form.line_bytes // 2, form.keys.bytes // 2, form.values.bytes // 2, 0] for form in forms]
+    lines = [
+        [form.line_bytes // 2, form.keys.bytes // 2, form.values.bytes // 2,
+         form.keys.in_bytes + 2 * form.values.in_bytes] for form in forms
+    ]  # fmt: skip
     with torch.inference_mode(False):
         key_grid, key_places = _side_tables([form.keys for form in forms])
         value_grid, value_places = _side_tables([form.values for form in forms])
@@ -145,13 +153,37 @@ def _sums(
 
 
 @triton.jit
+def _farthest(w, TILES: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of each entry in code space the factor, as it is stored, and its inverse, with which codes of bytes reach it."""
+    most = tl.zeros([BLOCK_T], tl.float32)
+    for at in tl.static_range(TILES):
+        most = tl.maximum(most, tl.max(tl.abs(w[at]), 1))
+    factor = tl.minimum(most * (1.0 / HALF), LARGEST_FACTOR).to(tl.float16).to(tl.float32)
+    return factor, tl.where(factor > 0.0, 1.0 / tl.maximum(factor, TINY), 0.0)
+
+
+@triton.jit
+def _write_bytes(w, real, to, SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Code one side of entries in code space, one tile, in bytes to the addresses ``to``: the factors."""
+    place = tl.arange(0, TILE)
+    factor, unit = _farthest(w, 1, TILE, BLOCK_T)
+    part = w[0] * (unit * (1.0 / (2.0 * HALF)))[:, None] + 0.5
+    # The last byte of such a number is what it was rounded to.
+    code = (tl.minimum(tl.maximum(part, 0.0), 1.0) * 255.0 + ROUNDS).to(tl.int32, bitcast=True).to(tl.uint8)
+    to = to.to(tl.pointer_type(tl.uint8))
+    tl.store(to[:, None] + place[None, :], code, real[:, None] & (place < SIZE)[None, :])
+    return factor
+
+
+@triton.jit
 def _write_side(
-    w, real, grid, places, words, worth, to, same, earlier, HAS_WORTH: tl.constexpr, COPIES: tl.constexpr,
+    w, real, grid, places, words, fine, worth, to, same, earlier, HAS_WORTH: tl.constexpr, COPIES: tl.constexpr,
     SIZE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Code one side of entries in code space, by tiles, and write its words to the addresses ``to``: the factors.
 
+    ``fine`` says whether all of the side's codes are bytes.
     With ``COPIES`` those that are the ``same`` get the words at the addresses ``earlier`` in the place of codes.
     """
     place = tl.arange(0, TILE)
@@ -159,11 +191,13 @@ def _write_side(
     for at in tl.static_range(TILES):
         squares += w[at] * w[at]
     size = tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / SIZE))
-    unit = tl.zeros([BLOCK_T], tl.float32)
     best = tl.zeros([BLOCK_T], tl.float32) - 1.0
     factor = tl.zeros([BLOCK_T], tl.float32)
+    unit = tl.zeros([BLOCK_T], tl.float32)
+    if fine > 0:
+        factor, unit = _farthest(w, TILES, TILE, BLOCK_T)
     # A loop of the program's own, as unrolled it takes four times as long to compile.
-    for number in range(SHARES):
+    for number in range(tl.where(fine > 0, 0, SHARES)):
         share = tl.full([], constant(OF_SIZE, 0, 0), tl.float32)
         for other in tl.static_range(1, SHARES):
             share = tl.where(number == other, constant(OF_SIZE, other, 0), share)
@@ -254,27 +288,34 @@ def _pack_entries(
     # What is looked up only where it is needed takes no registers until then. Lines are a multiple of 8 bytes, planes
     # of 4.
     line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
-    key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
     to = tl.multiple_of(tl.load(table).to(tl.pointer_type(tl.uint16)), 8) + line.to(tl.int64) * line_words
-    key_factor = _write_side(
-        w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
-        key_words, key_worth + maps * HEAD, to, real, to, True, False, HEAD, KEY_TILES, KEY_TILE, BLOCK_T,
-        KEY_WORDS, BLOCK_W,
-    )  # fmt: skip
+    if KEY_TILES == 1:
+        key_factor = _write_bytes(w, real, to, HEAD, KEY_TILE, BLOCK_T)
+    else:
+        key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
+        key_factor = _write_side(
+            w, real, key_grid + rung * 4 * KEY_TILES, key_places + rung * 2 * KEY_TILES * KEY_TILE * KEY_WORDS,
+            key_words, tl.load(lines + rung * 4 + 3) & 1, key_worth + maps * HEAD, to, real, to, True, False, HEAD,
+            KEY_TILES, KEY_TILE, BLOCK_T, KEY_WORDS, BLOCK_W,
+        )  # fmt: skip
     w = _in_code_space(
         value_from, sv_n, source, real, value_offset + means * VALUE, value_matrix + maps * VALUE * VALUE,
         value_rest, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T, BLOCK_IN, EXACT,
     )  # fmt: skip
     line_words = tl.multiple_of(tl.load(lines + rung * 4), 4)
     key_words = tl.multiple_of(tl.load(lines + rung * 4 + 1), 2)
-    value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
     to = tl.multiple_of(tl.load(table).to(tl.pointer_type(tl.uint16)), 8) + line.to(tl.int64) * line_words
-    value_factor = _write_side(
-        w, real, value_grid + rung * 4 * VALUE_TILES,
-        value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
-        key_worth, to + key_words, real, to, False, False, VALUE, VALUE_TILES, VALUE_TILE, BLOCK_T,
-        VALUE_WORDS, BLOCK_W,
-    )  # fmt: skip
+    to += key_words
+    if VALUE_TILES == 1:
+        value_factor = _write_bytes(w, real, to, VALUE, VALUE_TILE, BLOCK_T)
+    else:
+        value_words = tl.multiple_of(tl.load(lines + rung * 4 + 2), 2)
+        value_factor = _write_side(
+            w, real, value_grid + rung * 4 * VALUE_TILES,
+            value_places + rung * 2 * VALUE_TILES * VALUE_TILE * VALUE_WORDS, value_words,
+            tl.load(lines + rung * 4 + 3) & 2, key_worth, to, real, to, False, False, VALUE, VALUE_TILES, VALUE_TILE,
+            BLOCK_T, VALUE_WORDS, BLOCK_W,
+        )  # fmt: skip
     both = key_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     both |= value_factor.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     tl.store(tl.load(table + 1).to(tl.pointer_type(tl.uint32)) + line, both, real)
