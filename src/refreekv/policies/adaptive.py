@@ -15,6 +15,8 @@ from refreekv.policies.registry import register
 
 LADDER = Ladder.of("k4v2", "k4v4", "k6v4", "k7v6")
 """What entries are stored in: the few that lie on the frontier of bytes and damage."""
+WAITS_FOR = 16
+"""It looks at later turns when one in so many tokens of the conversation came since it last did."""
 STAND_IN_STEP = 4
 """One in so many of the window's queries makes the surrogates."""
 
@@ -48,6 +50,8 @@ class Adaptive(Policy):
     Nothing in a prompt says what copying heads will fetch, so that entries there count ``copying_weight`` times.
     With formats to choose from evicting may do ``evict_unit * u`` only: next to few bits it saves little, and it is
     what a later question that nothing in the prompt foretells suffers from.
+
+    A later turn is looked at once a 16th of the conversation is new: until then all of it stays, as answers do.
 
     Prompts of fewer than ``min_length`` tokens are kept whole: they need nearly everything and
     hold little. Without copy scores all heads of a layer keep what any of them needs, by half the unit.
@@ -152,6 +156,10 @@ class Adaptive(Policy):
             spread_sums=False,
             queries=self._replaces,
         )
+
+    def waits(self, new: int, settled: int) -> bool:
+        # What was kept stays, whatever it says, and most of a short turn is among the newest.
+        return new * WAITS_FOR <= settled
 
     def select(self, view: LayerView) -> Selection | None:
         if view.window is None or view.spread is None:

@@ -240,6 +240,20 @@ class Policy(ABC):
     def select(self, view: LayerView) -> Selection | CutSelection | None:
         """What to keep of this layer; None keeps everything."""
 
+    def waits(self, new: int, settled: int) -> bool:
+        """Whether a conversation's turn may end without a word of this policy: all of it stays, as answers do.
+
+        Asked where what earlier turns evicted does not come back.
+
+        Parameters
+        ----------
+        new : int
+            Tokens since it was last asked what to keep, those of this turn among them.
+        settled : int
+            Tokens before them, evicted or not.
+        """
+        return False
+
     @property
     def default_ladder(self) -> Ladder | None:
         """Number formats that what is kept is stored in, if nobody says otherwise; None: as the model computed it."""

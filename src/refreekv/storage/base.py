@@ -138,6 +138,14 @@ class KVStorage(ABC):
         """Attention of one query a row ``[B, H, 1, D]`` over all entries: ``[B, 1, H, Dv]``; where there are tables."""
         raise NotImplementedError(f"a {type(self).__name__} has no table to attend to")
 
+    def attend_each(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Attention of the newest tokens of one row ``[1, H, q, D]``, each over all before it: ``[1, q, H, Dv]``.
+
+        Only where there are tables, and these tokens were the last ones to be appended. Each is attended to as a row
+        whose entries end with it.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} has no table to attend to")
+
     # -- changes ----------------------------------------------------------------------------
 
     @abstractmethod

@@ -27,6 +27,7 @@ from refreekv.storage.columns import Columns, Levels, listed_by_rung, rungs_aske
 from refreekv.storage.members import Array, Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import each, flat, numbers, runs, spread, starts_of
+from refreekv.storage.token_rows import one_row_each
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
@@ -237,6 +238,19 @@ class LeveledKV(KVStorage):
                 query.to(self.exact.types[0]), exact, lines, [form for form, _ in held], self.lines.coding.maps,
                 scaling=scaling, softcap=softcap, sinks=sinks,
             ).to(query.dtype)  # fmt: skip
+
+    def attend_each(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        self.exact.widen(query.dtype, query.dtype)
+        held = self.lines.held
+        with ExitStack() as stack:
+            arenas = self.exact, *(arena for _, arena in held)
+            exact, *lines = (stack.enter_context(arena.table_in_turn()) for arena in arenas)
+            rows, each = one_row_each(query.to(self.exact.types[0]), exact)
+            found = kernels.packed_attention(
+                rows, each, [table.repeat(len(rows), 1) for table in lines], [form for form, _ in held],
+                self.lines.coding.maps, scaling=scaling, softcap=softcap, sinks=sinks,
+            ).to(query.dtype)  # fmt: skip
+        return found.transpose(0, 1)  # [q, 1, H, Dv] -> [1, q, H, Dv]
 
     # -- changes ------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from helpers.counting import counting
 from helpers.models import build
 from refreekv import ReFreeKVCache
 from refreekv.engines.transformers import layer
+from refreekv.policies.adaptive import Adaptive
 from refreekv.storage import host, past
 
 FEW, MANY = 2, 4
@@ -36,6 +37,12 @@ def models():
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(layer, "is_late", lambda device: True)
+
+
+@pytest.fixture
+def _asked_each_time(monkeypatch):
+    """The policy looks at short turns, too, as at longer ones."""
+    monkeypatch.setattr(Adaptive, "waits", lambda policy, new, settled: False)
 
 
 def feed(model, cache, ids):
@@ -74,6 +81,7 @@ def a_layer(models, keep, length=700):
     ]
 
 
+@pytest.mark.usefixtures("_asked_each_time")
 def test_a_turn_over_what_was_kept(models):
     """It was 2,180 launches and 69 waits a layer, most of them for entries that went to narrower rungs, then 201."""
     _, *turns = a_layer(models, None)
@@ -92,6 +100,7 @@ def test_a_turn_over_everything(models):
         assert sent <= 4
 
 
+@pytest.mark.usefixtures("_asked_each_time")
 def test_a_turn_over_what_was_kept_of_many_heads():
     """It was 238 launches: heads were padded, joined and chosen from one by one."""
     many = [
@@ -118,9 +127,10 @@ def test_a_prompt(models):
     assert sent <= 2
 
 
+@pytest.mark.usefixtures("_asked_each_time")
 @pytest.mark.parametrize("keep", [None, "host"])
 def test_the_length_changes_nothing(models, keep):
-    short, long = (turns_of(models[0], keep, length)[-1] for length in (500, 1100))
+    short, long = (turns_of(models[0], keep, length)[-1] for length in (540, 1100))
     assert abs(long.total - short.total) <= 0.04 * short.total  # a block more, or less, is coded
     assert sum(long.waits.values()) == sum(short.waits.values())
 

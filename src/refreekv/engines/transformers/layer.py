@@ -89,7 +89,10 @@ class ReFreeKVLayer(RememberingLayer):
         after = self.state.tokens_after_prompt(before, self._length)
         if after is not None:
             self._padding = self._padding.with_chunk(call, before, self._length - after).at_end()
-            self._prune(call, after)
+            if self._waits(call, after):
+                self._queries = HeldQueries()
+            else:
+                self._prune(call, after)
             self._earlier_length = self._length - after
         elif self.state.continues(self._length):
             self._padding = self._padding.with_chunk(call, before, self._length)
@@ -105,6 +108,17 @@ class ReFreeKVLayer(RememberingLayer):
             self._unverified = call if call.query.shape[2] > 1 else None
             if self._unverified is None:
                 self._prune_generated(call)
+
+    def _waits(self, call: AttentionCall, after: int) -> bool:
+        """Whether all of the turn that ends in this call stays, and nothing is asked or moved for it."""
+        state = self.state
+        plain = call.mask is None and self.reading is None and state.decode_interval is None
+        if self.ragged is None or not plain or state.verification is not None:
+            return False
+        if isinstance(state.policy, JointPolicy) or (state.past is not None and not state.past.lost):
+            return False
+        settled = self._pruned_length
+        return state.policy.waits(self._length - after - settled, settled)
 
     @torch.no_grad()
     def prune_verified(self) -> None:

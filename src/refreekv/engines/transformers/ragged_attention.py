@@ -11,6 +11,9 @@ from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.pruning.masks import additive, causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
 
+TOGETHER = 64
+"""Tokens of a turn up to which each may read all that is stored by itself: more cost a GPU more than it saves the
+host."""
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 FEW = 128
@@ -29,7 +32,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attend over a ragged layer with a function made for rectangular keys and values.
 
-    A token that decodes from an arena goes through one kernel instead, whatever the lengths.
+    A token that decodes from an arena goes through one kernel instead, whatever the lengths, and so do the few of a
+    turn of one row on a GPU.
     Otherwise rows of one length are views of the flat storage and go through in one call, others
     one by one. Only where the KV heads of a row hold different numbers of entries are its
     keys and values copied, padded to the longest head, for the length of the call.
@@ -63,6 +67,8 @@ def ragged_attention(
         mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+    if storage.tables and _kernel_can_each(query, mask, kwargs):
+        return storage.attend_each(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     return _by_row(layer, storage, attention, module, query, mask, adds=adds, flash=flash, **kwargs)
 
 
@@ -162,6 +168,18 @@ def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs
         and kwargs.get("sliding_window") is None
         and not kwargs.get("dropout")
     )
+
+
+def _kernel_can_each(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether these are a few tokens of one row behind all that is stored, which a GPU takes for as many rows."""
+    batch, _, queries, _ = query.shape
+    plain = mask is None and kwargs.get("sliding_window") is None and not kwargs.get("dropout")
+    return plain and batch == 1 and 1 < queries <= TOGETHER and reads_many(query.device)
+
+
+def reads_many(device: torch.device) -> bool:
+    """Whether kernels read what is stored once for each of several tokens in no time to speak of."""
+    return device.type == "cuda"
 
 
 def _by_head(
