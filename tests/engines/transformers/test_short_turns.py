@@ -148,7 +148,7 @@ def test_what_waits_is_as_generated_tokens_are():
     assert torch.equal(kept.values, held.values)
 
 
-@pytest.mark.parametrize("settings", [{"keep_evicted": "host"}, {"decode_interval": 64}], ids=lambda given: [*given][0])
+@pytest.mark.parametrize("settings", [{"keep_evicted": "host"}, {"decode_interval": 64}], ids=["keeping", "interval"])
 def test_it_does_not_wait_where_turns_need_an_end(settings):
     """Where all comes back it has to be evicted again; where answers are pruned, what counts them ends with a turn."""
     model = build("llama", attention="sdpa", head_dim=16)
