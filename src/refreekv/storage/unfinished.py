@@ -217,7 +217,7 @@ class UnfinishedKV:
             # Kernels write to the host in whole words, and not byte by byte as they code.
             new = self._allocated(count, device)
             table, before = _table_of(new, count, device), 0
-        starts = torch.full((segments,), before, dtype=torch.int64, device=device) if before else None
+        starts = _starting_at(before, segments, device, stream_of(device)) if before else None
         spans = _from_the_first(segments, device, stream_of(device))
         kernels.pack_lines(
             keys.to(kind), values.to(kind), table, self.form, maps, spans, end=keys.shape[2], longest=count,
@@ -388,7 +388,7 @@ class UnfinishedKV:
         whole._tail, whole.coded = tail, coded
         if "key_mean" in rest:
             # In memory of their own: what is left of a conversation goes on with them.
-            means = [rest[name].clone() for name in MEANS if name in rest]
+            means = _copies([rest[name] for name in MEANS if name in rest])
             offsets = (means[2], means[3]) if len(means) == len(MEANS) else None
             whole._maps = maps_of((means[0], means[1]), torch.promote_types(*whole.types), codes, offsets)
         if "sink_keys" in rest:
@@ -476,6 +476,19 @@ def _from_the_first(segments: int, device: torch.device, stream: int) -> Tensor:
     """Spans of entries from each segment's first one on, ``[segments, 3]``, not to be written to."""
     with torch.inference_mode(False):
         return torch.zeros(segments, 3, dtype=torch.int64, device=device)
+
+
+def _copies(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors of one type, in one launch and one storage."""
+    whole = torch.cat([part.flatten() for part in parts]).split([part.numel() for part in parts])
+    return [copied.view(part.shape) for copied, part in zip(whole, parts, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _starting_at(number: int, segments: int, device: torch.device, stream: int) -> Tensor:
+    """The same number for each segment, not to be written to."""
+    with torch.inference_mode(False):
+        return torch.full((segments,), number, dtype=torch.int64, device=device)
 
 
 def _empty_sinks(like: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ class ReFreeKVLayer(RememberingLayer):
         codes, maps = self.state.codes_of(self.ordinal), None
         if self._read is not None:
             maps = self._read.maps
+        elif codes_prompt and self._whole is not None and self._whole.comes_back_by(codes):
+            maps = self._whole.prompt.maps  # those of the conversation, whose means are not taken again in each turn
         elif codes_prompt:
             kind = torch.promote_types(parts[0].keys.dtype, parts[0].values.dtype)
             maps = maps_of(_centres(*parts), kind, codes)

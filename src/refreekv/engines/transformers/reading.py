@@ -89,6 +89,10 @@ class Reading:
             return keys, values
         return self.prompt.dense(self._chunk, self.earlier)
 
+    def comes_back_by(self, codes: KeyCodes | None) -> bool:
+        """Whether earlier turns came back, coded with these codes for keys."""
+        return self.comes_back and self.prompt.coded > 0 and self.prompt.codes is codes
+
     def put_away(self, real: Tensor | None, *, code: bool = True) -> KVStorage | None:
         """Take the chunk in after its attention; what the layer holds beside the prompt, if that is a storage.
 
