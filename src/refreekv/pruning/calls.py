@@ -11,9 +11,12 @@ from refreekv import kernels
 from refreekv.kernels.device_guard import stream_of
 from refreekv.policies import ProbePlan
 from refreekv.policies.base import spread_step
+from refreekv.pruning.once import Once
 from refreekv.storage.base import KVStorage
 from refreekv.storage.columns import Columns
 from refreekv.storage.runs import numbers
+
+_ONCE = Once(16)
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,16 @@ class Queries:
         ``earlier`` are queries of the same prompt before the call.
         """
         stop = first + states.shape[2]
-        columns = numbers(first, stop, states.device)[None]
         real = None if valid is None else valid[:, first:stop]
+        if real is None and earlier is not None:
+
+            def numbered() -> tuple[Tensor, Tensor]:
+                columns, places = numbers(first, stop, states.device), numbers(0, stop - first, states.device)
+                return columns[None], places[None] + earlier.ordinals[:, -1:] + 1
+
+            columns, ordinals = _ONCE.of((earlier.ordinals,), (first, stop), numbered)
+            return cls(states, columns, None, ordinals)
+        columns = numbers(first, stop, states.device)[None]
         ordinals = numbers(0, stop - first, states.device)[None] if real is None else real.cumsum(1) - 1
         if earlier is not None:
             ordinals = ordinals + earlier.ordinals[:, -1:] + 1
@@ -201,16 +212,20 @@ class Queries:
         if earlier is None:
             return self
         states = torch.cat([earlier.states, self.states], dim=2)
-        if earlier.real is None and self.real is None:
-            columns, ordinals = (
-                torch.cat([getattr(earlier, name), getattr(self, name)], dim=1) for name in ("columns", "ordinals")
-            )
-            return Queries(states, columns, None, ordinals)
         both, batch = (earlier, self), states.shape[0]
-        columns = torch.cat([part.columns.expand(batch, -1) for part in both], dim=1)
-        ordinals = torch.cat([part.ordinals.expand(batch, -1) for part in both], dim=1)
-        real = [torch.ones_like(p.columns, dtype=torch.bool) if p.real is None else p.real for p in both]
-        return Queries(states, columns, torch.cat([part.expand(batch, -1) for part in real], dim=1), ordinals)
+
+        def joined() -> tuple[Tensor, Tensor, Tensor | None]:
+            rows = 1 if earlier.real is None and self.real is None else batch
+            columns = torch.cat([part.columns.expand(rows, -1) for part in both], dim=1)
+            ordinals = torch.cat([part.ordinals.expand(rows, -1) for part in both], dim=1)
+            if earlier.real is None and self.real is None:
+                return columns, ordinals, None
+            real = [torch.ones_like(p.columns, dtype=torch.bool) if p.real is None else p.real for p in both]
+            return columns, ordinals, torch.cat([part.expand(rows, -1) for part in real], dim=1)
+
+        given = tuple(part for own in both for part in (own.columns, own.ordinals, own.real))
+        columns, ordinals, real = _ONCE.of(given, batch, joined)
+        return Queries(states, columns, real, ordinals)
 
     def planned(self, plan: ProbePlan) -> "Queries":
         """The real ones that a plan asks for, with padding in front where a row has fewer."""
@@ -226,11 +241,14 @@ class Queries:
             device, stop = self.states.device, self.start + self.states.shape[2]
             index, *asked = _asked_of_all(self.start, stop, plan, device, stream_of(device))
         else:
-            index, *asked = kernels.asked(
-                self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
-            )
+            index, *asked = _ONCE.of((self.columns, self.ordinals, self.real), plan, lambda: self._asked(plan))
         states = self.states.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
         return Queries(states, asked[0], asked[2], asked[1])
+
+    def _asked(self, plan: ProbePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return kernels.asked(
+            self.columns, self.ordinals, self.real, rows=plan.rows, spread=plan.spread, count=plan.count
+        )
 
     def _some(self, some: slice) -> "Queries":
         """Views of some of those of which none is padding."""

@@ -8,7 +8,7 @@ or not at all: what cannot be held any more is dropped as a whole, and the reaso
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class PastLayer:
         Where they came from.
     cropped : bool
         Whether there was more, of which the rest still tells.
+    shared : dict of str to Tensor
+        Of what the layer adds, by name, the tensors that came and that others may have added, too.
     """
 
     number: KVDtype | None
@@ -76,6 +78,7 @@ class PastLayer:
     batch: int
     device: torch.device
     cropped: bool = False
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def in_pieces(self) -> int:
@@ -197,6 +200,8 @@ class Past:
         self.restored: bool | None = None
         self._layers: dict[int, PastLayer] = {}
         self._coming: dict[int, Returning] = {}
+        # Of what is shared among layers of the turn under way, what came first: as it was kept, and as it is now.
+        self._given: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._rows: list[int] | None = None
         # Logical length at which the turn under way began, and whether it is read over all of this.
         self._turn: int | None = None
@@ -268,6 +273,7 @@ class Past:
         *,
         length: int,
         continues: bool,
+        shared: Sequence[str] = (),
     ) -> None:
         """Keep all entries of a layer at a prompt's end; dropped as a whole where that cannot be.
 
@@ -283,6 +289,9 @@ class Past:
             Columns that are kept; of those that are coded, all.
         continues : bool
             Whether they came back from here, with others behind, so that these alone are to be kept.
+        shared : sequence of str
+            Names of ``extras`` that are the very same objects in layers that have the same: `take` gives these out as
+            one, too.
         """
         if self.lost or self._failed:
             self._end_turn(ordinal)
@@ -316,7 +325,8 @@ class Past:
                 self.drop(self._failed)
                 return
         else:
-            self._layers[ordinal] = PastLayer(number, codes, pieces, kept, length, batch, device)
+            same = {name: extras[name] for name in shared if name in extras}
+            self._layers[ordinal] = PastLayer(number, codes, pieces, kept, length, batch, device, shared=same)
         self._end_turn(ordinal)
 
     def _end_turn(self, ordinal: int) -> None:
@@ -325,6 +335,7 @@ class Past:
             return
         failed, restored = self._failed, self.restored
         self._coming.clear()
+        self._given.clear()
         self.busy, self._turn, self._open, self._rows, self._failed = False, None, False, None, ""
         if failed:
             self.drop(failed)
@@ -339,6 +350,7 @@ class Past:
         if self._turn == before:
             return self._open
         self._turn, self._open = before, False
+        self._given.clear()
         if not self._layers or self.lost:
             self.restored = False if self.lost else self.restored
             return False
@@ -369,12 +381,21 @@ class Past:
             known = self._coming.get(number)
             if known is None or known.device != target:
                 self._coming[number] = Returning(self._layers[number], target, columns)
-        return self._coming.pop(ordinal).arrived(self._rows)
+        held, extras = self._coming.pop(ordinal).arrived(self._rows)
+        return held, self._as_one(ordinal, extras)
 
     def extras(self, ordinal: int, device: torch.device) -> dict[str, Tensor]:
         """What was kept with a layer's entries, without these; else as `take`."""
         layer = self._layers[ordinal]
-        return _extras(of_rows(layer.rest.fetch(device).tensors(), self._rows, layer.batch))
+        return self._as_one(ordinal, _extras(of_rows(layer.rest.fetch(device).tensors(), self._rows, layer.batch)))
+
+    def _as_one(self, ordinal: int, extras: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a layer had added, with what another one has given out in the place of the same."""
+        for name, kept in self._layers[ordinal].shared.items():
+            first = self._given.setdefault((name, extras[name].device), (kept, extras[name]))
+            if first[0] is kept:
+                extras[name] = first[1]
+        return extras
 
     # -- what happens to the cache ------------------------------------------------------------
 

@@ -183,7 +183,7 @@ class IntakeLayer(StoredLayer):
         # The layer before this one is compacted first, so that never two are there in full. The device has that
         # layer's other half to compute while the host waits for the numbers.
         self.state.finish()
-        self._take_over(self.reading.whole_with(keys, values, last=last))
+        self._take_over(self.reading.whole_with(keys, values, last=last, ends=last and self._length == self.state.end))
         if last:
             self._read = self._lines_of(self.reading)
             self._whole, self.reading = None if self.state.past is None else self.reading, None

@@ -27,6 +27,8 @@ class Reading:
         The prompt's chunks.
     comes_back : bool
         Whether its first ones are a conversation's earlier turns, which are kept elsewhere, too.
+    is_whole : bool
+        Whether its last one is held with the others, not coded yet.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Reading:
     ):
         self.start, self.earlier = start, earlier
         self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes, host=host)
-        self.comes_back = False
+        self.comes_back = self.is_whole = False
         self._chunk: Pair | None = None
 
     @classmethod
@@ -49,7 +51,7 @@ class Reading:
         """That of a conversation's next turn, of which everything before came back."""
         reading = cls.__new__(cls)
         reading.start, reading.earlier, reading.prompt = 0, None, prompt
-        reading.comes_back, reading._chunk = True, None
+        reading.comes_back, reading.is_whole, reading._chunk = True, False, None
         return reading
 
     @staticmethod
@@ -79,8 +81,16 @@ class Reading:
         own = earlier.coding.forms[earlier.coding.generated]
         return own.entry_bytes >= number.entry_bytes(earlier.sizes)
 
-    def whole_with(self, keys: Tensor, values: Tensor, *, last: bool) -> KVStorage | Pair:
-        """Everything in full precision, a new chunk at its end: a copy, which is the layer's own after the ``last``."""
+    def whole_with(self, keys: Tensor, values: Tensor, *, last: bool, ends: bool = False) -> KVStorage | Pair:
+        """Everything in full precision, a new chunk at its end: a copy, which is the layer's own after the ``last``.
+
+        ``ends``: whether the prompt ends with the last of these.
+        """
+        if ends and self.comes_back:
+            # Taken in before it is attended to, and coded behind that.
+            self.prompt.append(keys, values, code=False)
+            self.is_whole = True
+            return self.prompt.dense()
         self._chunk = keys, values
         if isinstance(self.earlier, KVStorage):
             new = self.prompt.dense(self._chunk)

@@ -25,6 +25,9 @@ from refreekv.storage.unfinished import UnfinishedKV
 PROBED_LENGTH = 8192
 """A policy may ask for no queries of a prompt that is short; of one of so many tokens it asks for what it ever does."""
 
+SHARED = "columns", "ordinals", "real"
+"""What is kept of the queries that layers may have in common."""
+
 
 class RememberingLayer(IntakeLayer):
     """A layer whose cache may have a `Past`."""
@@ -131,21 +134,23 @@ class RememberingLayer(IntakeLayer):
         extras = self._extras(queries, end)
         if reading is not None and reading.start == 0:
             prompt = reading.prompt
-            if prompt.length < end:
+            if reading.is_whole:
+                prompt.code_due(self._real(end))
+            elif prompt.length < end:
                 keys, values = (part[:, :, prompt.length : end] for part in self.dense)
                 prompt.append(keys, values, self._real(end))
-            past.put(self.ordinal, prompt, extras, length=end, continues=reading.comes_back)
+            past.put(self.ordinal, prompt, extras, length=end, continues=reading.comes_back, shared=SHARED)
             return
         keys, values = (part[:, :, :end] for part in self.dense)
         number = Reading.form_for(past.number, (keys, values))
         if number is not None and not self._codes_right(number, keys, values):
             number = None
         if number is None:
-            past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back)
+            past.put(self.ordinal, (keys, values), extras, length=end, continues=came_back, shared=SHARED)
         else:
             codes = self.state.codes_of(self.ordinal)
             whole = UnfinishedKV.of(number, keys, values, self._real(end), codes, maps)
-            past.put(self.ordinal, whole, extras, length=end, continues=False)
+            past.put(self.ordinal, whole, extras, length=end, continues=False, shared=SHARED)
 
     def _codes_right(self, number: KVDtype, keys: Tensor, values: Tensor) -> bool:
         """Whether entries that are coded so come out as they are to, on their device."""
