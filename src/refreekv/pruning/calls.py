@@ -98,7 +98,7 @@ class Entries:
         ``visible`` and ``padding`` are boolean ``[B, n]``, both or neither.
         """
         same = queries.whole and queries.columns.shape[1] == keys.shape[2]  # all of them are asked: from column 0 on
-        columns = queries.columns[0] if same else torch.arange(keys.shape[2], device=keys.device)
+        columns = queries.columns[0] if same else numbers(0, keys.shape[2], keys.device)
         earlier = (columns < earlier_length)[None, None] if earlier_length else None
         valid, hidden = _told_apart(visible, padding)
         return cls(keys, values, valid, columns, queries, earlier, in_place=True, gapless=True, hidden=hidden)

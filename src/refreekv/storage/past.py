@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.quantisation import KVDtype
+from refreekv.core.quantisation import FLUSH, KVDtype
 from refreekv.storage.coding import Pair
 from refreekv.storage.files import DamagedError
 from refreekv.storage.host import NoRoomError, Parked
@@ -112,7 +112,7 @@ class Returning:
     def arrived(self, rows: Sequence[int] | None) -> tuple[UnfinishedKV | Pair, dict[str, Tensor]]:
         """The entries, of some ``rows`` or of all, and what the layer had added: the device waits for them."""
         layer = self._layer
-        lines, rest = (of_rows(part, rows, layer.batch) for part in (self._lines(), self._rest.tensors()))
+        lines, rest = (of_rows(part, rows, layer.batch) for part in (self._lines(self._room), self._rest.tensors()))
         extras = _extras(rest)
         if layer.number is None:
             return (lines[EXACT[0]], lines[EXACT[1]]), extras
@@ -120,13 +120,26 @@ class Returning:
         rest |= {name: rest[name][:, :, :tail] for name in ("tail_keys", "tail_values")}
         return UnfinishedKV.back(layer.number, layer.codes, self._columns, layer.in_pieces, lines, rest), extras
 
-    def _lines(self) -> dict[str, Tensor]:
-        """All pieces together, ``[B, H_kv, c, .]`` each; what is one piece already stays where it is."""
+    @property
+    def _room(self) -> int:
+        """Columns that are going to be coded behind those that come back."""
+        number = self._layer.number
+        more = 0 if number is None else self._columns - self._layer.in_pieces - number.recent
+        return more if more >= FLUSH else 0
+
+    def _lines(self, room: int) -> dict[str, Tensor]:
+        """All pieces together, ``[B, H_kv, c, .]`` each, with ``room`` behind them.
+
+        What is one piece already stays where it is if there is to be none.
+        """
         parts: dict[str, list[Tensor]] = {}
         for piece, coming in zip(self._layer.pieces, self._pieces, strict=True):
             for name, part in coming.tensors().items():
                 parts.setdefault(name, []).append(part[:, :, : piece.stop - piece.start])
         with torch.inference_mode(False), torch.no_grad():
+            for own in parts.values() if room else ():
+                # One more piece, of whatever was there: lines are moved once.
+                own.append(own[0].new_empty(*own[0].shape[:2], room, own[0].shape[3]))
             return {
                 name: own[0] if len(own) == 1 and own[0].is_contiguous() else torch.cat(own, 2)
                 for name, own in parts.items()

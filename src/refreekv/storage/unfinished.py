@@ -347,6 +347,10 @@ class UnfinishedKV:
             whole._code(whole._due, real)
         return whole
 
+    def end(self) -> None:
+        """Say that nothing more comes: what is not coded is going to be kept elsewhere, and need not be a copy."""
+        self._goes_on = False
+
     @property
     def codes(self) -> KeyCodes | None:
         """The model's own codes for keys; None: keys are rotated."""

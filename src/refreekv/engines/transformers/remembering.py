@@ -134,6 +134,7 @@ class RememberingLayer(IntakeLayer):
         extras = self._extras(queries, end)
         if reading is not None and reading.start == 0:
             prompt = reading.prompt
+            prompt.end()
             if reading.is_whole:
                 prompt.code_due(self._real(end))
             elif prompt.length < end:
