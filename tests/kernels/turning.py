@@ -18,11 +18,12 @@ from triton.runtime.jit import JITFunction
 
 from helpers.models import build
 from refreekv import ReFreeKVCache, kernels
-from refreekv.engines.transformers import layer
+from refreekv.engines.transformers import layer, ragged_attention
 from refreekv.kernels import shared_memory
 from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
+from refreekv.policies.adaptive import Adaptive
 
 EVICTING = {
     "min_length": 16, "copying": 2.0, "constant": 0.05, "evict_unit": 1.0, "follow": 2, "hit": 0.3, "lost_mass": 0.6,
@@ -87,9 +88,11 @@ def main():
     torch.manual_seed(0)
     shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 128, "max_position_embeddings": 2**14}
     model = build("llama", attention="sdpa", initializer_range=0.12, **shape).bfloat16()
-    said = {}
-    for keep in (None, "host"):
-        told = said["everything" if keep else "kept"] = []
+    ragged_attention.reads_many = lambda device: True
+    waits, said = Adaptive.waits, {}
+    for kind, keep in (("waiting", None), ("kept", None), ("everything", "host")):
+        told = said[kind] = []
+        Adaptive.waits = waits if kind == "waiting" else lambda policy, new, settled: False
         for length, turns in TURNS.items():
             cache = ReFreeKVCache(model, "adaptive", **EVICTING, keep_evicted=keep)
             cache.state.arena = True

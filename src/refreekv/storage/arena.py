@@ -182,7 +182,7 @@ class KVArena(FlatKV):
         with self.table_in_turn() as table:
             rows, each = one_row_each(query, table)
             found = kernels.ragged_decode(rows, each, self.form, scaling=scaling, softcap=softcap, sinks=sinks)
-        return found.transpose(0, 1)  # [q, 1, H, Dv] -> [1, q, H, Dv]
+        return found[: query.shape[2]].transpose(0, 1)  # [q, 1, H, Dv] -> [1, q, H, Dv]
 
     @property
     def freed(self) -> list[bool]:

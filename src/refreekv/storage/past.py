@@ -78,7 +78,7 @@ class PastLayer:
     batch: int
     device: torch.device
     cropped: bool = False
-    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def in_pieces(self) -> int:

@@ -1,4 +1,8 @@
-"""A turn's tokens as rows of their own, so that kernels that decode one token a row read all of them in one launch."""
+"""A turn's tokens as rows of their own, so that kernels that decode one token a row read all of them in one launch.
+
+Kernels are compiled for a number of rows. So there are always as many, whatever the turn brings: those behind its own
+hold nothing.
+"""
 
 from functools import lru_cache
 
@@ -7,20 +11,34 @@ from torch import Tensor
 
 from refreekv.kernels.table import LENGTH
 
+ROWS = 64
+"""Tokens of a turn up to which each may read all that is stored by itself: more cost a GPU more than it saves the
+host."""
+
 
 def one_row_each(query: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries ``[1, H, q, D]`` of the newest tokens as those of ``q`` rows ``[q, H, 1, D]``, and a table of these.
+    """Queries ``[1, H, q, D]`` of the newest tokens as those of `ROWS` rows ``[ROWS, H, 1, D]``, and a table of these.
 
-    Each row is the segments of ``table``, ``[S, 4]``, up to its own token: ``[q * S, 4]``.
+    A token's row is the segments of ``table``, ``[S, 4]``, up to itself: ``[ROWS * S, 4]``. Other rows ask for anything
+    and hold nothing.
     """
-    rows = query[0].transpose(0, 1)[:, :, None]
-    return rows, (table + _shortened(len(rows), table.device)).flatten(0, 1)
+    _, heads, count, size = query.shape
+    rows = query.new_empty(ROWS, heads, 1, size)
+    rows[:count] = query[0].transpose(0, 1)[:, :, None]
+    there, longer = _numbers(count, table.device)
+    return rows, torch.addcmul(longer, table, there).flatten(0, 1)
 
 
-@lru_cache(maxsize=64)
-def _shortened(count: int, device: torch.device) -> Tensor:
-    """What makes segments shorter by so many entries less one, less two, and so on to none: ``[count, 1, 4]``."""
+def in_each_row(count: int, table: Tensor) -> Tensor:
+    """The segments of ``table`` in each of ``count`` rows, and none in the others up to `ROWS`: ``[ROWS * S, 4]``."""
+    return (table * _numbers(count, table.device)[0]).flatten(0, 1)
+
+
+@lru_cache(maxsize=ROWS)
+def _numbers(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``[ROWS, 1, 1]``, 1 for each token, and ``[ROWS, 1, 4]``: how much longer its segments are than those given."""
     with torch.inference_mode(False):
-        made = torch.zeros(count, 1, 4, dtype=torch.int64)
-        made[:, 0, LENGTH] = torch.arange(1 - count, 1)
-        return made.to(device)
+        there, longer = torch.zeros(ROWS, 1, 1, dtype=torch.int64), torch.zeros(ROWS, 1, 4, dtype=torch.int64)
+        there[:count] = 1
+        longer[:count, 0, LENGTH] = torch.arange(1 - count, 1)
+        return there.to(device), longer.to(device)

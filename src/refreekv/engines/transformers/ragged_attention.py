@@ -10,10 +10,8 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.pruning.masks import additive, causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
+from refreekv.storage.token_rows import ROWS
 
-TOGETHER = 64
-"""Tokens of a turn up to which each may read all that is stored by itself: more cost a GPU more than it saves the
-host."""
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 FEW = 128
@@ -174,7 +172,7 @@ def _kernel_can_each(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any])
     """Whether these are a few tokens of one row behind all that is stored, which a GPU takes for as many rows."""
     batch, _, queries, _ = query.shape
     plain = mask is None and kwargs.get("sliding_window") is None and not kwargs.get("dropout")
-    return plain and batch == 1 and 1 < queries <= TOGETHER and reads_many(query.device)
+    return plain and batch == 1 and 1 < queries <= ROWS and reads_many(query.device)
 
 
 def reads_many(device: torch.device) -> bool:
