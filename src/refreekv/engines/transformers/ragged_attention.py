@@ -10,7 +10,7 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.pruning.masks import additive, causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.token_rows import ROWS
+from refreekv.storage.token_rows import rows_of
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -65,7 +65,7 @@ def ragged_attention(
         mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-    if storage.tables and _kernel_can_each(query, mask, kwargs):
+    if storage.tables and _kernel_can_each(storage, query, mask, kwargs):
         return storage.attend_each(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     return _by_row(layer, storage, attention, module, query, mask, adds=adds, flash=flash, **kwargs)
 
@@ -168,11 +168,11 @@ def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs
     )
 
 
-def _kernel_can_each(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _kernel_can_each(storage: KVStorage, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether these are a few tokens of one row behind all that is stored, which a GPU takes for as many rows."""
     batch, _, queries, _ = query.shape
     plain = mask is None and kwargs.get("sliding_window") is None and not kwargs.get("dropout")
-    return plain and batch == 1 and 1 < queries <= ROWS and reads_many(query.device)
+    return plain and batch == 1 and 1 < queries <= rows_of(storage.kv_heads) and reads_many(query.device)
 
 
 def reads_many(device: torch.device) -> bool:
