@@ -24,7 +24,7 @@ from refreekv.kernels.decode import launch_ragged_decode
 from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
 from refreekv.policies.adaptive import Adaptive
-from refreekv.storage.token_rows import ROWS
+from refreekv.storage.token_rows import MOST
 
 EVICTING = {
     "min_length": 16, "copying": 2.0, "constant": 0.05, "evict_unit": 1.0, "follow": 2, "hit": 0.3, "lost_mass": 0.6,
@@ -98,7 +98,7 @@ def main():
             cache = ReFreeKVCache(model, "adaptive", **EVICTING, keep_evicted=keep)
             cache.state.arena = True
             # Longer ones that nothing is asked about do nothing that others do not.
-            for tokens in (length, *(n for n in turns if kind != "waiting" or n <= ROWS)):
+            for tokens in (length, *(n for n in turns if kind != "waiting" or n <= MOST)):
                 found.clear()
                 launches.clear()
                 feed(model, cache, tokens)

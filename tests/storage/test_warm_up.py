@@ -54,8 +54,9 @@ def test_a_turn_of_another_length_compiles_nothing(printed):
 def test_what_is_compiled_ahead_is_what_is_used(printed):
     """For any length of the prompt; but attention to several rows, whose kernels know how many there may be."""
     ahead = [name for name in printed["ahead"] if name.split()[0] in SLOW]
-    # Packing of prompts, of a turn and of what is generated; unpacking in four formats; joining, and attention.
-    assert len(ahead) == 1 + 1 + 1 + 4 + 1 + 1
+    # Packing of prompts, of a turn and of what is generated; unpacking in four formats; joining, and attention, of a
+    # token and of a turn's.
+    assert len(ahead) == 1 + 1 + 1 + 4 + 2 + 2
     for use, found in printed["uses"].items():
         kinds = SLOW if use.startswith("1 x") else SLOW[:3]
         used = {name for name in found if name.split()[0] in kinds}
@@ -191,6 +192,6 @@ def test_no_thread_multiplies_matrices(monkeypatch, codes):
     monkeypatch.setattr(warm_up, "available_cores", lambda: 8)
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda *args, **kwargs: OneByOne())
     warm_up.warm_up(replace(GIVEN, codes=known))
-    assert len(jobs) == 1 + 3 + 2 + 2
+    assert len(jobs) == 2 + 3 + 2 + 2
     assert asked["sum"]
     assert not {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot"} & set(asked)

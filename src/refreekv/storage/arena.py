@@ -22,7 +22,7 @@ from refreekv.storage.base import FlatKV, Piece
 from refreekv.storage.columns import Columns, Levels
 from refreekv.storage.members import Array, Counts, Lengths
 from refreekv.storage.ragged import RaggedKV, kept_of_rows
-from refreekv.storage.token_rows import one_row_each
+from refreekv.storage.token_rows import in_rows, in_turn
 
 LEAST_GROWTH = 16
 """Entries that a segment can always take before its layer has to move."""
@@ -180,9 +180,11 @@ class KVArena(FlatKV):
 
     def attend_each(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         with self.table_in_turn() as table:
-            rows, each = one_row_each(query, table)
-            found = kernels.ragged_decode(rows, each, self.form, scaling=scaling, softcap=softcap, sinks=sinks)
-        return found[: query.shape[2]].transpose(0, 1)  # [q, 1, H, Dv] -> [1, q, H, Dv]
+            found = [
+                kernels.ragged_decode(rows, own[0], self.form, scaling=scaling, softcap=softcap, sinks=sinks)[:count]
+                for count, rows, own in in_rows(query, [table])
+            ]
+        return in_turn(found)
 
     @property
     def freed(self) -> list[bool]:

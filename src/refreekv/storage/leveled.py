@@ -27,7 +27,7 @@ from refreekv.storage.columns import Columns, Levels, listed_by_rung, rungs_aske
 from refreekv.storage.members import Array, Counts, Lengths, counted
 from refreekv.storage.ragged import RaggedKV
 from refreekv.storage.runs import each, flat, numbers, runs, spread, starts_of
-from refreekv.storage.token_rows import in_each_row, one_row_each
+from refreekv.storage.token_rows import in_rows, in_turn
 
 if TYPE_CHECKING:
     from refreekv.storage.unfinished import UnfinishedKV
@@ -241,16 +241,17 @@ class LeveledKV(KVStorage):
 
     def attend_each(self, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
         self.exact.widen(query.dtype, query.dtype)
-        count = query.shape[2]
+        coding = self.lines.coding
         with ExitStack() as stack:
             # All rungs, also those that hold nothing: there is one kernel for all layers.
-            exact, *lines = (stack.enter_context(arena.table_in_turn()) for arena in self.tables)
-            rows, table = one_row_each(query.to(self.exact.types[0]), exact)
-            found = kernels.packed_attention(
-                rows, table, [in_each_row(count, own) for own in lines], self.lines.coding.forms,
-                self.lines.coding.maps, scaling=scaling, softcap=softcap, sinks=sinks,
-            ).to(query.dtype)  # fmt: skip
-        return found[:count].transpose(0, 1)  # [q, 1, H, Dv] -> [1, q, H, Dv]
+            tables = [stack.enter_context(arena.table_in_turn()) for arena in self.tables]
+            found = [
+                kernels.packed_attention(
+                    rows, exact, lines, coding.forms, coding.maps, scaling=scaling, softcap=softcap, sinks=sinks
+                )[:count]
+                for count, rows, (exact, *lines) in in_rows(query.to(self.exact.types[0]), tables)
+            ]
+        return in_turn(found).to(query.dtype)
 
     # -- changes ------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ from refreekv.storage.made_up import MadeUpEntries
 
 SOME = 32
 """Entries of a head that are coded."""
+MANY = 4
+"""Cores from which on a later turn's attention is compiled ahead, too, which takes as long as a token's."""
 ROOM = 2**29
 """Bytes that must be free on a GPU: made-up entries and what kernels take for all formats at once are some 200 MB."""
 
@@ -89,6 +91,11 @@ def warm_up(entries: MadeUpEntries) -> None:
         tables = [arena.table for arena in own.tables]
         kernels.packed_attention(query, tables[0], tables[1:], own.coding.forms, own.coding.maps)
 
+    def attend_turn() -> None:
+        own, (keys, values) = storage(SINKS + 1)
+        own.append(keys[:, :, :2], values[:, :, :2])
+        own.attend_each(entries.drawn(1)[2].expand(-1, -1, 2, -1), None, None, None)
+
     def tried(job: Callable[[], object]) -> None:
         try:
             # Both are settings of a thread.
@@ -101,6 +108,7 @@ def warm_up(entries: MadeUpEntries) -> None:
     tried(lambda: storage(SINKS + 1))
     # The longest one first.
     jobs: list[Callable[[], None]] = [attend] if entries.attends else []
+    jobs += [attend_turn] if entries.attends and cores >= MANY else []
     jobs += [partial(decode, rung) for rung in range(len(ladder.rungs))]
     jobs += [code_exact, code]
     if len(ladder.rungs) > 1:

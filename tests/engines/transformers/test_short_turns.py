@@ -9,7 +9,7 @@ from refreekv import ReFreeKVCache
 from refreekv.engines.transformers import ragged_attention
 from refreekv.policies.adaptive import WAITS_FOR
 from refreekv.policies.registry import parse
-from refreekv.storage.token_rows import ROWS
+from refreekv.storage.token_rows import MOST
 
 LENGTH = 640
 EVICTING = {"min_length": 16, "copying": 2.0, "constant": 0.05, "evict_unit": 1.0, "window": 8, "lost_mass": 0.6}
@@ -42,7 +42,7 @@ def feed(model, cache, ids):
     return found
 
 
-@pytest.mark.parametrize("tokens", [2, 33, ROWS])
+@pytest.mark.parametrize("tokens", [2, 33, MOST])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_same_attention(case, tokens, monkeypatch):
     """As over decoded entries in full precision, behind a causal mask."""
@@ -72,7 +72,7 @@ def test_nothing_is_decoded(monkeypatch):
 
 
 @pytest.mark.usefixtures("_as_rows")
-@pytest.mark.parametrize("tokens", [1, ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, MOST + 1])
 def test_others_go_as_they_did(tokens, monkeypatch):
     model = build("llama", attention="sdpa", head_dim=16)
     cache = cache_of(model, "exact")

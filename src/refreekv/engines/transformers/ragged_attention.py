@@ -1,6 +1,7 @@
 """Attention over rows of different length, through whatever function the model uses otherwise."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.proof import hides_nothing
 from refreekv.pruning.masks import additive, causal_mask, check_columns, hide_padding
 from refreekv.storage.base import KVStorage, Piece
-from refreekv.storage.token_rows import rows_of
+from refreekv.storage.token_rows import MOST
+from refreekv.storage.warm_up import MANY, available_cores
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -65,7 +67,7 @@ def ragged_attention(
         mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-    if storage.tables and _kernel_can_each(storage, query, mask, kwargs):
+    if storage.tables and _kernel_can_each(query, mask, kwargs):
         return storage.attend_each(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     return _by_row(layer, storage, attention, module, query, mask, adds=adds, flash=flash, **kwargs)
 
@@ -168,16 +170,20 @@ def _kernel_can(layer: ReFreeKVLayer, query: Tensor, mask: Tensor | None, kwargs
     )
 
 
-def _kernel_can_each(storage: KVStorage, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _kernel_can_each(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether these are a few tokens of one row behind all that is stored, which a GPU takes for as many rows."""
     batch, _, queries, _ = query.shape
     plain = mask is None and kwargs.get("sliding_window") is None and not kwargs.get("dropout")
-    return plain and batch == 1 and 1 < queries <= rows_of(storage.kv_heads) and reads_many(query.device)
+    return plain and batch == 1 and 1 < queries <= MOST and reads_many(query.device)
 
 
+@lru_cache(maxsize=16)
 def reads_many(device: torch.device) -> bool:
-    """Whether kernels read what is stored once for each of several tokens in no time to speak of."""
-    return device.type == "cuda"
+    """Whether kernels read what is stored once for each of several tokens in no time to speak of, and are there.
+
+    On few cores they would be compiled while the turn waits.
+    """
+    return device.type == "cuda" and available_cores() >= MANY
 
 
 def _by_head(
