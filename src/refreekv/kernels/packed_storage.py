@@ -57,8 +57,8 @@ class Tables(NamedTuple):
         int32 ``[R, 4]``: of each format, 16-bit words of a line, of its keys and of its values; and 1 where its keys
         are bytes, 2 where its values are, 3 where both.
     key_grid, value_grid : Tensor
-        float32 ``[R, tiles, 4]``: the largest code, the step of the levels, half of what lies between the outer ones,
-        and one over all of that.
+        float32 ``[R, tiles, 4]``, one tile where all codes are bytes: the largest code, the step of the levels, half
+        of what lies between the outer ones, and one over all of that.
     key_places, value_places : Tensor
         float16 ``[R, tiles, 2, D, words]``, ``D`` a tile's places: what the upper bits of a channel's code, all but
         two, and what its lower two add to each word.
@@ -74,6 +74,11 @@ class Tables(NamedTuple):
     def block(self) -> int:
         """Words that are put together at a time."""
         return math.gcd(self.key_places.shape[-1], self.value_places.shape[-1], 32)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether all codes of all formats are bytes: then each side is one tile."""
+        return self.key_grid.shape[1] == self.value_grid.shape[1] == 1
 
     def side(self, name: str) -> dict[str, int]:
         """Tiles of keys or of values, places of each, and words that there is room for."""
@@ -374,12 +379,12 @@ def registers_of(kind: torch.dtype, form: PackedFormat) -> int | None:
 @on_its_device
 def launch_pack(
     given: Transfer, more: Sequence[Transfer] = (), block: int | None = None, warps: int | None = None,
-    stages: int = 2, registers: int | None = None,
+    stages: int = 2, registers: int | None = None, inner: int | None = None,
 ) -> None:  # fmt: skip
     """Write chosen entries to lines; see `kernels.pack_lines`.
 
     ``more`` are others of the same entries that go to lines of other formats, in the same launch. ``block``, entries of
-    a program, ``warps``, ``stages`` and ``registers`` are there to be measured.
+    a program, ``warps``, ``stages``, ``registers`` and ``inner``, channels at a time, are there to be measured.
     """
     rungs = (given, *more)
     for each in rungs:
@@ -388,12 +393,16 @@ def launch_pack(
     keys, values, kv_heads = elements_first(keys), elements_first(values), given.kv_heads
     strides = given._replace(keys=keys, values=values).strides
     told = tables_of(tuple(each.form for each in rungs), keys.device)
+    # Entries of less than float32 in bytes, which leave registers for more of them.
+    easy = told.in_bytes and keys.dtype.itemsize == 2 and max(form.key_size, form.value_size) <= 128
     if block is None:
-        block = block_of(keys.dtype)
+        block = 128 if easy else block_of(keys.dtype)
     if warps is None:
-        warps = 4  # more than four would share out an entry's channels
+        warps = block // 16 if easy else 4  # more would share out an entry's channels
     if registers is None:
-        registers = registers_of(keys.dtype, form)
+        registers = 128 if easy else registers_of(keys.dtype, form)
+    if inner is None:
+        inner = 2 * BLOCK_IN if easy else BLOCK_IN
     every = [rungs[number] if number < len(rungs) else given for number in range(MOST_RUNGS)]
     firsts = tuple(table if each.starts is None else each.starts for each in every)
     ends = list(accumulate(-(-each.longest // block) for each in rungs))
@@ -405,7 +414,7 @@ def launch_pack(
         0 if maps.key_mean.shape[0] == 1 else kv_heads, 0 if maps.key_matrix.shape[0] == 1 else kv_heads,
         maps.key_sum.stride(0), maps.value_sum.stride(0), *strides,
         HEAD=form.key_size, VALUE=form.value_size, **told.side("key"), **told.side("value"),
-        BLOCK_W=told.block, BLOCK_IN=BLOCK_IN, BLOCK_T=block, FROM_ARENA=source is not None,
+        BLOCK_W=told.block, BLOCK_IN=inner, BLOCK_T=block, FROM_ARENA=source is not None,
         HAS_STARTS=starts is not None, EXACT=keys.dtype.itemsize > 2, num_warps=warps, num_stages=stages,
         maxnreg=registers,
     )  # fmt: skip
