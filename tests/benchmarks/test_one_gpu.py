@@ -154,7 +154,9 @@ def test_several_caches_of_ours(capsys, tmp_path):
 
 def forget_numbers():
     """Let go of the few lists of numbers that all layers of a prompt share."""
-    for shared in (calls._asked_of_all, runs._first_numbers, unfinished._from_the_first):
+    for shared in (
+        calls._asked_of_all, calls._ONCE, runs._first_numbers, unfinished._from_the_first, unfinished._starting_at
+    ):  # fmt: skip
         shared.cache_clear()
 
 
