@@ -43,10 +43,26 @@ class Norm:
 
 
 class _Known:
-    """The last sum that a layer made, and what the next one's normalisation makes of it."""
+    """The last sum that a layer made, and what the normalisation of the layer that is to be next makes of it."""
 
     def __init__(self) -> None:
-        self.last: tuple[Any, Any] = (None, None)
+        self._last: tuple[Any, Any, Any, int] = (None, None, None, 0)
+
+    def note(self, norm: Norm, total: Tensor, normed: Any) -> None:
+        """Keep what a normalisation made."""
+        # One object, always replaced as a whole: threads may share the layers.
+        self._last = norm, total, normed, _version(total)
+
+    def normed(self, norm: Norm, x: Tensor) -> Any:
+        """``x`` normalised."""
+        by, total, normed, version = self._last
+        # The model may run layers in another order than it has them, and may write into what is between them.
+        return normed if by is norm and total is x and version == _version(x) >= 0 else norm(x)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written into; -1 if nobody counts."""
+    return -1 if x.is_inference() else x._version
 
 
 def stand_ins(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -60,7 +76,9 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]
 def _has_parts(layer: nn.Module) -> bool:
     parts = dict(layer.named_children())
     norms = (parts[name].__dict__.get("forward") for name in PARTS if name.endswith("norm") and name in parts)
-    return "forward" not in layer.__dict__ and parts.keys() == PARTS and all(isinstance(norm, Norm) for norm in norms)
+    numbers = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]  # that its own code may use
+    untouched = "forward" not in layer.__dict__ and not numbers
+    return untouched and parts.keys() == PARTS and all(isinstance(norm, Norm) for norm in norms)
 
 
 def _forward(layer: Any, following: Any, known: _Known) -> Callable[..., Any]:
@@ -71,46 +89,44 @@ def _forward(layer: Any, following: Any, known: _Known) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        total, normed = known.last
-        if total is not hidden_states:
-            normed = first(hidden_states)
+        normed = known.normed(first, hidden_states)
         attended, _ = layer._modules["self_attn"](hidden_states=normed, **kwargs)
         total, normed = second.added(hidden_states, attended)
         more = layer._modules["mlp"](normed)
         if after is None:
             return total + more
-        # One object, always replaced as a whole and not read again: threads may share the layers.
-        known.last = both = after.added(total, more)
-        return both[0]
+        total, normed = after.added(total, more)
+        known.note(after, total, normed)
+        return total
 
     return forward
 
 
-class _Attention(nn.Module):
-    """Stands for attention, and notes what it is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heard: list[dict[str, Any]] = []
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        self.heard.append(kwargs)
-        return hidden_states.flip(-1), None
-
-
-class _MLP(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.roll(1, -1)
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A module of the same class, which layers may ask for, that computes something else."""
+    made = copy.copy(module)
+    made.__dict__["forward"], made.__dict__["_compiled_call_impl"] = forward, None
+    return made
 
 
 def _is_standard(layer: Any) -> bool:
     """Whether a layer's own code does what `_forward` does, and says the same to attention."""
-    weight, attention = layer.input_layernorm.forward.weight, _Attention()
+    weight = layer.input_layernorm.forward.weight
+    heard: list[dict[str, Any]] = []
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(2, 1, len(weight), generator=generator, device=weight.device).to(weight.dtype)
+    x = torch.randn(3, 1, len(weight), generator=generator, device=weight.device).to(weight.dtype)
+
+    def attention(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        heard.append(kwargs)
+        return hidden_states.flip(-1), None
+
+    def mlp(x: Tensor) -> Tensor:
+        return x.roll(1, -1)
+
     # A copy, as other threads may run the layer.
     probe = copy.copy(layer)
-    probe.__dict__["_modules"] = {**layer._modules, "self_attn": attention, "mlp": _MLP()}
+    stand_ins = {"self_attn": _instead(layer.self_attn, attention), "mlp": _instead(layer.mlp, mlp)}
+    probe.__dict__["_modules"] = {**layer._modules, **stand_ins}
     own = type(layer).forward
     parameters = list(inspect.signature(own).parameters.values())[2:]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -122,8 +138,10 @@ def _is_standard(layer: Any) -> bool:
         want, got = own(probe, x, **said), _forward(probe, None, _Known())(x, **said)
     except Exception:  # whatever keeps it from running, the layer's own code still runs
         return False
-    told, heard = attention.heard
-    same = told.keys() == heard.keys() and all(told[name] is heard[name] for name in told)
+    if len(heard) != 2:
+        return False
+    told, mine = heard
+    same = told.keys() == mine.keys() and all(told[name] is mine[name] for name in told)
     if not same or not isinstance(want, Tensor) or want.shape != got.shape or want.dtype != got.dtype:
         return False
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}.get(want.dtype, 1e-2)
