@@ -1,7 +1,9 @@
 """Prompts over bitsandbytes' weights of 4 bits, unpacked some rows at a time, against the whole matrix."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ def in_place():
 def few_rows(monkeypatch, in_place):
     """Slices of 64 rows, on any device and for any number of tokens."""
     monkeypatch.setattr(rows_of, "slice_rows", lambda count, size, tokens: 64)
-    monkeypatch.setattr(slices, "_is_worth_it", lambda linear, x, coded: x.numel() > x.shape[-1])
+    monkeypatch.setattr(slices, "_is_worth_it", lambda linear, x: x.numel() > x.shape[-1])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -209,6 +211,43 @@ def test_forwards_go_back_when_a_call_fails(counted, monkeypatch):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@torch.no_grad()
+def test_weights_that_are_replaced_between_calls_are_those_that_are_read(counted):
+    """In the layer's own objects, as moves do, and with the layer."""
+    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    with attached(model):
+        read(model, ids)
+        assert len(counted) == 4 * 7
+        del counted[:]
+        one, other = model.model.layers[0].mlp.up_proj, layer(256, 128)
+        one.weight.data, one.weight.quant_state.absmax = other.weight.data, other.weight.quant_state.absmax
+        gone = weakref.ref(model.model.layers[1].mlp.up_proj)
+        model.model.layers[1].mlp.up_proj = layer(256, 128)
+        gc.collect()
+        assert gone() is None
+        got, want = read(model, ids), model(ids, use_cache=False).logits.float()
+    assert len(counted) == 4 * 7
+    assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+@torch.no_grad()
+def test_a_forward_that_somebody_puts_in_meanwhile_stays(counted):
+    model, ids = quantised(), torch.randint(2, 90, (1, 200), device=WHERE)
+    linear = model.model.layers[3].mlp.up_proj
+
+    def put_in(*_):
+        linear.forward = theirs
+
+    def theirs(x):
+        return type(linear).forward(linear, x)
+
+    model.model.layers[2].register_forward_hook(put_in)
+    with attached(model):
+        read(model, ids)
+    assert linear.__dict__.pop("forward") is theirs
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_only_the_library_s_own_layers_are_known():
     linear = layer(128, 128)
     assert slices.is_known(linear)
@@ -240,7 +279,7 @@ def test_copies_of_an_attachment_have_their_own_layers(counted):
     assert isinstance(copied.__dict__["_refreekv_attachment"], Attachment)
 
 
-@pytest.mark.parametrize("what", ["few tokens", "one slice", "autocast", "gradients", "compute type", "cpu", "all"])
+@pytest.mark.parametrize("what", ["few tokens", "one slice", "autocast", "gradients", "compute type", "cpu", "another device", "all"])
 def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
     monkeypatch.setattr(slices, "_most_tokens", lambda device: 64)
     linear = layer(4096, 256)
@@ -250,12 +289,13 @@ def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
         is_cuda = what != "cpu"
 
     x = torch.zeros(64 if what == "few tokens" else 65, 256, device=WHERE).bfloat16().as_subclass(Placed)
-    coded = slices.four_bits.held(linear)
     linear.compute_type_is_set = what != "compute type"
     if what == "gradients":
         x.requires_grad_()
+    if what == "another device":
+        linear.weight = nn.Parameter(torch.empty(1, device="meta"))
     with torch.autocast(WHERE, dtype=torch.bfloat16, enabled=what == "autocast"):
-        assert slices._is_worth_it(linear, x, coded) == (what == "all")
+        assert slices._is_worth_it(linear, x) == (what == "all")
 
 
 @pytest.mark.gpu
@@ -265,12 +305,12 @@ def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
 @torch.inference_mode()
 def test_memory_on_a_card_is_the_result_and_a_slice(count, size, nested):
     linear, tokens = layer(count, size, nested=nested), 600
-    forward, x = slices._forward_of(linear), torch.randn(1, tokens, size, device=WHERE).bfloat16()
+    x = torch.randn(1, tokens, size, device=WHERE).bfloat16()
     want = linear(x)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    got = forward(x)
+    got = slices._forward(linear, x)
     taken = torch.cuda.max_memory_allocated() - before
     rows = rows_of.slice_rows(count, size, tokens)
     assert rows < count

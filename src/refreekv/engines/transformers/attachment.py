@@ -21,7 +21,7 @@ from refreekv.engines.transformers.naming import arguments, cache_given, name_am
 from refreekv.engines.transformers.prompt import ATTACHMENT, OutdatedError
 from refreekv.engines.transformers.read_again import ReadingCache
 from refreekv.engines.transformers.routing import Route, attention_configs
-from refreekv.engines.transformers.slices import TOKENS, SlicedProducts
+from refreekv.engines.transformers.slices import TOKENS, reading
 
 logger = logging.getLogger("refreekv")
 
@@ -55,7 +55,6 @@ class Attachment:
         self._hooks: list[Any] = []
         self._signature = inspect.signature(model.forward)
         self._decoder = Decoder(model)
-        self._sliced = SlicedProducts(model)
         self._generating = 0
         # Threads whose call has come by the hook before the model, and not yet to its forward.
         self._hooked: set[int] = set()
@@ -66,9 +65,7 @@ class Attachment:
         memo[id(self)] = copied
         own = {**vars(self), "users": 0, "_generating": 0, "_opened": [], "_hooked": set()}
         routes = own.pop("_routes")
-        del own["_sliced"]  # functions of the model's layers, which no copy changes
         copied.__dict__.update(copy.deepcopy(own, memo))
-        copied._sliced = SlicedProducts(copied.model)
         copied._routes = [route.of_copy(copy.deepcopy(route.config, memo)) for route in routes]
         return copied
 
@@ -218,7 +215,7 @@ class Attachment:
         tokens = next((given[name] for name in _TOKENS if given.get(name) is not None), None)
         if tokens is None or tokens.shape[0] * tokens.shape[1] <= TOKENS:
             return forward(*args, **kwargs)
-        with self._sliced.reading():
+        with reading(self.model):
             return forward(*args, **kwargs)
 
     @property

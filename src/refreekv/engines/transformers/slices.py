@@ -7,7 +7,7 @@ with whole matrices are read with these: see `fitting`.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,68 +23,53 @@ HIGH_BANDWIDTH = (9, 10)
 TOKENS, TOKENS_ELSEWHERE = 64, 512
 
 
-class SlicedProducts:
-    """The layers of a model that read prompts in slices.
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """Within, products with many tokens unpack a slice at a time; others are the library's.
 
-    They are looked for when the first prompt comes. A layer that is put in later computes as it does.
+    Only instances are changed, and for the length of a call: threads that run the model meanwhile get the same
+    numbers, up to rounding.
     """
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Within, products with many tokens unpack a slice at a time; others are the library's.
-
-        Only instances are changed, and for the length of a call: threads that run the model meanwhile get the same
-        numbers, up to rounding.
-        """
-        if self._forwards is None:
-            self._forwards = {module: _forward_of(module) for module in self._model.modules() if is_known(module)}
-        swapped = [module for module in self._forwards if "forward" not in module.__dict__]  # else somebody else's
-        try:
-            for module in swapped:
-                module.__dict__["forward"] = self._forwards[module]
-            yield
-        finally:
-            for module in swapped:
-                module.__dict__.pop("forward", None)
+    forwards = {module: functools.partial(_forward, module) for module in model.modules() if _is_library_s(module)}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__.setdefault("forward", forward)
+        yield
+    finally:
+        for module, forward in forwards.items():
+            if module.__dict__.get("forward") is forward:  # else it is somebody else's by now
+                del module.__dict__["forward"]
 
 
 def is_known(module: Any) -> bool:
     """Whether a module is bitsandbytes' layer of 4 bits, computes by the library's code, and holds what we can read."""
+    return _is_library_s(module) and four_bits.held(module) is not None
+
+
+def _is_library_s(module: Any) -> bool:
     library = sys.modules.get("bitsandbytes")
     if library is None or not isinstance(module, library.nn.Linear4bit):
         return False
-    own = type(module).forward is library.nn.Linear4bit.forward and "forward" not in module.__dict__
-    return own and four_bits.held(module) is not None
+    return type(module).forward is library.nn.Linear4bit.forward and "forward" not in module.__dict__
 
 
-def _forward_of(linear: Any) -> Callable[[Tensor], Tensor]:
+def _forward(linear: Any, x: Tensor) -> Tensor:
     """The library's forward in slices, where these save anything."""
-    known: list[tuple[Any, Any, FourBits | None]] = [(None, None, None)]  # a weight, its state, and what they are
-
-    def forward(x: Tensor) -> Tensor:
-        weight = linear.weight
-        state = getattr(weight, "quant_state", None)
-        if known[0][0] is not weight or known[0][1] is not state:
-            known[0] = weight, state, four_bits.held(linear)
-        coded = known[0][2]
-        if coded is None or not _is_worth_it(linear, x, coded):
-            own: Tensor = type(linear).forward(linear, x)
-            return own
-        return product(linear, x, coded)
-
-    return forward
+    # What it holds is looked at each time: weights may have been moved or replaced.
+    coded = four_bits.held(linear) if _is_worth_it(linear, x) else None
+    if coded is None:
+        own: Tensor = type(linear).forward(linear, x)
+        return own
+    return product(linear, x, coded)
 
 
-def _is_worth_it(linear: Any, x: Tensor, coded: FourBits) -> bool:
+def _is_worth_it(linear: Any, x: Tensor) -> bool:
     """Whether the library would unpack more for this input than a slice is, and nobody wants gradients."""
-    count, size = coded.shape
+    count, size = linear.out_features, linear.in_features
     tokens = x.numel() // size
     return (
         x.is_cuda
+        and x.device == linear.weight.device
         and x.shape[-1] == size
         and tokens > _most_tokens(x.device)
         and count > slices.slice_rows(count, size, tokens)
