@@ -342,6 +342,15 @@ def test_of_an_embedding_in_blocks_only_rows_are_unpacked():
     assert fitting.unpacked(model) == before
 
 
+def test_an_embedding_of_4_bits_is_no_matrix_that_a_prompt_is_multiplied_with():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, embedding = build("llama", attention="sdpa"), bitsandbytes.nn.EmbeddingNF4(96, 64)
+    embedding.load_state_dict({"weight": torch.randn(96, 64)})
+    model.model.embed_tokens = embedding.to("cpu")
+    assert embedding.weight.quant_state is not None
+    assert fitting.unpacked(model) == ((), 0)
+
+
 @torch.no_grad()
 def test_what_is_held_by_now_need_not_be_found_again():
     model = build("llama", attention="sdpa", head_dim=64)

@@ -209,7 +209,8 @@ def unpacked(model: Any) -> tuple[tuple[tuple[int, int], ...], int]:
         elif is_known(module):
             matrices.add((module.out_features, module.in_features))
         elif getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            fixed = max(fixed, module.out_features * module.in_features)
+            # Nothing is multiplied with an embedding, which has no such sizes.
+            fixed = max(fixed, getattr(module, "out_features", 0) * getattr(module, "in_features", 0))
     return tuple(sorted(matrices)), fixed
 
 
