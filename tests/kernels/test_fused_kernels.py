@@ -48,3 +48,18 @@ def test_add_rms_norm(one_added, dtype, close, device):
     total, got = fused.add_rms_norm(x, more, weight, 1e-5, one_added)
     assert torch.equal(total, x + more)
     assert torch.equal(got, fused.rms_norm(x + more, weight, 1e-5, one_added))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "gated"])
+def test_numbers_of_a_row_may_lie_apart(name, dtype, device):
+    """As those of modules that compute with channels in front."""
+    x, more = (torch.randn(576, 3, device=device).to(dtype).T[:, None] for _ in range(2))  # [3, 1, 576]
+    weight = torch.randn(576, device=device).to(dtype)
+    call = {
+        "rms_norm": lambda x, _: (fused.rms_norm(x, weight, 1e-5, False),),
+        "add_rms_norm": lambda x, more: fused.add_rms_norm(x, more, weight, 1e-5, False),
+        "gated": lambda x, more: (fused.gated(x, more, False),),
+    }[name]
+    for left, right in ((x, more), (x, more.contiguous()), (x.contiguous(), more)):
+        for got, want in zip(call(left, right), call(x.contiguous(), more.contiguous()), strict=True):
+            assert torch.equal(got, want)

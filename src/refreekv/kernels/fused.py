@@ -95,9 +95,15 @@ def _rotary_kernel(
     tl.store(target + HALF + d, (high * cos_high.to(tl.float32) + low * sin_high.to(tl.float32)).to(kind), real)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``[..., n]`` as ``[rows, n]``, the numbers of a row one after the other."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_added: bool) -> Tensor:
     """``x / rms(x)``, times ``weight`` or, in float32, times ``1 + weight``; over the last dimension of any ``x``."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _rows(x)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
     block = triton.next_power_of_2(flat.shape[1])
     _rms_norm_kernel[(flat.shape[0],)](
@@ -110,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_added: bool) -> Tensor:
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, one_added: bool) -> tuple[Tensor, Tensor]:
     """``x + more``, and `rms_norm` of it."""
-    flat, others = x.reshape(-1, x.shape[-1]), more.reshape(-1, x.shape[-1])
+    flat, others = _rows(x), _rows(more)
     total, out = (torch.empty_like(flat, memory_format=torch.contiguous_format) for _ in range(2))
     block = triton.next_power_of_2(flat.shape[1])
     _add_rms_norm_kernel[(flat.shape[0],)](
@@ -124,7 +130,7 @@ def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float, one_added:
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """``silu(gate) * up``, or with the tanh form of GELU."""
     size = gate.shape[-1]
-    gates, ups = gate.reshape(-1, size), up.reshape(-1, size)
+    gates, ups = _rows(gate), _rows(up)
     out = torch.empty_like(gates, memory_format=torch.contiguous_format)
     block = 1024
     _gated_kernel[(triton.cdiv(size, block), gates.shape[0])](
