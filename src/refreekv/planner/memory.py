@@ -49,9 +49,8 @@ class Scenario:
     prompt_number: KVDtype | None = None
     narrower: tuple[KVDtype, ...] = ()  # formats that are tried one after the other where it does not fit in that
     queries: Callable[[int], int] = lambda _: 0  # prompt tokens to the queries that a layer holds until their end
-    may_slice: bool = (
-        False  # whether matrices of 4 bits may be unpacked some rows at a time where whole ones do not fit
-    )
+    # whether matrices of 4 bits may be unpacked some rows at a time where whole ones do not fit
+    may_slice: bool = False
 
 
 @dataclass(frozen=True)

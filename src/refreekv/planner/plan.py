@@ -56,9 +56,8 @@ class Row:
     # a step at least: all that it reads, of the GPU's memory and over the bus beside it; None: nobody said how fast
     step_seconds: float | None = None
     read: str = "bf16"  # how the prompt is held until its end
-    sliced: bool = (
-        False  # whether matrices of 4 bits are unpacked some rows at a time while it is read, as memory is short
-    )
+    # whether matrices of 4 bits are unpacked some rows at a time while it is read, as memory is short
+    sliced: bool = False
 
 
 @dataclass(frozen=True)

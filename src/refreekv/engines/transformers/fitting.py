@@ -175,10 +175,8 @@ def manner_for(model: Any, cache: PrunedCache, rows: int, length: int, free: int
     for way in reader.ways:
         if rows * min(full, kept + 2 * widest) + way.behind(rows * new, itemsize) <= free:
             return Manner(sliced=way.is_sliced)
-    least, ways = (
-        Manner(CHUNKS[-1], sliced=bool(reader.matrices)),
-        [(chunk, way) for chunk in CHUNKS for way in reader.ways],
-    )
+    least = Manner(CHUNKS[-1], sliced=bool(reader.matrices))
+    ways = [(chunk, way) for chunk in CHUNKS for way in reader.ways]
     wanted = cache.state.prompt_dtype
     if wanted is None:
         for chunk, way in ways:
