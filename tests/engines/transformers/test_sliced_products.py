@@ -279,7 +279,9 @@ def test_copies_of_an_attachment_have_their_own_layers(counted):
     assert isinstance(copied.__dict__["_refreekv_attachment"], Attachment)
 
 
-@pytest.mark.parametrize("what", ["few tokens", "one slice", "autocast", "gradients", "compute type", "cpu", "another device", "all"])
+@pytest.mark.parametrize(
+    "what", ["few tokens", "one slice", "autocast", "gradients", "compute type", "cpu", "another device", "all"]
+)
 def test_where_slices_save_nothing_the_library_computes(what, monkeypatch):
     monkeypatch.setattr(slices, "_most_tokens", lambda device: 64)
     linear = layer(4096, 256)
