@@ -288,12 +288,15 @@ def _rotary(module: nn.Module) -> Forwards:
     *decorators, own = _undecorated(type(module).forward)
     original = own.__globals__[ROTARY]
 
-    def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        plain = not rest and not named and query.shape[2] == 1 and query.stride(-1) == key.stride(-1) == 1
+    def rotary(*given: Any, **named: Any) -> Any:
+        if len(given) != 4 or named or not all(isinstance(part, Tensor) for part in given):
+            return original(*given, **named)  # what a model asks for with other arguments is its own affair
+        query, key, cos, sin = given
+        plain = query.shape[2] == 1 and query.stride(-1) == key.stride(-1) == 1
         plain = plain and query.dtype == key.dtype == cos.dtype == sin.dtype
         if plain and cos.dim() == 3 and cos.shape[-1] == query.shape[-1] == key.shape[-1]:
             return kernels.rotary(query, key, cos.contiguous(), sin.contiguous())
-        return original(query, key, cos, sin, *rest, **named)
+        return original(query, key, cos, sin)
 
     copied = _copy(own, own.__closure__, {**own.__globals__, ROTARY: rotary})
     inner = own

@@ -1,4 +1,4 @@
-"""Layers whose residual sums are one kernel with the norm behind them, in models that are not quite what they seem."""
+"""Fused kernels in models that are not quite what they seem: residual sums with the norms behind them, rotation."""
 
 import functools
 
@@ -107,3 +107,24 @@ def test_a_layer_that_runs_attention_twice_keeps_its_code(llama, monkeypatch):
 
     monkeypatch.setattr(kind, "forward", twice)
     judged(llama, whole=False)
+
+
+def apply_rotary_pos_emb(q, k=None, cos=None, sin=None):
+    """As Qwen4's: of queries alone, too."""
+    cos, sin = cos[:, None], sin[:, None]
+    turned = [x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (q, k) if x is not None]
+    return turned[0] if k is None else tuple(turned)
+
+
+class Attention(nn.Module):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, cos=cos, sin=sin), *apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def test_a_rotation_that_is_called_in_another_way_is_the_model_s():
+    module, like = Attention(), torch.zeros(1, device=WHERE)
+    assert fusion._rotary_is_standard(module, like)
+    q, k, angle = (torch.randn(*shape, device=WHERE) for shape in ((2, 4, 1, 32), (2, 2, 1, 32), (2, 1, 32)))
+    want = module(q, k, angle.cos(), angle.sin())
+    for got, part in zip(fusion._rotary(module)[module](q, k, angle.cos(), angle.sin()), want, strict=True):
+        torch.testing.assert_close(got, part, atol=1e-5, rtol=1e-5)
