@@ -56,7 +56,7 @@ about it. Full caches were searched for, to within 1 %; the other lengths were c
 is below the limit. A peak is the most that tensors and the driver held at a time; with ≤ it is the most that tensors
 held, and added to it what the driver held at the end, by when that had grown by up to .08 GB. Beside it stands `plan`'s
 forecast for that length, of the time of the run. Llama-3-8B's rows in NF4 were read with matrices in slices of 32 MiB
-(an earlier state of them), as `generate` does by itself where whole ones do not fit, the others with whole matrices; 22,336
+(an earlier form), as `generate` does by itself where whole ones do not fit, the others with whole matrices; 22,336
 tokens of Qwen2.5-32B were out of memory in slices, too. The H200's host ran three other processes, which the full
 cache's tokens show, as they are not captured. [lab/performance.md](../lab/performance.md) has what slices cost in time:
 """
