@@ -13,8 +13,10 @@ from refreekv import ReFreeKVCache
 from refreekv.cli.running import store_of
 from refreekv.core.footprint import LayerKV, Reader, chunked_bytes
 from refreekv.core.quantisation import FLUSH, KVDtype
+from refreekv.engines.transformers import ragged_attention
 from refreekv.engines.transformers.host_tier import MARGIN, HostTier, parse_host_memory, spread
 from refreekv.storage.hosted import HostArena
+from refreekv.storage.leveled import LeveledKV
 
 LADDER = "k4v2+k6v4+int8:recent=4"
 READER = Reader(activation=64)
@@ -84,6 +86,27 @@ def test_chunks_give_what_they_give_without(llama, case, copies):
                 logits, kept = feed(llama, one, piece, kept)
         more.append(logits)
     assert torch.equal(*more)
+
+
+def test_a_short_turn_reads_what_is_in_host_memory_once(llama, monkeypatch):
+    """Each of its tokens would have all of that come over the bus."""
+    monkeypatch.setattr(ragged_attention, "reads_many", lambda device: True)
+    rows = []
+    attend_each = LeveledKV.attend_each
+    monkeypatch.setattr(LeveledKV, "attend_each", lambda own, *given: rows.append(own) or attend_each(own, *given))
+    found = []
+    for cache in pair(llama, kv_dtype=LADDER):
+        ids, mask = prompts((150,), seed=3)
+        feed(llama, cache, ids, mask)
+        cache.state.finish()
+        if cache.state.host is not None:
+            for layer in cache.pruned_layers:
+                layer.ragged.move_to_host()
+        rows.clear()
+        turn = prompts((7,), seed=8)[0]
+        found.append(feed(llama, cache, turn, torch.ones_like(mask))[0])
+        assert len(rows) == (0 if cache.state.host is not None else LAYERS)
+    torch.testing.assert_close(*found, rtol=0, atol=2e-4)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def ragged_attention(
     """Attend over a ragged layer with a function made for rectangular keys and values.
 
     A token that decodes from an arena goes through one kernel instead, whatever the lengths, and so do the few of a
-    turn of one row on a GPU.
+    turn of one row on a GPU that holds all of it: what is in host memory would come over the bus for each of them.
     Otherwise rows of one length are views of the flat storage and go through in one call, others
     one by one. Only where the KV heads of a row hold different numbers of entries are its
     keys and values copied, padded to the longest head, for the length of the call.
@@ -67,7 +67,7 @@ def ragged_attention(
         mask = None
     if storage.tables and _kernel_can(layer, query, mask, kwargs):
         return storage.attend(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-    if storage.tables and _kernel_can_each(query, mask, kwargs):
+    if storage.tables and not storage.in_host_memory and _kernel_can_each(query, mask, kwargs):
         return storage.attend_each(query, kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     return _by_row(layer, storage, attention, module, query, mask, adds=adds, flash=flash, **kwargs)
 
