@@ -149,6 +149,43 @@ def test_what_waits_is_as_generated_tokens_are():
     assert torch.equal(kept.values, held.values)
 
 
+def test_what_waited_is_looked_at_then():
+    """As an answer is: what nobody was asked about is not what an earlier prompt's end kept."""
+    model = build("llama", attention="sdpa", head_dim=16)
+    turn, later = prompts((38,), seed=1)[0], prompts((60,), seed=2)[0]
+    found = []
+    for said in ("turn", "answer"):
+        cache = cache_of(model, "codes")
+        feed(model, cache, prompts((LENGTH,))[0])
+        kept = [layer.ragged.lengths for layer in cache.pruned_layers]
+        if said == "turn":
+            feed(model, cache, turn)
+        else:
+            with torch.no_grad(), cache.decoding():
+                model(turn, past_key_values=cache)
+        feed(model, cache, later)
+        found.append([layer.ragged.lengths for layer in cache.pruned_layers])
+        assert decided(cache) <= {LENGTH, LENGTH + 98}
+    assert found[0] == found[1]
+    # Something goes.
+    assert found[0] != [[tuple(n + 98 for n in row) for row in own] for own in kept]
+
+
+def test_it_waits_again_after_a_turn_of_which_all_stayed():
+    """What is asked about is what came since: also where nothing had to be moved for the answer."""
+    model = build("llama", attention="sdpa", head_dim=16)
+    cache = cache_of(model, "codes")
+    feed(model, cache, prompts((LENGTH,))[0])
+    for layer in cache.pruned_layers:
+        layer._in_place = lambda chosen, after: True
+    feed(model, cache, prompts((60,), seed=1)[0])
+    asked = []
+    for layer in cache.pruned_layers:
+        layer._prune = lambda *given: asked.append(given)
+    feed(model, cache, prompts((10,), seed=2)[0])
+    assert not asked
+
+
 @pytest.mark.parametrize("settings", [{"keep_evicted": "host"}, {"decode_interval": 64}], ids=["keeping", "interval"])
 def test_it_does_not_wait_where_turns_need_an_end(settings):
     """Where all comes back it has to be evicted again; where answers are pruned, what counts them ends with a turn."""

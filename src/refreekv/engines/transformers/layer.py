@@ -93,7 +93,7 @@ class ReFreeKVLayer(RememberingLayer):
                 self._queries = HeldQueries()
             else:
                 self._prune(call, after)
-            self._earlier_length = self._length - after
+                self._earlier_length = self._length - after
         elif self.state.continues(self._length):
             self._padding = self._padding.with_chunk(call, before, self._length)
             if not self.state.policy.freezes(self.ordinal):
@@ -117,7 +117,7 @@ class ReFreeKVLayer(RememberingLayer):
             return False
         if isinstance(state.policy, JointPolicy) or (state.past is not None and not state.past.lost):
             return False
-        settled = self._pruned_length
+        settled = self._earlier_length
         return state.policy.waits(self._length - after - settled, settled)
 
     @torch.no_grad()

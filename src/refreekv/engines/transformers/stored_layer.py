@@ -66,7 +66,8 @@ class StoredLayer(DynamicLayer):
         self.holds_hidden = False
         self._length = 0
         self._pruned_length = 0
-        # Logical length at the end of the last prompt: what is left of it there may be asked to stay.
+        # Logical length at the end of the last prompt that the policy was asked about: what is left of it may be asked
+        # to stay.
         self._earlier_length = 0
         self._padding = Padding()
         self._queries = HeldQueries()
@@ -283,7 +284,7 @@ class StoredLayer(DynamicLayer):
 
     @property
     def marks(self) -> dict[str, int]:
-        """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt."""
+        """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt that was judged."""
         return {"length": self._length, "pruned": self._pruned_length, "settled": self._earlier_length}
 
     @property
