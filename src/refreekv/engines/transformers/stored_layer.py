@@ -284,7 +284,7 @@ class StoredLayer(DynamicLayer):
 
     @property
     def marks(self) -> dict[str, int]:
-        """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt that was judged."""
+        """Logical lengths: now, at the last pruning that moved entries, and at the end of the last prompt judged."""
         return {"length": self._length, "pruned": self._pruned_length, "settled": self._earlier_length}
 
     @property
