@@ -110,6 +110,23 @@ def test_a_short_turn_reads_what_is_in_host_memory_once(llama, monkeypatch):
 
 
 @torch.no_grad()
+def test_nothing_is_left_of_a_turn_that_nobody_looked_at(llama):
+    """Its chunks lay in host memory, and stayed there until the next turn."""
+    cache = pair(llama, "adaptive", kv_dtype="k4v2+k4v4", min_length=16)[1]
+    ids, turn = prompts((1700,), seed=1)[0], prompts((100,), seed=2)[0]
+    with cache.prompt_until(1700):
+        llama(ids, past_key_values=cache)
+    hosts = []
+    with cache.prompt_until(1800):
+        for piece in turn.split(50, 1):
+            llama(piece, past_key_values=cache)
+            hosts.append(cache.state.host._prompts)
+    assert all(layer._earlier_length == 1700 for layer in cache.pruned_layers)
+    assert hosts[0] is not None
+    assert hosts[1] is None
+
+
+@torch.no_grad()
 def test_a_prompt_lies_in_host_memory_while_it_is_read(llama):
     ids = prompts((200,), seed=1)[0]
     sizes = []

@@ -1,11 +1,13 @@
 """Turns of few tokens: each reads what is stored by itself, and `adaptive` looks at them once enough has come."""
 
+import gc
+
 import pytest
 import torch
 
 from helpers.counting import counting
 from helpers.models import build, prompts
-from refreekv import ReFreeKVCache
+from refreekv import ReFreeKVCache, compress
 from refreekv.engines.transformers import ragged_attention
 from refreekv.policies.adaptive import WAITS_FOR
 from refreekv.policies.registry import parse
@@ -169,6 +171,17 @@ def test_what_waited_is_looked_at_then():
     assert found[0] == found[1]
     # Something goes.
     assert found[0] != [[tuple(n + 98 for n in row) for row in own] for own in kept]
+
+
+def test_who_made_the_cache_is_told_of_a_turn_that_waits():
+    model = build("llama", attention="sdpa", head_dim=16)
+    with compress(model, "adaptive", **EVICTING) as session, torch.no_grad():
+        cache = model(prompts((LENGTH,))[0], use_cache=True).past_key_values
+        model(prompts((10,), seed=1)[0], past_key_values=cache)
+        assert {layer._earlier_length for layer in cache.pruned_layers} == {LENGTH}
+        del cache
+        gc.collect()
+        assert session.report.tokens == LENGTH + 10
 
 
 def test_it_waits_again_after_a_turn_of_which_all_stayed():

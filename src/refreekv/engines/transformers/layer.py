@@ -90,7 +90,7 @@ class ReFreeKVLayer(RememberingLayer):
         if after is not None:
             self._padding = self._padding.with_chunk(call, before, self._length - after).at_end()
             if self._waits(call, after):
-                self._queries = HeldQueries()
+                self._queries, self.state.changed = HeldQueries(), True
             else:
                 self._prune(call, after)
                 self._earlier_length = self._length - after

@@ -74,7 +74,7 @@ class PromptState:
     sliced : bool
         Whether weights of 4 bits are unpacked some rows at a time while prompts are read, as memory is short.
     changed : bool
-        Whether a layer was pruned since `take_changed` was last asked.
+        Whether a layer came to a prompt's end, or was pruned, since `take_changed` was last asked.
     joint : JointPruning
         Layers that wait for the last one, under a policy that decides about all together.
     generating : bool
@@ -213,7 +213,7 @@ class PromptState:
             self.host.clear()
 
     def take_changed(self) -> bool:
-        """Whether a layer was pruned since this was last asked."""
+        """Whether a layer came to a prompt's end, or was pruned, since this was last asked."""
         changed, self.changed = self.changed, False
         return changed
 
