@@ -13,6 +13,7 @@ from helpers.conversations import Talk, full, turns_of
 from helpers.driving import POLICIES, Uneven
 from helpers.models import build, full_layers
 from refreekv import HostStore, KVDtype, ReFreeKVCache
+from refreekv.core.quantisation import centre_of
 from refreekv.storage import host
 from refreekv.storage import past as past_module
 
@@ -423,3 +424,23 @@ def test_where_nothing_can_be_evicted_nothing_is_kept():
         ReFreeKVCache(model_of(), "full", kv_dtype=KVDtype("int8"), keep_evicted="host").report.remembered is not None
     )
     assert talk.cache.report.remembered is not None
+
+
+@pytest.mark.parametrize(("lengths", "anew"), [((150, 600), True), ((600, 150), False)])
+def test_means_of_a_short_beginning_are_not_those_of_what_follows(lengths, anew):
+    """Coded in few bits by these, entries lost up to a fifth more."""
+    model, held = model_of(), []
+    turns = [torch.randint(first, first + 15, (1, n)) for first, n in zip((5, 80), lengths, strict=True)]
+    for policy, settings in (("snapkv:ratio=0.9", {"kv_dtype": "int4", "keep_evicted": "host"}), ("full", {})):
+        cache = ReFreeKVCache(model, policy, **settings)
+        cache.state.arena = True
+        with torch.no_grad():
+            for turn in turns:
+                model(turn, past_key_values=cache)
+        cache.state.finish()
+        held.append(cache.pruned_layers[0].ragged)
+    keys = torch.stack([own for own, _ in held[1].rows()])
+    first, both = (centre_of(part) for part in (keys[:, :, : lengths[0]], keys))
+    found = held[0].coding.maps.key_mean
+    assert (first - both).abs().max() > 0.1  # they differ
+    torch.testing.assert_close(found, both if anew else first, rtol=0, atol=0.03)

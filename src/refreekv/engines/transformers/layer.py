@@ -143,7 +143,7 @@ class ReFreeKVLayer(RememberingLayer):
         codes, maps = self.state.codes_of(self.ordinal), None
         if self._read is not None:
             maps = self._read.maps
-        elif codes_prompt and self._whole is not None and self._whole.comes_back_by(codes):
+        elif codes_prompt and self._whole is not None and self._whole.means_serve(codes, parts[0].keys.shape[2]):
             maps = self._whole.prompt.maps  # those of the conversation, whose means are not taken again in each turn
         elif codes_prompt:
             kind = torch.promote_types(parts[0].keys.dtype, parts[0].values.dtype)

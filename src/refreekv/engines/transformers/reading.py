@@ -27,6 +27,8 @@ class Reading:
         The prompt's chunks.
     comes_back : bool
         Whether its first ones are a conversation's earlier turns, which are kept elsewhere, too.
+    returned : int
+        How many of these were coded when they came back.
     is_whole : bool
         Whether its last one is held with the others, not coded yet.
     """
@@ -44,6 +46,7 @@ class Reading:
         self.start, self.earlier = start, earlier
         self.prompt = UnfinishedKV(number, like, end - start, sinks=start == 0, codes=codes, host=host)
         self.comes_back = self.is_whole = False
+        self.returned = 0
         self._chunk: Pair | None = None
 
     @classmethod
@@ -52,6 +55,7 @@ class Reading:
         reading = cls.__new__(cls)
         reading.start, reading.earlier, reading.prompt = 0, None, prompt
         reading.comes_back, reading.is_whole, reading._chunk = True, False, None
+        reading.returned = prompt.coded
         return reading
 
     @staticmethod
@@ -99,9 +103,12 @@ class Reading:
             return keys, values
         return self.prompt.dense(self._chunk, self.earlier)
 
-    def comes_back_by(self, codes: KeyCodes | None) -> bool:
-        """Whether earlier turns came back, coded with these codes for keys."""
-        return self.comes_back and self.prompt.coded > 0 and self.prompt.codes is codes
+    def means_serve(self, codes: KeyCodes | None, length: int) -> bool:
+        """Whether means of earlier turns, which came back coded with these codes for keys, serve for ``length``.
+
+        Not where more is new than came back: what was said first may be short, and unlike what follows.
+        """
+        return self.prompt.coded > 0 and 2 * self.returned >= length and self.prompt.codes is codes
 
     def put_away(self, real: Tensor | None, *, code: bool = True) -> KVStorage | None:
         """Take the chunk in after its attention; what the layer holds beside the prompt, if that is a storage.
