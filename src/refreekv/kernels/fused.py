@@ -13,13 +13,7 @@ from refreekv.kernels import pdl
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x, weight, out, size, eps, stride, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    pdl.in_turn(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK)
-    values = tl.load(x + row * stride + n, n < size, 0.0).to(tl.float32)
+def _store_normed(values, weight, out, n, size, eps, ONE_ADDED: tl.constexpr):
     scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
     w = tl.load(weight + n, n < size, 0.0)
     if ONE_ADDED:
@@ -27,7 +21,18 @@ def _rms_norm_kernel(
     else:
         # Rounded before the weight, as models do that multiply in their own precision.
         result = (values * scale).to(out.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
-    tl.store(out + row * size + n, result.to(out.dtype.element_ty), n < size)
+    tl.store(out + n, result.to(out.dtype.element_ty), n < size)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, weight, out, size, eps, stride, ONE_ADDED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    pdl.in_turn(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    values = tl.load(x + row * stride + n, n < size, 0.0).to(tl.float32)
+    _store_normed(values, weight, out + row * size, n, size, eps, ONE_ADDED)
 
 
 @triton.jit
@@ -43,14 +48,7 @@ def _add_rms_norm_kernel(
     # Rounded first, as what is added up is normalised.
     values = values.to(out.dtype.element_ty)
     tl.store(total + row * size + n, values, n < size)
-    values = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
-    w = tl.load(weight + n, n < size, 0.0)
-    if ONE_ADDED:
-        result = values * scale * (1.0 + w.to(tl.float32))
-    else:
-        result = (values * scale).to(out.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
-    tl.store(out + row * size + n, result.to(out.dtype.element_ty), n < size)
+    _store_normed(values.to(tl.float32), weight, out + row * size, n, size, eps, ONE_ADDED)
 
 
 @triton.jit
