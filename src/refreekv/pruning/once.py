@@ -1,5 +1,6 @@
 """What the layers of a turn have in common, computed once: numbers of queries, which are the same in all of them."""
 
+import operator
 from collections import deque
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -26,7 +27,7 @@ class Once:
         assert given[0] is not None
         key = key, stream_of(given[0].device)
         for known, other, found in tuple(self._known):
-            if other == key and len(known) == len(given) and all(map(_same, known, given)):
+            if other == key and len(known) == len(given) and all(map(operator.is_, known, given)):
                 return found  # type: ignore[return-value]
         with torch.inference_mode(False), torch.no_grad():
             made = compute()
@@ -36,7 +37,3 @@ class Once:
     def cache_clear(self) -> None:
         """Let go of all of them."""
         self._known.clear()
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other
