@@ -12,10 +12,9 @@ import triton
 from compiling import LIMITS, Driver
 from triton.runtime.jit import JITFunction
 
-from refreekv import kernels
 from refreekv.core.quantisation import Ladder
 from refreekv.engines.vllm.gpu import trial
-from refreekv.kernels import paged_reference, shared_memory
+from refreekv.kernels import dispatch, paged_reference, shared_memory
 from refreekv.kernels.paged import Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_coding import Later
 from refreekv.kernels.paged_levels import launch_paged_levels
@@ -50,7 +49,7 @@ def main():
     run = JITFunction.run
     JITFunction.run = lambda kernel, *args, warmup, **options: run(kernel, *args, warmup=True, **options)
     JITFunction._do_compile = note
-    kernels._at_once = lambda tensor: True
+    dispatch.at_once = lambda tensor: True
     shared_memory.bytes_of = lambda device: LIMITS[90]
     triton.runtime.driver.set_active(Driver(90))
     trial.paged_attention, paged_reference.spread = attend, launch_spread

@@ -11,10 +11,9 @@ import triton
 from compiling import LIMITS, Driver
 from triton.runtime.jit import JITFunction
 
-from refreekv import kernels
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.core.reductions import Probes
-from refreekv.kernels import packed_ops, shared_memory
+from refreekv.kernels import dispatch, packed_ops, shared_memory
 from refreekv.kernels.needs import launch_kept_first
 from refreekv.kernels.packed_calls import PackedKV
 from refreekv.kernels.packed_launch import launch_packed_attention
@@ -92,7 +91,7 @@ def main():
     run = JITFunction.run
     JITFunction.run = lambda kernel, *args, warmup, **options: run(kernel, *args, warmup=True, **options)
     JITFunction._do_compile = note
-    kernels._at_once = lambda tensor: True
+    dispatch.at_once = lambda tensor: True
     packed_ops.packed_attention = attend
     shared_memory.bytes_of = lambda device: LIMITS[90]
     warm_up.available_cores = lambda: 4

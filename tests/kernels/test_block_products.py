@@ -5,7 +5,7 @@ import torch
 
 from refreekv import kernels
 from refreekv.core.weight_blocks import FORMATS, BlockForm, WeightBlocks, unpacked
-from refreekv.kernels import block_products
+from refreekv.kernels import block_products, weight_blocks
 
 
 def random_blocks(form, count, size, device="cpu"):
@@ -45,7 +45,7 @@ def test_unpacking(form, dtype, device):
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 40), (3, 5, 7)], ids=str)
 def test_the_front_takes_any_number_of_rows(shape, monkeypatch, device):
-    monkeypatch.setattr(kernels, "UNPACKED", 3000)  # a few rows of the matrix at a time
+    monkeypatch.setattr(weight_blocks, "UNPACKED", 3000)  # a few rows of the matrix at a time
     blocks = random_blocks(BlockForm(4, 32, 8, False), 50, 256, device)
     x, bias = torch.randn(*shape, 256, device=device), torch.randn(50, device=device)
     want = torch.nn.functional.linear(x, unpacked(blocks, torch.float32), bias)

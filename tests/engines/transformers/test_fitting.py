@@ -13,7 +13,7 @@ import refreekv
 from helpers.driving import greedy
 from helpers.models import build, prompts
 from helpers.planning import LLAMA
-from refreekv import KVDtype, ReFreeKVCache, kernels, policies
+from refreekv import KVDtype, ReFreeKVCache, policies
 from refreekv.core.footprint import Reader, chunked_bytes
 from refreekv.core.quantisation import PROMPT_DTYPES
 from refreekv.engines.transformers import fitting
@@ -21,6 +21,7 @@ from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.fitting import Manner
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.packed_weights import PackedEmbedding, PackedLinear
+from refreekv.kernels import weight_blocks
 
 CHUNK = 40
 NUMBER = KVDtype("int8", recent=4)
@@ -293,7 +294,7 @@ def test_matrices_that_are_unpacked_count(form, found, monkeypatch):
         pytest.importorskip("bitsandbytes")
     model = random_models.build(random_models.SHAPES["tiny"], form, torch.device("cpu"))
     assert fitting.unpacked(model) == found
-    monkeypatch.setattr(kernels, "UNPACKED", 1000)
+    monkeypatch.setattr(weight_blocks, "UNPACKED", 1000)
     assert fitting.unpacked(model) == (found[0], 15 * 64 if form == "int4-blocks" else 0)
     if form == "int4-nf4":  # somebody else's function: who knows what it takes
         layer = model.model.layers[0].mlp.down_proj
