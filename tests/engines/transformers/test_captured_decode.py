@@ -255,7 +255,7 @@ def test_memory_of_a_step_that_fails_waits_for_what_was_launched(monkeypatch):
     monkeypatch.setattr(graph, "fused", lambda model, rows: contextlib.nullcontext())
     monkeypatch.setattr(graph.Step, "_warm_up", broken)
     step = object.__new__(graph.Step)
-    step.model, step.ids = None, torch.zeros(1, 1, dtype=torch.long)
+    step.model, step.ids, step.autocast = None, torch.zeros(1, 1, dtype=torch.long), None
     with pytest.raises(RuntimeError, match="synchronizing"):
         step._capture()
     assert happened == ["capture waits for current", "kernels launched", "current waits for capture"]

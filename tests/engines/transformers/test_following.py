@@ -20,7 +20,7 @@ from helpers.driving import POLICIES, PRUNING, generate, state_of
 from helpers.models import build, prompts
 from helpers.tiny import tiny
 from refreekv import ReFreeKVCache
-from refreekv.engines.transformers import graph
+from refreekv.engines.transformers import decoder
 
 WINDOW = {"policy": "streaming-llm", "size": 20}
 CHUNKS = {"prefill_chunk_size": 13}
@@ -433,6 +433,6 @@ def test_which_hooks_are_left_by_transformers(model, ids):
     with torch.no_grad():
         model(ids, output_hidden_states=True)
     layer = model.model.layers[0]
-    assert not graph._hooks(layer)
+    assert not decoder._hooks(layer)
     layer.register_forward_hook(print)
-    assert graph._hooks(layer) == [print]
+    assert decoder._hooks(layer) == [print]

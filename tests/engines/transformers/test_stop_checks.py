@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 import refreekv
 from helpers.driving import RAGGED
 from helpers.models import build, prompts
-from refreekv.engines.transformers import graph, stop_checks
+from refreekv.engines.transformers import decoder, graph, stop_checks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(utils, "DeferredStopCheck"), reason="this transformers cannot read stop checks late"
@@ -39,13 +39,13 @@ def deferring(monkeypatch):
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(stop_checks, "DEVICES", {"cpu"})
     answers = []
-    asked = graph.Decoder.may_capture
+    asked = decoder.Decoder.may_capture
 
     def noted(self, cache):
         answers.append(asked(self, cache))
         return answers[-1]
 
-    monkeypatch.setattr(graph.Decoder, "may_capture", noted)
+    monkeypatch.setattr(decoder.Decoder, "may_capture", noted)
     return answers
 
 

@@ -17,8 +17,8 @@ from refreekv.engines.calibration import Calibration
 from refreekv.engines.transformers import identity, sessions
 from refreekv.engines.transformers.attachment import Attachment
 from refreekv.engines.transformers.cache import PrunedCache
+from refreekv.engines.transformers.decoder import DecodeMode, check_mode
 from refreekv.engines.transformers.finding import decoder_of
-from refreekv.engines.transformers.graph import DecodeMode, check_mode
 from refreekv.engines.transformers.read_again import Recheck
 from refreekv.engines.transformers.reading import parse_prompt_dtype
 from refreekv.engines.transformers.saving import Saved

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from refreekv.engines.transformers import following, sessions
 from refreekv.engines.transformers.cache import PrunedCache
 from refreekv.engines.transformers.constants import give_constants, measure_again, settle
+from refreekv.engines.transformers.decoder import Decoder
 from refreekv.engines.transformers.finding import COMPILED, check_can_prune
-from refreekv.engines.transformers.graph import Decoder
 from refreekv.engines.transformers.naming import arguments, cache_given, name_among, with_argument
 from refreekv.engines.transformers.prompt import ATTACHMENT, OutdatedError
 from refreekv.engines.transformers.read_again import ReadingCache
