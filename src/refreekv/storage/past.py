@@ -205,12 +205,13 @@ class Past:
 
     def __init__(self, store: HostStore, layers: int, number: KVDtype | str | None = "auto"):
         self.store, self._count, self.number = store, layers, number
-        self.busy = False
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the conversation; another one can begin."""
         self.lost = ""
         self.restored: bool | None = None
+        self.busy = False
         self._layers: dict[int, PastLayer] = {}
         self._coming: dict[int, Returning] = {}
         # Of what is shared among layers of the turn under way, what came first: as it was kept, and as it is now.
@@ -422,13 +423,8 @@ class Past:
             "what a conversation evicted is not kept any more, and its next turns are read over what was kept on the "
             "device: %s", reason,
         )  # fmt: skip
-        self._clear()
-        self.lost, self.restored, self.busy = reason, False, False
-
-    def clear(self) -> None:
-        """Forget the conversation; another one can begin."""
-        self._clear()
-        self.busy = False
+        self.clear()
+        self.lost, self.restored = reason, False
 
     def crop(self, length: int) -> None:
         """Forget columns from ``length`` on."""

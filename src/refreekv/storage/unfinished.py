@@ -261,22 +261,19 @@ class UnfinishedKV:
                 if self._goes_on:
                     self._sinks = self._sinks[0].clone(), self._sinks[1].clone()
             return
-        if self._sinks is None:
-            with torch.inference_mode(False):
-                self._sinks = _empty_sinks(keys), _empty_sinks(values)
-                self._sink_columns = torch.full((len(real), SINKS), -1, device=real.device)
-        elif self._sink_columns is None:
-            # A later turn of a batch is the first with padding: sinks were the first columns until now.
-            firsts = self._sinks[0].shape[2]
-            with torch.inference_mode(False):
+        if self._sink_columns is None:
+            # Until a turn of a batch is the first with padding, sinks are the first columns, if any were coded.
+            known = (keys[:, :, :0], values[:, :, :0]) if self._sinks is None else self._sinks
+            firsts = known[0].shape[2]
+            with torch.inference_mode(False), torch.no_grad():
                 places = torch.arange(SINKS, device=real.device)
                 self._sink_columns = torch.where(places < firsts, places, -1).repeat(len(real), 1)
-                more = _empty_sinks(keys), _empty_sinks(values)
-            for part, own in zip(more, self._sinks, strict=True):
-                part[:, :, :firsts] = own
-            self._sinks = more
+                more = (0, 0, 0, SINKS - firsts)
+                self._sinks = (
+                    torch.nn.functional.pad(known[0].to(keys), more),
+                    torch.nn.functional.pad(known[1].to(values), more),
+                )
         assert self._sinks is not None
-        assert self._sink_columns is not None
         stop = self.coded + count
         rank = real[:, :stop].cumsum(1) * real[:, :stop]
         for place in range(SINKS):
@@ -493,7 +490,3 @@ def _starting_at(number: int, segments: int, device: torch.device, stream: int) 
     """The same number for each segment, not to be written to."""
     with torch.inference_mode(False):
         return torch.full((segments,), number, dtype=torch.int64, device=device)
-
-
-def _empty_sinks(like: Tensor) -> Tensor:
-    return torch.zeros(*like.shape[:2], SINKS, like.shape[3], dtype=like.dtype, device=like.device)
