@@ -1,6 +1,7 @@
 """On a GPU: greedy tokens equal those of transformers with the same evictions, in float32; no block is lost."""
 
 import random
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 pytest.importorskip("vllm.config", reason="needs vLLM: make test-vllm sets up an environment with it")
 
 import refreekv
-from helpers.vllm_engine import engine, tiny_model
+from helpers.vllm_engine import BLOCK, engine, tiny_model
 from refreekv.core.quantisation import RECENT, SINKS
 from refreekv.engines.vllm.config import PluginOptions
+from refreekv.engines.vllm.gpu.tracked import HostCopy
 from refreekv.engines.vllm.launch import on_cpu
 from refreekv.engines.vllm.scheduler_side.reserve import Reserve
+from refreekv.pruning.calls import Queries
 
 pytestmark = pytest.mark.skipif(on_cpu(), reason="needs a GPU and vLLM for it")
 
@@ -25,6 +28,8 @@ SHORTER, LONG = 3, 330
 LENGTHS = [64, 320, 704, 517, 1000, 40]
 ADAPTIVE = "adaptive:min_length=256,constant=0.1,hit=0.9,lost_mass=0.5"
 """Keeps about half of what the random models below read."""
+ANYWHERE = f"{ADAPTIVE},spread_factor=2"
+"""The same, where queries all over the prompt decide about a tenth: of which a prefix hit leaves the last ones."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FEATURES = {
     "eager": {},
@@ -80,6 +85,28 @@ def answers_of(folder, prompts, policy):
         best, next_best = logits.topk(2).values.T
         found.append((tokens, (best - next_best).tolist()))
     return found
+
+
+@contextmanager
+def probed_from(first):
+    """Policies are shown no query before this position."""
+    planned = Queries.planned
+
+    def rest(self, plan):
+        found = planned(self, plan)
+        at = found.columns[0] >= first
+        real, told = found.real, found.logsumexp
+        return Queries(
+            found.states[:, :, at],
+            found.columns[:, at],
+            None if real is None else real[:, at],
+            found.ordinals[:, at],
+            logsumexp=None if told is None else told[..., at],
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Queries, "planned", rest)
+        yield
 
 
 def generated(folder, prompts, policy, number, given=None):
@@ -173,11 +200,7 @@ def long_answers(folder, prompts):
         freed = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(SHORTER)]
         vllm.generate(prompts[:SHORTER], TOKENS)
         before = [vllm.reports[f"r{index}"]["blocks_freed"] for index in range(SHORTER)]
-    ahead = []
-    for places in said:
-        best = [sorted((one.logprob for one in place.values()), reverse=True)[:2] for place in places]
-        ahead.append([one - two for one, two in best])
-    return list(zip(tokens, ahead, strict=True)), freed, before
+    return list(zip(tokens, map(ahead_of, said), strict=True)), freed, before
 
 
 def test_coded_answers_give_blocks_back(long_answers):
@@ -208,6 +231,102 @@ def test_what_blocks_held_before_is_not_seen(folder, prompts):
         first.append([one[0] for one in tokens])
         assert torch.tensor(said).isfinite().all()
     assert first[0] == first[1]
+
+
+def conversations(first, answer):
+    """After a prompt and its answer, by name: prompts that begin alike, and the tokens of these in whole blocks."""
+    rng = random.Random(1)
+    other = [rng.randrange(3, 512) for _ in range(240)]
+    shared = 22 * BLOCK
+    return {
+        "branch": (first[:shared] + other, shared),
+        "next turn": ([*first, *answer, *other[:200]], len(first) // BLOCK * BLOCK),
+        "again": (first, len(first)),
+    }
+
+
+def ask_in_turn(vllm, first):
+    """By name, what is asked after a first prompt, how much of it was found, tokens, report and log-probabilities."""
+    (answer,) = vllm.generate([first], TOKENS)
+    assert vllm.cached == 0
+    found = {}
+    for name, (ids, alike) in conversations(first, answer).items():
+        before = vllm.cached
+        (tokens,) = vllm.generate([ids], TOKENS, logprobs=BEST)
+        found[name] = ids, alike, vllm.cached - before, tokens, vllm.reports["r0"], vllm.logprobs["r0"]
+    return found
+
+
+@pytest.mark.parametrize("feature", ["eager", "graphs", "chunks", "no-async"])
+def test_prefix_hits_of_adaptive(folder, prompts, feature):
+    """It decides by the queries that are computed, and the answer is transformers' with the same evictions."""
+    with engine(folder, ANYWHERE, skip_tokenizer_init=True, prefix_hits=None, **FEATURES[feature]) as vllm:
+        found = ask_in_turn(vllm, prompts[4])
+        window = vllm.state.policy.window
+    for name, (ids, alike, hit, tokens, report, _) in found.items():
+        # The window's queries are always computed.
+        assert hit == min(alike, len(ids) - window) // BLOCK * BLOCK > 0, name
+        with probed_from(hit):
+            agree([tokens], answers_of(folder, [ids], ANYWHERE))
+            few = share_kept(folder, ids, ANYWHERE, None)
+        every = share_kept(folder, ids, ANYWHERE, None)
+        print(f"{name}: {hit} of {len(ids)} found, kept {report['kept_share']:.4f}, {few:.4f}, {every:.4f} without")
+        assert every - few > 0.03, "the queries that are not there would have decided nothing"
+        assert report["kept_share"] == pytest.approx(few, abs=5e-3)
+        assert report["blocks_freed"] > 5
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize(("policy", "kv_dtype"), [(ANYWHERE, "auto"), ("full", "int4")])
+def test_prefix_hits_of_coded_entries(folder, prompts, policy, kv_dtype, eager):
+    """Blocks that were found hold entries as they were computed, whatever they were coded in since."""
+    options = {"kv_dtype": kv_dtype, "prefix_hits": None, "skip_tokenizer_init": True, "enforce_eager": eager}
+    with engine(folder, policy, **options) as vllm:
+        found = ask_in_turn(vllm, prompts[4])
+    for name, (ids, _, hit, tokens, report, said) in found.items():
+        with probed_from(hit):
+            ((_, coded),) = generated(folder, [ids], policy, kv_dtype, [tokens])
+            few = share_kept(folder, ids, policy, kv_dtype)
+        ((_, uncoded),) = generated(folder, [ids], policy, None, [tokens])
+        off, effect = distance(said, coded), distance(said, uncoded, coded)
+        print(f"{name} {policy} {kv_dtype}: {len(ids)} tokens, off by {off:.2g} where codes change {effect:.2g}")
+        assert hit > 0
+        # Codes of the model's own are measured by other prompts.
+        assert report["kept_share"] == pytest.approx(few, abs=2e-2)
+        # As in `test_coded_entries`.
+        assert off < 0.4 * effect, f"{name}: off by {off:.2g} where codes change {effect:.2g}"
+
+
+def test_prefix_hits_change_no_coded_answer(monkeypatch, folder, prompts):
+    # Codes begin in the same step: it is else that in which numbers happen to be there.
+    monkeypatch.setattr(HostCopy, "arrived", property(lambda self: self.wait() is not None))
+    found = []
+    for caching in (True, False):
+        options = {"kv_dtype": "int4", "enable_prefix_caching": caching, "prefix_hits": None, **FEATURES["no-async"]}
+        with engine(folder, "full", skip_tokenizer_init=True, **options) as vllm:
+            found.append(ask_in_turn(vllm, prompts[4]))
+    for name, (ids, alike, hit, tokens, report, _) in found[0].items():
+        same_ids, _, none, wanted, other, said = found[1][name]
+        assert hit == min(alike, len(ids) - 1) // BLOCK * BLOCK > none == 0, name
+        assert ids == same_ids, "the first answers differ already"
+        assert report == other
+        agree([tokens], [(wanted, ahead_of(said))])
+
+
+def ahead_of(said):
+    """By how much each token's log-probability was ahead of the next best one's."""
+    best = [sorted((one.logprob for one in place.values()), reverse=True)[:2] for place in said]
+    return [one - two for one, two in best]
+
+
+def share_kept(folder, ids, policy, number):
+    """Share of a prompt's entries that transformers keeps."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    with refreekv.compress(model, policy=PluginOptions(policy).build(), kv_dtype=number) as session:
+        model.generate(torch.tensor([ids], device="cuda"), max_new_tokens=1)
+        return session.report.budget
 
 
 def distance(said, logits, others=None):
