@@ -15,7 +15,9 @@ from when the first ones have ended until time is up:
     kept       share of the prompts' entries that stay, mean over requests
     bytes      the same of their bytes
     same       of real prompts, greedy tokens that are stock's own before the first that is not, mean of 48
-    score      of samples of --tasks, all asked at once: their own metric, or F1 of the words, mean
+    score      of samples of --tasks, all asked at once: their own metric, or F1 of the words, mean; a second table has
+               the families, and by how much all are above those of the first mode, sample by sample, with the 95 %
+               interval of a normal distribution
     ttft       milliseconds from a prompt of the longest length to its first token on an idle engine, median of five
 
 Prompts are random tokens with --shape, whose weights are random, too; with --model the texts of the JSONL files in
@@ -142,8 +144,10 @@ def real_prompts(tokenizer: Any, folder: Path, lengths: list[int]) -> list[list[
     return found
 
 
-def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[list[int]]], list[list[int]]]) -> float:
-    """Mean score of the tasks' samples, each by its own metric."""
+def task_scores(
+    options: argparse.Namespace, folder: str, answer: Callable[[list[list[int]]], list[list[int]]]
+) -> dict[str, list[float]]:
+    """Scores of the tasks' samples by family, each by its own metric."""
     from transformers import AutoTokenizer
 
     from refreekv.evaluation.data.encoding import encode
@@ -157,7 +161,25 @@ def task_score(options: argparse.Namespace, folder: str, answer: Callable[[list[
     encoded = [encode(tokenizer, sample) for sample in samples]
     told = answer([one.context + one.question for one in encoded])
     texts = [tokenizer.decode(answered(ids, tokenizer.eos_token_id), skip_special_tokens=True) for ids in told]
-    return statistics.mean(score_of(sample, text) for sample, text in zip(samples, texts, strict=True))
+    found: dict[str, list[float]] = {}
+    for sample, text in zip(samples, texts, strict=True):
+        found.setdefault(sample.family, []).append(score_of(sample, text))
+    return found
+
+
+def scores_table(rows: list[dict[str, Any]]) -> str:
+    """Means by family, and how far all samples are above the first row's, with an interval."""
+    families = list(rows[0]["scores"])
+    lines = ["| mode | " + " | ".join([*families, "above the first"]) + " |", "|---" * (len(families) + 2) + "|"]
+    first = [one for scores in rows[0]["scores"].values() for one in scores]
+    for row in rows:
+        own = [one for scores in row["scores"].values() for one in scores]
+        apart = [one - other for one, other in zip(own, first, strict=True)]
+        error = 1.96 * statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
+        means = [f"{statistics.mean(row['scores'][name]):.3f}" for name in families]
+        above = f"{statistics.mean(apart):+.3f} ± {error:.3f} (n = {len(apart)})"
+        lines.append(f"| {row['mode']} | " + " | ".join([*means, above]) + " |")
+    return "\n".join(lines)
 
 
 def answered(ids: list[int], end: int | None) -> list[int]:
@@ -230,7 +252,7 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
     if options.model is not None:
         # Not the longest: stock's answers have to be there in seconds.
         answers = answer(sorted(some, key=len)[: options.compared])
-    scored = round(task_score(options, folder, answer), 3) if options.tasks else None
+    scores = task_scores(options, folder, answer) if options.tasks else {}
     running, steps, kept, held, lengths = [], [], [], [], {}
     generated = ended = read = 0
     begin = counted_from = time.perf_counter()
@@ -275,7 +297,8 @@ def measure(options: argparse.Namespace, folder: str, mode: str) -> dict[str, An
         "kept": round(statistics.mean(kept), 3) if kept else None,
         "bytes": round(statistics.mean(held), 3) if held else None,
         "answers": answers,
-        "score": scored,
+        "scores": scores,
+        "score": round(statistics.mean(one for some in scores.values() for one in some), 3) if scores else None,
         "ttft": round(statistics.median(first_tokens[1:]), 1),
         "ended": ended,
         "preempted": preempted,
@@ -347,7 +370,7 @@ def main() -> None:
             alike = [same(one, other) for one, other in zip(answers, reference, strict=True)]
             row["same"] = round(statistics.mean(alike), 1)
         found.append(row)
-        print(json.dumps(found[-1]), flush=True)
+        print(json.dumps({name: value for name, value in row.items() if name != "scores"}), flush=True)
         if options.out:
             with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
@@ -355,6 +378,8 @@ def main() -> None:
     print("\n| mode | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for row in found:
         print(f"| {row['mode']} | " + " | ".join(str(row.get(name)) for name in columns) + " |")
+    if options.tasks and found:
+        print("\n" + scores_table(found))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from helpers.models import characters
 from refreekv.evaluation.data.encoding import encode
 from refreekv.evaluation.data.families import load
 from refreekv.evaluation.data.samples import Sample
-from vllm_gpu import score_of, task_score, word_f1
+from vllm_gpu import score_of, scores_table, task_scores, word_f1
 
 TASKS = "niah:tokens=60;multi-key-retrieval:tokens=60"
 
@@ -29,9 +29,14 @@ def test_right_answers_score_one_and_what_follows_them_is_not_read(tmp_path):
         assert prompts == [one.context + one.question for one in asked]
         return right
 
-    assert task_score(options_of(TASKS), str(tmp_path), answer) == 1
+    scores = task_scores(options_of(TASKS), str(tmp_path), answer)
+    assert scores == {name: [1] * 3 for name in TASKS.split(";")}
     end = tokenizer.eos_token_id
-    assert task_score(options_of(TASKS), str(tmp_path), lambda _: [[end, *ids] for ids in right]) == 0
+    worse = task_scores(options_of(TASKS), str(tmp_path), lambda _: [*right[:4], *([end, *ids] for ids in right[4:])])
+    assert worse == dict(zip(TASKS.split(";"), ([1] * 3, [1, 0, 0]), strict=True))
+    # Differences of 0, 0, 0, 0, -1 and -1: their standard deviation is .516.
+    table = scores_table([{"mode": "stock", "scores": scores}, {"mode": "other", "scores": worse}])
+    assert table.endswith("| other | 1.000 | 0.333 | -0.333 ± 0.413 (n = 6) |")
 
 
 def test_families_that_only_lm_eval_scores_have_the_words_f1(tmp_path):
