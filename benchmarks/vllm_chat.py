@@ -6,7 +6,8 @@
 A mode is `stock`, or a policy, how it stores what it keeps behind @, and +none for --no-prefix-hits. Each starts a
 server as a user does, waits for it, and asks through the `openai` client: the first question comes with a long text,
 the others are short. Of each turn: tokens of the prompt, how many of them were found, milliseconds to the first token
-and between tokens, what is kept; then what /metrics says. Options behind -- go to the server.
+and between tokens, the answer's beginning; then what /metrics says, and what each request kept.
+Options behind -- go to the server.
 """
 
 import argparse
@@ -27,6 +28,9 @@ QUESTIONS = (
     "What did Ada buy, and where?", "Who paid most?", "Which year was that?", "Name three of the places.",
     "Sum it up in one sentence.",
 )  # fmt: skip
+
+SHOWN = 60
+"""Characters of an answer that are printed."""
 
 
 def command(folder: str, mode: str, port: int, more: list[str]) -> list[str]:
@@ -101,7 +105,7 @@ def chat(folder: str, mode: str, options: argparse.Namespace) -> None:
         messages = [{"role": "user", "content": story(3, options.sentences) + " " + QUESTIONS[0]}]
         for question in [*QUESTIONS[1:], ""]:
             text, said = turn(client, messages, options.tokens)
-            print("  " + json.dumps(said), flush=True)
+            print("  " + json.dumps({**said, "answer": text[:SHOWN]}), flush=True)
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": question}]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             metrics = response.read().decode()
@@ -111,7 +115,7 @@ def chat(folder: str, mode: str, options: argparse.Namespace) -> None:
             counts[name] = counts.get(name, 0.0) + float(value)
         print("  " + " ".join(f"{name.removeprefix('vllm:')}={value:g}" for name, value in counts.items()), flush=True)
         for line in log.read_text().splitlines():
-            if "kept_share" in line:
+            if "'kept_share'" in line:
                 print("  " + line.split("Request", 1)[-1][:200], flush=True)
     finally:
         process.terminate()
