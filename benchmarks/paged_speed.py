@@ -40,13 +40,10 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu
 """On a CPU, where Triton's interpreter runs the kernels, only `error_of` says something."""
 
 TUNED: list[dict[str, Any]] = [
-    {"warps": warps, "coded_block": block, "stages": stages, "registers": registers, "block": exact, "shares": shares}
-    for warps, block, stages, registers, exact, shares in (
-        (4, 64, 2, 128, 32, None), (4, 64, 2, 168, 32, None), (2, 64, 2, None, 32, None), (2, 64, 2, 168, 32, None),
-        (2, 64, 2, 128, 32, None), (1, 32, 2, 168, 16, None), (1, 32, 3, 168, 16, None), (1, 64, 2, 168, 16, None),
-        (1, 64, 3, 168, 16, None), (1, 64, 2, 168, 32, None), (1, 32, 2, 128, 16, None), (1, 32, 2, 168, 16, 12),
-        (1, 32, 2, 168, 16, 8), (1, 64, 2, 255, 32, None),
-    )
+    {}, {"stages": 3}, {"beside": 0}, {"beside": 4096}, {"extra": 8}, {"extra": 48}, {"least": 64}, {"least": 128},
+    {"each": 10}, {"each": 14}, {"coded_block": 16}, {"coded_block": 64, "each": 8},
+    *({"warps": 2, "coded_block": 64, "each": each, "block": 32} for each in (6, 8)),
+    {"warps": 4, "coded_block": 64, "each": 4, "block": 32},
 ]  # fmt: skip
 """Settings of `launch_paged_levels`."""
 

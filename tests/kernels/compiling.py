@@ -207,7 +207,7 @@ def paged(dtype, group, head_size, kinds, queries=1):
     # More parts than are joined at once.
     cap, sinks = (30.0, None) if dtype == torch.float32 else (None, torch.zeros(2 * group))
     arguments = query, pool, 0, zeros[None], rows, table, query, 1.0, cap, sinks
-    launch_paged_levels(*arguments, shares=9, assembly=True)
+    launch_paged_levels(*arguments, programs=9, assembly=True)
     launch_paged_move(zeros, pool, table, 0, zeros, places, 20, 4)
     launch_sum(zeros, pool, 4, 20)
     launch_read(zeros, pool, slice(0, 1), 20)

@@ -1,4 +1,7 @@
-"""What is before and after `kernels.paged_levels`: queries into code space, and the parts of the softmax joined."""
+"""What is before and after `kernels.paged_levels`: the list, queries into code space; parts of the softmax joined."""
+
+# Tuples of another length have another type.
+# mypy: disable-error-code="assignment"
 
 from dataclasses import dataclass
 
@@ -7,16 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refreekv.kernels.decode import multiprocessors
+from refreekv.kernels.neighbours import none_claimed
 from refreekv.kernels.packed_block import apart
 from refreekv.kernels.packed_join import LARGEST
-from refreekv.kernels.paged import Coded, Rows
+from refreekv.kernels.paged import Coded
+from refreekv.kernels.paged_shares import AT_ONCE, Told, programs_of, write_places
 from refreekv.kernels.probe import LOG2E
 
 QUERIES = 16
 """Queries of one KV head that a program takes to code space."""
-
-MOST_SHARES = 64
-"""Programs for the entries of one row and head."""
 
 TOLD = ("begins", "ends", "lengths", "tables", "slots", "block_table")
 """Arguments that tell of a step's rows: kernels are compiled once, however what they point to is aligned."""
@@ -24,39 +27,36 @@ TOLD = ("begins", "ends", "lengths", "tables", "slots", "block_table")
 
 @dataclass(frozen=True)
 class Parts:
-    """What programs left of the softmax: first that over exact entries, then that over each rung, in code space.
+    """What programs left of the softmax of segments: of each rung in code space, and of what is exact.
 
     Attributes
     ----------
     results, denominators : Tensor
-        float32 ``[R, H_kv, shares, parts, queries of a row by heads of a group, D]``, and the same without ``D``.
+        float32 ``[slots, queries of a row by heads of a group, D]``, and the same without ``D``: that of a program in
+        a segment has the slot of both numbers' sum, as both only grow.
     """
 
     results: Tensor
     denominators: Tensor
 
     @classmethod
-    def empty(
-        cls, rows: int, heads: int, shares: int, parts: int, most: int, size: int, device: torch.device
-    ) -> "Parts":
-        """Room for those of so many programs."""
-        shape = rows, heads, shares, parts, most
+    def empty(cls, slots: int, most: int, size: int, device: torch.device) -> "Parts":
+        """Room for so many."""
         return cls(
-            torch.empty(*shape, size, dtype=torch.float32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(slots, most, size, dtype=torch.float32, device=device),
+            torch.empty(slots, most, dtype=torch.float32, device=device),
         )
 
 
-@triton.jit(do_not_specialize=["begins", "ends", "slots", "rows"])
-def _paged_prepare_kernel(
-    query, begins, ends, slots, means, dual, bounds, out, scales, shifts, rows, group, most, scaling, sq_t, sq_h,
-    dual_stride,
+@triton.jit
+def _into_code_space(
+    query, begins, ends, slots, means, dual, bounds, out, scales, shifts, block, head, part, rows, heads, group, most,
+    scaling, sq_t, sq_h, dual_stride,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr,
     HAS_CAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Some queries of one KV head: some of their channels in code space."""
-    head, part, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = block * BLOCK + tl.arange(0, BLOCK)
     row, m = n // most, n % most
     there = row < rows
     begin = tl.load(begins + row, there, 0)
@@ -85,93 +85,147 @@ def _paged_prepare_kernel(
     tl.store(out + into[:, None] * HEAD + o[None, :], result / size[:, None], asking[:, None] & (o < HEAD)[None, :])
 
 
+@triton.jit(do_not_specialize=[*TOLD, "rows"])
+def _paged_prepare_kernel(
+    query, begins, ends, lengths, slots, segments, coded, generated, starts, places, claimed, means, dual, bounds, out,
+    scales, shifts, rows, heads, group, most, scaling, sq_t, sq_h, dual_stride,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, QUERIES: tl.constexpr,
+    HAS_CAP: tl.constexpr, EXACT: tl.constexpr, RUNGS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    CODED_BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, AT_ONCE: tl.constexpr,
+    MULTIPROCESSORS: tl.constexpr,
+):  # fmt: skip
+    """One part of the list, by the first programs; some queries in code space, by the others."""
+    program = tl.program_id(0)
+    if program == 0:
+        none_claimed(claimed, MULTIPROCESSORS)
+    for part in tl.static_range(RUNGS + 1):
+        if program == part:
+            write_places(
+                begins, ends, lengths, slots, segments, coded, generated, starts, places, rows, heads,
+                part, RUNGS, LEVELS, BLOCK, CODED_BLOCK, COST, EXTRA, AT_ONCE,
+            )  # fmt: skip
+    if RUNGS:  # noqa: SIM102, what is fixed at compile time apart
+        if program > RUNGS:
+            number = program - (RUNGS + 1)
+            PARTS: tl.constexpr = (HEAD + BLOCK_OUT - 1) // BLOCK_OUT
+            _into_code_space(
+                query, begins, ends, slots, means, dual, bounds, out, scales, shifts,
+                number // (PARTS * heads), number // PARTS % heads, number % PARTS, rows, heads, group, most,
+                scaling, sq_t, sq_h, dual_stride,
+                HEAD, BLOCK_D, BLOCK_OUT, BLOCK_IN, QUERIES, HAS_CAP, EXACT,
+            )  # fmt: skip
+
+
 def prepare(
-    query: Tensor, rows: Rows, coded: Coded, layer: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries in code space: as `kernels.packed_join.launch_prepare`, by row, KV head and query of the row.
+    query: Tensor, told: Told, coded: Coded | None, heads: int, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The list, and queries in code space: as `kernels.packed_join.launch_prepare`, by row, KV head and query.
 
     Returns
     -------
-    query, scales, shifts : Tensor
-        float32 ``[R, H_kv, queries of a row by heads of a group, D]``, and the same without ``D`` twice.
+    places, claimed, query, scales, shifts : Tensor
+        int32 ``[parts of the list, R * H_kv]``, and for each multiprocessor a zero; float32
+        ``[R, H_kv, queries of a row by heads of a group, D]``, and the same without ``D`` twice: of no use without
+        codes.
     """
-    means, dual = coded.key_means[layer], coded.key_duals[layer]
-    count, heads, size = len(rows.begins), means.shape[1], query.shape[2]
-    group = query.shape[1] // heads
+    rows, layer, size = told.rows, told.layer, query.shape[2]
+    count, group, rungs = len(rows.begins), query.shape[1] // heads, len(told.levels)
     most = group * rows.longest
-    out = torch.empty(count, heads, most, size, dtype=torch.float32, device=query.device)
-    scales, shifts = (torch.empty(count, heads, most, dtype=torch.float32, device=query.device) for _ in range(2))
-    block_d, block_out = triton.next_power_of_2(size), 32
-    _paged_prepare_kernel[(triton.cdiv(count * most, QUERIES), heads, triton.cdiv(size, block_out))](
-        query, rows.begins, rows.ends, rows.slots, means, dual, coded.key_bounds[layer], out, scales, shifts,
-        count, group, most, scaling, query.stride(0), query.stride(1), dual.stride(0),
-        HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK=QUERIES,
-        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, num_warps=4,
+    places = torch.empty(rungs + 1, count * heads, dtype=torch.int32, device=query.device)
+    claimed = torch.empty(multiprocessors(query.device), dtype=torch.int32, device=query.device)
+    means = dual = bounds = out = scales = shifts = query
+    programs, dual_stride, block_d, block_out = rungs + 1, 0, triton.next_power_of_2(size), 32
+    if coded is not None:
+        means, dual, bounds = coded.key_means[layer], coded.key_duals[layer], coded.key_bounds[layer]
+        out = torch.empty(count, heads, most, size, dtype=torch.float32, device=query.device)
+        scales, shifts = (torch.empty(count, heads, most, dtype=torch.float32, device=query.device) for _ in range(2))
+        programs += triton.cdiv(count * most, QUERIES) * heads * triton.cdiv(size, block_out)
+        dual_stride = dual.stride(0)
+    _paged_prepare_kernel[(programs,)](
+        query, rows.begins, rows.ends, rows.lengths, rows.slots, told.table.segments[layer], told.segments,
+        told.generated, told.table.starts, places, claimed, means, dual, bounds, out, scales, shifts,
+        count, heads, group, most, scaling, query.stride(0), query.stride(1), dual_stride,
+        HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), QUERIES=QUERIES,
+        HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, RUNGS=rungs, LEVELS=told.levels,
+        BLOCK=told.block, CODED_BLOCK=told.coded_block, COST=told.cost, EXTRA=told.extra, AT_ONCE=AT_ONCE,
+        MULTIPROCESSORS=len(claimed), num_warps=4,
     )  # fmt: skip
-    return out, scales, shifts
+    return places, claimed, out, scales, shifts
 
 
-@triton.jit(do_not_specialize=["begins", "ends", "slots", "parts", "skipped"])
+@triton.jit(do_not_specialize=[*TOLD, "segments", "skipped"])
 def _paged_join_kernel(
-    partial, denominators, begins, ends, slots, means, sinks, out, coded_out,
-    group, parts, so_t, so_h, skipped,
-    HEAD: tl.constexpr, FIELDS: tl.constexpr, SIX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    EACH: tl.constexpr, RUNGS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    partial, denominators, places, begins, ends, slots, means, sinks, out, coded_out,
+    segments, group, programs, so_t, so_h, skipped,
+    HEAD: tl.constexpr, FIELDS: tl.constexpr, SIX: tl.constexpr, BLOCK_D: tl.constexpr, EACH: tl.constexpr,
+    RUNGS: tl.constexpr, LEAST: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """One query of one query head: its parts, weighted by their shares of the softmax."""
     row, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, most = tl.num_programs(1), tl.num_programs(2)
     begin = tl.load(begins + row)
     if m < (tl.load(ends + row) - begin) * group:
-        first = (row * heads + head).to(tl.int64) * parts * most + m
-        s = tl.arange(0, BLOCK_S)
-        share = tl.load(denominators + first + s * most, s < parts, float("-inf"))
-        highest = tl.max(share, 0)
+        segment = row * heads + head
+        lows, counts = programs_of(places, segment, segments, programs, RUNGS, LEAST)
+        # Parts of all are one list: their loads wait for each other no more than those of one do.
+        firsts = ()
+        parts = tl.zeros([], tl.int32)
+        for r in tl.static_range(RUNGS + 1):
+            firsts = firsts + (parts,)
+            parts += counts[r]
         query_head = head * group + m % group
         token = (begin + m // group).to(tl.int64)
-        if HAS_SINKS:
-            sink = tl.load(sinks + query_head).to(tl.float32) * LOG2E
-            highest = tl.maximum(highest, sink)
-        safe = tl.where(highest > float("-inf"), highest, 0.0)
-        weight = tl.exp2(share - safe)
-        total = tl.sum(weight, 0)
-        if HAS_SINKS:
-            total += tl.exp2(sink - safe)
-        unit = 1.0 / tl.where(total > 0, total, 1.0)
         d = tl.arange(0, BLOCK_D)
+        highest = tl.full([], float("-inf"), tl.float32)
+        total, mass = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+        if HAS_SINKS:
+            highest = tl.load(sinks + query_head).to(tl.float32) * LOG2E
+            total += 1.0
         result = tl.zeros([BLOCK_D], tl.float32)
         coded = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, parts, EACH):
-            some = start + tl.arange(0, EACH)
-            weights = tl.exp2(tl.load(denominators + first + some * most, some < parts, float("-inf")) - safe) * unit
-            wanted = (weights > 0)[:, None] & (d < HEAD)[None, :]
-            part_at = partial + (first + some * most)[:, None] * FIELDS + d[None, :]
+            number = start + tl.arange(0, EACH)
+            slot, of = number * 0, number * 0
+            for r in tl.static_range(RUNGS + 1):
+                mine = number >= firsts[r]
+                slot = tl.where(mine, number - firsts[r] + lows[r] + r * segments + segment, slot)
+                of = tl.where(mine, r, of)
+            at = slot.to(tl.int64) * most + m
+            share = tl.load(denominators + at, number < parts, float("-inf"))
+            higher = tl.maximum(highest, tl.max(share, 0))
+            # Nothing is there yet where this is infinite.
+            safe = tl.where(higher > float("-inf"), higher, 0.0)
+            shrink, weight = tl.exp2(highest - safe), tl.exp2(share - safe)
+            highest = higher
+            wanted = (weight > 0)[:, None] & (d < HEAD)[None, :]
+            part_at = partial + at[:, None] * FIELDS + d[None, :]
             part = tl.load(part_at, wanted, 0.0)
             if SIX:
                 # Of values of 6 bits the sums of the lower ones lie behind those of the upper ones.
-                six = ((SIX >> (some % (RUNGS + 1))) & 1) == 1
-                part += tl.load(part_at + HEAD, wanted & six[:, None], 0.0)
-            exact = some % (RUNGS + 1) == 0
-            result += tl.sum(part * tl.where(exact, weights, 0.0)[:, None], 0)
-            coded += tl.sum(part * tl.where(exact, 0.0, weights)[:, None], 0)
+                part += tl.load(part_at + HEAD, wanted & (((SIX >> of) & 1) == 1)[:, None], 0.0)
+            in_codes = tl.where(of < RUNGS, weight, 0.0)
+            result = result * shrink + tl.sum(part * (weight - in_codes)[:, None], 0)
+            coded = coded * shrink + tl.sum(part * in_codes[:, None], 0)
+            total = total * shrink + tl.sum(weight, 0)
+            mass = mass * shrink + tl.sum(in_codes, 0)
+        unit = 1.0 / tl.where(total > 0, total, 1.0)
         if RUNGS:
-            mass = tl.sum(tl.where(s % (RUNGS + 1) == 0, 0.0, weight), 0) * unit
             own = tl.load(slots + row).to(tl.int64) * heads + head
             result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
             at_coded = coded_out + ((token - skipped) * heads * group + query_head) * HEAD + d
-            tl.store(at_coded, coded.to(coded_out.dtype.element_ty), d < HEAD)
+            tl.store(at_coded, (coded * unit).to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
-        tl.store(at, result.to(out.dtype.element_ty), d < HEAD)
+        tl.store(at, (result * unit).to(out.dtype.element_ty), d < HEAD)
 
 
 def join(
-    parts: Parts, rows: Rows, coded: Coded | None, layer: int, sinks: Tensor | None, output: Tensor, group: int
-) -> None:
-    """Join parts of the softmax into ``output`` ``[T, H, D]``, at the rows' queries."""
-    count, heads, shares, each, most, fields = parts.results.shape
-    size = output.shape[-1]
+    parts: Parts, told: Told, places: Tensor, coded: Coded | None, programs: int, sinks: Tensor | None, output: Tensor,
+    group: int,
+) -> None:  # fmt: skip
+    """Join parts of the softmax that so many programs left into ``output`` ``[T, H, D]``, at the rows' queries."""
+    rows, size, heads = told.rows, output.shape[-1], output.shape[1] // group
+    count, most = len(rows.begins), parts.denominators.shape[1]
     coded_out, means, six, first, mine = output, parts.denominators, 0, 0, output
-    block = at_once = max(2, triton.next_power_of_2(shares))
     if coded is not None:
         # To queries of others nothing may be added; beside a long prompt's these are a small part of all.
         make = torch.empty if rows.whole else torch.zeros
@@ -179,16 +233,14 @@ def join(
             first, last = rows.span
             mine = output[first:last]
         coded_out = make(mine.shape, dtype=output.dtype, device=output.device)
-        means = coded.value_means[layer]
-        # Compiled once, for however many rows; and no more at once than there are registers for.
-        block, at_once = triton.next_power_of_2(max(shares, MOST_SHARES) * each), 16
-        six = sum(1 << (rung + 1) for rung, form in enumerate(coded.forms) if apart(form)[1])
+        means = coded.value_means[told.layer]
+        six = sum(1 << rung for rung, form in enumerate(coded.forms) if apart(form)[1])
     _paged_join_kernel[(count, heads, most)](
-        parts.results, parts.denominators, rows.begins, rows.ends, rows.slots, means,
-        output if sinks is None else sinks, output, coded_out, group, shares * each, output.stride(0), output.stride(1),
-        first,
-        HEAD=size, FIELDS=fields, SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
-        BLOCK_S=block, EACH=at_once, RUNGS=each - 1, HAS_SINKS=sinks is not None, num_warps=4,
+        parts.results, parts.denominators, places, rows.begins, rows.ends, rows.slots, means,
+        output if sinks is None else sinks, output, coded_out, count * heads, group, programs,
+        output.stride(0), output.stride(1), first,
+        HEAD=size, FIELDS=parts.results.shape[-1], SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
+        EACH=16, RUNGS=len(told.levels), LEAST=told.least, HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     if coded is not None:
         mine.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

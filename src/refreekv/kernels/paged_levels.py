@@ -1,9 +1,10 @@
 """`kernels.paged` in Triton: attention of a few queries a sequence over its kept entries, coded or not, and its tail.
 
-What a sequence has of one KV head, in blocks one after the other (the lines of each rung, those that were coded later
-behind the others of theirs, segment, list, tail), is shared out by bytes to a fixed number of programs, whatever it
-holds: the grid depends on the number of rows alone, and one CUDA graph serves any table. A program leaves a part of the
-softmax for each rung, in code space, and one for all that is exact; `kernels.paged_join` has what is before and after.
+What all rows have of all KV heads, in blocks one after the other (the lines of each rung, those that were coded later
+behind the others of theirs; then what is exact: segments, lists, tails), is one list that is shared out by bytes to as
+many programs as run at once, so that one CUDA graph serves any table, and long rows and heads that keep much take no
+longer than others. A program leaves a part of the softmax for each segment of the list that it has a share of, those of
+rungs in code space; `kernels.paged_join` has what is before, the list itself, and after.
 
 Lines are read by `kernels.packed_block`. A block of them lies within a page, so that it has one address.
 """
@@ -23,6 +24,7 @@ from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import paged, shared_memory
 from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.neighbours import share_of
 from refreekv.kernels.packed_block import (
     UNIT,
     apart,
@@ -33,45 +35,41 @@ from refreekv.kernels.packed_block import (
     put_results,
     queries_of,
 )  # fmt: skip
+from refreekv.kernels.packed_decode import REGISTERS, WARPS, shares_of
 from refreekv.kernels.paged import COLUMNS, PagedTable, Pool, Rows
 from refreekv.kernels.paged_exact import line_at, listed_at, taken_on, token_at
-from refreekv.kernels.paged_join import MOST_SHARES, TOLD, Parts, join, prepare
+from refreekv.kernels.paged_join import TOLD, Parts, join, prepare
+from refreekv.kernels.paged_shares import (
+    AT_ONCE,
+    EXTRA,
+    Told,
+    cost,
+    exact_blocks,
+    place_of,
+    rung_blocks,
+    segment_at,
+    unit_of,
+    work_of,
+)
 from refreekv.kernels.storage import TYPES
 
-EXACT_BLOCK, BESIDE_CODES = 128, 32
+EXACT_BLOCK, BESIDE_CODES = 128, 16
 """Entries of a block, where there is the shared memory: where nothing is coded, and where something may be."""
 
-CODED_BLOCK = 64
+CODED_BLOCK = 32
 """Lines of a block, at most."""
 
-PROGRAMS = 16
-"""Programs that are wanted for each multiprocessor: uneven ones even out."""
+EXACT_PROGRAMS = 3
+"""Programs of a multiprocessor where nothing is coded: so many have shared memory."""
 
-COST = 2048
-"""Bytes that work is counted in."""
+LEAST_ENTRIES = 256
+"""Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
 
-REGISTERS = 128
-"""Of a thread, at most, where several rungs are read: so four programs have room on a multiprocessor."""
+BESIDE = 2048
+"""Bytes that a block of lines counts beside its own: not all of its time is memory's."""
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _UNIT = tl.constexpr(paged.UNIT)
-
-
-# -- shares ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _own(low, high, begin, count, COST: tl.constexpr):
-    """Which of ``count`` blocks begin between two places of the list, of which each takes so much from ``begin`` on."""
-    first = tl.minimum((tl.maximum(low - begin, 0) + COST - 1) // COST, count)
-    stop = tl.minimum((tl.maximum(high - begin, 0) + COST - 1) // COST, count)
-    return first, stop
-
-
-@triton.jit
-def _unit_of(line, LINES: tl.constexpr, BLOCK: tl.constexpr):
-    """The block that a line of coded pages is in; each page begins with a block of its own."""
-    return line // LINES * ((LINES + BLOCK - 1) // BLOCK) + line % LINES // BLOCK
 
 
 @triton.jit
@@ -122,7 +120,7 @@ def _rung(
     shift = tl.load(shifts + g, asking, 0.0)
     q, lacking = queries_of(asked + g * HEAD, asking, KEYS, KEY_CHUNKS, dtype, BLOCK_G)
     highest, total, weighed, results = nothing_yet(VALUES, VALUE_CHUNKS, BLOCK, BLOCK_G)
-    begin = _unit_of(first, LINES, BLOCK)
+    begin = unit_of(first, LINES, BLOCK)
     page = _coded_page(low, begin, own, later, layer, PER_PAGE, GENERATED, BLOCK, LAYERS)
     at = _page_at(page, pages, offsets, block_stride, LAYERS)
     for unit in range(low, high):
@@ -160,145 +158,138 @@ def _rung(
     put_results(partial + g * FIELDS, asking, denominator, weighed, results, VALUES, VALUE_CHUNKS)
 
 
-@triton.jit(do_not_specialize=[*TOLD, "layer", "table_stride", "page_stride"])
-def _paged_levels_kernel(
-    query, asked, scales, shifts, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded,
-    generated, starts, pages, partial, denominators,
-    layer, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride,
-    block_stride, token_stride, head_stride,
+@triton.jit
+def _exact(
+    query, pool, offsets, blocks, pages, segment, partial, denominators, row_begin, count, length, start, low, high,
+    layer, head, group, scaling, softcap, sq_t, sq_h, block_stride, token_stride, head_stride,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
     LINES: tl.constexpr, LAYERS: tl.constexpr, TOKENS: tl.constexpr, PRODUCT: tl.constexpr, HAS_CAP: tl.constexpr,
-    RUNGS: tl.constexpr, LEVELS: tl.constexpr, COST: tl.constexpr, ITEM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_G: tl.constexpr, CODED_BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """One share of what one row has of one KV head."""
-    row, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads, shares = tl.num_programs(1), tl.num_programs(2)
-    begin = tl.load(begins + row)
-    count = tl.load(ends + row) - begin
-    if count > 0:
-        slot = tl.load(slots + row).to(tl.int64)
-        length = tl.load(lengths + row)
-        segment = segments + (slot * heads + head) * _COLUMNS
-        first, held = tl.load(segment).to(tl.int32), tl.load(segment + 1).to(tl.int32)
-        listed = tl.load(segment + 3).to(tl.int32)
-        start = tl.load(starts + slot)
-        own_pages = pages + slot * page_stride
-        work = tl.zeros([], tl.int32)
-        firsts, counts, owns, units, places = (), (), (), (), ()
-        later = 0
-        if RUNGS:
-            later = tl.load(generated + slot * 2)
-        for r in tl.static_range(RUNGS):
-            at_rung = coded + ((slot * heads + head) * RUNGS + r) * 2
-            line, lines = tl.load(at_rung).to(tl.int32), tl.load(at_rung + 1).to(tl.int32)
-            blocks_of = tl.where(
-                lines > 0,
-                _unit_of(line + lines - 1, constant(LEVELS, r, 5), CODED_BLOCK)
-                + 1
-                - _unit_of(line, constant(LEVELS, r, 5), CODED_BLOCK),
-                0,
-            )
-            firsts, counts, owns, places = firsts + (line,), counts + (lines,), owns + (blocks_of,), places + (work,)
-            if constant(LEVELS, r, 7):
-                each = (constant(LEVELS, r, 7) + CODED_BLOCK - 1) // CODED_BLOCK
-                blocks_of += tl.load(generated + slot * 2 + 1) * each
-            units = units + (blocks_of,)
-            work += blocks_of * constant(LEVELS, r, 6)
-        packed = work
-        held_blocks, listed_blocks = (held + BLOCK - 1) // BLOCK, (listed + BLOCK - 1) // BLOCK
-        tail_blocks = (tl.maximum(length - start, 0) + BLOCK - 1) // BLOCK
-        ordinary = packed + held_blocks * COST
-        tail = ordinary + listed_blocks * COST
-        work = tail + tail_blocks * COST
-        # In 64 bits: work times shares may pass 2 ** 31 on long sequences.
-        low = (share.to(tl.int64) * work // shares).to(tl.int32)
-        high = ((share + 1).to(tl.int64) * work // shares).to(tl.int32)
-
-        m = tl.arange(0, BLOCK_M)
-        asking = m < count * group
-        d = tl.arange(0, BLOCK_D)
-        PARTS: tl.constexpr = RUNGS + 1
-        slot_of = (((row * heads + head).to(tl.int64) * shares + share) * PARTS) * most
-        mine = (row * heads + head).to(tl.int64) * most
-        g = tl.arange(0, BLOCK_G)
-        asking_g = g < count * group
-        for r in tl.static_range(RUNGS):
-            some, stop = _own(low, high, places[r], units[r], constant(LEVELS, r, 6))
-            part_at = slot_of + (r + 1) * most
-            if stop > some:
-                _rung(
-                    asked + mine * HEAD, scales + mine, shifts + mine, pool.to(tl.pointer_type(tl.uint8)), offsets,
-                    own_pages, partial + part_at * FIELDS, denominators + part_at, firsts[r], counts[r], owns[r], later,
-                    layer, head, some, stop, asking_g, softcap, block_stride,
-                    constant(LEVELS, r), HEAD, FIELDS, LAYERS, ITEM, HALF, BLOCK_G, CODED_BLOCK, HAS_CAP, ASSEMBLY,
-                )  # fmt: skip
-            else:
-                tl.store(denominators + part_at + g, tl.full([BLOCK_G], float("-inf"), tl.float32), asking_g)
-
-        query_at = (begin + m // group)[:, None].to(tl.int64) * sq_t + (head * group + m % group)[:, None] * sq_h
-        q = tl.load(query + query_at + d[None, :], asking[:, None] & (d < HEAD)[None, :], 0.0).to(PRODUCT)
-        highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        own = tl.load(offsets + layer)
-        blocks = block_table + tl.load(tables + row).to(tl.int64) * table_stride
-        n = tl.arange(0, BLOCK)
-        some, stop = _own(low, high, packed, held_blocks, COST)
-        for block in range(some, stop):
+    """Blocks ``low`` to ``high`` of what a row has of a KV head as it is: of its segment, its list and its tail."""
+    first, held, held_blocks, listed, listed_blocks, tail_blocks = exact_blocks(segment, length, start, True, BLOCK)
+    m, d, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+    asking = m < count * group
+    query_at = (row_begin + m // group)[:, None].to(tl.int64) * sq_t + (head * group + m % group)[:, None] * sq_h
+    q = tl.load(query + query_at + d[None, :], asking[:, None] & (d < HEAD)[None, :], 0.0).to(PRODUCT)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    own = tl.load(offsets + layer)
+    for block in range(low, tl.minimum(high, held_blocks)):
+        entry = block * BLOCK + n
+        inside = entry < held
+        at = line_at(first + entry, pages, offsets, inside, block_stride, LINES, LAYERS, 2 * HEAD)
+        highest, total, result = taken_on(
+            q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
+            HEAD, BLOCK_D, PRODUCT, HAS_CAP,
+        )  # fmt: skip
+    if listed > 0:
+        positions = tl.load(segment + 2).to(tl.pointer_type(tl.int32))
+        replaced = tl.load(segment + 4)
+        for block in range(tl.maximum(low - held_blocks, 0), tl.minimum(high - held_blocks, listed_blocks)):
             entry = block * BLOCK + n
-            inside = entry < held
-            at = line_at(first + entry, own_pages, offsets, inside, block_stride, LINES, LAYERS, 2 * HEAD)
+            inside = entry < listed
+            at = listed_at(
+                tl.load(positions + entry, inside, 0), blocks, own, replaced, head, inside,
+                block_stride, token_stride, head_stride, TOKENS, 2 * HEAD,
+            )  # fmt: skip
             highest, total, result = taken_on(
                 q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
                 HEAD, BLOCK_D, PRODUCT, HAS_CAP,
             )  # fmt: skip
-        if listed > 0:
-            positions = tl.load(segment + 2).to(tl.pointer_type(tl.int32))
-            replaced = tl.load(segment + 4)
-            some, stop = _own(low, high, ordinary, listed_blocks, COST)
-            for block in range(some, stop):
-                entry = block * BLOCK + n
-                inside = entry < listed
-                at = listed_at(
-                    tl.load(positions + entry, inside, 0), blocks, own, replaced, head, inside,
-                    block_stride, token_stride, head_stride, TOKENS, 2 * HEAD,
-                )  # fmt: skip
-                highest, total, result = taken_on(
-                    q, pool, at, inside[None, :], inside, highest, total, result, scaling, softcap,
-                    HEAD, BLOCK_D, PRODUCT, HAS_CAP,
-                )  # fmt: skip
-        some, stop = _own(low, high, tail, tail_blocks, COST)
-        for block in range(some, stop):
-            position = start + block * BLOCK + n
-            inside = position < length
-            at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
-            # Of several queries the earlier ones do not see the later.
-            seen = position[None, :] <= (length - count + m // group)[:, None]
-            highest, total, result = taken_on(
-                q, pool, at, seen & inside[None, :], inside, highest, total, result, scaling, softcap,
-                HEAD, BLOCK_D, PRODUCT, HAS_CAP,
-            )  # fmt: skip
-        found = total > 0
-        unit = 1.0 / tl.where(found, total, 1.0)
-        tl.store(denominators + slot_of + m, tl.where(found, highest + tl.log2(total), float("-inf")), asking)
-        tl.store(
-            partial + (slot_of + m)[:, None] * FIELDS + d[None, :],
-            result * unit[:, None],
-            (asking & found)[:, None] & (d < HEAD)[None, :],
-        )
+    before = held_blocks + listed_blocks
+    for block in range(tl.maximum(low - before, 0), tl.minimum(high - before, tail_blocks)):
+        position = start + block * BLOCK + n
+        inside = position < length
+        at = token_at(position, blocks, own, head, inside, block_stride, token_stride, head_stride, TOKENS)
+        # Of several queries the earlier ones do not see the later.
+        seen = position[None, :] <= (length - count + m // group)[:, None]
+        highest, total, result = taken_on(
+            q, pool, at, seen & inside[None, :], inside, highest, total, result, scaling, softcap,
+            HEAD, BLOCK_D, PRODUCT, HAS_CAP,
+        )  # fmt: skip
+    found = total > 0
+    unit = 1.0 / tl.where(found, total, 1.0)
+    tl.store(denominators + m, tl.where(found, highest + tl.log2(total), float("-inf")), asking)
+    tl.store(
+        partial + m[:, None] * FIELDS + d[None, :], result * unit[:, None],
+        (asking & found)[:, None] & (d < HEAD)[None, :],
+    )  # fmt: skip
 
 
-@functools.cache
-def _shares(rows: int, heads: int, device: torch.device) -> int:
-    """Programs for the entries of one row and head."""
-    wanted = PROGRAMS * multiprocessors(device)
-    return max(4, min(MOST_SHARES, -(-wanted // (rows * heads))))
+@triton.jit(do_not_specialize=[*TOLD, "layer", "segments_of_all", "table_stride", "page_stride"])
+def _paged_levels_kernel(
+    query, asked, scales, shifts, pool, offsets, block_table, begins, ends, lengths, tables, slots, segments, coded,
+    generated, starts, pages, places, claimed, partial, denominators,
+    layer, segments_of_all, heads, group, most, scaling, softcap, sq_t, sq_h, table_stride, page_stride,
+    block_stride, token_stride, head_stride,
+    HEAD: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    LINES: tl.constexpr, LAYERS: tl.constexpr, TOKENS: tl.constexpr, PRODUCT: tl.constexpr, HAS_CAP: tl.constexpr,
+    RUNGS: tl.constexpr, LEVELS: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr,
+    ITEM: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr, CODED_BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+    AT_ONCE: tl.constexpr, MULTIPROCESSORS: tl.constexpr,
+):  # fmt: skip
+    """A share of the list of all blocks."""
+    work = work_of(places, segments_of_all, RUNGS)
+    shares = shares_of(work, tl.num_programs(0), LEAST)
+    place = tl.extra.cuda.smid() if ASSEMBLY else tl.program_id(0)
+    program = share_of(claimed, shares, place, MULTIPROCESSORS)
+    at = (tl.minimum(program, shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(program + 1, shares) * work // shares).to(tl.int32)
+    for r in tl.static_range(RUNGS + 1):
+        own = places + r * segments_of_all
+        length_of_list = tl.load(own + segments_of_all - 1)
+        here, upto = tl.maximum(at, 0), tl.minimum(stop, length_of_list)
+        segment = tl.zeros([], tl.int32)
+        if here < upto:
+            segment = segment_at(own, here, segments_of_all, AT_ONCE)
+        while here < upto:
+            begin, end = place_of(own, segment)
+            if end > here:
+                row, head = segment // heads, segment % heads
+                row_begin = tl.load(begins + row)
+                count = tl.load(ends + row) - row_begin
+                slot = tl.load(slots + row).to(tl.int64)
+                own_pages = pages + slot * page_stride
+                part = (program + r * segments_of_all + segment).to(tl.int64) * most
+                EACH: tl.constexpr = COST if r == RUNGS else constant(LEVELS, r, 6)
+                low = (tl.maximum(here - begin - EXTRA, 0) + EACH - 1) // EACH
+                high = (tl.maximum(tl.minimum(upto, end) - begin - EXTRA, 0) + EACH - 1) // EACH
+                if r == RUNGS:
+                    _exact(
+                        query, pool, offsets, block_table + tl.load(tables + row).to(tl.int64) * table_stride,
+                        own_pages, segments + (slot * heads + head) * _COLUMNS, partial + part * FIELDS,
+                        denominators + part, row_begin, count, tl.load(lengths + row), tl.load(starts + slot),
+                        low, high, layer, head, group, scaling, softcap, sq_t, sq_h,
+                        block_stride, token_stride, head_stride,
+                        HEAD, FIELDS, BLOCK_D, BLOCK_M, BLOCK, LINES, LAYERS, TOKENS, PRODUCT, HAS_CAP,
+                    )  # fmt: skip
+                else:
+                    first, lines, own_blocks, _ = rung_blocks(
+                        coded, generated, slot, (slot * heads + head) * RUNGS + r, True, constant(LEVELS, r),
+                        CODED_BLOCK,
+                    )  # fmt: skip
+                    g = tl.arange(0, BLOCK_G)
+                    asking = g < count * group
+                    if high > low:
+                        mine = segment.to(tl.int64) * most
+                        _rung(
+                            asked + mine * HEAD, scales + mine, shifts + mine, pool.to(tl.pointer_type(tl.uint8)),
+                            offsets, own_pages, partial + part * FIELDS, denominators + part, first, lines, own_blocks,
+                            tl.load(generated + slot * 2), layer, head, low, high, asking, softcap, block_stride,
+                            constant(LEVELS, r), HEAD, FIELDS, LAYERS, ITEM, HALF, BLOCK_G, CODED_BLOCK, HAS_CAP,
+                            ASSEMBLY,
+                        )  # fmt: skip
+                    else:
+                        tl.store(denominators + part + g, tl.full([BLOCK_G], float("-inf"), tl.float32), asking)
+                here = tl.minimum(upto, end)
+            segment += 1
+        at, stop = at - length_of_list, stop - length_of_list
 
 
 @functools.cache
 def _levels(
-    forms: tuple[PackedFormat, ...], page_bytes: int, block: int, generated: int, tokens: int
+    forms: tuple[PackedFormat, ...], page_bytes: int, block: int, beside: int, generated: int, tokens: int
 ) -> tuple[tuple[Any, ...], ...]:
     """What the kernel is told of each rung: as `packed_decode`, lines of a page, and what a block costs.
 
@@ -306,9 +297,10 @@ def _levels(
     """
     found = []
     for rung, form in enumerate(forms):
-        cost = max(1, round(block * form.entry_bytes / COST))
         more = tokens if rung == generated else 0
-        found.append((*level_of(form)[:5], page_bytes // form.entry_bytes, cost, more))
+        found.append(
+            (*level_of(form)[:5], page_bytes // form.entry_bytes, cost(block * form.entry_bytes + beside), more)
+        )
     return tuple(found)
 
 
@@ -324,15 +316,18 @@ def launch_paged_levels(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
-    shares: int | None = None,
+    programs: int | None = None,
     block: int | None = None,
     warps: int | None = None,
-    stages: int | None = None,
+    stages: int = 2,
     coded_block: int | None = None,
-    registers: int | None = None,
+    each: int | None = None,
+    extra: int = EXTRA,
+    beside: int = BESIDE,
+    least: int = LEAST_ENTRIES,
     assembly: bool | None = None,
 ) -> None:
-    """Run the kernels; parameters as in `kernels.paged.paged_attention`, those from ``shares`` on to be measured."""
+    """Run the kernels; parameters as in `kernels.paged.paged_attention`, those from ``programs`` on to be measured."""
     count, size, heads = len(rows.begins), pool.size, pool.heads
     if not count:
         return
@@ -342,10 +337,8 @@ def launch_paged_levels(
     block_m = max(16, triton.next_power_of_2(most))
     block_d = max(16, triton.next_power_of_2(size))
     product, item = torch.promote_types(query.dtype, pool.cache.dtype), pool.cache.element_size()
-    if shares is None:
-        shares = _shares(count, heads, query.device)
-    if stages is None:
-        stages = 2
+    half = product.itemsize == 2
+    small = block_m * block_d <= 2048
     if block is None:
         block = BESIDE_CODES if forms else EXACT_BLOCK
         # Of each stage but one a block's keys and values; and the queries.
@@ -353,35 +346,44 @@ def launch_paged_levels(
         while block > 16 and (2 * (stages - 1) * block + block_m) * block_d * product.itemsize > free:
             block //= 2
     if warps is None:
-        # One rung's code is short enough that two warps fill the device; of several the registers are the limit.
-        warps = (2 if len(forms) == 1 and product.itemsize == 2 else 4) if block_m * block_d <= 8192 else 8
-    if registers is None and len(forms) > 1 and warps == 4:
-        registers = REGISTERS
+        if forms and half and block_m * block_d <= 4096:
+            # One warp waits for no other, and unpacks no value that another one does, too.
+            warps = 1 if small else 2
+        else:
+            warps = 4 if block_m * block_d <= 8192 else 8
     if coded_block is None:
-        coded_block = CODED_BLOCK if product.itemsize == 2 and most <= 16 else 16
+        coded_block = CODED_BLOCK if half and most <= 16 else 16
+    if each is None:
+        each = max(1, WARPS // warps) if forms else EXACT_PROGRAMS
+    if programs is None:
+        programs = each * multiprocessors(query.device)
     fields = size * (2 if any(apart(form)[1] for form in forms) else 1)
-    parts = Parts.empty(count, heads, shares, 1 + len(forms), most, fields, query.device)
-    asked = scales = shifts = query
     segments, generated, rung, tokens = table.segments[layer], table.starts, -1, 0
     if coded is not None:
         generated, rung = coded.generated, coded.rung
         tokens = pool.coded_tokens(forms[rung])
-        asked, scales, shifts = prepare(query, rows, coded, layer, scaling, softcap)
         segments = coded.segments[layer]
-    options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
-    _paged_levels_kernel[(count, heads, shares)](
+    levels = _levels(forms, pool.lines * 2 * size * item, coded_block, beside, rung, tokens)
+    exact_cost = cost(block * 2 * size * item)
+    least_work = max(1, least // coded_block) * max(level[6] for level in levels) if forms else exact_cost
+    told = Told(rows, table, layer, segments, generated, levels, block, coded_block, exact_cost, extra, least_work)
+    parts = Parts.empty(programs + count * heads * (1 + len(forms)), most, fields, query.device)
+    places, claimed, asked, scales, shifts = prepare(query, told, coded, heads, scaling, softcap)
+    # Registers that so many warps have on a multiprocessor, of which a thread can have 255.
+    options: dict[str, Any] = {"maxnreg": min(255, REGISTERS // (each * 32 * warps) // 8 * 8)} if forms and half else {}
+    _paged_levels_kernel[(programs,)](
         query, asked, scales, shifts, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths,
-        rows.tables, rows.slots, table.segments[layer], segments, generated, table.starts, table.pages, parts.results,
-        parts.denominators,
-        layer, group, most, scaling, 1.0 if softcap is None else softcap, query.stride(0), query.stride(1),
-        block_table.stride(0), table.pages.stride(0), *pool.shared_strides(),
-        HEAD=size, FIELDS=parts.results.shape[-1], BLOCK_D=block_d, BLOCK_M=block_m, BLOCK=block,
+        rows.tables, rows.slots, table.segments[layer], segments, generated, table.starts, table.pages, places,
+        claimed, parts.results, parts.denominators,
+        layer, count * heads, heads, group, most, scaling, 1.0 if softcap is None else softcap,
+        query.stride(0), query.stride(1), block_table.stride(0), table.pages.stride(0), *pool.shared_strides(),
+        HEAD=size, FIELDS=fields, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK=block,
         LINES=pool.lines, LAYERS=pool.layers, TOKENS=pool.tokens, PRODUCT=TYPES[product],
-        HAS_CAP=softcap is not None, ITEM=item,
-        HALF=product.itemsize == 2, ASSEMBLY=query.is_cuda if assembly is None else assembly,
-        RUNGS=len(forms), LEVELS=_levels(forms, pool.lines * 2 * size * item, coded_block, rung, tokens),
-        COST=max(1, block * 2 * size * item // COST), CODED_BLOCK=coded_block,
+        HAS_CAP=softcap is not None, ITEM=item, HALF=half,
+        ASSEMBLY=query.is_cuda if assembly is None else assembly,
+        RUNGS=len(forms), LEVELS=levels, COST=exact_cost, EXTRA=extra, LEAST=least_work, CODED_BLOCK=coded_block,
+        AT_ONCE=AT_ONCE, MULTIPROCESSORS=0 if programs % len(claimed) else len(claimed),
         BLOCK_G=max(8, triton.next_power_of_2(most)), **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    join(parts, rows, coded, layer, sinks, output, group)
+    join(parts, told, places, coded, programs, sinks, output, group)
