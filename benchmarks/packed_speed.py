@@ -24,7 +24,8 @@ import torch
 
 from devices import copy_bandwidth, device_seconds, header
 from kernel_speed import HEADS, KV_HEADS, SIZE, TYPE, arena, decode_attention, random
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels.packed_calls import PackedKV, Transfer
 from refreekv.kernels.packed_decode import launch_packed_decode

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import KeyCodes, Moments
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import SINKS, KVDtype, centre_of
 
 SIZES = [64, 80, 96, 128, 256]

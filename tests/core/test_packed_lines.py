@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side, grid_error, step
+from refreekv.core.packed_lines import PackedFormat, Side, grid_error, step
+from refreekv.core.packed_maps import PackedMaps
 
 LAYOUTS = ["8888", "6666", "6442", "4444", "4422", "2222", "8642", "6444"]
 

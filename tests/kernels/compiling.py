@@ -17,7 +17,8 @@ from triton.runtime.jit import JITFunction
 from refreekv import kernels
 from refreekv.core.four_bits import FourBits
 from refreekv.core.needs import Grading, Rules
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import ProbeReductions, Probes
 from refreekv.core.surrogates import Surrogates

@@ -16,7 +16,8 @@ from compiling import LIMITS, Driver
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import Ladder
 from refreekv.core.reductions import Probes
 from refreekv.kernels import shared_memory

@@ -8,7 +8,8 @@ import torch
 from helpers.packed_attention import packed_attention
 from kernels.test_segment_kernels import run
 from refreekv import kernels
-from refreekv.core.packed_lines import PackedFormat, PackedMaps, Side
+from refreekv.core.packed_lines import PackedFormat, Side
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import KVDtype
 from refreekv.kernels import packed_join, packed_ops, packed_reference, reference
 from refreekv.kernels.packed_block import codes_of_six, fields_of

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import Moments
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder, centre_of
 from refreekv.kernels import paged_reference
 from refreekv.kernels.paged import COLUMNS, UNIT, Coded, PagedTable, Pool, Rows, paged_attention

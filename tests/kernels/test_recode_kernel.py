@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import Ladder
 from refreekv.kernels import packed_reference
 from refreekv.kernels.packed_calls import Moved

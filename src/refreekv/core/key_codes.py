@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from refreekv.core.damage import rung_damage
-from refreekv.core.packed_lines import KeyMaps, PackedFormat, PackedMaps, in_code_space, sum_of
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import KeyMaps, PackedMaps, in_code_space, sum_of
 from refreekv.core.quantisation import SINKS
 from refreekv.core.rotation import rotation
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import centre_of
 from refreekv.kernels import dispatch, packed_ops, packed_reference, reference
 from refreekv.kernels.packed_calls import Moved, Oldest, Transfer
@@ -27,7 +28,7 @@ def mapped_means(means: tuple[Tensor, Tensor], matrices: tuple[Tensor, Tensor]) 
     means : pair of Tensor
         ``[B, H_kv, D]``.
     matrices : pair of Tensor
-        float32 ``[1, H_kv, D, D]``: `core.packed_lines.PackedMaps`' of keys and of values.
+        float32 ``[1, H_kv, D, D]``: `core.packed_maps.PackedMaps`' of keys and of values.
     """
     if dispatch.on_triton(means[0]) and max(mean.dtype.itemsize for mean in means) <= 4:
         from refreekv.kernels.means import launch_mapped_means

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.kernels.table import Format, check_query, check_spans, check_table
 
 

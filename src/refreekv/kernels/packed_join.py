@@ -1,6 +1,6 @@
 """What is before and after decode attention over packed lines, in Triton: queries into code space, results out of it.
 
-`core.packed_lines.PackedMaps` has the maps; parts of the softmax are those of `kernels.packed_decode`.
+`core.packed_maps.PackedMaps` has the maps; parts of the softmax are those of `kernels.packed_decode`.
 """
 
 # Tuples of another length have another type, and Triton's have as many parts as there are levels.

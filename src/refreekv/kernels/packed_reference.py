@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.kernels.packed_calls import Moved, Oldest, Transfer
 from refreekv.kernels.reference import as_written, take_out
 from refreekv.kernels.table import LENGTH, entries

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.rotation import rotation_like
 
 FIRST, HELD, LIST, LISTED, REPLACED = range(5)
@@ -175,7 +176,7 @@ class Coded:
     key_duals : tuple of Tensor
         Of each layer float32 ``[H_kv, D, D]``: takes queries to code space, from their left.
     key_bounds : tuple of Tensor
-        Of each layer float32 ``[H_kv]``: as in `core.packed_lines.PackedMaps`.
+        Of each layer float32 ``[H_kv]``: as in `core.packed_maps.PackedMaps`.
     rotation : Tensor
         ``[D, D]``, of the type of the queries: values times it are in code space.
     """

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from refreekv import kernels
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import SINKS
 from refreekv.kernels.packed_calls import Transfer
 from refreekv.kernels.paged import Coded, PagedTable, Pool, upload

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.packed_lines import in_code_space
+from refreekv.core.packed_maps import in_code_space
 from refreekv.kernels.table import (
     CAPACITY,
     KEY,

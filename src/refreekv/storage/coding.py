@@ -9,7 +9,8 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import FLUSH, Ladder
 from refreekv.storage.arena import growth_for
 from refreekv.storage.members import Counts

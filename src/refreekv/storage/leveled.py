@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, Ladder
 from refreekv.storage.arena import LEAST_GROWTH, KVArena, as_lists, growth_within, on_device, tell, together
 from refreekv.storage.base import KVStorage, Piece

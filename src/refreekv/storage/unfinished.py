@@ -14,7 +14,8 @@ from torch import Tensor
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
 from refreekv.kernels.device_guard import stream_of
 from refreekv.kernels.table import KEY, LENGTH, VALUE

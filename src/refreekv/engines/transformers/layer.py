@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import Ladder, centre_of
 from refreekv.engines.transformers.handout import ADVICE
 from refreekv.engines.transformers.proof import hides_nothing

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from refreekv.core.packed_lines import PackedMaps
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import KVDtype, Ladder
 from refreekv.engines.transformers.intake import IntakeLayer
 from refreekv.engines.transformers.reading import Reading

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat, PackedMaps
+from refreekv.core.packed_lines import FACTOR_BYTES, PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.engines.transformers.handout import hand_out
 from refreekv.kernels import Format
 from refreekv.pruning.calls import AttentionCall

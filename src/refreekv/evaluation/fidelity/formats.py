@@ -14,7 +14,8 @@ from torch import Tensor
 
 from refreekv import policies
 from refreekv.core.key_codes import KeyCodes
-from refreekv.core.packed_lines import PackedFormat, PackedMaps
+from refreekv.core.packed_lines import PackedFormat
+from refreekv.core.packed_maps import PackedMaps
 from refreekv.core.quantisation import SINKS, KVDtype, Ladder, centre_of
 from refreekv.core.selection import CutSelection, Selection
 from refreekv.core.surrogates import Surrogates
