@@ -40,23 +40,36 @@ def plainly(window, spread, scores, rule, damage):
             worth = max(
                 max(window.peak[0, head, i] / rule.unit, spread.peak[0, head, i] / rule.spread_unit) for i in near
             )
+            worth = max(worth * weight, scores[0, head] * (rule.copying_peak / rule.unit))
             rung = 0
-            while rung < damage.shape[-1] - 1 and worth * weight * damage[0, head, rung] > rule.code_unit:
+            while rung < damage.shape[-1] - 1 and worth * damage[0, head, rung] > rule.code_unit:
                 rung += 1
             found[0, head, at] = rung
     return found
 
 
+@pytest.mark.parametrize("copying_peak", [0.0, 0.03])
 @pytest.mark.parametrize("unit", [1e-4, 1e-3, 1e-2])
-def test_the_narrowest_rung_that_is_narrow_enough(unit):
+def test_the_narrowest_rung_that_is_narrow_enough(unit, copying_peak):
     window, spread = peaks(0)
     scores = torch.tensor([[0.0, 0.5, 0.05]])
     damage = rung_damage(torch.tensor([[0.2, 0.1, 0.1, 0.05], [3.0, 2.0, 1.0, 1.0], [40.0, 9.0, 5.0, 1.0]]), FORMS)[
         None
     ]
-    found = levels(window, spread, scores, rules(unit), damage)
-    assert torch.equal(found, plainly(window, spread, scores, rules(unit), damage))
+    rule = rules(unit, copying_peak=copying_peak)
+    found = levels(window, spread, scores, rule, damage)
+    assert torch.equal(found, plainly(window, spread, scores, rule, damage))
     assert len(found.unique()) > 1
+
+
+def test_entries_that_nobody_looked_at_count_by_how_much_their_head_copies():
+    nothing = ProbeReductions(torch.zeros(1, 4, 20), None)
+    damage = plain_damage(FORMS, 4, torch.device("cpu"))[None]
+    # Scores at which an entry just fits the narrowest rung, and the next one, by what these do.
+    fits = [2e-3 / float(does) / 0.1 for does in damage[0, 0, :2]]
+    scores = torch.tensor([[0.0, 0.99 * fits[0], 1.01 * fits[0], 1.01 * fits[1]]])
+    found = levels(nothing, nothing, scores, rules(1e-3, copying_peak=0.1), damage)
+    assert found[0].tolist() == [[rung] * 20 for rung in (0, 0, 1, 2)]
 
 
 def test_a_stricter_constant_never_gives_fewer_bits():

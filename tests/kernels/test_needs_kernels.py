@@ -111,11 +111,12 @@ def test_kept_first(n, share, device):
         assert torch.equal(got[:number], want[:number])
 
 
+@pytest.mark.parametrize("copying_peak", [0.0, 0.2])
 @pytest.mark.parametrize("damage_rows", [1, 2])
 @pytest.mark.parametrize("n", [512, 1024, 2600])
-def test_rungs_come_with_what_is_kept(n, damage_rows, device):
+def test_rungs_come_with_what_is_kept(n, damage_rows, copying_peak, device):
     window, spread = probes(n, device)
-    by = PLAIN._replace(unit=0.03, spread_unit=0.07, copying_weight=3.0, code_unit=2.0)
+    by = PLAIN._replace(unit=0.03, spread_unit=0.07, copying_weight=3.0, code_unit=2.0, copying_peak=copying_peak)
     damage = torch.rand(damage_rows, 3, 4, device=device).sort(-1, descending=True).values
     got = launch_needs(window, spread, SCORES.to(device), PLAIN, None, Grading(by, damage))
     on_cpu = [part.each(torch.Tensor.cpu) for part in (window, spread)]

@@ -37,6 +37,9 @@ class Rules(NamedTuple):
         How much more than its peak says an entry of a head that copies is worth, where it is about its rung.
     code_unit : float
         What coding may do to an entry, in units.
+    copying_peak : float
+        Attention that a head with a copy score of 1 is expected to give any entry, where it is about its rung; other
+        heads that times their score.
     """
 
     sinks: int
@@ -51,6 +54,7 @@ class Rules(NamedTuple):
     together: bool = False
     copying_weight: float = 1.0
     code_unit: float = 1.0
+    copying_peak: float = 0.0
 
 
 class Needs(NamedTuple):
@@ -102,7 +106,7 @@ def levels(
 
     Each entry gets the narrowest rung in which its highest attention, in units, times the rung's damage is at most
     ``rules.code_unit``; in heads that copy, ``rules.copying_weight`` times that attention. Peaks count for neighbours,
-    too.
+    too. No entry counts less than ``rules.copying_peak`` times its head's copy score: a later query may fetch any.
 
     Parameters
     ----------
@@ -128,6 +132,7 @@ def levels(
     around[..., :-1] = torch.maximum(around[..., :-1], peak[..., 1:])
     if scores is not None:
         around = torch.where((scores >= rules.copying)[..., None], around * rules.copying_weight, around)
+        around = torch.maximum(around, (scores * (rules.copying_peak / rules.unit))[..., None])
     found = torch.zeros(around.shape, dtype=torch.uint8, device=around.device)
     for rung in range(damage.shape[-1] - 1):
         found += around * damage[..., rung : rung + 1] > rules.code_unit

@@ -54,7 +54,7 @@ def _mass_kernel(peak, mass, out, length, LEVELS: tl.constexpr, BLOCK: tl.conste
 def _needs_kernel(
     peak, spread, masses, scores, earlier, keep_out, stats_out, damage, levels_out, origins,
     length, kv_heads, ss_b, st_b, st_h, sd_b, so_b, sinks, recent, follow, chunks, min_length,
-    unit, spread_unit, hit, share, copying, level_unit, level_spread_unit, level_copying, weight, code_unit,
+    unit, spread_unit, hit, share, copying, level_unit, level_spread_unit, level_copying, weight, expected, code_unit,
     LEVELS: tl.constexpr, RUNGS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_ORIGINS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _needs_kernel(
     if RUNGS > 1:
         # Divided as `core.needs.levels` does it: to the nearest number.
         worth = tl.maximum(tl.div_rn(around, level_unit), tl.div_rn(far, level_spread_unit))
-        worth = tl.where(score >= level_copying, worth * weight, worth)
+        worth = tl.maximum(tl.where(score >= level_copying, worth * weight, worth), score * expected)
         level = tl.zeros([BLOCK], tl.int32)
         for rung in tl.static_range(RUNGS - 1):
             does = tl.load(damage + batch * sd_b + head * RUNGS + rung)
@@ -179,7 +179,8 @@ def launch_needs(
         origins.stride(0) if origins is not None and origins.shape[0] > 1 else 0, rules.sinks, rules.recent,
         rules.follow, chunks, rules.min_length,
         rules.unit, rules.spread_unit, rules.hit, rules.share, rules.copying,
-        float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight), float(by.code_unit),
+        float(by.unit), float(by.spread_unit), float(by.copying), float(by.copying_weight),
+        float(by.copying_peak / by.unit), float(by.code_unit),
         LEVELS=LEVELS, RUNGS=1 if rungs is None else damage.shape[-1], HAS_EARLIER=places is not None,
         HAS_ORIGINS=origins is not None, BLOCK=BLOCK,
         BLOCK_F=power_of_2(max(rules.follow, 1)), BLOCK_C=power_of_2(max(chunks, FEW)), num_warps=8,

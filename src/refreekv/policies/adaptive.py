@@ -85,6 +85,9 @@ class Adaptive(Policy):
         ``"auto"``: as many bits for each entry as it is worth. 16: what is kept stays as the model computed it.
     copying_weight : float
         How much more than its peak says an entry of a copying head is worth.
+    copying_peak : float
+        Attention that any entry of a head with a copy score of 1 counts as getting, at least, where it is about its
+        bits; in other heads that times their score.
     code_unit, evict_unit : float
         What coding may do to an entry, and what evicting it may where there are several formats, in units ``u``.
     frozen_layers : int or "all"
@@ -105,6 +108,7 @@ class Adaptive(Policy):
     shared: bool = False
     bits: int | Literal["auto"] = "auto"
     copying_weight: float = 4.0
+    copying_peak: float = 0.0
     code_unit: float = 2.0
     evict_unit: float = 0.25
     frozen_layers: int | Literal["all"] = 0
@@ -128,6 +132,7 @@ class Adaptive(Policy):
         _check_number("copying", self.copying, float("inf"), "a copy score")
         _check_number("spread_factor", self.spread_factor, float("inf"), "a factor")
         _check_number("copying_weight", self.copying_weight, float("inf"), "a factor")
+        _check_number("copying_peak", self.copying_peak, float("inf"), "an attention")
         _check_number("code_unit", self.code_unit, float("inf"), "a factor")
         _check_number("evict_unit", self.evict_unit, float("inf"), "a factor")
         if self.bits not in ("auto", 16):
@@ -181,6 +186,7 @@ class Adaptive(Policy):
             together=not by_head,
             copying_weight=self.copying_weight,
             code_unit=self.code_unit,
+            copying_peak=self.copying_peak,
         )
         scores = None if view.copy_scores is None else view.copy_scores.to(view.keys.device)
         real = None if view.valid is None else view.real_heads
