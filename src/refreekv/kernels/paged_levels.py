@@ -59,9 +59,6 @@ EXACT_BLOCK, BESIDE_CODES = 128, 16
 CODED_BLOCK = 32
 """Lines of a block, at most."""
 
-EXACT_PROGRAMS = 3
-"""Programs of a multiprocessor where nothing is coded: so many have shared memory."""
-
 LEAST_ENTRIES = 256
 """Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
 
@@ -339,11 +336,15 @@ def launch_paged_levels(
     product, item = torch.promote_types(query.dtype, pool.cache.dtype), pool.cache.element_size()
     half = product.itemsize == 2
     small = block_m * block_d <= 2048
+
+    def tile_bytes(block: int) -> int:
+        return int((2 * (stages - 1) * block + block_m) * block_d * product.itemsize)
+
     if block is None:
         block = BESIDE_CODES if forms else EXACT_BLOCK
         # Of each stage but one a block's keys and values; and the queries.
         free = shared_memory.for_tiles(query.device)
-        while block > 16 and (2 * (stages - 1) * block + block_m) * block_d * product.itemsize > free:
+        while block > 16 and tile_bytes(block) > free:
             block //= 2
     if warps is None:
         if forms and half and block_m * block_d <= 4096:
@@ -354,7 +355,8 @@ def launch_paged_levels(
     if coded_block is None:
         coded_block = CODED_BLOCK if half and most <= 16 else 16
     if each is None:
-        each = max(1, WARPS // warps) if forms else EXACT_PROGRAMS
+        # Where nothing is coded blocks are large: as many programs as there is shared memory for.
+        each = max(1, WARPS // warps) if forms else shared_memory.programs_for(tile_bytes(block), query.device)
     if programs is None:
         programs = each * multiprocessors(query.device)
     fields = size * (2 if any(apart(form)[1] for form in forms) else 1)

@@ -5,8 +5,11 @@ import functools
 import torch
 from triton.runtime import driver
 
-SPARE = 8_192
-"""Bytes that Triton takes beyond a kernel's tiles: 4,160 at most were seen (3.9)."""
+SPARE, SEEN = 8_192, 4_160
+"""Bytes that Triton may take beyond a kernel's tiles, and the most that were seen (3.9)."""
+
+RESERVED = 1_024
+"""Bytes that a multiprocessor takes for each program; it has as many more than a block may have."""
 
 
 @functools.cache
@@ -22,3 +25,8 @@ def bytes_of(device: torch.device) -> int:
 def for_tiles(device: torch.device) -> int:
     """Bytes of them that a kernel's tiles may take."""
     return bytes_of(device) - SPARE
+
+
+def programs_for(tiles: int, device: torch.device) -> int:
+    """Programs with tiles of so many bytes that a multiprocessor has room for."""
+    return max(1, (bytes_of(device) + RESERVED) // (tiles + SEEN + RESERVED))
