@@ -26,6 +26,7 @@ from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl, shared_memory
 from refreekv.kernels.decode import _held, multiprocessors
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.neighbours import share_of
 from refreekv.kernels.packed_block import (
     UNIT,
     apart,
@@ -90,7 +91,7 @@ def _own(at, stop, first, EXTRA: tl.constexpr, COST: tl.constexpr):
 
 @triton.jit
 def _exact(
-    query, table, out, denominators, segments, at, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
+    query, table, out, denominators, program, segments, at, stop, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_CAP: tl.constexpr, STAGES: tl.constexpr,
@@ -130,7 +131,7 @@ def _exact(
             highest = higher
             total = total * shrink + p
             result = result * shrink + tl.dot(v, p.to(v.dtype), input_precision="ieee")
-        slot = (tl.program_id(0) + segment) * group + head
+        slot = (program + segment) * group + head
         denominator = tl.where(finish > begin, tl.sum(total, 0), 1.0)
         asking_here = head < tl.where(finish > begin, group, 0)
         tl.store(denominators + slot, highest + tl.log2(denominator), asking_here)
@@ -144,7 +145,7 @@ def _exact(
 
 @triton.jit
 def _level(
-    query, scales, shifts, table, out, denominators, segments, at, stop, before, group, softcap,
+    query, scales, shifts, table, out, denominators, program, segments, at, stop, before, group, softcap,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, LINE: tl.constexpr, KEY_CHUNKS: tl.constexpr,
     VALUE_CHUNKS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, COST: tl.constexpr, EXTRA: tl.constexpr, BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -178,7 +179,7 @@ def _level(
                 highest, total, weighed, results,
                 KEYS, VALUES, LINE, KEY_CHUNKS, VALUE_CHUNKS, dtype, BLOCK, BLOCK_G, HAS_CAP, ASSEMBLY,
             )  # fmt: skip
-        slot = (tl.program_id(0) + before + segment) * group + head
+        slot = (program + before + segment) * group + head
         denominator = tl.where(finish > begin, tl.sum(total, 0), 1.0)
         asking_here = head < tl.where(finish > begin, group, 0)
         sum_of_all = highest + tl.log2(denominator)
@@ -191,13 +192,13 @@ def _level(
 
 @triton.jit
 def _packed_decode_kernel(
-    query, asked, scales, shifts, tables, out, denominators,
+    query, asked, scales, shifts, claimed, tables, out, denominators,
     segments, kv_heads, group, scaling, softcap, sq_b, sq_h,
     HEAD: tl.constexpr, VALUE: tl.constexpr, FIELDS: tl.constexpr, LEVELS: tl.constexpr, COUNT: tl.constexpr,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, EXACT_COST: tl.constexpr, EXTRA: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, ASSEMBLY: tl.constexpr, EXACT_STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    DEPENDENT: tl.constexpr, MULTIPROCESSORS: tl.constexpr,
 ):  # fmt: skip
     # The tables and the queries are not of the kernel before, but of those that this one has waited for.
     totals = ()
@@ -212,12 +213,17 @@ def _packed_decode_kernel(
         totals = totals + (total,)
         work += total
     shares = shares_of(work, tl.num_programs(0), LEAST)
-    at = (tl.minimum(tl.program_id(0), shares) * work // shares).to(tl.int32)
-    stop = (tl.minimum(tl.program_id(0) + 1, shares) * work // shares).to(tl.int32)
+    if MULTIPROCESSORS:
+        # Before anything is claimed, what the kernel before has written.
+        pdl.in_turn(DEPENDENT)
+    place = tl.extra.cuda.smid() if ASSEMBLY else tl.program_id(0)
+    program = share_of(claimed, shares, place, MULTIPROCESSORS)
+    at = (tl.minimum(program, shares) * work // shares).to(tl.int32)
+    stop = (tl.minimum(program + 1, shares) * work // shares).to(tl.int32)
     if at < tl.minimum(stop, totals[0]):
         _exact(
-            query, tables[0], out, denominators, segments, at, tl.minimum(stop, totals[0]), kv_heads, group, scaling,
-            softcap, sq_b, sq_h,
+            query, tables[0], out, denominators, program, segments, at, tl.minimum(stop, totals[0]), kv_heads, group,
+            scaling, softcap, sq_b, sq_h,
             HEAD, VALUE, FIELDS, BLOCK_D, BLOCK_V, BLOCK_G, EXACT_BLOCK, EXACT_COST, EXTRA, BLOCK_S, HAS_CAP,
             EXACT_STAGES,
         )  # fmt: skip
@@ -225,7 +231,7 @@ def _packed_decode_kernel(
         at, stop = tl.maximum(at - totals[i], 0), stop - totals[i]
         if at < tl.minimum(stop, totals[i + 1]):
             _level(
-                asked, scales, shifts, tables[i + 1], out, denominators, segments, at,
+                asked, scales, shifts, tables[i + 1], out, denominators, program, segments, at,
                 tl.minimum(stop, totals[i + 1]), (i + 1) * segments, group, softcap,
                 HEAD, FIELDS, constant(LEVELS, i, 2), constant(LEVELS, i, 3), constant(LEVELS, i, 4),
                 constant(LEVELS, i, 0), constant(LEVELS, i, 1), HALF, BLOCK_G, BLOCK, constant(LEVELS, i, 5), EXTRA,
@@ -279,7 +285,7 @@ class Parts:
 @on_its_device
 def launch_packed_decode(
     query: Tensor,
-    prepared: tuple[Tensor, Tensor, Tensor],
+    prepared: tuple[Tensor, Tensor, Tensor, Tensor],
     exact: Tensor,
     tables: Sequence[Tensor],
     forms: Sequence[PackedFormat],
@@ -298,6 +304,7 @@ def launch_packed_decode(
     each: int | None = None,
     assembly: bool | None = None,
     early: bool = True,
+    side_by_side: bool = False,
 ) -> Parts:
     """Each program's part of the attention.
 
@@ -311,8 +318,8 @@ def launch_packed_decode(
         As in `kernels.packed_attention`.
     value_size : int
         Head size of the values.
-    programs, block, exact_block, extra, beside, least, joined, warps, stages, each, assembly, early
-        To be measured; ``each`` programs have registers on a multiprocessor.
+    programs, block, exact_block, extra, beside, least, joined, warps, stages, each, assembly, early, side_by_side
+        To be measured; ``each`` programs have registers on a multiprocessor, whose shares may lie ``side_by_side``.
     """
     segments, (batch, heads, _, size) = exact.shape[0], query.shape
     group = heads * batch // segments
@@ -337,6 +344,7 @@ def launch_packed_decode(
     costs = (exact_cost, *(level[5] for level in levels))
     most = max(1, least // block) * max(costs)
     fields = value_size * (2 if any(apart(form)[1] for form in forms) else 1)
+    places = len(prepared[3]) if side_by_side and programs % len(prepared[3]) == 0 else 0
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
     denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
@@ -350,7 +358,8 @@ def launch_packed_decode(
         BLOCK_S=triton.next_power_of_2(max(segments, 2)),
         HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
         # Exact entries are few, and their blocks larger than those of lines.
-        EXACT_STAGES=min(stages, 2) if half else stages, num_warps=warps, num_stages=stages,
+        EXACT_STAGES=min(stages, 2) if half else stages,
+        MULTIPROCESSORS=places, num_warps=warps, num_stages=stages,
         maxnreg=REGISTERS // (each * 32 * warps) // 8 * 8, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
     return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, most)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from refreekv.core.packed_lines import PackedFormat
 from refreekv.kernels import pdl
+from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.device_guard import on_its_device
+from refreekv.kernels.neighbours import none_claimed
 from refreekv.kernels.packed_block import apart, constant
 from refreekv.kernels.packed_decode import Parts, shared_out, shares_of
 from refreekv.kernels.probe import LOG2E
@@ -29,16 +31,18 @@ LARGEST = tl.constexpr(8192.0)
 
 @triton.jit
 def _prepare_kernel(
-    query, means, dual, bounds, out, scales, shifts,
+    query, means, dual, bounds, out, scales, shifts, claimed,
     rows, kv_heads, group, scaling, sq_b, sq_h, row_of_means, row_of_maps,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, HAS_CAP: tl.constexpr, EXACT: tl.constexpr, CHAINED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    MULTIPROCESSORS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one KV head in some rows: some of their channels in code space."""
     pdl.in_turn(DEPENDENT)
     if CHAINED and not DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        none_claimed(claimed, MULTIPROCESSORS)
     first_row, kv_head, part = tl.program_id(0) * BLOCK_R, tl.program_id(1), tl.program_id(2)
     maps = first_row.to(tl.int64) * row_of_maps + kv_head
     n = tl.arange(0, BLOCK_R * BLOCK_G)
@@ -243,7 +247,7 @@ def launch_prepare(
     bounds: Tensor,
     scaling: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries in code space.
 
     Parameters
@@ -262,6 +266,8 @@ def launch_prepare(
     query, scales, shifts : Tensor
         ``[B, H, D]`` float32, of a size that float16 has room for; what the product with a key is to be multiplied
         with, ``[B, H]``; and the logits that the mean key adds.
+    claimed : Tensor
+        int32: a zero for each multiprocessor, see `kernels.neighbours`.
     """
     batch, heads, _, size = query.shape
     kv_heads = means.shape[1]
@@ -269,18 +275,19 @@ def launch_prepare(
         query = query.contiguous()
     out = torch.empty(batch, heads, size, dtype=torch.float32, device=query.device)
     scales, shifts = (torch.empty(batch, heads, dtype=torch.float32, device=query.device) for _ in range(2))
+    claimed = torch.empty(multiprocessors(query.device), dtype=torch.int32, device=query.device)
     block_d, block_g = triton.next_power_of_2(size), triton.next_power_of_2(heads // kv_heads)
     # Rows that share maps share a program, as many as a product has room for.
     rows = min(max(1, 16 // block_g), triton.next_power_of_2(batch)) if dual.shape[0] == 1 else 1
     block_out = 32
     _prepare_kernel[(triton.cdiv(batch, rows), kv_heads, triton.cdiv(size, block_out))](
-        query, means, dual, bounds, out, scales, shifts, batch, kv_heads, heads // kv_heads, scaling,
+        query, means, dual, bounds, out, scales, shifts, claimed, batch, kv_heads, heads // kv_heads, scaling,
         query.stride(0), query.stride(1), *(0 if part.shape[0] == 1 else kv_heads for part in (means, dual)),
         HEAD=size, BLOCK_D=block_d, BLOCK_OUT=block_out, BLOCK_IN=min(64, block_d), BLOCK_R=rows, BLOCK_G=block_g,
         HAS_CAP=softcap is not None, EXACT=query.dtype.itemsize > 2, CHAINED=pdl.options(1, query)["DEPENDENT"],
-        num_warps=4, **pdl.options(batch, query, small=True),
+        MULTIPROCESSORS=len(claimed), num_warps=4, **pdl.options(batch, query, small=True),
     )  # fmt: skip
-    return out, scales, shifts
+    return out, scales, shifts, claimed
 
 
 @on_its_device
