@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,21 @@ def test_another_version_model_or_policy_is_refused(saved, llama):
     rewritten(path, lambda description, _: description.update(version=3))
     with pytest.raises(ValueError, match="version 3"):
         load(path, llama)
+
+
+def test_files_are_older_than_a_parameter_of_their_policy(saved, llama):
+    path, cache = saved
+
+    def older(description, _):
+        written = description["policy"]
+        del written["parameters"]["sinks"]
+        written["text"] = written["text"].replace(f", sinks={cache.policy.sinks}", "")
+
+    rewritten(path, older)
+    for policy in (None, cache.policy):
+        assert summary(load(path, llama, policy=policy)) == summary(cache)
+    with pytest.raises(ValueError, match="was pruned by"):
+        load(path, llama, policy=replace(cache.policy, sinks=5))
 
 
 def test_a_policy_that_is_not_registered_has_to_be_given(llama, tmp_path):
