@@ -59,6 +59,9 @@ EXACT_BLOCK, BESIDE_CODES = 128, 16
 CODED_BLOCK = 32
 """Lines of a block, at most."""
 
+THREAD_REGISTERS = 255
+"""That a thread can have."""
+
 LEAST_ENTRIES = 256
 """Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
 
@@ -335,7 +338,7 @@ def launch_paged_levels(
     block_d = max(16, triton.next_power_of_2(size))
     product, item = torch.promote_types(query.dtype, pool.cache.dtype), pool.cache.element_size()
     half = product.itemsize == 2
-    small = block_m * block_d <= 2048
+    small, limited = block_m * block_d <= 2048, bool(forms) and half
 
     def tile_bytes(block: int) -> int:
         return int((2 * (stages - 1) * block + block_m) * block_d * product.itemsize)
@@ -355,8 +358,10 @@ def launch_paged_levels(
     if coded_block is None:
         coded_block = CODED_BLOCK if half and most <= 16 else 16
     if each is None:
-        # Where nothing is coded blocks are large: as many programs as there is shared memory for.
-        each = max(1, WARPS // warps) if forms else shared_memory.programs_for(tile_bytes(block), query.device)
+        # Of what is not told its registers, which may take all that a thread can have, as many as have room for sure:
+        # with more than run at once the last ones would have a round of their own.
+        room = shared_memory.programs_for(tile_bytes(block), query.device)
+        each = max(1, WARPS // warps if limited else min(room, REGISTERS // (THREAD_REGISTERS * 32 * warps)))
     if programs is None:
         programs = each * multiprocessors(query.device)
     fields = size * (2 if any(apart(form)[1] for form in forms) else 1)
@@ -371,8 +376,9 @@ def launch_paged_levels(
     told = Told(rows, table, layer, segments, generated, levels, block, coded_block, exact_cost, extra, least_work)
     parts = Parts.empty(programs + count * heads * (1 + len(forms)), most, fields, query.device)
     places, claimed, asked, scales, shifts = prepare(query, told, coded, heads, scaling, softcap)
-    # Registers that so many warps have on a multiprocessor, of which a thread can have 255.
-    options: dict[str, Any] = {"maxnreg": min(255, REGISTERS // (each * 32 * warps) // 8 * 8)} if forms and half else {}
+    # Registers that so many warps have on a multiprocessor.
+    most_registers = min(THREAD_REGISTERS, REGISTERS // (each * 32 * warps) // 8 * 8)
+    options: dict[str, Any] = {"maxnreg": most_registers} if limited else {}
     _paged_levels_kernel[(programs,)](
         query, asked, scales, shifts, pool.cache, pool.offsets, block_table, rows.begins, rows.ends, rows.lengths,
         rows.tables, rows.slots, table.segments[layer], segments, generated, table.starts, table.pages, places,
