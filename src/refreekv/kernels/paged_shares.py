@@ -20,7 +20,7 @@ from refreekv.kernels.packed_block import constant
 from refreekv.kernels.paged import COLUMNS, PagedTable, Rows
 
 UNIT = 128
-"""Bytes that work is counted in: so that it has room in 32 bits."""
+"""Bytes that work is counted in: so that it has room in 32 bits, up to 275 GB that a step reads in one layer."""
 
 EXTRA = 24
 """What a segment counts beside its blocks: about a block's time goes by before the first one."""
