@@ -205,7 +205,6 @@ def paged(dtype, group, head_size, kinds, queries=1):
     query = torch.zeros(3 * queries, 2 * group, head_size, dtype=dtype)
     zeros, places = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int64)
     rows = Rows(zeros, zeros, zeros, zeros, zeros, queries)
-    # More parts than are joined at once.
     cap, sinks = (30.0, None) if dtype == torch.float32 else (None, torch.zeros(2 * group))
     arguments = query, pool, 0, zeros[None], rows, table, query, 1.0, cap, sinks
     launch_paged_levels(*arguments, programs=9, assembly=True)

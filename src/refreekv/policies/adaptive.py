@@ -108,10 +108,10 @@ class Adaptive(Policy):
     shared: bool = False
     bits: int | Literal["auto"] = "auto"
     copying_weight: float = 4.0
-    copying_peak: float = 0.0
     code_unit: float = 2.0
     evict_unit: float = 0.25
     frozen_layers: int | Literal["all"] = 0
+    copying_peak: float = 0.0
 
     reads_copy_scores: ClassVar[bool] = True
     decides_together: ClassVar[bool] = True

@@ -379,3 +379,15 @@ def test_heads_that_cannot_be_packed_are_refused_when_the_prompt_begins():
     cache = ReFreeKVCache(model, "full", kv_dtype="int8")
     with pytest.raises(ValueError, match="packs heads of a multiple of 16 elements, and this model's keys have 8"):
         greedy(model, ids, mask, cache)
+
+
+def test_float64_stays_as_it_is_and_formats_for_it_are_refused():
+    model = build("llama", attention="sdpa", hidden_size=64, num_attention_heads=4, num_key_value_heads=2).double()
+    ids, mask = prompts((600,))
+    with pytest.raises(
+        ValueError, match=r"codes float16, bfloat16 and float32, and this model's keys are in torch\.float64"
+    ):
+        greedy(model, ids, mask, ReFreeKVCache(model, "full", kv_dtype="int8"))
+    cache = ReFreeKVCache(model, "adaptive")
+    greedy(model, ids, mask, cache)
+    assert all(layer.ladder is None for layer in cache.pruned_layers)

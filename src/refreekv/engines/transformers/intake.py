@@ -109,9 +109,14 @@ class IntakeLayer(StoredLayer):
         if self._length == 0:
             sizes = keys.shape[3], values.shape[3]
             # Nobody asked for codes; who asks for them in host memory did.
-            spared = self.state.codes_optional and self.state.host is None and any(size % 16 for size in sizes)
-            if self.ladder is not None and not spared:
+            takes = UnfinishedKV.takes(keys, values)
+            if self.ladder is not None and (takes or not self.state.codes_optional or self.state.host is not None):
                 self.ladder.forms(sizes)
+                if not takes:
+                    raise ValueError(
+                        f"kv_dtype {self.ladder} codes float16, bfloat16 and float32, and this model's keys are in "
+                        f"{keys.dtype} and its values in {values.dtype}; leave kv_dtype out"
+                    )
                 self._try_codes(keys, values)
             else:
                 self.ladder = None
