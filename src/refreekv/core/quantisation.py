@@ -25,6 +25,9 @@ from refreekv.core import spelling
 from refreekv.core.packed_lines import PackedFormat, Side
 from refreekv.core.rotation import rotate
 
+CODED_TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+"""Of entries that can be coded."""
+
 SINKS = 4
 """First entries of each KV head, which stay as they are: models aim attention at them, and their keys and values
 are unlike all others (StreamingLLM, arXiv 2309.17453)."""

@@ -16,7 +16,7 @@ from refreekv import kernels
 from refreekv.core.key_codes import KeyCodes
 from refreekv.core.packed_lines import FACTOR_BYTES
 from refreekv.core.packed_maps import PackedMaps
-from refreekv.core.quantisation import FLUSH, SINKS, KVDtype, centre_of
+from refreekv.core.quantisation import CODED_TYPES, FLUSH, SINKS, KVDtype, centre_of
 from refreekv.kernels.device_guard import stream_of
 from refreekv.kernels.table import KEY, LENGTH, VALUE
 from refreekv.storage.arena import KVArena, on_device
@@ -86,8 +86,7 @@ class UnfinishedKV:
     @staticmethod
     def takes(keys: Tensor, values: Tensor) -> bool:
         """Whether entries like these can be coded."""
-        types = torch.float16, torch.bfloat16, torch.float32
-        return all(part.dtype in types and part.shape[-1] % 16 == 0 for part in (keys, values))
+        return all(part.dtype in CODED_TYPES and part.shape[-1] % 16 == 0 for part in (keys, values))
 
     # -- what it holds ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refreekv.core.autocast import without_autocast
-from refreekv.core.quantisation import KVDtype, Ladder
+from refreekv.core.quantisation import CODED_TYPES, KVDtype, Ladder
 from refreekv.engines.transformers.handout import hand_out
 from refreekv.engines.transformers.prompt import PromptState
 from refreekv.engines.transformers.reading import LEAST_CHUNK, Reading
@@ -109,7 +109,7 @@ class IntakeLayer(StoredLayer):
         if self._length == 0:
             sizes = keys.shape[3], values.shape[3]
             # Nobody asked for codes; who asks for them in host memory did.
-            takes = UnfinishedKV.takes(keys, values)
+            takes = {keys.dtype, values.dtype} <= CODED_TYPES and not any(size % 16 for size in sizes)
             if self.ladder is not None and (takes or not self.state.codes_optional or self.state.host is not None):
                 self.ladder.forms(sizes)
                 if not takes:
