@@ -31,7 +31,7 @@ def share_of(claimed, shares, place, MULTIPROCESSORS: tl.constexpr):
         Of the device; programs are a multiple of them. 0: programs take shares in turn.
     """
     share = tl.program_id(0)
-    if MULTIPROCESSORS:  # noqa: SIM102, what is fixed at compile time is apart
+    if MULTIPROCESSORS:  # noqa: SIM102, the outer one is decided when this is compiled
         if shares == tl.num_programs(0):
             each = tl.num_programs(0) // MULTIPROCESSORS
             at = place % MULTIPROCESSORS

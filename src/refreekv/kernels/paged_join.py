@@ -104,7 +104,7 @@ def _paged_prepare_kernel(
                 begins, ends, lengths, slots, segments, coded, generated, starts, places, rows, heads,
                 part, RUNGS, LEVELS, BLOCK, CODED_BLOCK, COST, EXTRA, AT_ONCE,
             )  # fmt: skip
-    if RUNGS:  # noqa: SIM102, what is fixed at compile time apart
+    if RUNGS:  # noqa: SIM102, the outer one is decided when this is compiled
         if program > RUNGS:
             number = program - (RUNGS + 1)
             PARTS: tl.constexpr = (HEAD + BLOCK_OUT - 1) // BLOCK_OUT

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refreekv.kernels.packed_block import constant
+from refreekv.kernels.packed_decode import shares_of
 from refreekv.kernels.paged import COLUMNS, PagedTable, Rows
 
 UNIT = 128
@@ -169,7 +170,7 @@ def place_of(ends, segment):
 def programs_of(places, segment, segments, programs, RUNGS: tl.constexpr, LEAST: tl.constexpr):
     """Which programs have shares of a segment: of each part of the list the first one, and how many."""
     work = work_of(places, segments, RUNGS)
-    shares = tl.maximum(tl.minimum(programs, work // LEAST), 1).to(tl.int64)
+    shares = shares_of(work, programs, LEAST)
     work = tl.maximum(work, 1)
     before = tl.zeros([], tl.int32)
     lows, counts = (), ()
