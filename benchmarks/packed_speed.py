@@ -193,9 +193,8 @@ def tuned() -> list[dict[str, Any]]:
     return [
         {}, {"joined": 32}, {"block": 16}, {"block": 16, "joined": 32}, {"block": 16, "each": 16}, {"block": 64},
         {"stages": 2}, {"each": 16}, {"each": 8, "block": 64}, {"early": False}, {"extra": 0}, {"extra": 96},
-        {"beside": 64}, {"beside": 600}, {"exact_block": 32}, {"warps": 2, "block": 64, "each": 8},
+        {"beside": 600}, {"beside": 1600}, {"beside": 3200}, {"exact_block": 32}, {"warps": 2, "block": 64, "each": 8},
         {"warps": 2, "block": 32}, {"warps": 4, "block": 128, "each": 4},
-        *({"side_by_side": True, "beside": beside} for beside in (0, 1600, 3200)),
     ]  # fmt: skip
 
 

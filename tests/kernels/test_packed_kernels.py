@@ -144,7 +144,6 @@ CASES = {
         "levels": [("6666", "4444"), ("4422", "2222")],
         "programs": None,
         "least": 1,
-        "side_by_side": True,
     },
     "wide parts of lines": {"levels": [("6442", "2222"), ("8866", "4444")], "sizes": (128, 128), "joined": 32},
     "empty": {"levels": [("4444", "4444")], "lengths": [0, 0], "exact": [0, 0]},

@@ -465,12 +465,13 @@ def test_coded_entries_with_caps_and_sinks(dtype, device, close, more):
 @pytest.mark.parametrize("programs", [1, 3, 40])
 @pytest.mark.parametrize("block", [16, 64])
 def test_shares_and_blocks_change_nothing(monkeypatch, dtype, device, close, programs, block):
-    """Segments begin anywhere in a page, and a program may have any part of them."""
+    """Segments begin anywhere in a page, a program may have any part of them, and one kernel or two may join these."""
     case, counts, lengths = Case(dtype, device, size=64, seed=3), (1, 1, 1), [50, 80, 60]
     query = queries(case, counts)
     case.code(1, "k4v2+k4v4+k6v4+k7v6", by_kernel)
     rows, found = rows_of(case, counts, lengths), []
-    for settings in ({}, {"programs": programs, "coded_block": block, "block": 16, "least": 1}):
+    other = {"programs": programs, "coded_block": block, "block": 16, "least": 1, "whole": False, "joined": 2}
+    for settings in ({}, other):
         out = torch.full_like(query, float("nan"))
         launch_paged_levels(query, case.pool, 1, case.block_table, rows, case.table, out, 0.2, None, None, **settings)
         found.append(out)

@@ -304,7 +304,6 @@ def launch_packed_decode(
     each: int | None = None,
     assembly: bool | None = None,
     early: bool = True,
-    side_by_side: bool = False,
 ) -> Parts:
     """Each program's part of the attention.
 
@@ -318,8 +317,8 @@ def launch_packed_decode(
         As in `kernels.packed_attention`.
     value_size : int
         Head size of the values.
-    programs, block, exact_block, extra, beside, least, joined, warps, stages, each, assembly, early, side_by_side
-        To be measured; ``each`` programs have registers on a multiprocessor, whose shares may lie ``side_by_side``.
+    programs, block, exact_block, extra, beside, least, joined, warps, stages, each, assembly, early
+        To be measured; ``each`` programs have registers on a multiprocessor.
     """
     segments, (batch, heads, _, size) = exact.shape[0], query.shape
     group = heads * batch // segments
@@ -344,7 +343,7 @@ def launch_packed_decode(
     costs = (exact_cost, *(level[5] for level in levels))
     most = max(1, least // block) * max(costs)
     fields = value_size * (2 if any(apart(form)[1] for form in forms) else 1)
-    places = len(prepared[3]) if side_by_side and programs % len(prepared[3]) == 0 else 0
+    places = len(prepared[3])
     slots = programs + segments * (1 + len(forms))
     results = torch.empty(slots, group, fields, dtype=torch.float32, device=query.device)
     denominators = torch.empty(slots, group, dtype=torch.float32, device=query.device)
@@ -359,7 +358,7 @@ def launch_packed_decode(
         HAS_CAP=softcap is not None, ASSEMBLY=query.is_cuda if assembly is None else assembly,
         # Exact entries are few, and their blocks larger than those of lines.
         EXACT_STAGES=min(stages, 2) if half else stages,
-        MULTIPROCESSORS=places, num_warps=warps, num_stages=stages,
+        MULTIPROCESSORS=0 if programs % places else places, num_warps=warps, num_stages=stages,
         maxnreg=REGISTERS // (each * 32 * warps) // 8 * 8, **pdl.options(1 if early else batch, query),
     )  # fmt: skip
     return Parts((exact, *tables), results, denominators, programs, block, exact_block, costs, extra, most)

@@ -21,6 +21,9 @@ from refreekv.kernels.probe import LOG2E
 QUERIES = 16
 """Queries of one KV head that a program takes to code space."""
 
+MANY = 256
+"""Queries of all heads from which on results come out of code space in a product of their own."""
+
 TOLD = ("begins", "ends", "lengths", "tables", "slots", "block_table")
 """Arguments that tell of a step's rows: kernels are compiled once, however what they point to is aligned."""
 
@@ -155,12 +158,12 @@ def prepare(
 
 @triton.jit(do_not_specialize=[*TOLD, "segments", "skipped"])
 def _paged_join_kernel(
-    partial, denominators, places, begins, ends, slots, means, sinks, out, coded_out,
+    partial, denominators, places, begins, ends, slots, means, sinks, back, out, coded_out,
     segments, group, programs, so_t, so_h, skipped,
     HEAD: tl.constexpr, FIELDS: tl.constexpr, SIX: tl.constexpr, BLOCK_D: tl.constexpr, EACH: tl.constexpr,
-    RUNGS: tl.constexpr, LEAST: tl.constexpr, HAS_SINKS: tl.constexpr,
+    RUNGS: tl.constexpr, LEAST: tl.constexpr, HAS_SINKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One query of one query head: its parts, weighted by their shares of the softmax."""
+    """One query of one query head: its parts, weighted by their shares of the softmax; ``WHOLE``: out of code space."""
     row, head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, most = tl.num_programs(1), tl.num_programs(2)
     begin = tl.load(begins + row)
@@ -176,6 +179,9 @@ def _paged_join_kernel(
         query_head = head * group + m % group
         token = (begin + m // group).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
+        if WHOLE:
+            inside = (d < HEAD)[None, :] & (d < HEAD)[:, None]
+            matrix = tl.load(back + d[:, None] * HEAD + d[None, :], inside, 0.0)
         highest = tl.full([], float("-inf"), tl.float32)
         total, mass = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
         if HAS_SINKS:
@@ -212,35 +218,44 @@ def _paged_join_kernel(
         if RUNGS:
             own = tl.load(slots + row).to(tl.int64) * heads + head
             result += mass * tl.load(means + own * HEAD + d, d < HEAD, 0.0)
-            at_coded = coded_out + ((token - skipped) * heads * group + query_head) * HEAD + d
-            tl.store(at_coded, (coded * unit).to(coded_out.dtype.element_ty), d < HEAD)
+            if WHOLE:
+                result += tl.sum(matrix.to(tl.float32) * coded[None, :], 1)
+            else:
+                at_coded = coded_out + ((token - skipped) * heads * group + query_head) * HEAD + d
+                tl.store(at_coded, (coded * unit).to(coded_out.dtype.element_ty), d < HEAD)
         at = out + token * so_t + query_head * so_h + d
         tl.store(at, (result * unit).to(out.dtype.element_ty), d < HEAD)
 
 
 def join(
     parts: Parts, told: Told, places: Tensor, coded: Coded | None, programs: int, sinks: Tensor | None, output: Tensor,
-    group: int,
+    group: int, whole: bool | None, each: int | None,
 ) -> None:  # fmt: skip
     """Join parts of the softmax that so many programs left into ``output`` ``[T, H, D]``, at the rows' queries."""
     rows, size, heads = told.rows, output.shape[-1], output.shape[1] // group
     count, most = len(rows.begins), parts.denominators.shape[1]
-    coded_out, means, six, first, mine = output, parts.denominators, 0, 0, output
+    if whole is None:
+        whole = count * heads * most < MANY
+    whole = whole and coded is not None
+    if each is None:
+        each = 64 if whole else 16
+    coded_out, means, back, six, first, mine = output, parts.denominators, output, 0, 0, output
     if coded is not None:
+        means, back = coded.value_means[told.layer], coded.rotation
+        six = sum(1 << rung for rung, form in enumerate(coded.forms) if apart(form)[1])
+    if coded is not None and not whole:
         # To queries of others nothing may be added; beside a long prompt's these are a small part of all.
         make = torch.empty if rows.whole else torch.zeros
         if rows.span is not None:
             first, last = rows.span
             mine = output[first:last]
         coded_out = make(mine.shape, dtype=output.dtype, device=output.device)
-        means = coded.value_means[told.layer]
-        six = sum(1 << rung for rung, form in enumerate(coded.forms) if apart(form)[1])
     _paged_join_kernel[(count, heads, most)](
         parts.results, parts.denominators, places, rows.begins, rows.ends, rows.slots, means,
-        output if sinks is None else sinks, output, coded_out, count * heads, group, programs,
+        output if sinks is None else sinks, back, output, coded_out, count * heads, group, programs,
         output.stride(0), output.stride(1), first,
         HEAD=size, FIELDS=parts.results.shape[-1], SIX=six, BLOCK_D=max(16, triton.next_power_of_2(size)),
-        EACH=16, RUNGS=len(told.levels), LEAST=told.least, HAS_SINKS=sinks is not None, num_warps=4,
+        EACH=each, RUNGS=len(told.levels), LEAST=told.least, HAS_SINKS=sinks is not None, WHOLE=whole, num_warps=4,
     )  # fmt: skip
-    if coded is not None:
+    if coded is not None and not whole:
         mine.view(-1, size).addmm_(coded_out.view(-1, size), coded.rotation.T)

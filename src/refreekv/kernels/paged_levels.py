@@ -62,8 +62,14 @@ CODED_BLOCK = 32
 THREAD_REGISTERS = 255
 """That a thread can have."""
 
-LEAST_ENTRIES = 256
-"""Of a program's share, about: with fewer, what it takes to join the parts is more than what is gained."""
+LEAST_ENTRIES = 32
+"""Of a program's share, about: a block."""
+
+ROOT = 1.5
+"""Of few segments a multiprocessor gets so many programs, times the root of the segments, and not all that have room.
+
+With fewer shares than programs nothing puts neighbours side by side, and each has parts to join.
+"""
 
 BESIDE = 2048
 """Bytes that a block of lines counts beside its own: not all of its time is memory's."""
@@ -326,6 +332,8 @@ def launch_paged_levels(
     beside: int = BESIDE,
     least: int = LEAST_ENTRIES,
     assembly: bool | None = None,
+    whole: bool | None = None,
+    joined: int | None = None,
 ) -> None:
     """Run the kernels; parameters as in `kernels.paged.paged_attention`, those from ``programs`` on to be measured."""
     count, size, heads = len(rows.begins), pool.size, pool.heads
@@ -363,7 +371,8 @@ def launch_paged_levels(
         room = shared_memory.programs_for(tile_bytes(block), query.device)
         each = max(1, WARPS // warps if limited else min(room, REGISTERS // (THREAD_REGISTERS * 32 * warps)))
     if programs is None:
-        programs = each * multiprocessors(query.device)
+        few = max(2, round(ROOT * (count * heads) ** 0.5)) if limited else each
+        programs = min(each, few) * multiprocessors(query.device)
     fields = size * (2 if any(apart(form)[1] for form in forms) else 1)
     segments, generated, rung, tokens = table.segments[layer], table.starts, -1, 0
     if coded is not None:
@@ -394,4 +403,4 @@ def launch_paged_levels(
         BLOCK_G=max(8, triton.next_power_of_2(most)), **options,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    join(parts, told, places, coded, programs, sinks, output, group)
+    join(parts, told, places, coded, programs, sinks, output, group, whole, joined)

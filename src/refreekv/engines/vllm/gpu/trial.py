@@ -72,9 +72,12 @@ def _compile(
     rung: int,
 ) -> None:
     """Have attention and the coding of each rung compiled side by side: one after the other takes twice as long."""
+    from refreekv.kernels.paged_join import MANY
 
     def attend() -> None:
-        _attended(_coded(device, like, forms, codes, rung, each=0), group, scaling, softcap)
+        place = _coded(device, like, forms, codes, rung, each=0)
+        for rows in (1, MANY):
+            _attended(place, group, scaling, softcap, rows)
 
     def code(form: PackedFormat) -> None:
         _coded(device, like, [form], codes, 0 if form == forms[rung] else None)
@@ -151,15 +154,17 @@ def _move_one(pool: Pool, table: PagedTable, blocks: Tensor, pages: Tensor) -> N
     table.segments.zero_()
 
 
-def _attended(of: tuple[Pool, PagedTable], group: int, scaling: float, softcap: float | None) -> Tensor:
-    """Attention over such entries: on the CPU."""
+def _attended(of: tuple[Pool, PagedTable], group: int, scaling: float, softcap: float | None, rows: int = 1) -> Tensor:
+    """Attention over such entries, of so many rows alike: on the CPU."""
     pool, table = of
     generator, device, dtype = torch.Generator().manual_seed(1), pool.cache.device, pool.cache.dtype
     end = int(table.starts[0]) + TAIL
-    zero, one, length = (torch.tensor([number], dtype=torch.int32, device=device) for number in (0, 1, end))
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    begins, ends, zeros = numbers[:-1], numbers[1:], torch.zeros_like(numbers[1:])
     block_table = torch.arange(1, 1 - (-end // pool.tokens), dtype=torch.int32, device=device)[None]
     query = torch.randn(1, pool.heads * group, pool.size, generator=generator).to(device, dtype)
+    query = query.expand(rows, -1, -1).contiguous()
     output = torch.empty_like(query)
-    rows = Rows(zero, one, length, zero, zero, 1, whole=True)
-    paged_attention(query, pool, 0, block_table, rows, table, output, scaling=scaling, softcap=softcap)
+    alike = Rows(begins, ends, zeros + end, zeros, zeros, 1, whole=True)
+    paged_attention(query, pool, 0, block_table, alike, table, output, scaling=scaling, softcap=softcap)
     return output.float().cpu()
