@@ -12,8 +12,8 @@ from refreekv.policies import Policy, parse
 from refreekv.policies.base import AUTO, ladder_for
 
 FORMAT = "refreekv-calibration"
-VERSION = 1
-"""Of the format: another number is another format."""
+VERSION = 2
+"""Of the format, and of the defaults that steps leave unsaid: another number is another format, or other defaults."""
 
 FULL = "full"
 """The policy that loses nothing: the first step of every calibration."""

@@ -1,5 +1,6 @@
 """The adaptive policy: keep what any query of the prompt needed, and let the heads that copy keep all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,9 +48,9 @@ class Adaptive(Policy):
 
     And the same peaks say in how many bits each entry is stored: the fewest that change the output by less than
     ``code_unit * u`` would, given what a rung of `LADDER` does to an entry of this head (`refreekv.core.damage`).
-    Nothing in a prompt says what copying heads will fetch, so that entries there count ``copying_weight`` times.
-    With formats to choose from evicting may do ``evict_unit * u`` only: next to few bits it saves little, and it is
-    what a later question that nothing in the prompt foretells suffers from.
+    Nothing in a prompt says what copying heads will fetch, so that an entry counts as getting at least
+    ``copying_peak`` times its head's copy score. With formats to choose from evicting may do ``evict_unit * u`` only:
+    next to few bits it saves little, and it is what a later question that nothing in the prompt foretells suffers from.
 
     A later turn is looked at once a 16th of the conversation is new: until then all of it stays, as answers do.
 
@@ -84,10 +85,10 @@ class Adaptive(Policy):
     bits : int or "auto"
         ``"auto"``: as many bits for each entry as it is worth. 16: what is kept stays as the model computed it.
     copying_weight : float
-        How much more than its peak says an entry of a copying head is worth.
+        How much more than its peak says an entry of a copying head is worth. 1: no more.
     copying_peak : float
         Attention that any entry of a head with a copy score of 1 counts as getting, at least, where it is about its
-        bits; in other heads that times their score.
+        bits; in other heads that times their score. 0: what it got.
     code_unit, evict_unit : float
         What coding may do to an entry, and what evicting it may where there are several formats, in units ``u``.
     frozen_layers : int or "all"
@@ -107,14 +108,15 @@ class Adaptive(Policy):
     min_length: int = 512
     shared: bool = False
     bits: int | Literal["auto"] = "auto"
-    copying_weight: float = 4.0
-    code_unit: float = 2.0
-    evict_unit: float = 0.25
+    copying_weight: float = 1.0
+    code_unit: float = 3.0
+    evict_unit: float = 0.5
     frozen_layers: int | Literal["all"] = 0
-    copying_peak: float = 0.0
+    copying_peak: float = 0.015
 
     reads_copy_scores: ClassVar[bool] = True
     decides_together: ClassVar[bool] = True
+    before: ClassVar[Mapping[str, object]] = {"copying_peak": 0.0}
 
     def __post_init__(self) -> None:
         for name, minimum in (

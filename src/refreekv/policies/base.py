@@ -1,7 +1,7 @@
 """What a policy is: what to probe, and what to keep of one layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -231,6 +231,9 @@ class Policy(ABC):
 
     decides_together: ClassVar[bool] = False
     """Whether `select` may be asked about several layers of a prompt at once, each a row (`LayerView.layer`)."""
+
+    before: ClassVar[Mapping[str, object]] = {}
+    """Parameters whose default is not what was done before there were any, with that: for files older than they."""
 
     def probe_plan(self, n: int) -> ProbePlan:
         """Which attention rows `select` needs for a layer that holds ``n`` entries."""

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -370,6 +370,37 @@ def test_files_are_older_than_a_parameter_of_their_policy(saved, llama):
         assert summary(load(path, llama, policy=policy)) == summary(cache)
     with pytest.raises(ValueError, match="was pruned by"):
         load(path, llama, policy=replace(cache.policy, sinks=5))
+
+
+@pytest.mark.parametrize("before_copying_peak", [False, True])
+def test_a_conversation_goes_on_by_the_constants_it_was_pruned_with(before_copying_peak, llama, tmp_path):
+    """As the default had them until 2026-11-27; the first files do not even name ``copying_peak``."""
+    path = tmp_path / "cache.safetensors"
+    constants = {"copying_weight": 4.0, "copying_peak": 0.0, "code_unit": 2.0, "evict_unit": 0.25}
+    some = {"min_length": 16, "window": 8, "constant": 0.1, "copying": 2.0, "hit": 0.9, "lost_mass": 0.6}
+    cache = refreekv.ReFreeKVCache(llama, "adaptive", **some, **constants)
+    sequence, mask, _ = answer(llama, cache, *prompts((150,), seed=3))
+    assert 0.1 < cache.report.budget < 0.9
+    cache.save(path)
+
+    def older(description, _):
+        written = description["policy"]
+        del written["parameters"]["copying_peak"]
+        written["text"] = written["text"].replace(", copying_peak=0.0", "")
+
+    if before_copying_peak:
+        rewritten(path, older)
+    loaded = load(path, llama)
+    assert loaded.policy == cache.policy
+    assert constants.items() <= asdict(loaded.policy).items()
+    assert summary(load(path, llama, policy=cache.policy)) == summary(loaded) == summary(cache)
+    want, got = (next_turn(llama, one, sequence, mask, 5, (60,)) for one in (cache, loaded))
+    assert torch.equal(want[2], got[2])
+    assert summary(loaded) == summary(cache)
+    with pytest.raises(ValueError, match=r"pruned by adaptive\(.*copying_weight=4.0.*this is adaptive\("):
+        load(path, llama, policy=replace(cache.policy, copying_weight=1.0))
+    with pytest.raises(ValueError, match="was pruned by"):
+        load(path, llama, policy=replace(cache.policy, copying_peak=0.015))
 
 
 def test_a_policy_that_is_not_registered_has_to_be_given(llama, tmp_path):

@@ -230,11 +230,11 @@ class Saved:
             saved = self.description["policy"]
             text, name, parameters = str(saved["text"]), str(saved["name"]), saved["parameters"]
         known = parameters is not None and name in registry.available()
-        made = registry.create(name, **parameters) if known else None
+        made = registry.create(name, **{**registry.get(name).before, **parameters}) if known else None
         policy = made if given is None else given
         if policy is None:
             raise ValueError(f"the policy of {self._path}, {text}, cannot be made from its name; pass policy=")
-        # Parameters that are newer than the file have their defaults, which do what was done without them.
+        # Parameters that are newer than the file say what was done without them.
         if str(policy) != (text if made is None else str(made)):
             raise ValueError(f"{self._path} was pruned by {text}; this is {policy}")
         return policy
