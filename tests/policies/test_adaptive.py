@@ -152,8 +152,9 @@ def test_a_stricter_constant_never_gives_fewer_bits_and_none_are_the_fewest(seed
 
 @pytest.mark.parametrize("seed", range(4))
 def test_where_entries_are_coded_dropping_one_may_do_less(seed):
-    """As much as a quarter of the constant drops in 16 bits; what codes may do is asked of the constant itself."""
-    coded, sixteen = made(constant=0.2), made(constant=0.05)
+    """As much as ``evict_unit`` of the constant drops in 16 bits; what codes may do is asked of the constant itself."""
+    coded = made(constant=0.2)
+    sixteen = made(constant=coded.constant * coded.evict_unit)
     kept = coded.select(coded_view(coded, seed, 80))
     plain = sixteen.select(dataclasses.replace(coded_view(sixteen, seed, 80), forms=()))
     assert torch.equal(kept.keep, plain.keep)
