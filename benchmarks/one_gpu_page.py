@@ -51,14 +51,15 @@ were measured within a limit: they stand below. `int4`: 4-bit weights (4.5 bits 
 SHARES = """Entries are taken to be stored in these shares: {source}.
 """
 MEASURED = """Measured within a limit ({abouts}; random weights, n = 1 each; `benchmarks/one_gpu.py`). What is called
-`adaptive-as-measured` costs what `adaptive` does and keeps what that keeps of real text, as random weights say nothing
-about it. Full caches were searched for, to within 1 %; the other lengths were chosen, and more may fit where the peak
-is below the limit. A peak is the most that tensors and the driver held at a time; with ≤ it is the most that tensors
-held, and added to it what the driver held at the end, by when that had grown by up to .08 GB. Beside it stands `plan`'s
-forecast for that length, of the time of the run. Llama-3-8B's rows in NF4 were read with matrices in slices of 32 MiB
-(an earlier form), as `generate` does by itself where whole ones do not fit, the others with whole matrices; 22,336
-tokens of Qwen2.5-32B were out of memory in slices, too. The H200's host ran three other processes, which the full
-cache's tokens show, as they are not captured. [lab/performance.md](../lab/performance.md) has what slices cost in time:
+`adaptive-as-measured` costs what `adaptive` does and keeps what that kept of real text with its constants until
+2026-11-27, as random weights say nothing about it. Full caches were searched for, to within 1 %; the other lengths
+were chosen, and more may fit where the peak is below the limit. A peak is the most that tensors and the driver held at
+a time; with ≤ it is the most that tensors held, and added to it what the driver held at the end, by when that had
+grown by up to .08 GB. Beside it stands `plan`'s forecast for that length, of the time of the run. Llama-3-8B's rows in
+NF4 were read with matrices in slices of 32 MiB (an earlier form), as `generate` does by itself where whole ones do not
+fit, the others with whole matrices; 22,336 tokens of Qwen2.5-32B were out of memory in slices, too. The H200's host
+ran three other processes, which the full cache's tokens show, as they are not captured.
+[lab/performance.md](../lab/performance.md) has what slices cost in time:
 """
 WITH_HOST = """With `--host-memory auto`, which holds codes of layers that do not fit in the host's memory: the longest
 prompt (host memory that it takes while it is read; what a token then takes at least, at {bus:.0f} GB/s from the host,
