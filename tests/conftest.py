@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
 
 pytest.register_assert_rewrite("helpers")
 
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    from helpers.interpreter import hasten
+
+    hasten()
+
 from helpers.browsing import open_browser  # noqa: E402
 from helpers.driving import POLICIES  # noqa: E402
 from helpers.models import build, prompts  # noqa: E402
