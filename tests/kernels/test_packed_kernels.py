@@ -307,7 +307,8 @@ def check_lines(packed, segment, first, keys, values, maps, sizes):
         # Of two sizes as good in float32 an entry may have either: at 6 bits and 256 channels one in 4000 may.
         other = ((codes - best.int()).abs() > 1).any(-1)
         assert other.sum() <= 2
-        assert (codes != best.int())[~other].sum() <= 2e-3 * codes.numel()
+        # Halfway between two levels an element may have either, which in a segment of 160 may be one.
+        assert (codes != best.int())[~other].sum() <= max(1, 2e-3 * codes.numel())
         if side.in_bytes:
             torch.testing.assert_close(factor, reaching, rtol=1e-3, atol=0)
             continue
