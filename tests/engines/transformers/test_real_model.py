@@ -44,6 +44,13 @@ def last_rows(smollm2, prompt):
     return [layer[0, :, 0].float().numpy() for layer in weights]
 
 
+@pytest.fixture(scope="module")
+def full(smollm2, prompt):
+    """What the full cache answers."""
+    with torch.inference_mode():
+        return smollm2[0].generate(**prompt, max_new_tokens=8, do_sample=False)
+
+
 @pytest.mark.parametrize("includes_sinks", [False, True])
 def test_cuts_are_those_of_the_models_own_attention(smollm2, prompt, last_rows, includes_sinks):
     model, _ = smollm2
@@ -96,24 +103,20 @@ def test_generation_reads_what_is_kept_and_the_bytes_are_true(smollm2, prompt):
     assert report.bytes_after < 0.9 * report.bytes_before
 
 
-def test_the_default_stores_few_bits_and_answers_alike(smollm2, prompt):
+def test_the_default_stores_few_bits_and_answers_alike(smollm2, prompt, full):
     model, _ = smollm2
-    with torch.inference_mode():
-        full = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-        with refreekv.compress(model) as kv:
-            coded = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with torch.inference_mode(), refreekv.compress(model) as kv:
+        coded = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(coded, full)
     assert kv.report.bytes_after < 0.25 * kv.report.bytes_before  # float32
     assert sum(kv.report.formats.values()) == pytest.approx(1)
     assert min(kv.report.formats.values()) > 0.01
 
 
-def test_nothing_evicted_is_the_full_cache(smollm2, prompt):
+def test_nothing_evicted_is_the_full_cache(smollm2, prompt, full):
     model, _ = smollm2
-    with torch.inference_mode():
-        full = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-        with refreekv.compress(model, "refreekv", threshold=0.0):
-            same = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with torch.inference_mode(), refreekv.compress(model, "refreekv", threshold=0.0):
+        same = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(full, same)
 
 

@@ -205,35 +205,48 @@ def test_a_cache_of_compress_can_be_saved_within_the_block_and_after_it(llama, t
 
 
 SCRIPT = """
-import sys, torch
+import json, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import refreekv
 from helpers.models import build, prompts
 model = build("llama", attention="sdpa", head_dim=16)
-cache = refreekv.ReFreeKVCache.load(sys.argv[1], model)
-ids = torch.load(sys.argv[2])
-out = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
-print(out[0].tolist())
+for line in sys.stdin:
+    path, ids = json.loads(line)
+    cache = refreekv.ReFreeKVCache.load(path, model)
+    out = model.generate(torch.tensor(ids), past_key_values=cache, max_new_tokens=8, do_sample=False)
+    print(json.dumps(out.tolist()), flush=True)
 """
 
 
-def test_another_process_goes_on(llama, storage, tmp_path, request):
+@pytest.fixture(scope="module")
+def another_process():
+    """Loads a file and goes on with it, elsewhere; one process for all, which takes long to start."""
+    script = SCRIPT.format(tests=str(Path(__file__).parents[2]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], env=os.environ, **pipes) as process:
+
+        def go_on(path, ids):
+            process.stdin.write(json.dumps([str(path), ids.tolist()]) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield go_on
+        process.stdin.close()
+
+
+def test_another_process_goes_on(llama, storage, tmp_path, request, another_process):
     cache = refreekv.ReFreeKVCache(llama, "refreekv", threshold=0.2, **storage)
     sequence, _, _ = answer(llama, cache, *prompts((60,), seed=3))
     cache.save(tmp_path / "cache.safetensors")
     ids = torch.cat([sequence, prompts((9,), seed=5)[0]], 1)
-    torch.save(ids, tmp_path / "ids")
-    tests = str(Path(__file__).parents[2])
-    arguments = [sys.executable, "-c", SCRIPT.format(tests=tests), tmp_path / "cache.safetensors", tmp_path / "ids"]
-    run = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=True)
-    got = json.loads(run.stdout.splitlines()[-1])
+    got = another_process(tmp_path / "cache.safetensors", ids)
     request.node.arena = None  # of the other process: entries of an arena come back as the device would have them
     here = refreekv.ReFreeKVCache.load(tmp_path / "cache.safetensors", llama)
     want = llama.generate(ids, past_key_values=here, max_new_tokens=8, do_sample=False)
-    assert got == want[0].tolist()
+    assert got == want.tolist()
     if getattr(cache.state, "arena", None) is None:
-        assert got == llama.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)[0].tolist()
+        assert got == llama.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False).tolist()
 
 
 # -- refused ---------------------------------------------------------------------------------------
