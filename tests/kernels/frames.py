@@ -1,4 +1,5 @@
-"""Compiles the kernels that need the most registers for an H100 that need not be there, and prints their local memory.
+"""Compiles the kernels that need the most registers for an H100 that need not be there, and prints their local
+and shared memory.
 
 A process of its own: tests run Triton in its interpreter.
 """
@@ -98,7 +99,7 @@ def main() -> None:
             file.flush()
             said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         registers, frame = map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
-        found.append((kernel.__name__, options.get("HEAD", 0), registers, frame))
+        found.append((kernel.__name__, options.get("HEAD", 0), registers, frame, compiled.metadata.shared))
         return compiled
 
     JITFunction.run = compile_only
@@ -109,7 +110,7 @@ def main() -> None:
     jobs += [partial(job, 128) for job in (unpack, oldest, pack, probe)]
     with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(lambda job: job(), jobs))
-    print(json.dumps(found))
+    print(json.dumps({"found": found, "limit": LIMITS[90]}))
 
 
 if __name__ == "__main__":

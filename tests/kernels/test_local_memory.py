@@ -26,9 +26,11 @@ def test_what_kernels_spill(tmp_path):
     script = Path(__file__).with_name("frames.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    printed = json.loads(done.stdout.splitlines()[-1])
+    found = printed["found"]
     assert {name for name, *_ in found} >= {
         "_code_oldest_kernel", "_denominator_kernel", "_pack_kernel", "_recode_kernel", "_reduce_kernel",
         "_unpack_kernel",
     }  # fmt: skip
     assert [kernel for kernel in found if kernel[3] > MOST.get(kernel[1], MOST[128])] == []
+    assert [kernel for kernel in found if kernel[4] > printed["limit"]] == []
