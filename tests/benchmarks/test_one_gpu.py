@@ -3,6 +3,7 @@
 import gc
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from refreekv.engines.transformers import layer as layers_of_caches
 from refreekv.engines.transformers.attachment import attached
 from refreekv.engines.transformers.layer import ReFreeKVLayer
 from refreekv.engines.transformers.packed_weights import is_packed
+from refreekv.planner import plan
 from refreekv.planner.plan import reserve_of
 from refreekv.pruning import calls
 from refreekv.storage import runs, unfinished
@@ -229,6 +231,25 @@ def test_parts_of_a_try_are_noted():
     assert weight_bytes(model) < tried.peak_read <= tried.peak_prompt <= tried.allocated == tried.peak
 
 
+SEEN = {}
+"""What was found of a shape, by what looked at it."""
+
+
+@pytest.fixture
+def shapes_looked_at_once(monkeypatch):
+    """Each forecast runs a model without data to see what its shape is: here they are of a few shapes."""
+    for name in ("measure", "count"):
+        monkeypatch.setattr(plan, name, partial(_seen, getattr(plan, name)))
+
+
+def _seen(look, model):
+    shape = look.__name__, str(model.text)
+    if shape not in SEEN:
+        SEEN[shape] = look(model)
+    return SEEN[shape]
+
+
+@pytest.mark.usefixtures("shapes_looked_at_once")
 @pytest.mark.parametrize("kind", ["full", "ours"])
 def test_chunks_are_halved_where_memory_is_short(kind):
     row = Row.parse("qwen2.5-32b:int4:24GB")
@@ -323,6 +344,7 @@ def test_rows_that_are_none(text, capsys):
         main(["--rows", text])
 
 
+@pytest.mark.usefixtures("shapes_looked_at_once")
 def test_the_table_is_that_of_the_issue():
     rows = [Row.parse(text) for text in one_gpu.TABLE]
     assert [(row.shape, row.weights, row.limit) for row in rows] == [
@@ -334,10 +356,8 @@ def test_the_table_is_that_of_the_issue():
     for row in rows:
         variant = Variant("streaming-llm:ratio=0.4", "int4", "auto", None)
         settings = one_gpu.Settings(variant, 2048, 24, 0.02, 2**19, 1e9)
-        for kind in one_gpu.KINDS:
-            planned = one_gpu.forecast(row, kind, 8000, settings)
-            assert planned.longest_context > 4000
         full, ours = (one_gpu.forecast(row, kind, 8000, settings).longest_context for kind in one_gpu.KINDS)
+        assert full > 4000
         assert ours > 1.3 * full
         hosted = replace(settings, variant=replace(variant, host="auto"))
         assert one_gpu.forecast(row, "ours", 8000, hosted).longest_context > 2 * ours
