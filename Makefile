@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One worker a core; the tests of one file stay together and share its models.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# One worker a core; the tests of one file stay together and share its models. In the order of their names: by numbers
+# of tests, files with one test of minutes would be the last.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # The floors below the engines, and of the engine on transformers what a cache does.
 QUICK := tests/core tests/storage tests/policies tests/pruning tests/test_floors.py tests/test_docs.py tests/test_vllm_parts.py \
   $(patsubst %,tests/engines/transformers/test_%.py, \
