@@ -26,13 +26,16 @@ def export(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from refreekv.cli.loading import gguf_read_once
+
     source = Path(spec.origin).parent
     (file,) = source.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
+    with gguf_read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
     return folder
 
 
