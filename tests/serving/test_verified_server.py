@@ -15,10 +15,10 @@ pytest.importorskip("fastapi", reason="needs the extra serve: pip install fastap
 
 FULL = refreekv.policies.create("full")
 ADAPTIVE = refreekv.policies.create(
-    "adaptive", min_length=8, window=4, constant=0.2, hit=0.9, follow=1, lost_mass=0.6, copying=0.9
+    "adaptive", min_length=8, window=4, constant=0.1, hit=0.9, follow=1, lost_mass=0.6, copying=0.9
 )
 PRUNING = refreekv.policies.create("snapkv", ratio=0.5, window=4)
-STEPS = ("full", ADAPTIVE.spec.replace("0.2", "0.1"), ADAPTIVE.spec)
+STEPS = ("full", ADAPTIVE.spec.replace("0.1", "0.05"), ADAPTIVE.spec)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from refreekv.policies.registry import parse
 from refreekv.storage.token_rows import MOST
 
 LENGTH = 640
-EVICTING = {"min_length": 16, "copying": 2.0, "constant": 0.05, "evict_unit": 1.0, "window": 8, "lost_mass": 0.6}
+EVICTING = {"min_length": 16, "copying": 2.0, "constant": 0.1, "evict_unit": 1.0, "window": 8, "lost_mass": 0.6}
 CASES = {
     "codes": ("adaptive", EVICTING, {}),
     "one format": ("snapkv:ratio=0.3", {}, {"kv_dtype": "int4"}),
