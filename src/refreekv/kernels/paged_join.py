@@ -21,8 +21,9 @@ from refreekv.kernels.probe import LOG2E
 QUERIES = 16
 """Queries of one KV head that a program takes to code space."""
 
-MANY = 256
-"""Queries of all heads from which on results come out of code space in a product of their own."""
+MANY, LARGE = 256, 128
+"""Queries of all heads from which on results come out of code space in a product of their own, and the largest heads
+that do not: the matrix of larger ones fits no program's registers."""
 
 TOLD = ("begins", "ends", "lengths", "tables", "slots", "block_table")
 """Arguments that tell of a step's rows: kernels are compiled once, however what they point to is aligned."""
@@ -235,7 +236,7 @@ def join(
     rows, size, heads = told.rows, output.shape[-1], output.shape[1] // group
     count, most = len(rows.begins), parts.denominators.shape[1]
     if whole is None:
-        whole = count * heads * most < MANY
+        whole = count * heads * most < MANY and size <= LARGE
     whole = whole and coded is not None
     if each is None:
         each = 64 if whole else 16
