@@ -48,7 +48,7 @@ class Worker:
         self.requests, self.kept, self.read = {}, {}, Counter()
         self.group = group
         """Which of the scheduler's groups is pruned; blocks of the others are written to, too."""
-        self.rng, self.looks = random.Random(3), random.Random(5)
+        self.rng = random.Random(3)
 
     def entry(self, token, position, layer, head):
         found = torch.zeros(2 * SIZE)
@@ -124,8 +124,7 @@ class Worker:
             if step.prompts:
                 self.state.look(step, name, query, self.table[torch.tensor(slots)])
         for name, one in zip(counts, rows, strict=True):
-            # What is wrong once stays so until the request ends: it is enough to look now and then.
-            if one.computed + counts[name] > one.prompt and self.looks.random() < 0.3:
+            if one.computed + counts[name] > one.prompt:
                 self._check_reads(name, one, one.computed + counts[name])
         sampled = []
         for name, one in zip(counts, rows, strict=True):
