@@ -28,6 +28,7 @@ from torch import Tensor
 
 from refreekv.core.quantisation import Ladder
 from refreekv.core.rotation import rotation
+from refreekv.kernels.decode import multiprocessors
 from refreekv.kernels.paged import FIRST, HELD, Coded, PagedTable, Pool, Rows
 from refreekv.kernels.paged_levels import launch_paged_levels
 
@@ -45,7 +46,7 @@ TUNED: list[dict[str, Any]] = [
     *({"warps": 2, "coded_block": 64, "each": each, "block": 32} for each in (6, 8)),
     {"warps": 4, "coded_block": 64, "each": 4, "block": 32},
     {"whole": False}, {"whole": True}, *({"joined": joined} for joined in (8, 32)),
-    *({"programs": 132 * each} for each in (2, 4, 8, 12)),
+    *({"programs": multiprocessors(torch.device(DEVICE)) * each} for each in (2, 4, 8, 12)),
 ]  # fmt: skip
 """Settings of `launch_paged_levels`."""
 
