@@ -97,7 +97,7 @@ def test_a_file_and_back(llama, tmp_path):
     [
         (lambda text: text[:200], "is no calibration, or was cut off"),
         (lambda text: "{}", "is no calibration; `refreekv calibrate` writes one"),
-        (lambda text: text.replace('"version": 2', '"version": 7'), "version 7 .* reads version 2; calibrate anew"),
+        (lambda text: text.replace('"version": 3', '"version": 7'), "version 7 .* reads version 3; calibrate anew"),
         (lambda text: text.replace('"chosen": "adaptive:constant=0.0004"', '"chosen": "adaptive"'), "damaged: it says"),
         (lambda text: text.replace('"risk": 0.05', '"risk": 0.01'), "damaged: a risk of 0.01 needs 99 prompts"),
         (lambda text: text.replace('"risk": 0.05', '"risk": 1.5'), "damaged: risk is a share"),

@@ -166,6 +166,47 @@ def test_where_entries_are_coded_dropping_one_may_do_less(seed):
     assert found.keep.sum() < kept.keep.sum()
 
 
+@pytest.mark.parametrize("n", [40, 80])
+def test_in_short_prompts_coding_may_do_less_in_proportion(n):
+    """As with a smaller ``code_unit``, and what is kept does not change; longer ones than ``code_length`` are alike."""
+
+    def selected(**changes):
+        policy = made(constant=0.004, **changes)
+        return policy.select(coded_view(policy, 3, n))
+
+    always = selected(code_length=0)
+    assert len(always.levels.unique()) > 2
+    for length in (1, n - 1, n):
+        assert torch.equal(selected(code_length=length).levels, always.levels)
+    fourth = selected(code_length=4 * n)
+    assert torch.equal(fourth.levels, selected(code_length=0, code_unit=made().code_unit / 4).levels)
+    assert torch.equal(fourth.keep, always.keep)
+    assert (fourth.levels >= always.levels).all()
+    assert not torch.equal(fourth.levels, always.levels)
+
+
+def test_each_row_counts_its_own_length():
+    policy, scores = made(constant=0.02, code_length=300), torch.zeros(1, 2)
+    layers = [random_layer(seed, n, batch=1)[:3] for seed, n in ((1, 30), (2, 90))]
+    alone = [
+        policy.select(dataclasses.replace(view_of(policy, *layer, scores=scores), forms=CODED)).levels
+        for layer in layers
+    ]
+    assert all(len(levels.unique()) > 1 for levels in alone)
+    padded = [torch.cat([torch.nn.functional.pad(a, (0, 0, 60, 0)), b]) for a, b in zip(*layers, strict=True)]
+    valid = torch.arange(90) >= torch.tensor([[60], [0]])
+    together = policy.select(dataclasses.replace(view_of(policy, *padded, valid, scores), forms=CODED)).levels
+    assert torch.equal(together[0, :, 60:], alone[0][0])
+    assert torch.equal(together[1], alone[1][0])
+    # Heads that an earlier turn left with fewer entries: the fullest one counts, told either way.
+    view = coded_view(policy, 2, 90)
+    fewer = torch.arange(90) >= torch.tensor([[[20], [50]]] * 2)
+    heads = dataclasses.replace(view, valid=fewer)
+    assert heads.lengths.tolist() == [70.0, 70.0]
+    assert dataclasses.replace(heads, origins=torch.tensor([[20, 50]], dtype=torch.int32)).lengths.tolist() == [70.0]
+    assert view.lengths == 90
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 70), pads=st.integers(1, 20))
 def test_neighbours_in_the_batch_and_padding_change_nothing(seed, n, pads):

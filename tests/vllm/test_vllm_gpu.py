@@ -26,7 +26,7 @@ BEST, SETTLED = 20, 8
 SHORTER, LONG = 3, 330
 """Prompts that are answered at length, and tokens of these answers: of some of them two blocks are coded."""
 LENGTHS = [64, 320, 704, 517, 1000, 40]
-ADAPTIVE = "adaptive:min_length=256,constant=0.1,hit=0.9,lost_mass=0.5"
+ADAPTIVE = "adaptive:min_length=256,constant=0.1,hit=0.9,lost_mass=0.5,code_length=0"
 """Keeps about half of what the random models below read."""
 ANYWHERE = f"{ADAPTIVE},spread_factor=2"
 """The same, where queries all over the prompt decide about a tenth: of which a prefix hit leaves the last ones."""

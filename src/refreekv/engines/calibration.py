@@ -12,7 +12,7 @@ from refreekv.policies import Policy, parse
 from refreekv.policies.base import AUTO, ladder_for
 
 FORMAT = "refreekv-calibration"
-VERSION = 2
+VERSION = 3
 """Of the format, and of the defaults that steps leave unsaid: another number is another format, or other defaults."""
 
 FULL = "full"

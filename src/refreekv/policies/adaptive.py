@@ -49,8 +49,10 @@ class Adaptive(Policy):
     And the same peaks say in how many bits each entry is stored: the fewest that change the output by less than
     ``code_unit * u`` would, given what a rung of `LADDER` does to an entry of this head (`refreekv.core.damage`).
     Nothing in a prompt says what copying heads will fetch, so that an entry counts as getting at least
-    ``copying_peak`` times its head's copy score. With formats to choose from evicting may do ``evict_unit * u`` only:
-    next to few bits it saves little, and it is what a later question that nothing in the prompt foretells suffers from.
+    ``copying_peak`` times its head's copy score. In prompts of fewer than ``code_length`` tokens coding may do less, in
+    proportion: what bits save grows with a prompt, what an error costs does not.
+    With formats to choose from evicting may do ``evict_unit * u`` only: next to few bits it saves little, and it is
+    what a later question that nothing in the prompt foretells suffers from.
 
     A later turn is looked at once a 16th of the conversation is new: until then all of it stays, as answers do.
 
@@ -91,6 +93,9 @@ class Adaptive(Policy):
         bits; in other heads that times their score. 0: what it got.
     code_unit, evict_unit : float
         What coding may do to an entry, and what evicting it may where there are several formats, in units ``u``.
+    code_length : int
+        Entries of a head from which on coding may do all of that; with fewer it may do less, in proportion. 0: it may
+        always.
     frozen_layers : int or "all"
         Leading full-attention layers that are never pruned.
     """
@@ -113,10 +118,11 @@ class Adaptive(Policy):
     evict_unit: float = 0.5
     frozen_layers: int | Literal["all"] = 0
     copying_peak: float = 0.015
+    code_length: int = 8192
 
     reads_copy_scores: ClassVar[bool] = True
     decides_together: ClassVar[bool] = True
-    before: ClassVar[Mapping[str, object]] = {"copying_peak": 0.0}
+    before: ClassVar[Mapping[str, object]] = {"copying_peak": 0.0, "code_length": 0}
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -126,6 +132,7 @@ class Adaptive(Policy):
             ("follow", 0),
             ("stand_ins", 0),
             ("min_length", 0),
+            ("code_length", 0),
         ):
             check_count(name, getattr(self, name), minimum=minimum)
         _check_number("constant", self.constant, 1.0, "the influence on a layer's output under which nothing is kept")
@@ -175,6 +182,7 @@ class Adaptive(Policy):
         unit = self.constant * view.heads**0.5
         if view.copy_scores is None:
             unit /= 2
+        code_unit, damage = self._coding(view) if by_head else (self.code_unit, None)
         rules = Rules(
             sinks=self.sinks,
             recent=self.window,
@@ -187,12 +195,11 @@ class Adaptive(Policy):
             min_length=self.min_length,
             together=not by_head,
             copying_weight=self.copying_weight,
-            code_unit=self.code_unit,
+            code_unit=code_unit,
             copying_peak=self.copying_peak,
         )
         scores = None if view.copy_scores is None else view.copy_scores.to(view.keys.device)
         real = None if view.valid is None else view.real_heads
-        damage = view.rungs if by_head else None
         kept_by = rules
         if damage is not None:
             kept_by = rules._replace(unit=unit * self.evict_unit, spread_unit=rules.spread_unit * self.evict_unit)
@@ -207,6 +214,16 @@ class Adaptive(Policy):
         found_surrogates = self._surrogates(view, keep) if by_head else None
         metric = found.lost / view.heads**0.5
         return Selection(keep, metric=metric, reasons=found.shares, surrogates=found_surrogates, levels=found.levels)
+
+    def _coding(self, view: LayerView) -> tuple[float, Tensor | None]:
+        """What coding may do to an entry, in units, and what rungs do, in which rows of different lengths differ."""
+        damage = view.rungs
+        if damage is None or self.code_length == 0:
+            return self.code_unit, damage
+        share = view.lengths / self.code_length
+        if isinstance(share, Tensor):
+            return self.code_unit, damage / share.clamp_max(1.0)[:, None, None]
+        return self.code_unit * min(share, 1.0), damage
 
     def _surrogates(self, view: LayerView, keep: Tensor) -> Surrogates | None:
         if not self._replaces or view.queries is None:

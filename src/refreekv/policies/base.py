@@ -155,6 +155,17 @@ class LayerView:
         return self.real[:, None].expand(-1, self.keys.shape[1], -1)
 
     @property
+    def lengths(self) -> int | Tensor:
+        """Entries of a row's fullest head: a number, or float32 ``[B | 1]`` where rows may differ."""
+        batch, _, length, _ = self.keys.shape
+        # Columns are as many as the fullest head of all rows needs.
+        if self.valid is None or (self.origins is not None and batch == 1):
+            return length
+        if self.origins is not None:
+            return (length - self.origins.amin(1)).clamp_min(1).float()
+        return self.real_heads.sum(-1).amax(1).clamp_min(1).float()
+
+    @property
     def probe(self) -> Tensor:
         """``rows``; ValueError if the policy's plan asked for none."""
         if self.rows is None:

@@ -385,11 +385,11 @@ def test_files_are_older_than_a_parameter_of_their_policy(saved, llama):
         load(path, llama, policy=replace(cache.policy, sinks=5))
 
 
-@pytest.mark.parametrize("before_copying_peak", [False, True])
-def test_a_conversation_goes_on_by_the_constants_it_was_pruned_with(before_copying_peak, llama, tmp_path):
-    """As the default had them until 2026-11-27; the first files do not even name ``copying_peak``."""
+@pytest.mark.parametrize("unnamed", [(), ("code_length",), ("code_length", "copying_peak")], ids=" ".join)
+def test_a_conversation_goes_on_by_the_constants_it_was_pruned_with(unnamed, llama, tmp_path):
+    """As the default had them until 2026-11-27; older files do not even name the last two."""
     path = tmp_path / "cache.safetensors"
-    constants = {"copying_weight": 4.0, "copying_peak": 0.0, "code_unit": 2.0, "evict_unit": 0.25}
+    constants = {"copying_weight": 4.0, "copying_peak": 0.0, "code_unit": 2.0, "evict_unit": 0.25, "code_length": 0}
     some = {"min_length": 16, "window": 8, "constant": 0.1, "copying": 2.0, "hit": 0.9, "lost_mass": 0.6}
     cache = refreekv.ReFreeKVCache(llama, "adaptive", **some, **constants)
     sequence, mask, _ = answer(llama, cache, *prompts((150,), seed=3))
@@ -398,10 +398,10 @@ def test_a_conversation_goes_on_by_the_constants_it_was_pruned_with(before_copyi
 
     def older(description, _):
         written = description["policy"]
-        del written["parameters"]["copying_peak"]
-        written["text"] = written["text"].replace(", copying_peak=0.0", "")
+        for name in unnamed:
+            written["text"] = written["text"].replace(f", {name}={written['parameters'].pop(name)}", "")
 
-    if before_copying_peak:
+    if unnamed:
         rewritten(path, older)
     loaded = load(path, llama)
     assert loaded.policy == cache.policy
