@@ -1,5 +1,7 @@
 """Products with weights of 4 bits against float64, with factors as they are and coded ones."""
 
+import math
+
 import pytest
 import torch
 
@@ -69,7 +71,9 @@ def test_gated_layers(gelu, nested, rows, dtype, close, device):
 @pytest.mark.parametrize("size", [32, 4096, 4128])
 def test_blocks_of_any_size(block, size, dtype, close, device):
     """Blocks of weights may be shorter than a row, or go over several."""
-    weights = random_codes(block, size, block, device=device)
+    # Of two blocks at least, and of more than a program takes.
+    rows = max(2 * block // math.gcd(block, size), 9)
+    weights = random_codes(rows, size, block, device=device)
     x = torch.randn(1, 1, size, device=device).to(dtype)
     tiling = Tiling(8, 1024, 4, 4) if device == "cpu" else None
     (y,) = four_bits.linears(x, [weights], [None], tiling)
