@@ -297,11 +297,16 @@ def gguf_read_once() -> Iterator[None]:
     transformers does the one for the tokenizer, the configuration and the weights, and the other for each module.
     """
     import gguf
+    import numpy as np
 
-    names = ("GGUFReader", "get_tensor_name_map")
-    originals = {name: getattr(gguf, name) for name in names}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Each of a file's 150,000 strings is a part of it, and parts of memory maps take long to make.
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, replaced in {**originals, "GGUFReader": Reader}.items():
+        setattr(gguf, name, functools.cache(replaced))
     try:
         yield
     finally:
