@@ -6,6 +6,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of processes that tests start, too, and before torch is imported. Threads wait for each other by running on: where
+# every core has a worker, that takes longer than what they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -8,10 +8,9 @@ import pytest
 from refreekv.engines.vllm.launch import environment, installed_version, on_cpu
 
 SETTINGS = {
-    # The engine in this process, one thread, no binding to cores.
+    # The engine in this process, no binding to cores.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 collect_ignore = []
@@ -31,11 +30,8 @@ def folder(tmp_path_factory):
     ready = os.environ.get("REFREEKV_TEST_MODEL")
     if ready:
         return Path(ready)
-    import torch
-
     from helpers.vllm_engine import export
 
-    torch.set_num_threads(os.cpu_count() or 1)
     return export(tmp_path_factory.mktemp("model") / "smollm2")
 
 
