@@ -16,7 +16,7 @@ from typing import Any
 from refreekv.core.configuration import head_size
 from refreekv.core.footprint import PLAIN_BYTES, LayerKind, LayerKV, Mix
 from refreekv.core.quantisation import KVDtype
-from refreekv.planner.source import Model, ModelError
+from refreekv.planner.source import Model, ModelError, once_for_each
 
 PROBE_TOKENS = 2
 
@@ -138,6 +138,7 @@ def skeleton(config: Any) -> Any:
             return AutoModel.from_config(config, dtype=torch.bfloat16)
 
 
+@once_for_each
 def _run(text: Any) -> list[LayerKV]:
     import torch
     from transformers import DynamicCache

@@ -1,17 +1,19 @@
 """Finding a model's configuration, and what its checkpoint says about itself, without its weights."""
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+T = TypeVar("T")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,6 +41,20 @@ class Model:
         """The longest context the model is made for, if its configuration says."""
         limit = getattr(self.text, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def once_for_each(function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A function of a configuration, called once for all that say the same: building a model takes most of a second."""
+    known: dict[tuple[type, str], T] = {}
+
+    @functools.wraps(function)
+    def call(config: Any) -> T:
+        key = type(config), config.to_json_string(use_diff=False)
+        if key not in known:
+            known[key] = function(config)
+        return known[key]
+
+    return call
 
 
 def find(text: str) -> Model:

@@ -1,10 +1,10 @@
 """What a model's weights take, from its checkpoint's index or from its shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refreekv.planner.geometry import skeleton
-from refreekv.planner.source import Model, ModelError
+from refreekv.planner.source import Model, ModelError, once_for_each
 
 BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}
 """Bits of a weight in matrix products. int4: with one float32 scale for 64 weights, as bitsandbytes stores NF4."""
@@ -52,16 +52,20 @@ def count(model: Model) -> Counts:
     ModelError
         A model that transformers cannot build.
     """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    partial = False
     try:
-        built = skeleton(model.config)
+        return _count(model.config)
     except Exception as error:
         if model.text is model.config:
             raise ModelError(f"transformers cannot build {model.name}: {error}") from error
-        built, partial = skeleton(model.text), True
+        return replace(_count(model.text), partial=True)
+
+
+@once_for_each
+def _count(config: Any) -> Counts:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    built = skeleton(config)
     head = getattr(built, "get_output_embeddings", lambda: None)()
     linears = [m for m in built.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
     quantised = {id(module.weight) for module in linears}
@@ -81,7 +85,7 @@ def count(model: Model) -> Counts:
         quantised -= {id(parameter) for parameter in head.parameters()}  # also where it is tied
     matrices = sum(parameter.numel() for key, parameter in parameters.items() if key in quantised)
     everything = sum(parameter.numel() for parameter in parameters.values())
-    return Counts(matrices, everything - matrices, experts, tuple(sorted(shapes)), partial)
+    return Counts(matrices, everything - matrices, experts, tuple(sorted(shapes)))
 
 
 def weigh(model: Model, form: str | None, counts: Counts) -> Weights:
