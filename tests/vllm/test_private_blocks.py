@@ -140,11 +140,12 @@ class Worker:
         start = int(table.starts[slot])
         held = paged_reference._held(pool, table, layer, slot, head)
         listed = paged_reference._listed(pool, table, layer, slot, head, blocks)
-        tail = [paged_reference._token(pool, layer, head, blocks, position) for position in range(start, length)]
-        found = [tuple(entry[:4].int().tolist()) for entry in paged_reference._read(pool, held + listed + tail)]
+        tail = paged_reference._token(pool, layer, head, blocks, torch.arange(start, length))
+        read = paged_reference._read(pool, torch.cat([held, listed, tail]))
+        found = [tuple(entry) for entry in read[:, :4].int().tolist()]
         if table.coded is not None:
             coded = paged_reference._decoded(pool, table, table.coded, layer, slot, head, torch.float32)
-            found += [tuple(entry[:4].tolist()) for entry in coded]
+            found += [tuple(entry) for entry in coded[:, :4].tolist()]
             self.read["coded"] += len(coded)
             self.read["later"] += int(table.coded.generated[slot, 1])
         positions = list(range(one.prompt))

@@ -28,18 +28,19 @@ def paged_attention(
     coded = table.coded
     each = zip(*(part.tolist() for part in rows[:5]), strict=True)
     for begin, end, length, at, slot in each:
+        if begin == end:
+            continue
         start = int(table.starts[slot])
         for head in range(pool.heads):
-            kept = [*_held(pool, table, layer, slot, head), *_listed(pool, table, layer, slot, head, block_table[at])]
-            tail = [_token(pool, layer, head, block_table[at], position) for position in range(start, length)]
-            entries = _read(pool, kept + tail).to(wide)  # [t, 2 * D]
-            before = len(kept)
+            held = _held(pool, table, layer, slot, head)
+            listed = _listed(pool, table, layer, slot, head, block_table[at])
+            tail = _token(pool, layer, head, block_table[at], torch.arange(start, length))
+            entries = _read(pool, torch.cat([held, listed, tail])).to(wide)  # [t, 2 * D]
+            before = len(held) + len(listed)
             if coded is not None:
                 decoded = _decoded(pool, table, coded, layer, slot, head, wide)
                 entries = torch.cat([decoded, entries])
                 before += len(decoded)
-            if begin == end:
-                continue
             mine = slice(head * group, (head + 1) * group)
             q = query[begin:end, mine].to(wide)  # [q, g, D]
             logits = torch.einsum("qgd,td->qgt", q, entries[:, : pool.size]) * scaling
@@ -68,9 +69,9 @@ def move_to_pages(
         for head in range(pool.heads):
             first, left_out = places[:, layer, head].tolist()
             source = _listed(pool, table, layer, slot, head, blocks)
-            chosen = source[:opening] + source[opening + left_out :] if left_out else source
-            for new, entry in enumerate(_read(pool, chosen)):
-                _view(pool, _line(pool, pages, first + new)).copy_(entry)
+            chosen = torch.cat([source[:opening], source[opening + left_out :]])
+            memory, own = _entries(pool, _line(pool, pages, torch.arange(first, first + len(chosen))))
+            memory[own] = _read(pool, chosen)
 
 
 def read_blocks(pool: Pool, blocks: Tensor, layers: slice, prompt: int) -> Tensor:
@@ -92,7 +93,7 @@ def read_blocks(pool: Pool, blocks: Tensor, layers: slice, prompt: int) -> Tenso
 def sum_of_blocks(pool: Pool, blocks: Tensor, first: int, prompt: int) -> Tensor:
     """Add up the entries from position ``first`` on: ``[layers, H_kv, 2 * D]`` in float32."""
     found = [
-        _read(pool, [_token(pool, layer, head, blocks, position) for position in range(first, prompt)]).float().sum(0)
+        _read(pool, _token(pool, layer, head, blocks, torch.arange(first, prompt))).float().sum(0)
         for layer in range(pool.layers)
         for head in range(pool.heads)
     ]
@@ -104,23 +105,28 @@ def spread(
 ) -> None:
     """`kernels.paged_storage.launch_spread`."""
     each = pool.coded_lines(form) if each is None else each
-    for index, (line, factor) in enumerate(zip(lines, factors, strict=True), first):
-        page, within = divmod(index, each)
-        for into, part in zip(_coded_line(pool, form, pages, page, within), (line, factor), strict=True):
-            into.copy_(part)
+    index = torch.arange(first, first + len(lines))
+    for at, part in zip(_coded(pool, form, pages, index // each, index % each), (lines, factors), strict=True):
+        memory, own = _memory(at, part.shape[1], torch.uint8)
+        memory[own] = part
 
 
-def _coded_line(pool: Pool, form: PackedFormat, pages: Tensor, page: int, within: int) -> tuple[Tensor, Tensor]:
-    """A coded line of a page and its factors, as bytes."""
-    block, layer = divmod(page, pool.layers)
-    each = pool.cache.element_size()
-    at = pool.cache.data_ptr() + (int(pool.offsets[layer]) * UNIT + int(pages[block]) * pool.cache.stride(0)) * each
+def _coded(pool: Pool, form: PackedFormat, pages: Tensor, page: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """Addresses of coded lines of pages, and of their factors."""
+    own = pool.offsets[page % pool.layers] * UNIT + pages.long()[page // pool.layers] * pool.cache.stride(0)
+    at = pool.cache.data_ptr() + own * pool.cache.element_size()
     behind = pool.coded_lines(form) * form.line_bytes
-    return _bytes(at + within * form.line_bytes, form.line_bytes), _bytes(at + behind + within * 4, 4)
+    return at + within * form.line_bytes, at + behind + within * 4
 
 
-def _bytes(address: int, count: int) -> Tensor:
-    return torch.frombuffer((ctypes.c_byte * count).from_address(address), dtype=torch.uint8)
+def _memory(addresses: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory from the first of some addresses on, and where in it so many elements from each on are."""
+    if not len(addresses):
+        return torch.empty(0, dtype=dtype), torch.empty(0, count, dtype=torch.long)
+    first, length = int(addresses.min()), count * dtype.itemsize
+    buffer = (ctypes.c_byte * (int(addresses.max()) - first + length)).from_address(first)
+    at = (addresses - first) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype), at[:, None] + torch.arange(count)
 
 
 def _decoded(
@@ -132,58 +138,56 @@ def _decoded(
     later, blocks = coded.generated[slot].tolist()
     for rung, form in enumerate(coded.forms):
         first, count = coded.segments[layer, slot, head, rung].tolist()
-        places = [divmod(line, pool.coded_lines(form)) for line in range(first, first + count)]
+        lines, tokens = pool.coded_lines(form), pool.coded_tokens(form)
+        line = torch.arange(first, first + count)
+        page, within = line // lines, line % lines
         if rung == coded.rung:
-            mine = range(head * pool.coded_tokens(form), (head + 1) * pool.coded_tokens(form))
-            places += [((later + block) * pool.layers + layer, line) for block in range(blocks) for line in mine]
-        found = [_coded_line(pool, form, table.pages[slot], *place) for place in places]
-        if found:
-            lines, factors = (torch.stack(part) for part in zip(*found, strict=True))
-            keys, values = form.unpack(lines, factors.view(torch.float16), wide)
+            own = (torch.arange(later, later + blocks) * pool.layers + layer).repeat_interleave(tokens)
+            page = torch.cat([page, own])
+            within = torch.cat([within, torch.arange(head * tokens, (head + 1) * tokens).repeat(blocks)])
+        if len(page):
+            at = _coded(pool, form, table.pages[slot], page, within)
+            parts_of = [_memory(one, size, torch.uint8) for one, size in zip(at, (form.line_bytes, 4), strict=True)]
+            codes, factors = (memory[own] for memory, own in parts_of)
+            keys, values = form.unpack(codes, factors.view(torch.float16), wide)
             keys = keys @ dual + coded.key_means[layer, slot, head]
             parts.append(torch.cat([keys, values @ back + coded.value_means[layer, slot, head]], -1))
     return torch.cat(parts)
 
 
-def _held(pool: Pool, table: PagedTable, layer: int, slot: int, head: int) -> list[int]:
+def _held(pool: Pool, table: PagedTable, layer: int, slot: int, head: int) -> Tensor:
     first, count = table.segments[layer, slot, head, [FIRST, HELD]].tolist()
-    return [_line(pool, table.pages[slot], first + entry) for entry in range(count)]
+    return _line(pool, table.pages[slot], torch.arange(first, first + count))
 
 
-def _listed(pool: Pool, table: PagedTable, layer: int, slot: int, head: int, blocks: Tensor) -> list[int]:
+def _listed(pool: Pool, table: PagedTable, layer: int, slot: int, head: int, blocks: Tensor) -> Tensor:
     address, count, replaced = table.segments[layer, slot, head, [LIST, LISTED, REPLACED]].tolist()
-    if not count:
-        return []
-    positions = torch.frombuffer((ctypes.c_byte * (4 * count)).from_address(address), dtype=torch.int32).tolist()
-    width = 2 * pool.size
-    return [
-        _token(pool, layer, head, blocks, position) if position >= 0 else replaced * UNIT + (-1 - position) * width
-        for position in positions
-    ]
+    memory, own = _memory(torch.tensor([address] if count else [], dtype=torch.long), count, torch.int32)
+    position = memory[own].flatten().long()
+    surrogate = replaced * UNIT + (-1 - position) * (2 * pool.size)
+    return torch.where(position < 0, surrogate, _token(pool, layer, head, blocks, position.clamp(min=0)))
 
 
-def _line(pool: Pool, pages: Tensor, line: int) -> int:
-    """First element of a line of private pages, from the pool's beginning."""
-    page, within = divmod(line, pool.lines)
-    block, layer = divmod(page, pool.layers)
-    return int(pool.offsets[layer]) * UNIT + int(pages[block]) * pool.cache.stride(0) + within * 2 * pool.size
+def _line(pool: Pool, pages: Tensor, line: Tensor) -> Tensor:
+    """First elements of lines of private pages, from the pool's beginning."""
+    page, within = line // pool.lines, line % pool.lines
+    own = pool.offsets[page % pool.layers] * UNIT + pages.long()[page // pool.layers] * pool.cache.stride(0)
+    return own + within * (2 * pool.size)
 
 
-def _token(pool: Pool, layer: int, head: int, blocks: Tensor, position: int) -> int:
-    """First element of a token of ordinary blocks."""
-    block, within = divmod(position, pool.tokens)
-    own = int(pool.offsets[layer]) * UNIT + int(blocks[block]) * pool.cache.stride(0)
-    return own + within * pool.cache.stride(2) + head * pool.cache.stride(1)
+def _token(pool: Pool, layer: int, head: int, blocks: Tensor, position: Tensor) -> Tensor:
+    """First elements of tokens of ordinary blocks."""
+    own = pool.offsets[layer] * UNIT + blocks.long()[position // pool.tokens] * pool.cache.stride(0)
+    return own + position % pool.tokens * pool.cache.stride(2) + head * pool.cache.stride(1)
 
 
-def _view(pool: Pool, at: int) -> Tensor:
-    width, each = 2 * pool.size, pool.cache.element_size()
-    buffer = (ctypes.c_byte * (width * each)).from_address(pool.cache.data_ptr() + at * each)
-    return torch.frombuffer(buffer, dtype=pool.cache.dtype)
+def _entries(pool: Pool, at: Tensor) -> tuple[Tensor, Tensor]:
+    """`_memory` of entries that begin at these elements."""
+    each = pool.cache.element_size()
+    return _memory(pool.cache.data_ptr() + at * each, 2 * pool.size, pool.cache.dtype)
 
 
-def _read(pool: Pool, at: list[int]) -> Tensor:
+def _read(pool: Pool, at: Tensor) -> Tensor:
     """Entries ``[t, 2 * D]``."""
-    if not at:
-        return pool.cache.new_empty(0, 2 * pool.size)
-    return torch.stack([_view(pool, one) for one in at])
+    memory, own = _entries(pool, at)
+    return memory[own]
