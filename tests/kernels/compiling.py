@@ -13,6 +13,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 from triton.runtime.jit import JITFunction
 
 from refreekv import kernels
@@ -68,7 +69,7 @@ class Driver:
 
 
 def no_assembly(*stage):
-    """Leave out what follows the layout of shared memory, which is half of the time."""
+    """Leave out assembly, which follows the layout of shared memory and takes half of the time."""
     if not stage:
         return "no assembly", "no assembly"
     stages = stage[1]
@@ -115,7 +116,10 @@ def storage(dtype, tokens, head_size):
 
 
 def choosing(dtype, heads, head_size):
-    """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional."""
+    """What chooses entries: probe, the paper's cut, and needs, each with and without what is optional.
+
+    Of what needs have that is optional, every two go together, or go alone, or neither is there.
+    """
     query, key = (torch.zeros(1, count, 300, head_size, dtype=dtype) for count in (heads, 1))
     launch_centres(key, key)
     launch_mapped_means((key[:, :, 0],) * 2, (torch.zeros(1, 1, head_size, head_size),) * 2)
@@ -129,10 +133,12 @@ def choosing(dtype, heads, head_size):
     launch_cut(scores, 4, 0.01, True)
     reductions = ProbeReductions(scores, scores)
     rules = Rules(4, 32, 1e-3, 1e-3, 0.1, 4, 0.9, 0.3)
-    for earlier in (None, torch.zeros(1, 1, 300, dtype=torch.bool)):
-        for grading in (None, Grading(rules, torch.zeros(1, 1, 4))):
-            for origins in (None, torch.zeros(1, 1, dtype=torch.int32)):
-                launch_needs(reductions, reductions, torch.zeros(1, 1), rules, earlier, grading, origins)
+    earlier, grading = torch.zeros(1, 1, 300, dtype=torch.bool), Grading(rules, torch.zeros(1, 1, 4))
+    origins = torch.zeros(1, 1, dtype=torch.int32)
+    for optional in (
+        (earlier, grading, origins), (earlier, None, None), (None, grading, None), (None, None, origins)
+    ):  # fmt: skip
+        launch_needs(reductions, reductions, torch.zeros(1, 1), rules, *optional)
     order, kept, _ = launch_kept_first(torch.ones(1, 1, 300, dtype=torch.bool))
     launch_leveled(order, kept, torch.zeros(1, 1, 300, dtype=torch.uint8), 4, 4, 64)
 
@@ -298,6 +304,9 @@ def main():
 
     JITFunction.run = compile_only
     knobs.runtime.add_stages_inspection_hook = no_assembly
+    # Likewise what optimises for it, and where in the code of a kernel it is from.
+    nvidia.llvm.optimize_module = lambda *_, **__: None
+    knobs.compilation.disable_line_info = True
     shared_memory.bytes_of = lambda device: LIMITS[capability]
     for capability in LIMITS:
         triton.runtime.driver.set_active(Driver(capability))
