@@ -24,6 +24,8 @@ SPECS = {
     "gvote": ["", "window=1"],
     "top-p": ["", "p=0.5"],
 }
+NEW = 3
+"""Tokens of an answer."""
 BUDGETS = ["ratio=0.5", "size=1", "size=1000"]
 
 
@@ -53,36 +55,36 @@ def answer(model, policy, lengths, arena=None, kv_dtype=None):
     cache = ReFreeKVCache(model, policy, kv_dtype=kv_dtype)
     cache.state.arena = arena
     out = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
     )
     return out, cache
 
 
 @POLICY
-@pytest.mark.parametrize("lengths", [(1,), (2,), (3,), (5,), (5, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (2,), (5,), (5, 1, 2, 3)], ids=str)
 def test_prompts_of_a_few_tokens(lengths, policy, small, packable):
-    wanted = answer(small, "full", lengths)[0]
+    shape = len(lengths), max(lengths) + NEW
     out, cache = answer(small, policy, lengths)
-    assert out.shape == wanted.shape
+    assert out.shape == shape
     in_arena, _ = answer(small, policy, lengths, arena=True)
     assert torch.equal(in_arena, out)
-    assert answer(packable, policy, lengths, kv_dtype="int4")[0].shape == wanted.shape
+    assert answer(packable, policy, lengths, kv_dtype="int4")[0].shape == shape
     for layer in cache.report.prunable:
         assert all(min(row.kept_heads) >= 1 for row in layer.rows)
 
 
 @POLICY
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
-def test_the_default_type_decides_nothing(default, policy, small, packable):
+def test_the_default_type_decides_nothing(policy, small, packable):
     """It is the user's, and a habit to set it while a model is loaded."""
     lengths = (61, 23)
     wanted, judge = answer(small, policy, lengths)
-    torch.set_default_dtype(default)
-    try:
-        out, cache = answer(small, policy, lengths)
-        assert answer(packable, policy, lengths, kv_dtype="int4")[0].shape == wanted.shape
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(out, wanted)
-    assert [cache.kept_ranges(row) for row in (0, 1)] == [judge.kept_ranges(row) for row in (0, 1)]
-    assert cache.report == judge.report
+    for default in (torch.bfloat16, torch.float16):
+        torch.set_default_dtype(default)
+        try:
+            out, cache = answer(small, policy, lengths)
+            assert answer(packable, policy, lengths, kv_dtype="int4")[0].shape == wanted.shape
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(out, wanted)
+        assert [cache.kept_ranges(row) for row in (0, 1)] == [judge.kept_ranges(row) for row in (0, 1)]
+        assert cache.report == judge.report

@@ -1,6 +1,7 @@
 """Keys and values of different types: autocast around a prompt, an answer or both; exact storage is the judge."""
 
 import contextlib
+import functools
 import itertools
 
 import pytest
@@ -79,8 +80,17 @@ def storage_types(cache):
     return {layer.ragged.types for layer in cache.pruned_layers}
 
 
-@pytest.mark.parametrize("policy", ["window", "full", "uneven"])
-@pytest.mark.parametrize("when", MIXED)
+@functools.cache
+def in_full_precision(policy):
+    """A conversation of exact storage without autocast."""
+    model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
+    return conversation(model, cache_of(model, policy, **PLAIN), None, None)
+
+
+@pytest.mark.parametrize(
+    ("when", "policy"),
+    [*itertools.product(MIXED, ["full", "uneven"]), ("in", "window"), ("prompt out, answer in", "window")],
+)
 def test_arena_and_captured_steps_give_what_exact_storage_gives(when, policy, steps):
     model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     prompt, answer = MIXED[when]
@@ -96,7 +106,7 @@ def test_arena_and_captured_steps_give_what_exact_storage_gives(when, policy, st
     if answer is None:
         assert error(got[:, :21], want[:, :21]) < 1e-5
     # Half precision rounds: exact storage is no nearer to what float32 gives.
-    exact = conversation(model, cache_of(model, policy, **PLAIN), None, None)
+    exact = in_full_precision(policy)
     assert error(got, exact) < 1.2 * error(want, exact)
     assert error(in_lines, want) < 0.2
     for one, other in zip(arena.report.layers, plain.report.layers, strict=True):
@@ -134,9 +144,25 @@ def test_policies_decide_as_they_would_without_autocast(policy, kind, monkeypatc
     assert all(part.keys.dtype == F32 and part.values.dtype == kind for (_, _, part, *_), _ in chosen)
 
 
+@pytest.fixture(scope="module")
+def not_moved():
+    """Logits of an answer, and of the last token of a further turn, of exact storage in full precision."""
+    plain = build("llama", attention="sdpa", head_dim=16).to(WHERE)
+    judge = cache_of(plain, "window", **PLAIN)
+    ids, mask = (part.to(WHERE) for part in prompts(RAGGED, seed=3))
+    with torch.no_grad(), judge.state.until(ids.shape[1], generating=True):
+        plain(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=judge)
+        want = []
+        for token in prompts((5,) * len(RAGGED), seed=7)[0].to(WHERE).split(1, 1):
+            logits, mask = feed(plain, judge, token, mask)
+            want.append(logits[:, -1])
+        last, _ = feed(plain, judge, ids[:, :9], mask)
+    return torch.stack(want), last[:, -1]
+
+
 @pytest.mark.parametrize("kind", [PLAIN, ARENA, INT8, {"arena": False, "kv_dtype": "int8"}], ids=str)
-@pytest.mark.parametrize("order", [*itertools.product([None, BF16, F16], repeat=2)], ids=str)
-def test_a_model_moved_to_another_type_goes_on(order, kind, llama):
+@pytest.mark.parametrize("order", [*itertools.permutations([None, BF16, F16], 2)], ids=str)
+def test_a_model_moved_to_another_type_goes_on(order, kind, not_moved):
     """Queries of another type than the keys, both ways, without autocast."""
     model = build("llama", attention="sdpa", head_dim=16).to(WHERE)
     first, then = (F32 if kind is None else kind for kind in order)
@@ -151,18 +177,9 @@ def test_a_model_moved_to_another_type_goes_on(order, kind, llama):
             logits, mask = feed(model, cache, token, mask)
             got.append(logits[:, -1].float())
         more, mask = feed(model, cache, ids[:, :9], mask)
-    plain = build("llama", attention="sdpa", head_dim=16).to(WHERE)
-    judge = cache_of(plain, "window", **PLAIN)
-    ids, mask = (part.to(WHERE) for part in prompts(RAGGED, seed=3))
-    with torch.no_grad(), judge.state.until(ids.shape[1], generating=True):
-        plain(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=judge)
-        want = []
-        for token in prompts((5,) * len(RAGGED), seed=7)[0].to(WHERE).split(1, 1):
-            logits, mask = feed(plain, judge, token, mask)
-            want.append(logits[:, -1])
-        last, _ = feed(plain, judge, ids[:, :9], mask)
-    assert error(torch.stack(got), torch.stack(want)) < 0.15
-    assert error(more[:, -1].float(), last[:, -1]) < 0.15
+    want, last = not_moved
+    assert error(torch.stack(got), want) < 0.15
+    assert error(more[:, -1].float(), last) < 0.15
 
 
 @pytest.mark.parametrize("kind", [ARENA, INT8], ids=str)
