@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 
 import pytest
 import torch
@@ -56,9 +57,10 @@ def is_evicted(cache):
 # -- exact ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, 37])
-@pytest.mark.parametrize("lengths", [ALONE, BATCH], ids=["alone", "batch"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "lengths", "chunk"),
+    [*itertools.product(CASES, [ALONE], [None]), *itertools.product(CASES, [BATCH], [37]), ("adaptive", BATCH, None)],
+)
 def test_each_question_is_read_over_everything(case, lengths, chunk):
     """Answers of one token leave nothing in the cache that was computed over less: all is as with the full cache."""
     talk = talk_of(model_of(), case, padded=len(lengths) > 1, chunk=chunk, prompt_dtype=None)

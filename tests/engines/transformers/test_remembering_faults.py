@@ -351,9 +351,15 @@ def test_a_saved_conversation_goes_on_over_everything(policy, lengths, number, l
 
 
 @pytest.mark.parametrize("left", [155, 149, 120, 2])
-@pytest.mark.parametrize("number", [None, "int8:recent=4"])
-@pytest.mark.parametrize("lengths", [ALONE, (150, 40, 149)], ids=["alone", "batch"])
-@pytest.mark.parametrize("policy", ["refreekv-heavy-hitter", "adaptive"])
+@pytest.mark.parametrize(
+    ("policy", "lengths", "number"),  # every two of these go together
+    [
+        ("refreekv-heavy-hitter", ALONE, None),
+        ("refreekv-heavy-hitter", (150, 40, 149), "int8:recent=4"),
+        ("adaptive", ALONE, "int8:recent=4"),
+        ("adaptive", (150, 40, 149), None),
+    ],
+)
 def test_a_saved_conversation_may_have_been_cropped(policy, lengths, number, left, llama, tmp_path):
     """Padding, queries and sinks of what was cropped are in no file: it was taken for damaged."""
     if len(lengths) > 1 and left == 2:
