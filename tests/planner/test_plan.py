@@ -194,6 +194,22 @@ def test_models_that_do_not_run_without_data_are_read_from_their_fields(monkeypa
         assert read.bounded_bytes == measured.bounded_bytes
 
 
+def test_a_model_is_built_once_for_all_that_say_the_same(monkeypatch):
+    built, skeleton = [], geometry.skeleton
+    for module in (geometry, weights):
+        monkeypatch.setattr(module, "skeleton", lambda config: built.append(config) or skeleton(config))
+    # Of a size that no other test has.
+    sizes = [{**LLAMA, "hidden_size": size, "num_hidden_layers": 3} for size in (1408, 1408, 1536)]
+    models = [model_of(size) for size in sizes]
+    one, same, wider = [(geometry.measure(model), weights.count(model)) for model in models]
+    assert one == same
+    assert len(built) == 4
+    assert wider[1].total > one[1].total
+    # The caller's own configuration may change, and is asked anew.
+    models[1].config.num_hidden_layers = 5
+    assert geometry.measure(models[1]).bytes_per_token * 3 == one[0].bytes_per_token * 5
+
+
 # -- what fits ----------------------------------------------------------------------------------
 
 
