@@ -301,7 +301,7 @@ def gguf_read_once() -> Iterator[None]:
 
     class Reader(gguf.GGUFReader):
         def __setattr__(self, name: str, value: Any) -> None:
-            # Each of a file's 150,000 strings is a part of it, and parts of memory maps take long to make.
+            # Each of a vocabulary's strings is a part of the file, and parts of memory maps take long to make.
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
